@@ -1,0 +1,7 @@
+"""fastbert: fused kernels and drop-in modules for BERT-class encoders."""
+
+from fastbert import backend, functional
+from fastbert.backend import debug, explain, use
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "backend", "debug", "explain", "functional", "use"]

@@ -1,0 +1,204 @@
+"""The only chooser of backends: which implementation of an op runs, and why the others do not.
+
+A backend is a package with one module per op, each with `unsupported`, `forward` and `backward`. `unsupported` sees
+metadata only and answers with a sentence, or with None when the backend can run the call.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+BACKENDS = ("cpu", "triton", "cuda", "torch", "reference")
+SLUGS = (
+    "embed",
+    "linear",
+    "qkv_proj",
+    "attention",
+    "layer_norm",
+    "dropout_add_layer_norm",
+    "bias_gelu",
+    "feed_forward",
+    "cross_entropy",
+    "mlm_loss",
+)
+# fastest first; `torch` is last and always answers, `reference` runs by name only
+ORDER = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
+
+_PACKAGES = {
+    "cpu": "fastbert.cpu",
+    "triton": "fastbert.kernels",
+    "cuda": "fastbert.cuda",
+    "torch": "fastbert.stock",
+    "reference": "fastbert.reference",
+}
+_DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+
+def _load(name: str, slug: str) -> ModuleType | str:
+    """The implementation module, or the sentence that says why there is none."""
+    package = _PACKAGES[name]
+    try:
+        parent = importlib.import_module(package)
+        if reason := getattr(parent, "unavailable", None):
+            return reason
+        return importlib.import_module(f"{package}.{slug}")
+    except ModuleNotFoundError as error:
+        if error.name == package:
+            return f"this version of fastbert has no {name} backend yet"
+        if error.name == f"{package}.{slug}":
+            return f"the {name} backend has no {slug} kernel yet"
+        return f"the {name} backend needs the package {error.name}: pip install {error.name}"
+
+
+_IMPLEMENTATIONS = {name: {slug: _load(name, slug) for slug in SLUGS} for name in BACKENDS}
+_recorder: dict[str, str | None] | None = None
+_forced: str | None = None
+_debug = False
+
+
+class Unsupported(RuntimeError):
+    """A backend that was asked for by name can't run a call; the message is its reason."""
+
+
+class _Explained(Exception):
+    """Ends the call that `explain` makes once its table is recorded."""
+
+
+def module(name: str, slug: str) -> Any:
+    """The implementation of one op by one backend; raises Unsupported with the reason if there is none."""
+    found = _IMPLEMENTATIONS[name][slug]
+    if isinstance(found, str):
+        raise Unsupported(f"backend {name!r} cannot run {slug}: {found}")
+    return found
+
+
+def _reason(name: str, slug: str, device: torch.device, args: tuple[Any, ...]) -> str | None:
+    found = _IMPLEMENTATIONS[name][slug]
+    if isinstance(found, str):
+        return found
+    if _DEVICES.get(name, device.type) != device.type:
+        return f"the tensors are on {device.type} and this backend runs on {_DEVICES[name]}"
+    return found.unsupported(*args)
+
+
+def _order(device: torch.device) -> tuple[str, ...]:
+    return (_forced,) if _forced is not None else ORDER.get(device.type, ("torch",))
+
+
+def choose(slug: str, device: torch.device, *args: Any) -> str:
+    """The backend's name for this call: the forced one, or the first of the device's ORDER that supports it."""
+    if _recorder is not None:
+        _recorder.update((name, _reason(name, slug, device, args)) for name in BACKENDS)
+        raise _Explained(_order(device))
+    if _forced is not None:
+        reason = _reason(_forced, slug, device, args)
+        if reason is not None:
+            raise Unsupported(
+                f"backend {_forced!r}, asked for by name, cannot run {slug}: {reason}"
+            )
+        return _forced
+    for name in _order(device):
+        if _reason(name, slug, device, args) is None:
+            return name
+    raise RuntimeError(f"no backend can run {slug} on {device.type}")
+
+
+def _validated(name: str | None) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(
+            f"there is no backend {name!r}: choose one of {', '.join(BACKENDS)}, or None"
+        )
+    return name
+
+
+class use:
+    """Force one backend by name for the whole process, or give the choice back with None.
+
+    Works as a call, `fastbert.use("torch")`, and as a context manager, `with fastbert.use("torch"): ...`, which
+    restores what was in force before. A forced backend never falls back: a call it can't run raises its reason.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _forced
+        self._before = _forced
+        _forced = _validated(name)
+
+    def __enter__(self) -> use:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        global _forced
+        _forced = self._before
+
+
+def forced() -> str | None:
+    """The backend in force by name, or None."""
+    return _forced
+
+
+class debug:
+    """Check values (ids, labels, cu_seqlens) on GPUs too, at the price of a sync; call or context manager."""
+
+    def __init__(self, on: bool = True) -> None:
+        global _debug
+        self._before = _debug
+        _debug = bool(on)
+
+    def __enter__(self) -> debug:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        global _debug
+        _debug = self._before
+
+
+def checks_values(device: torch.device) -> bool:
+    """Whether values, not only metadata, are checked on this device: always on the CPU, elsewhere under `debug`."""
+    return device.type == "cpu" or _debug
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, str | None]:
+    """Print which backend a call of a public op would run on and why the others would not; nothing is computed.
+
+    Returns {backend: None | reason}. Example: `fastbert.explain("layer_norm", x, weight, bias)`.
+    """
+    from fastbert import functional
+
+    if isinstance(op, str) and op not in SLUGS:
+        raise ValueError(f"there is no op {op!r}: choose one of {', '.join(SLUGS)}")
+    function = getattr(functional, op) if isinstance(op, str) else op
+    global _recorder
+    table = _recorder = {}
+    order: tuple[str, ...] = ()
+    try:
+        function(*args, **kwargs)
+    except _Explained as stop:
+        order = stop.args[0]
+    finally:
+        _recorder = None
+    if not table:
+        raise ValueError(f"{function!r} made no choice of backend: explain takes one of the ops")
+    chosen = next((name for name in order if table[name] is None), None)
+    for name, reason in table.items():
+        print(f"{'->' if name == chosen else '  '} {name:<10} {reason or 'can run this call'}")
+    return table
+
+
+def matrix() -> dict[str, dict[str, str | None]]:
+    """{slug: {backend: None if the kernel is there, else why not}}, independent of any call."""
+    return {
+        slug: {
+            name: found if isinstance(found := _IMPLEMENTATIONS[name][slug], str) else None
+            for name in BACKENDS
+        }
+        for slug in SLUGS
+    }
+
+
+_forced = _validated(os.environ.get("FASTBERT_BACKEND") or None)

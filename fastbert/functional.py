@@ -1,0 +1,25 @@
+"""The public ops. Shapes and contracts stand in each op's docstring; docs/ops.md has the table of dtypes."""
+
+from fastbert.ops.attention import attention
+from fastbert.ops.bias_gelu import bias_gelu
+from fastbert.ops.cross_entropy import cross_entropy
+from fastbert.ops.dropout_add_layer_norm import dropout_add_layer_norm
+from fastbert.ops.embed import embed
+from fastbert.ops.feed_forward import feed_forward
+from fastbert.ops.layer_norm import layer_norm
+from fastbert.ops.linear import linear
+from fastbert.ops.mlm_loss import mlm_loss
+from fastbert.ops.qkv_proj import qkv_proj
+
+__all__ = [
+    "attention",
+    "bias_gelu",
+    "cross_entropy",
+    "dropout_add_layer_norm",
+    "embed",
+    "feed_forward",
+    "layer_norm",
+    "linear",
+    "mlm_loss",
+    "qkv_proj",
+]

@@ -1,0 +1,1 @@
+"""One module per op: contract, choice of backend, registered op, autograd."""

@@ -1,0 +1,102 @@
+"""The contract checks at the ops' boundary: metadata here is free, values are read only where `checks_values` says so."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTS = (torch.int64, torch.int32)
+
+
+def floating(**tensors: Tensor | None) -> None:
+    """Refuse a tensor that is not fp32, bf16, fp16 or fp64."""
+    for name, t in tensors.items():
+        if t is not None and t.dtype not in FLOATS:
+            raise TypeError(f"{name} is {t.dtype}: pass float32, bfloat16, float16 or float64")
+
+
+def integer(**tensors: Tensor | None) -> None:
+    """Refuse a tensor that is not int64 or int32."""
+    for name, t in tensors.items():
+        if t is not None and t.dtype not in INTS:
+            raise TypeError(f"{name} is {t.dtype}: pass int64 (or int32) indices")
+
+
+def shape(name: str, t: Tensor | None, *expected: int) -> None:
+    """Refuse a tensor of another shape; -1 matches any size."""
+    if t is None:
+        return
+    fits = t.dim() == len(expected) and all(
+        e == -1 or e == s for e, s in zip(expected, t.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"{name} has shape {tuple(t.shape)}, expected {tuple(expected)} (-1 is any size)"
+        )
+
+
+def same_device(**tensors: Tensor | None) -> None:
+    """Refuse tensors that live on different devices."""
+    first: tuple[str, Tensor] | None = None
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if first is None:
+            first = (name, t)
+        elif t.device != first[1].device:
+            raise ValueError(
+                f"{name} is on {t.device} but {first[0]} is on {first[1].device}: move one of them"
+            )
+
+
+def probability(p: float) -> None:
+    """Refuse a dropout probability outside [0, 1)."""
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout probability p is {p}: it must be in [0, 1)")
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuse an option outside its list."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(allowed)}")
+
+
+# --- values: called in the op's body only ---
+
+
+def ids_in_range(name: str, ids: Tensor, size: int, remedy: str) -> None:
+    """Refuse ids outside [0, size)."""
+    if ids.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(ids))
+    if low < 0 or high >= size:
+        bad = low if low < 0 else high
+        where = int((ids.reshape(-1) == bad).nonzero()[0])
+        raise IndexError(f"{name}[{where}] is {bad}, outside [0, {size}): {remedy}")
+
+
+def labels_in_range(labels: Tensor, size: int, ignore_index: int) -> None:
+    """Refuse labels outside [0, size) that are not ignore_index."""
+    kept = labels[labels != ignore_index]
+    ids_in_range(
+        "labels (without ignored ones)", kept, size, f"pass class ids, or {ignore_index} for no label"
+    )
+
+
+def cu_seqlens_valid(cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> None:
+    """Refuse cu_seqlens that do not start at 0, decrease, run past the tokens, or hold a sequence over max_seqlen."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        raise ValueError(f"cu_seqlens starts at {bounds[0]}: its first entry must be 0")
+    for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if end < start:
+            raise ValueError(
+                f"cu_seqlens falls from {start} to {end} at entry {i + 1}: pass running sums of the lengths"
+            )
+        if end - start > max_seqlen:
+            raise ValueError(
+                f"sequence {i} has {end - start} tokens but max_seqlen is {max_seqlen}: pass the longest length"
+            )
+    if bounds[-1] > tokens:
+        raise ValueError(f"cu_seqlens ends at {bounds[-1]} but there are {tokens} tokens")

@@ -1,0 +1,78 @@
+"""Registers an op's forward and backward with torch.library, once per slug, under the backend's name as an argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastbert import backend
+
+_lib = torch.library.Library("fastbert", "DEF")
+
+
+def register(
+    slug: str,
+    direction: str,
+    schema: str,
+    fake: Callable[..., Any],
+    check: Callable[..., None] | None = None,
+) -> Callable[..., Any]:
+    """Define `fastbert::<slug>_<fwd|bwd>` and return it as a callable.
+
+    The body looks up the backend's module by the last argument and calls its `forward` or `backward` with the others.
+    `check` sees the same arguments and refuses bad values (ids, labels, cu_seqlens) where values are checked at all.
+    """
+    name = f"{slug}_{'fwd' if direction == 'forward' else 'bwd'}"
+    inputs, outputs = schema.split("->")
+    inputs = inputs.strip().removesuffix(")")
+    _lib.define(f"{name}{inputs}, str backend) ->{outputs}", tags=(torch.Tag.pt2_compliant_tag,))
+
+    def body(*args: Any) -> Any:
+        *args, chosen = args
+        device = next(a.device for a in args if isinstance(a, torch.Tensor))
+        if check is not None and backend.checks_values(device):
+            check(*args)
+        run = getattr(backend.module(chosen, slug), direction)
+        if torch.is_autocast_enabled(device.type):
+            # dtypes were settled before the op: stock ops inside it must not cast again
+            with torch.autocast(device.type, enabled=False):
+                return run(*args)
+        return run(*args)
+
+    _lib.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastbert::{name}", lambda *args: fake(*args[:-1]), lib=_lib)
+    return getattr(torch.ops.fastbert, name).default
+
+
+def wants_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd must record a call with these inputs."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def autocast(x: torch.Tensor) -> torch.Tensor:
+    """x in the autocast dtype where autocast is on for its device, else x itself; fp64 is left alone, as by stock."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+def seed_for(p: float, seed: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    """The dropout seed: none at p = 0, the caller's, or a fresh one on x's device from torch's generator."""
+    if p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
+        raise ValueError(
+            f"seed must be one int64 on {x.device}, got {tuple(seed.shape)} {seed.dtype} on {seed.device}: "
+            "draw it with torch.randint(2**62, (1,), device=x.device)"
+        )
+    return seed.reshape(1)
+
+
+def none_if_empty(grad: torch.Tensor) -> torch.Tensor | None:
+    """A registered op returns tensors only, so that a gradient nobody needs comes back with no element."""
+    return grad if grad.numel() else None

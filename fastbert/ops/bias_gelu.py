@@ -1,0 +1,69 @@
+"""bias_gelu: gelu(x + bias), with dbias in the same backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastbert.backend import choose
+from fastbert.ops import _check
+from fastbert.ops._register import autocast, none_if_empty, register, wants_grad
+
+
+def _fwd_fake(x: Tensor, bias: Tensor | None, approximate: str) -> Any:
+    return torch.empty_like(x)
+
+
+def _bwd_fake(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> Any:
+    return torch.empty_like(x), dy.new_empty(0) if bias is None else torch.empty_like(bias)
+
+
+_fwd = register("bias_gelu", "forward", "(Tensor x, Tensor? bias, str approximate) -> Tensor", _fwd_fake)
+_bwd = register(
+    "bias_gelu",
+    "backward",
+    "(Tensor dy, Tensor x, Tensor? bias, str approximate) -> (Tensor, Tensor)",
+    _bwd_fake,
+)
+
+
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, approximate: str, backend: str) -> Tensor:
+        ctx.save_for_backward(x, bias)
+        ctx.approximate, ctx.backend = approximate, backend
+        return _fwd(x, bias, approximate, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        dx, dbias = _bwd(dy.contiguous(), *ctx.saved_tensors, ctx.approximate, ctx.backend)
+        return dx, none_if_empty(dbias), None, None
+
+
+def bias_gelu(
+    x: Tensor,  # (..., F)
+    bias: Tensor | None = None,  # (F,)
+    approximate: str = "none",
+) -> Tensor:
+    """gelu(x + bias), exact by erf or, with approximate="tanh", the tanh form; in x's dtype, or autocast's.
+
+    Saves x and bias for backward, which gives dx and dbias in one pass. Refuses integer tensors and a bias that is not
+    (F,). Hendrycks, Gimpel 2016.
+    """
+    _check.floating(x=x, bias=bias)
+    _check.one_of("approximate", approximate, ("none", "tanh"))
+    if bias is not None:
+        _check.shape("bias", bias, x.shape[-1] if x.dim() else 1)
+    _check.same_device(x=x, bias=bias)
+    x = autocast(x)
+    rows = x.reshape(-1, x.shape[-1] if x.dim() else 1).contiguous()
+    backend = choose("bias_gelu", x.device, rows, bias, approximate)
+    if wants_grad(x, bias):
+        y = _BiasGelu.apply(rows, bias, approximate, backend)
+    else:
+        y = _fwd(rows, bias, approximate, backend)
+    return y.view(x.shape)

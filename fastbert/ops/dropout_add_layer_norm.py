@@ -1,0 +1,111 @@
+"""dropout_add_layer_norm: BERT's post-LN step, LayerNorm(residual + dropout(x)), in one pass each way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastbert.backend import choose
+from fastbert.ops import _check
+from fastbert.ops._register import register, seed_for, wants_grad
+from fastbert.ops.layer_norm import row_stats
+
+
+def _fwd_fake(x: Tensor, residual: Tensor, weight: Tensor, *rest: Any) -> Any:
+    save = rest[-1]
+    z = torch.empty_like(x) if save else x.new_empty(0, x.shape[1])
+    return torch.empty_like(x), z, *row_stats(x)
+
+
+def _bwd_fake(dy: Tensor, z: Tensor, weight: Tensor, *rest: Any) -> Any:
+    return torch.empty_like(z), torch.empty_like(z), torch.empty_like(weight), torch.empty_like(weight)
+
+
+_fwd = register(
+    "dropout_add_layer_norm",
+    "forward",
+    "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, float p, Tensor? seed, int site, "
+    "Tensor? rows, bool save) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fwd_fake,
+)
+_bwd = register(
+    "dropout_add_layer_norm",
+    "backward",
+    "(Tensor dy, Tensor z, Tensor weight, Tensor mean, Tensor rstd, float p, Tensor? seed, int site, "
+    "Tensor? rows) -> (Tensor, Tensor, Tensor, Tensor)",
+    _bwd_fake,
+)
+
+
+class _DropoutAddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        p: float,
+        seed: Tensor | None,
+        site: int,
+        rows: Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        y, z, mean, rstd = _fwd(x, residual, weight, bias, eps, p, seed, site, rows, True, backend)
+        ctx.save_for_backward(z, weight, mean, rstd, seed, rows)
+        ctx.p, ctx.site, ctx.backend = p, site, backend
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        z, weight, mean, rstd, seed, rows = ctx.saved_tensors
+        dy = dy.contiguous()
+        grads = _bwd(dy, z, weight, mean, rstd, ctx.p, seed, ctx.site, rows, ctx.backend)
+        return *grads, None, None, None, None, None, None
+
+
+def dropout_add_layer_norm(
+    x: Tensor,  # (..., C)
+    residual: Tensor,  # (..., C)
+    weight: Tensor,  # (C,)
+    bias: Tensor,  # (C,)
+    *,
+    eps: float = 1e-12,
+    p: float = 0.0,
+    seed: Tensor | None = None,  # (1,) int64
+    site: int = 0,
+    rows: Tensor | None = None,  # (N,) int64
+) -> Tensor:
+    """LayerNorm(residual + dropout(x)) over the last dimension, in x's dtype, under autocast too.
+
+    `rows` are the absolute row numbers that dropout counts by, where x holds compacted rows; 0..N-1 without it. A
+    residual of another dtype is cast to x's. Saves z = residual + dropout(x) and two statistics a row for backward, no
+    mask. Refuses p outside [0, 1), unequal shapes, integer tensors. Devlin et al. 2018, section A.2.
+    """
+    _check.floating(x=x, residual=residual, weight=weight, bias=bias)
+    if x.dim() == 0:
+        raise ValueError("x has no dimension: dropout_add_layer_norm needs at least (C,)")
+    C = x.shape[-1]
+    _check.shape("residual", residual, *x.shape)
+    _check.shape("weight", weight, C)
+    _check.shape("bias", bias, C)
+    _check.probability(p)
+    _check.integer(rows=rows)
+    _check.same_device(x=x, residual=residual, weight=weight, bias=bias, rows=rows)
+    flat = x.reshape(-1, C).contiguous()
+    _check.shape("rows", rows, flat.shape[0])
+    res = residual.reshape(-1, C).to(x.dtype).contiguous()
+    seed = seed_for(p, seed, x)
+    save = wants_grad(x, residual, weight, bias)
+    args = (flat, res, weight, bias, eps, p, seed, site, rows)
+    backend = choose("dropout_add_layer_norm", x.device, *args, save)
+    if save:
+        y = _DropoutAddLayerNorm.apply(*args, backend)
+    else:
+        y = _fwd(*args, False, backend)[0]
+    return y.view(x.shape)

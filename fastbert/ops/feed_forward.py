@@ -1,0 +1,101 @@
+"""feed_forward: both GEMMs of an encoder layer around bias_gelu, saving the input and the pre-activation only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastbert.backend import choose
+from fastbert.ops import _check
+from fastbert.ops._register import autocast, register, wants_grad
+
+
+def _fwd_fake(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str, save: bool
+) -> Any:
+    u = x.new_empty(x.shape[0] if save else 0, w1.shape[0])
+    return x.new_empty(x.shape[0], w2.shape[0]), u
+
+
+def _bwd_fake(
+    dy: Tensor, x: Tensor, u: Tensor, w1: Tensor, w2: Tensor, approximate: str, needs: Sequence[bool]
+) -> Any:
+    shapes = (x.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
+    dtypes = (x.dtype, w1.dtype, w1.dtype, w2.dtype, w2.dtype)
+    return tuple(
+        x.new_empty(s, dtype=d) if need else dy.new_empty(0)
+        for s, d, need in zip(shapes, dtypes, needs, strict=True)
+    )
+
+
+_fwd = register(
+    "feed_forward",
+    "forward",
+    "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str approximate, bool save) -> (Tensor, Tensor)",
+    _fwd_fake,
+)
+_bwd = register(
+    "feed_forward",
+    "backward",
+    "(Tensor dy, Tensor x, Tensor u, Tensor w1, Tensor w2, str approximate, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _bwd_fake,
+)
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor | None,
+        approximate: str,
+        backend: str,
+    ) -> Tensor:
+        y, u = _fwd(x, w1, b1, w2, b2, approximate, True, backend)
+        ctx.save_for_backward(x, u, w1, w2)
+        ctx.approximate, ctx.backend = approximate, backend
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        needs = list(ctx.needs_input_grad[:5])
+        grads = _bwd(dy.contiguous(), *ctx.saved_tensors, ctx.approximate, needs, ctx.backend)
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+
+
+def feed_forward(
+    x: Tensor,  # (..., C)
+    w1: Tensor,  # (F, C)
+    b1: Tensor | None,  # (F,)
+    w2: Tensor,  # (C, F)
+    b2: Tensor | None,  # (C,)
+    approximate: str = "none",
+) -> Tensor:
+    """gelu(x w1^T + b1) w2^T + b2 -> (..., C) in x's dtype, or autocast's.
+
+    Saves x and the pre-activation (T, F) for backward, which builds gelu again. Refuses shapes that don't fit, integer
+    tensors. Vaswani et al. 2017, section 3.3.
+    """
+    _check.floating(x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+    _check.one_of("approximate", approximate, ("none", "tanh"))
+    _check.shape("w1", w1, -1, x.shape[-1])
+    _check.shape("b1", b1, w1.shape[0])
+    _check.shape("w2", w2, -1, w1.shape[0])
+    _check.shape("b2", b2, w2.shape[0])
+    _check.same_device(x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+    x = autocast(x)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    save = wants_grad(x, w1, b1, w2, b2)
+    args = (rows, w1, b1, w2, b2, approximate)
+    backend = choose("feed_forward", x.device, *args, save)
+    y = _FeedForward.apply(*args, backend) if save else _fwd(*args, False, backend)[0]
+    return y.view(*x.shape[:-1], w2.shape[0])

@@ -1,0 +1,88 @@
+"""layer_norm: the drop-in for torch.nn.functional.layer_norm over the last dimension."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastbert.backend import choose
+from fastbert.ops import _check
+from fastbert.ops._register import none_if_empty, register, wants_grad
+
+
+def row_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty mean and rstd of the rows of x (N, C): fp32, or fp64 where x is."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape[0], dtype=dtype), x.new_empty(x.shape[0], dtype=dtype)
+
+
+def _fwd_fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
+    return torch.empty_like(x), *row_stats(x)
+
+
+def _bwd_fake(dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor) -> Any:
+    affine = dy.new_empty(0) if weight is None else torch.empty_like(weight)
+    return torch.empty_like(x), affine, torch.empty_like(affine)
+
+
+_fwd = register(
+    "layer_norm",
+    "forward",
+    "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
+    _fwd_fake,
+)
+_bwd = register(
+    "layer_norm",
+    "backward",
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)",
+    _bwd_fake,
+)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str
+    ) -> Tensor:
+        y, mean, rstd = _fwd(x, weight, bias, eps, backend)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.has_bias, ctx.backend = bias is not None, backend
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        dx, dweight, dbias = _bwd(dy.contiguous(), *ctx.saved_tensors, ctx.backend)
+        return dx, none_if_empty(dweight), dbias if ctx.has_bias else None, None, None
+
+
+def layer_norm(
+    x: Tensor,  # (..., C)
+    weight: Tensor | None = None,  # (C,)
+    bias: Tensor | None = None,  # (C,)
+    eps: float = 1e-5,
+) -> Tensor:
+    """LayerNorm over the last dimension, returned in x's dtype, under autocast too.
+
+    fp32, bf16, fp16 (fp64 through `torch` and `reference`); statistics are fp32. Saves x, mean and rstd for backward.
+    Refuses integer tensors, a weight or bias that is not (C,), a bias without a weight. Ba, Kiros, Hinton 2016.
+    """
+    _check.floating(x=x, weight=weight, bias=bias)
+    if x.dim() == 0:
+        raise ValueError("x has no dimension: layer_norm needs at least (C,)")
+    C = x.shape[-1]
+    _check.shape("weight", weight, C)
+    _check.shape("bias", bias, C)
+    if bias is not None and weight is None:
+        raise ValueError("bias is given without weight: pass a weight of ones")
+    _check.same_device(x=x, weight=weight, bias=bias)
+    rows = x.reshape(-1, C).contiguous()
+    backend = choose("layer_norm", x.device, rows, weight, bias, eps)
+    if wants_grad(x, weight, bias):
+        y = _LayerNorm.apply(rows, weight, bias, eps, backend)
+    else:
+        y = _fwd(rows, weight, bias, eps, backend)[0]
+    return y.view(x.shape)

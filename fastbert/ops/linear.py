@@ -1,0 +1,76 @@
+"""linear: x weight^T + bias, every GEMM of the model that is not fused with anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastbert.backend import choose
+from fastbert.ops import _check
+from fastbert.ops._register import autocast, register, wants_grad
+
+
+def _fwd_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _bwd_fake(dy: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]) -> Any:
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    dtypes = (x.dtype, weight.dtype, weight.dtype)
+    return tuple(
+        x.new_empty(s, dtype=d) if need else dy.new_empty(0)
+        for s, d, need in zip(shapes, dtypes, needs, strict=True)
+    )
+
+
+_fwd = register("linear", "forward", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _fwd_fake)
+_bwd = register(
+    "linear",
+    "backward",
+    "(Tensor dy, Tensor x, Tensor weight, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    _bwd_fake,
+)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.backend = backend
+        return _fwd(x, weight, bias, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:3])
+        grads = _bwd(dy.contiguous(), x, weight, needs, ctx.backend)
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
+
+
+def linear(
+    x: Tensor,  # (..., K)
+    weight: Tensor,  # (N, K)
+    bias: Tensor | None = None,  # (N,)
+) -> Tensor:
+    """x weight^T + bias -> (..., N) in x's dtype, or autocast's; the weights may be of another dtype.
+
+    Saves x and weight for backward and computes the gradients that are wanted only. Refuses shapes that don't fit and
+    integer tensors.
+    """
+    _check.floating(x=x, weight=weight, bias=bias)
+    _check.shape("weight", weight, -1, x.shape[-1])
+    _check.shape("bias", bias, weight.shape[0])
+    _check.same_device(x=x, weight=weight, bias=bias)
+    x = autocast(x)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    backend = choose("linear", x.device, rows, weight, bias)
+    if wants_grad(x, weight, bias):
+        y = _Linear.apply(rows, weight, bias, backend)
+    else:
+        y = _fwd(rows, weight, bias, backend)
+    return y.view(*x.shape[:-1], weight.shape[0])

@@ -1,0 +1,1 @@
+"""The specification: every op in plain PyTorch, forward and explicit backward; runs by name only."""

@@ -1,0 +1,38 @@
+"""bias_gelu by torch's gelu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def unsupported(*args: object) -> str | None:
+    """Stock ops run every call."""
+    return None
+
+
+def biased(x: Tensor, bias: Tensor | None) -> Tensor:
+    """x + bias in x's dtype."""
+    return x if bias is None else x + bias.to(x.dtype)
+
+
+def forward(
+    x: Tensor,  # (N, F)
+    bias: Tensor | None,  # (F,)
+    approximate: str,
+) -> Tensor:
+    """y (N, F) in x's dtype."""
+    return torch.nn.functional.gelu(biased(x, bias), approximate=approximate)
+
+
+def backward(
+    dy: Tensor,  # (N, F)
+    x: Tensor,  # (N, F)
+    bias: Tensor | None,  # (F,)
+    approximate: str,
+) -> tuple[Tensor, Tensor]:
+    """dx (N, F) and dbias (F,), empty without bias."""
+    dx = torch.ops.aten.gelu_backward(dy, biased(x, bias), approximate=approximate)
+    if bias is None:
+        return dx, dx.new_empty(0)
+    return dx, dx.sum(0, dtype=torch.promote_types(dx.dtype, torch.float32)).to(bias.dtype)

@@ -1,0 +1,41 @@
+"""linear by torch's GEMMs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def unsupported(*args: object) -> str | None:
+    """Stock ops run every call."""
+    return None
+
+
+def cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias in x's dtype."""
+    return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+
+
+def forward(
+    x: Tensor,  # (T, K)
+    weight: Tensor,  # (N, K)
+    bias: Tensor | None,  # (N,)
+) -> Tensor:
+    """y (T, N) in x's dtype."""
+    return torch.nn.functional.linear(x, *cast(x, weight, bias))
+
+
+def backward(
+    dy: Tensor,  # (T, N)
+    x: Tensor,  # (T, K)
+    weight: Tensor,  # (N, K)
+    needs: Sequence[bool],  # for x, weight, bias
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx (T, K), dweight (N, K), dbias (N,); empty where not needed."""
+    dx = dy @ weight.to(dy.dtype) if needs[0] else dy.new_empty(0)
+    dweight = (dy.t() @ x).to(weight.dtype) if needs[1] else dy.new_empty(0)
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    dbias = dy.sum(0, dtype=wide).to(weight.dtype) if needs[2] else dy.new_empty(0)
+    return dx, dweight, dbias

@@ -1,0 +1,1 @@
+"""Shipped test tools: error budget, poison, sample inputs, parity checks, timing, machine info, test data."""

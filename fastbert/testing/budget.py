@@ -1,0 +1,49 @@
+"""The error budget: how far a result may be from the truth, relative to what stock PyTorch manages in the same dtype.
+
+    max |ours - truth| <= 2 max |eager - truth| + 4 eps max |truth|
+    rms (ours - truth) <= 2 rms (eager - truth) +   eps rms truth
+
+truth is the reference in fp64, eager the stock ops in the tested dtype, eps that of ours' dtype; NaN and infinities must
+stand at the same places.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _rms(t: Tensor) -> float:
+    return float(t.square().mean().sqrt())
+
+
+def excess(ours: Tensor, truth: Tensor, eager: Tensor) -> str | None:
+    """The sentence that says how `ours` breaks the budget, or None if it keeps it. All three have one shape."""
+    if ours.shape != truth.shape:
+        return f"shape {tuple(ours.shape)} where the reference has {tuple(truth.shape)}"
+    if ours.numel() == 0:
+        return None
+    eps = torch.finfo(ours.dtype).eps
+    a, t, e = (v.detach().to(torch.float64) for v in (ours, truth, eager))
+    for what, test in (("NaN", torch.isnan), ("inf", torch.isinf)):
+        if not torch.equal(test(a), test(t)):
+            return f"{int(test(a).sum())} {what} where the reference has {int(test(t).sum())}"
+    finite = torch.isfinite(t)
+    a, t, e = a[finite], t[finite], e[finite].nan_to_num()
+    if t.numel() == 0:
+        return None
+    error, allowed = float((a - t).abs().max()), 2 * float((e - t).abs().max())
+    allowed += 4 * eps * float(t.abs().max())
+    if error > allowed:
+        where = int((a - t).abs().argmax())
+        return (
+            f"max error {error:.3e} > {allowed:.3e} at finite element {where}: {a[where]} for {t[where]}"
+        )
+    error, allowed = _rms(a - t), 2 * _rms(e - t) + eps * _rms(t)
+    return f"rms error {error:.3e} > {allowed:.3e}" if error > allowed else None
+
+
+def assert_within_budget(name: str, ours: Tensor, truth: Tensor, eager: Tensor) -> None:
+    """Raise AssertionError naming the tensor and the excess when `ours` breaks the budget."""
+    message = excess(ours, truth, eager)
+    assert message is None, f"{name}: {message}"

@@ -1,0 +1,98 @@
+"""The one parity check of every op: a backend against the reference in fp64, forward and backward, within the budget."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbert import backend, functional
+from fastbert.testing import poison
+from fastbert.testing.budget import assert_within_budget
+from fastbert.testing.samples import Sample
+
+Results = dict[str, Tensor]
+
+
+def samples(slug: str, dtype: torch.dtype, device: str = "cpu") -> list[Sample]:
+    """The op's sample inputs in this dtype."""
+    reference = importlib.import_module(f"fastbert.reference.{slug}")
+    return list(reference.sample_inputs(dtype, device))
+
+
+def cases(slug: str, dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, str, torch.dtype]]:
+    """(backend, sample id, dtype) for every backend that has the op's kernel."""
+    for name in backend.BACKENDS:
+        if backend.matrix()[slug][name] is None:
+            for dtype in dtypes:
+                for sample in samples(slug, dtype):
+                    yield name, sample.id, dtype
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map(v, change) for v in value)
+    return value
+
+
+def _leaves(kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in kwargs.items():
+        for i, t in enumerate(value if isinstance(value, (list, tuple)) else [value]):
+            if isinstance(t, Tensor) and t.is_floating_point():
+                yield (f"{name}[{i}]" if isinstance(value, (list, tuple)) else name), t
+
+
+def _upstream(y: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(y.shape, generator=generator).to(y.device)
+
+
+def call(op: Callable[..., Any], kwargs: dict[str, Any], backward: bool) -> Results:
+    """The op's outputs, and with `backward` the gradient of every float input for a fixed random upstream gradient."""
+    kwargs = {
+        k: _map(v, lambda t: t.detach().requires_grad_(backward and t.is_floating_point()))
+        for k, v in kwargs.items()
+    }
+    out = op(**kwargs)
+    outs = out if isinstance(out, tuple) else (out,)
+    results = {f"output {i}": t.detach() for i, t in enumerate(outs)}
+    if not backward:
+        return results
+    leaves = dict(_leaves(kwargs))
+    grads = torch.autograd.grad(
+        outs[0], list(leaves.values()), _upstream(outs[0]).to(outs[0].dtype), allow_unused=True
+    )
+    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
+        results[f"d{name}"] = torch.zeros_like(leaf) if grad is None else grad
+    return results
+
+
+def check(slug: str, name: str, sample_id: str, dtype: torch.dtype, backward: bool) -> None:
+    """Run one sample on one backend; raise AssertionError where it breaks the budget, is not written, or varies.
+
+    A backend that does not support the call raises `backend.Unsupported` with its reason, which tests turn into a skip.
+    """
+    reference = importlib.import_module(f"fastbert.reference.{slug}")
+    op = getattr(functional, slug)
+    kwargs = next(s for s in samples(slug, dtype) if s.id == sample_id).kwargs
+    wide = {
+        k: _map(v, lambda t: t.double() if t.is_floating_point() else t) for k, v in kwargs.items()
+    }
+    with backend.use("reference"):
+        truth = call(op, wide, backward)
+    eager = call(reference.eager, kwargs, backward)
+    with backend.use(name), poison.outputs():
+        first = call(op, {k: _map(v, poison.surround) for k, v in kwargs.items()}, backward)
+        again = call(op, kwargs, backward)
+    for key, expected in truth.items():
+        ours = first[key]
+        assert_within_budget(f"{slug} {name} {sample_id} {key}", ours, expected, eager[key])
+        assert torch.equal(ours.nan_to_num(), again[key].nan_to_num()), f"{key} varies between two runs"
+        if key.startswith("d"):
+            given = dict(_leaves(kwargs))[key[1:]]
+            assert ours.dtype == given.dtype, f"{key} is {ours.dtype}, its input {given.dtype}"

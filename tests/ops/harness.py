@@ -1,0 +1,87 @@
+"""Parametrisation shared by tests/ops/test_<slug>.py: backends x sample inputs x dtypes, opcheck, gradcheck, compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fastbert import backend, functional
+from fastbert.testing import parity
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def short(dtype: torch.dtype) -> str:
+    """bf16, fp16, fp32: how test ids spell a dtype."""
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+def parametrize(slug: str) -> pytest.MarkDecorator:
+    """Every (backend, sample, dtype) of the op, with ids such as torch-T63-C768-bf16."""
+    rows = list(parity.cases(slug, DTYPES))
+    ids = [f"{name}-{sample}-{short(dtype)}" for name, sample, dtype in rows]
+    return pytest.mark.parametrize(("name", "sample", "dtype"), rows, ids=ids)
+
+
+def check(slug: str, name: str, sample: str, dtype: torch.dtype, backward: bool) -> None:
+    """parity.check, with a backend's own reason as the skip's sentence."""
+    try:
+        parity.check(slug, name, sample, dtype, backward)
+    except backend.Unsupported as reason:
+        pytest.skip(str(reason))
+
+
+def tensors(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The sample's arguments with every float tensor a leaf that wants a gradient."""
+    return {
+        k: parity._map(v, lambda t: t.clone().requires_grad_(t.is_floating_point()))
+        for k, v in kwargs.items()
+    }
+
+
+def gradcheck(slug: str, name: str) -> None:
+    """torch.autograd.gradcheck of the public op in fp64 for every sample of at most 200 elements an input.
+
+    Samples with a padding row are left out: it gets no gradient on purpose, although the output depends on it.
+    """
+    ran = 0
+    for sample in parity.samples(slug, torch.float64):
+        leaves = dict(parity._leaves(sample.kwargs))
+        if any(t.numel() > 200 for t in leaves.values()) or "padding" in sample.id:
+            continue
+        names = list(leaves)
+
+        def function(*values: torch.Tensor, sample: Any = sample, names: list[str] = names) -> Any:
+            given = dict(zip(names, values, strict=True))
+            kwargs = {
+                k: [given.get(f"{k}[{i}]", t) for i, t in enumerate(v)]
+                if isinstance(v, list)
+                else given.get(k, v)
+                for k, v in sample.kwargs.items()
+            }
+            out = getattr(functional, slug)(**kwargs)
+            return out[0] if isinstance(out, tuple) else out
+
+        with backend.use(name):
+            inputs = tuple(t.clone().requires_grad_() for t in leaves.values())
+            # the registered op is reentrant and deterministic, so the default tolerances hold
+            assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+        ran += 1
+    assert ran, f"no sample of {slug} is small enough for gradcheck"
+
+
+def compiled(slug: str, name: str, pick: Callable[[str], bool] = lambda _: True) -> None:
+    """fullgraph compilation of the op gives eager's outputs and gradients, in fp32, for the picked samples."""
+    op = getattr(functional, slug)
+    for sample in parity.samples(slug, torch.float32):
+        if not pick(sample.id):
+            continue
+        torch._dynamo.reset()
+        with backend.use(name):
+            expected = parity.call(op, sample.kwargs, True)
+            ours = parity.call(torch.compile(op, fullgraph=True, backend="aot_eager"), sample.kwargs, True)
+        for key, value in expected.items():
+            assert torch.equal(value.nan_to_num(), ours[key].nan_to_num()), f"{slug} {sample.id} {key}"

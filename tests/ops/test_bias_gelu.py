@@ -1,0 +1,26 @@
+import pytest
+import torch
+from harness import check, compiled, gradcheck, parametrize
+
+from fastbert import functional
+
+SLUG = "bias_gelu"
+
+
+@parametrize(SLUG)
+def test_forward(name, sample, dtype):
+    check(SLUG, name, sample, dtype, backward=False)
+
+
+@parametrize(SLUG)
+def test_backward(name, sample, dtype):
+    check(SLUG, name, sample, dtype, backward=True)
+
+
+@pytest.mark.parametrize("name", ["reference", "torch"])
+def test_gradcheck(name):
+    gradcheck(SLUG, name)
+
+
+def test_compile():
+    compiled(SLUG, "torch")
