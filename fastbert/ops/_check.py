@@ -1,6 +1,8 @@
-"""The contract checks at the ops' boundary: metadata here is free, values are read only where `checks_values` says so."""
+"""The contract checks at the ops' boundary: metadata is free, values are read only where `checks_values` says so."""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -21,6 +23,20 @@ def integer(**tensors: Tensor | None) -> None:
     for name, t in tensors.items():
         if t is not None and t.dtype not in INTS:
             raise TypeError(f"{name} is {t.dtype}: pass int64 (or int32) indices")
+
+
+def has_rows(x: Tensor) -> None:
+    """Refuse a scalar where the op works on the last dimension."""
+    if x.dim() == 0:
+        raise ValueError("x has no dimension: pass at least one row (C,)")
+
+
+def padding(name: str, index: int | None, size: int) -> None:
+    """Refuse a padding row that the table does not have."""
+    if index is not None and not 0 <= index < size:
+        raise ValueError(
+            f"{name} is {index}, outside [0, {size}): name a row of the table, or None"
+        )
 
 
 def shape(name: str, t: Tensor | None, *expected: int) -> None:
@@ -80,7 +96,10 @@ def labels_in_range(labels: Tensor, size: int, ignore_index: int) -> None:
     """Refuse labels outside [0, size) that are not ignore_index."""
     kept = labels[labels != ignore_index]
     ids_in_range(
-        "labels (without ignored ones)", kept, size, f"pass class ids, or {ignore_index} for no label"
+        "labels (without ignored ones)",
+        kept,
+        size,
+        f"pass class ids, or {ignore_index} for no label",
     )
 
 
@@ -89,7 +108,7 @@ def cu_seqlens_valid(cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> None:
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
         raise ValueError(f"cu_seqlens starts at {bounds[0]}: its first entry must be 0")
-    for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (start, end) in enumerate(itertools.pairwise(bounds)):
         if end < start:
             raise ValueError(
                 f"cu_seqlens falls from {start} to {end} at entry {i + 1}: pass running sums of the lengths"

@@ -30,16 +30,16 @@ def register(
     _lib.define(f"{name}{inputs}, str backend) ->{outputs}", tags=(torch.Tag.pt2_compliant_tag,))
 
     def body(*args: Any) -> Any:
-        *args, chosen = args
-        device = next(a.device for a in args if isinstance(a, torch.Tensor))
+        *inputs, chosen = args
+        device = next(a.device for a in inputs if isinstance(a, torch.Tensor))
         if check is not None and backend.checks_values(device):
-            check(*args)
+            check(*inputs)
         run = getattr(backend.module(chosen, slug), direction)
         if torch.is_autocast_enabled(device.type):
             # dtypes were settled before the op: stock ops inside it must not cast again
             with torch.autocast(device.type, enabled=False):
-                return run(*args)
-        return run(*args)
+                return run(*inputs)
+        return run(*inputs)
 
     _lib.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastbert::{name}", lambda *args: fake(*args[:-1]), lib=_lib)

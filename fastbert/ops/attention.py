@@ -96,7 +96,9 @@ def attention(
     """
     _check.floating(qkv=qkv)
     if qkv.dim() != 4 or qkv.shape[1] != 3:
-        raise ValueError(f"qkv has shape {tuple(qkv.shape)}, expected (T, 3, H, D): use qkv_proj, or stack q, k, v on dim 1")
+        raise ValueError(
+            f"qkv has shape {tuple(qkv.shape)}, expected (T, 3, H, D): use qkv_proj, or stack q, k, v on dim 1"
+        )
     _check.shape("cu_seqlens", cu_seqlens, -1)
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"cu_seqlens is {cu_seqlens.dtype}: pass int32")

@@ -21,7 +21,9 @@ def _bwd_fake(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> A
     return torch.empty_like(x), dy.new_empty(0) if bias is None else torch.empty_like(bias)
 
 
-_fwd = register("bias_gelu", "forward", "(Tensor x, Tensor? bias, str approximate) -> Tensor", _fwd_fake)
+_fwd = register(
+    "bias_gelu", "forward", "(Tensor x, Tensor? bias, str approximate) -> Tensor", _fwd_fake
+)
 _bwd = register(
     "bias_gelu",
     "backward",
@@ -60,6 +62,7 @@ def bias_gelu(
         _check.shape("bias", bias, x.shape[-1] if x.dim() else 1)
     _check.same_device(x=x, bias=bias)
     x = autocast(x)
+    # a scalar is a row of one, for the GELU drop-in
     rows = x.reshape(-1, x.shape[-1] if x.dim() else 1).contiguous()
     backend = choose("bias_gelu", x.device, rows, bias, approximate)
     if wants_grad(x, bias):

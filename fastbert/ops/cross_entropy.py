@@ -44,7 +44,9 @@ _bwd = register(
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, backend: str) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, backend: str
+    ) -> Tensor:
         loss, lse = _fwd(logits, labels, ignore_index, backend)
         ctx.save_for_backward(logits, labels, lse)
         ctx.ignore_index, ctx.backend = ignore_index, backend

@@ -21,7 +21,12 @@ def _fwd_fake(x: Tensor, residual: Tensor, weight: Tensor, *rest: Any) -> Any:
 
 
 def _bwd_fake(dy: Tensor, z: Tensor, weight: Tensor, *rest: Any) -> Any:
-    return torch.empty_like(z), torch.empty_like(z), torch.empty_like(weight), torch.empty_like(weight)
+    return (
+        torch.empty_like(z),
+        torch.empty_like(z),
+        torch.empty_like(weight),
+        torch.empty_like(weight),
+    )
 
 
 _fwd = register(
@@ -88,8 +93,7 @@ def dropout_add_layer_norm(
     mask. Refuses p outside [0, 1), unequal shapes, integer tensors. Devlin et al. 2018, section A.2.
     """
     _check.floating(x=x, residual=residual, weight=weight, bias=bias)
-    if x.dim() == 0:
-        raise ValueError("x has no dimension: dropout_add_layer_norm needs at least (C,)")
+    _check.has_rows(x)
     C = x.shape[-1]
     _check.shape("residual", residual, *x.shape)
     _check.shape("weight", weight, C)

@@ -31,7 +31,9 @@ def _fwd_check(
         _check.ids_in_range("types", types, type_.shape[0], "token types start at 0")
 
 
-def _fwd_fake(ids: Tensor, positions: Tensor, types: Any, word: Any, position: Tensor, *rest: Any) -> Any:
+def _fwd_fake(
+    ids: Tensor, positions: Tensor, types: Any, word: Any, position: Tensor, *rest: Any
+) -> Any:
     out_dtype, T = rest[-1], ids.shape[0]
     stat = torch.promote_types(position.dtype, torch.float32)
     y = position.new_empty(T, position.shape[1], dtype=out_dtype)
@@ -83,7 +85,9 @@ class _Embed(torch.autograd.Function):
         *inputs, padding, position_padding, backend = args
         y, mean, rstd = _fwd(*inputs, backend)
         ids, positions, types, word, position, type_, weight, _, _, p, seed, site, _ = inputs
-        ctx.save_for_backward(ids, positions, types, word, position, type_, weight, mean, rstd, seed)
+        ctx.save_for_backward(
+            ids, positions, types, word, position, type_, weight, mean, rstd, seed
+        )
         ctx.scalars = (p, site, padding, position_padding, backend)
         return y
 
@@ -124,13 +128,21 @@ def _check_all(
     _check.integer(positions=positions, types=types)
     _check.shape("positions", positions, T)
     if (types is None) != (type_ is None):
-        raise ValueError("types and type_ come together: pass both, or neither for a model without token types")
+        raise ValueError(
+            "types and type_ come together: pass both, or neither for a model without token types"
+        )
     _check.shape("types", types, T)
     _check.shape("type_", type_, -1, C)
     _check.shape("weight", weight, C)
     _check.shape("bias", bias, C)
     _check.same_device(
-        position=position, ids=ids, positions=positions, types=types, word=word, weight=weight, bias=bias
+        position=position,
+        ids=ids,
+        positions=positions,
+        types=types,
+        word=word,
+        weight=weight,
+        bias=bias,
     )
 
 
@@ -160,11 +172,28 @@ def embed(
     """
     _check_all(ids, positions, types, word, position, type_, weight, bias)
     _check.probability(p)
+    if word is not None:
+        _check.padding("padding_idx", padding_idx, word.shape[0])
+    _check.padding("position_padding_idx", position_padding_idx, position.shape[0])
     out_dtype = (ids if word is None else word).dtype
     if torch.is_autocast_enabled(position.device.type) and out_dtype != torch.float64:
         out_dtype = torch.get_autocast_dtype(position.device.type)
     seed = seed_for(p, seed, position)
-    args = (ids, positions, types, word, position, type_, weight, bias, eps, p, seed, site, out_dtype)
+    args = (
+        ids,
+        positions,
+        types,
+        word,
+        position,
+        type_,
+        weight,
+        bias,
+        eps,
+        p,
+        seed,
+        site,
+        out_dtype,
+    )
     backend = choose("embed", position.device, *args)
     if wants_grad(ids, word, position, type_, weight, bias):
         return _Embed.apply(*args, padding_idx, position_padding_idx, backend)

@@ -15,14 +15,26 @@ from fastbert.ops._register import autocast, register, wants_grad
 
 
 def _fwd_fake(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str, save: bool
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    approximate: str,
+    save: bool,
 ) -> Any:
     u = x.new_empty(x.shape[0] if save else 0, w1.shape[0])
     return x.new_empty(x.shape[0], w2.shape[0]), u
 
 
 def _bwd_fake(
-    dy: Tensor, x: Tensor, u: Tensor, w1: Tensor, w2: Tensor, approximate: str, needs: Sequence[bool]
+    dy: Tensor,
+    x: Tensor,
+    u: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    approximate: str,
+    needs: Sequence[bool],
 ) -> Any:
     shapes = (x.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
     dtypes = (x.dtype, w1.dtype, w1.dtype, w2.dtype, w2.dtype)
@@ -86,6 +98,7 @@ def feed_forward(
     tensors. Vaswani et al. 2017, section 3.3.
     """
     _check.floating(x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+    _check.has_rows(x)
     _check.one_of("approximate", approximate, ("none", "tanh"))
     _check.shape("w1", w1, -1, x.shape[-1])
     _check.shape("b1", b1, w1.shape[0])

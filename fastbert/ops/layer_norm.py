@@ -71,8 +71,7 @@ def layer_norm(
     Refuses integer tensors, a weight or bias that is not (C,), a bias without a weight. Ba, Kiros, Hinton 2016.
     """
     _check.floating(x=x, weight=weight, bias=bias)
-    if x.dim() == 0:
-        raise ValueError("x has no dimension: layer_norm needs at least (C,)")
+    _check.has_rows(x)
     C = x.shape[-1]
     _check.shape("weight", weight, C)
     _check.shape("bias", bias, C)

@@ -63,6 +63,7 @@ def linear(
     integer tensors.
     """
     _check.floating(x=x, weight=weight, bias=bias)
+    _check.has_rows(x)
     _check.shape("weight", weight, -1, x.shape[-1])
     _check.shape("bias", bias, weight.shape[0])
     _check.same_device(x=x, weight=weight, bias=bias)

@@ -17,13 +17,30 @@ from fastbert.ops._register import autocast, register, wants_grad
 MAX_ROWS = 8192
 
 
-def _fwd_check(hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, rows: Tensor | None, ignore: int, *_: Any) -> None:
+def _fwd_check(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Any,
+    labels: Tensor,
+    rows: Tensor | None,
+    ignore: int,
+    *_: Any,
+) -> None:
     _check.labels_in_range(labels, weight.shape[0], ignore)
     if rows is not None:
         _check.ids_in_range("rows", rows, hidden.shape[0], "rows number the rows of hidden")
 
 
-def _fwd_fake(hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, rows: Any, ignore: int, max_rows: int, save: bool) -> Any:
+def _fwd_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Any,
+    labels: Tensor,
+    rows: Any,
+    ignore: int,
+    max_rows: int,
+    save: bool,
+) -> Any:
     stat = torch.promote_types(hidden.dtype, torch.float32)
     kept = labels.shape[0] if save and labels.shape[0] <= max_rows else 0
     lse = hidden.new_empty(labels.shape[0], dtype=stat)
@@ -43,8 +60,8 @@ def _bwd_fake(dloss: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
 _fwd = register(
     "mlm_loss",
     "forward",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? rows, int ignore_index, int max_rows, bool save) "
-    "-> (Tensor, Tensor, Tensor)",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? rows, int ignore_index, "
+    "int max_rows, bool save) -> (Tensor, Tensor, Tensor)",
     _fwd_fake,
     _fwd_check,
 )
@@ -59,7 +76,9 @@ _bwd = register(
 
 class _MLMLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+    ) -> Tensor:
         labels, rows, ignore_index, max_rows, backend = args
         loss, lse, dlogits = _fwd(hidden, weight, bias, *args[:-1], True, backend)
         ctx.save_for_backward(hidden, weight, bias, labels, rows, lse, dlogits)

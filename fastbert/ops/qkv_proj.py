@@ -14,7 +14,9 @@ from fastbert.ops import _check
 from fastbert.ops._register import autocast, register, wants_grad
 
 
-def _fwd_fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], num_heads: int) -> Any:
+def _fwd_fake(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], num_heads: int
+) -> Any:
     rows = sum(w.shape[0] for w in weights)
     return x.new_empty(x.shape[0], 3, num_heads, rows // (3 * num_heads))
 
@@ -45,7 +47,9 @@ _bwd = register(
 
 class _QKVProj(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, num_heads: int, parts: int, backend: str, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, num_heads: int, parts: int, backend: str, *tensors: Tensor
+    ) -> Tensor:
         weights, biases = list(tensors[:parts]), list(tensors[parts:])
         ctx.save_for_backward(x, *weights)
         ctx.parts, ctx.backend = parts, backend
@@ -67,11 +71,15 @@ class _QKVProj(torch.autograd.Function):
         return dx if wanted[0] else None, None, None, None, *grads
 
 
-def _check_all(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], num_heads: int) -> None:
+def _check_all(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], num_heads: int
+) -> None:
     if len(weights) not in (1, 3):
         raise ValueError(f"weights holds {len(weights)} tensors: pass one (3C, C) or three (C, C)")
     if len(biases) not in (0, len(weights)):
-        raise ValueError(f"biases holds {len(biases)} tensors for {len(weights)} weights: pass as many, or None")
+        raise ValueError(
+            f"biases holds {len(biases)} tensors for {len(weights)} weights: pass as many, or None"
+        )
     _check.floating(x=x)
     _check.shape("x", x, -1, -1)
     rows = weights[0].shape[0]
@@ -90,7 +98,9 @@ def _check_all(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], n
         _check.same_device(x=x, **{f"biases[{i}]": b})
     if any(t.dtype != weights[0].dtype for t in (*weights, *biases)):
         dtypes = sorted({str(t.dtype) for t in (*weights, *biases)})
-        raise TypeError(f"weights and biases mix {', '.join(dtypes)}: use one dtype for all of them")
+        raise TypeError(
+            f"weights and biases mix {', '.join(dtypes)}: use one dtype for all of them"
+        )
 
 
 def qkv_proj(
@@ -101,8 +111,8 @@ def qkv_proj(
 ) -> Tensor:
     """Query, key and value of packed tokens in one GEMM -> (T, 3, H, D) in x's dtype, or autocast's.
 
-    Three weights that lie side by side in memory are used without a copy. Saves x and the weights for backward. Refuses
-    any other number of weights, rows that the heads do not divide, mixed weight dtypes. Vaswani et al. 2017, section 3.2.
+    Three weights that lie side by side in memory are used without a copy. Saves x and the weights. Refuses
+    any other number of weights, rows that the heads do not divide, mixed weight dtypes. Vaswani et al. 2017.
     """
     biases = [] if biases is None else list(biases)
     weights = list(weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -20,8 +21,8 @@ def unsupported(*args: object) -> str | None:
 def spans(cu_seqlens: Tensor) -> list[tuple[int, int, int]]:
     """(b, start, end) of every sequence that has a token."""
     bounds = cu_seqlens.tolist()
-    pairs = zip(bounds, bounds[1:], strict=False)
-    return [(b, start, end) for b, (start, end) in enumerate(pairs) if end > start]
+    pairs = enumerate(itertools.pairwise(bounds))
+    return [(b, start, end) for b, (start, end) in pairs if end > start]
 
 
 def heads(packed: Tensor) -> Tensor:
@@ -39,7 +40,9 @@ def weights(q: Tensor, k: Tensor, scale: float, causal: bool) -> tuple[Tensor, T
     return torch.exp(scores - lse[..., None]), lse
 
 
-def factor(seed: Tensor | None, site: int, b: int, H: int, L: int, p: float, like: Tensor) -> Tensor:
+def factor(
+    seed: Tensor | None, site: int, b: int, H: int, L: int, p: float, like: Tensor
+) -> Tensor:
     """What dropout multiplies the weights (H, L, L) of sequence b by: 0 or 1 / (1 - p)."""
     if p == 0.0 or seed is None:
         return torch.ones((), dtype=like.dtype, device=like.device)
@@ -68,7 +71,7 @@ def forward(
         outs.append(heads((P * factor(seed, site, b, H, end - start, p, P)) @ v))
         lses.append(lse)
         done = end
-    outs.append(wide.new_zeros(T - done, *wide.shape[2:]))
+    outs += [wide[:0, 0], wide.new_zeros(T - done, *wide.shape[2:])]
     lses.append(wide.new_zeros(H, T - done))
     lse = torch.cat(lses, 1) if save else wide.new_empty(H, 0)
     return torch.cat(outs).to(qkv.dtype), lse
@@ -140,11 +143,17 @@ def sample_inputs(
     """Calls of `functional.attention`."""
     draw = Draw(dtype, device, seed)
 
-    def call(lengths: tuple[int, ...], H: int, D: int, tail: int = 0, p: float = 0.0, **options: object) -> dict:
+    def call(
+        lengths: tuple[int, ...], H: int, D: int, tail: int = 0, p: float = 0.0, **options: object
+    ) -> dict:
         qkv = draw.normal(sum(lengths) + tail, 3, H, D)
         if tail:
             qkv[sum(lengths) :] = float("nan")
-        kwargs = {"qkv": qkv, "cu_seqlens": draw.cu_seqlens(*lengths), "max_seqlen": max(lengths, default=0)}
+        kwargs = {
+            "qkv": qkv,
+            "cu_seqlens": draw.cu_seqlens(*lengths),
+            "max_seqlen": max(lengths, default=0),
+        }
         return kwargs | options | ({"p": p, "seed": draw.seed(), "site": 1} if p else {})
 
     yield Sample("S1-H1-D1", call((1,), 1, 1), "one token")
@@ -153,7 +162,9 @@ def sample_inputs(
     yield Sample("S7-2-H2-D4-causal", call((7, 2), 2, 4, causal=True), "causal")
     yield Sample("S33-17-H3-D64-drop", call((33, 17), 3, 64, p=0.1), "BERT's head size")
     yield Sample("S4-0-3-H2-D8", call((4, 0, 3), 2, 8), "an empty sequence")
-    yield Sample("tail", call((3, 2), 2, 8, tail=3, p=0.5), "rows past the end: never read, zeros out")
+    yield Sample(
+        "tail", call((3, 2), 2, 8, tail=3, p=0.5), "rows past the end: never read, zeros out"
+    )
     yield Sample("scale", call((6, 6), 2, 8, scale=0.5), "a scale of one's own")
     yield Sample("S130-H1-D80", call((130,), 1, 80), "longer than a tile, D not a power of two")
     yield Sample("empty", call((), 2, 8), "no token")

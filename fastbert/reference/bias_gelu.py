@@ -60,7 +60,9 @@ def backward(
 
 def eager(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
     """Stock ops in the tested dtype."""
-    return torch.nn.functional.gelu(x if bias is None else x + bias.to(x.dtype), approximate=approximate)
+    return torch.nn.functional.gelu(
+        x if bias is None else x + bias.to(x.dtype), approximate=approximate
+    )
 
 
 def sample_inputs(
@@ -74,14 +76,25 @@ def sample_inputs(
     yield Sample("T5-F33-tanh", tanh, "gelu_new")
     yield Sample("T31-F3072", {"x": draw.normal(31, 3072), "bias": draw.normal(3072)}, "BERT-base")
     yield Sample("nobias", {"x": draw.normal(2, 3, 8)}, "the GELU drop-in")
-    yield Sample("tails", {"x": draw.normal(4, 64, scale=8.0), "bias": draw.normal(64)}, "where gelu is 0 or x")
+    yield Sample(
+        "tails",
+        {"x": draw.normal(4, 64, scale=8.0), "bias": draw.normal(64)},
+        "where gelu is 0 or x",
+    )
     yield Sample("T0-F8", {"x": draw.normal(0, 8), "bias": draw.normal(8)}, "empty")
     if low_precision(dtype):
-        yield Sample("mixed", {"x": draw.normal(8, 64), "bias": draw.normal(64, dtype=torch.float32)}, "fp32 bias")
+        yield Sample(
+            "mixed",
+            {"x": draw.normal(8, 64), "bias": draw.normal(64, dtype=torch.float32)},
+            "fp32 bias",
+        )
 
 
 def cost(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Cost:
     """Forward reads x and writes y; backward reads dy and x and writes dx."""
     return Cost(
-        2 * nbytes(x) + nbytes(bias), 10 * x.numel(), 3 * nbytes(x) + 2 * nbytes(bias), 20 * x.numel()
+        2 * nbytes(x) + nbytes(bias),
+        10 * x.numel(),
+        3 * nbytes(x) + 2 * nbytes(bias),
+        20 * x.numel(),
     )

@@ -66,7 +66,11 @@ def sample_inputs(
     yield Sample("N7-V13", call(7, 13), "primes")
     yield Sample("N7-V13-sum", call(7, 13, reduction="sum"), "sum")
     yield Sample("N7-V13-none", call(7, 13, reduction="none"), "per row")
-    yield Sample("N9-V5-ignore", {"logits": draw.normal(9, 5), "labels": draw.ids(5, 9), "ignore_index": 2}, "label 2 ignored")
+    yield Sample(
+        "N9-V5-ignore",
+        {"logits": draw.normal(9, 5), "labels": draw.ids(5, 9), "ignore_index": 2},
+        "label 2 ignored",
+    )
     yield Sample("N11-V30522", call(11, 30522), "BERT's vocabulary: rows 4-byte aligned only")
     peak = call(8, 33)
     peak["logits"][:, 5] = 200.0

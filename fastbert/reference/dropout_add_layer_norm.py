@@ -100,4 +100,9 @@ def sample_inputs(
 def cost(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, **_: object) -> Cost:
     """Forward reads x and residual, writes y and z; backward reads dy and z, writes dx and dresidual."""
     rows, affine = 8 * x.shape[0], nbytes(weight, bias)
-    return Cost(4 * nbytes(x) + rows + affine, 10 * x.numel(), 4 * nbytes(x) + rows + 2 * affine, 16 * x.numel())
+    return Cost(
+        4 * nbytes(x) + rows + affine,
+        10 * x.numel(),
+        4 * nbytes(x) + rows + 2 * affine,
+        16 * x.numel(),
+    )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastbert.reference import layer_norm, philox
 from fastbert.reference.layer_norm import widen
-from fastbert.testing.samples import Cost, Draw, Sample, low_precision, nbytes
+from fastbert.testing.samples import Cost, Draw, Sample, nbytes
 
 
 def unsupported(*args: object) -> str | None:
@@ -50,7 +50,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (T, C) in out_dtype, mean and rstd (T,) fp32."""
     z = total(ids, positions, types, word, position, type_)
-    y, mean, rstd = layer_norm.forward(z, *widen(weight, bias), eps)
+    w, b = widen(weight, bias)
+    y, mean, rstd = layer_norm.forward(z, w, b, eps)
     return philox.dropout(y, p, seed, site).to(out_dtype), mean, rstd
 
 
@@ -86,8 +87,12 @@ def backward(
     dz, dweight, dbias = layer_norm.backward(dln, z, weight, mean, rstd)
     dword = dz.to(ids.dtype, copy=True) if word is None else scatter(dz, ids, word, padding_idx)
     empty = dy.new_empty
-    dposition = scatter(dz, positions, position, position_padding_idx) if position_grad else empty(0)
-    dtype = scatter(dz, types, type_, None) if types is not None else empty(0)
+    dposition = (
+        scatter(dz, positions, position, position_padding_idx) if position_grad else empty(0)
+    )
+    dtype = empty(0)
+    if types is not None and type_ is not None:
+        dtype = scatter(dz, types, type_, None)
     return dword, dposition, dtype, dweight, dbias
 
 
@@ -112,7 +117,7 @@ def eager(
     F = torch.nn.functional
     z = ids if word is None else F.embedding(ids, word, padding_idx)
     z = z + F.embedding(positions, position, position_padding_idx)
-    if types is not None:
+    if types is not None and type_ is not None:
         z = z + F.embedding(types, type_)
     return philox.dropout(layer_norm.eager(z, weight, bias, eps), p, seed, site)
 
@@ -138,14 +143,20 @@ def sample_inputs(
 
     yield Sample("T1-C3", call(1, 3), "one short row")
     yield Sample("T13-C5-drop", call(13, 5, p=0.1), "ids repeat: the scatter must add")
-    yield Sample("T13-C6-padding", call(13, 6) | {"padding_idx": 0, "position_padding_idx": 1}, "no gradient at padding")
+    yield Sample(
+        "T13-C6-padding",
+        call(13, 6) | {"padding_idx": 0, "position_padding_idx": 1},
+        "no gradient at padding",
+    )
     yield Sample("T63-C768-drop", call(63, 768, V=101, P=64, p=0.1), "BERT-base rows")
     yield Sample("notypes", call(9, 8, Y=0), "DistilBERT")
     ready = call(9, 8) | {"word": None, "ids": draw.normal(9, 8)}
     yield Sample("inputs-embeds", ready, "ready embeddings instead of ids")
     yield Sample("empty", call(0, 8, p=0.1), "no token")
     int32 = call(5, 4)
-    yield Sample("int32", int32 | {k: int32[k].int() for k in ("ids", "positions", "types")}, "int32 ids")
+    yield Sample(
+        "int32", int32 | {k: int32[k].int() for k in ("ids", "positions", "types")}, "int32 ids"
+    )
 
 
 def cost(ids: Tensor, word: Tensor | None, position: Tensor, **_: object) -> Cost:

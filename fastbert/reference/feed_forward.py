@@ -47,12 +47,18 @@ def backward(
     h = bias_gelu.forward(wide_u, None, approximate)
     dh, dw2, db2 = linear.backward(g, h, w2, [True, *needs[3:]])
     du, _ = bias_gelu.backward(dh, wide_u, None, approximate)
-    dx, dw1, db1 = linear.backward(du, *widen(x), w1, needs[:3])
+    (wide_x,) = widen(x)
+    dx, dw1, db1 = linear.backward(du, wide_x, w1, needs[:3])
     return dx.to(x.dtype), dw1, db1, dw2, db2
 
 
 def eager(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str = "none"
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    approximate: str = "none",
 ) -> Tensor:
     """Stock ops in the tested dtype."""
     return linear.eager(bias_gelu.eager(linear.eager(x, w1, b1), None, approximate), w2, b2)
@@ -84,7 +90,12 @@ def sample_inputs(
 
 
 def cost(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str = "none"
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    approximate: str = "none",
 ) -> Cost:
     """Two GEMMs forward, four backward; the activation between them is written and read once."""
     u = x.new_empty(x.numel() // max(x.shape[-1], 1), w1.shape[0])

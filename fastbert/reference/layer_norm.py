@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
     return None
 
 
-def widen(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def widen(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in the accumulation dtype: fp32, or fp64 where the input is."""
     return tuple(
         None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors
@@ -37,7 +38,6 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (N, C) in x's dtype, mean and rstd (N,) fp32."""
     z, w, b = widen(x, weight, bias)
-    assert z is not None
     mean, rstd = moments(z, eps)
     y = (z - mean[:, None]) * rstd[:, None]
     if w is not None:
@@ -70,7 +70,9 @@ def backward(
     return dx.to(x.dtype), dweight, dbias
 
 
-def eager(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def eager(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
     """The stock op in the tested dtype: what a user would run, and the error budget's baseline."""
     w, b = (None if t is None else t.to(x.dtype) for t in (weight, bias))
     return torch.nn.functional.layer_norm(x, x.shape[-1:], w, b, eps)
@@ -102,10 +104,15 @@ def sample_inputs(
         yield Sample("mixed", {"x": draw.normal(8, 64), **full}, "fp32 weights")
 
 
-def cost(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Cost:
+def cost(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Cost:
     """Forward reads x and writes y; backward reads dy and x and writes dx; statistics are two fp32 a row."""
     rows = 8 * (x.numel() // max(x.shape[-1], 1))
     affine = nbytes(weight, bias)
     return Cost(
-        2 * nbytes(x) + rows + affine, 8 * x.numel(), 3 * nbytes(x) + rows + 2 * affine, 14 * x.numel()
+        2 * nbytes(x) + rows + affine,
+        8 * x.numel(),
+        3 * nbytes(x) + rows + 2 * affine,
+        14 * x.numel(),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,9 @@ def backward(
 
 def eager(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The stock op in the tested dtype."""
-    return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return torch.nn.functional.linear(
+        x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    )
 
 
 def sample_inputs(
@@ -52,9 +55,15 @@ def sample_inputs(
     """Calls of `functional.linear`."""
     draw = Draw(dtype, device, seed)
 
-    def call(T: int, K: int, N: int, bias: bool = True, weights: torch.dtype | None = None) -> dict[str, object]:
+    def call(
+        T: int, K: int, N: int, bias: bool = True, weights: torch.dtype | None = None
+    ) -> dict[str, Any]:
         weight = draw.normal(N, K, scale=K**-0.5, dtype=weights)
-        return {"x": draw.normal(T, K), "weight": weight, "bias": draw.normal(N, dtype=weights) if bias else None}
+        return {
+            "x": draw.normal(T, K),
+            "weight": weight,
+            "bias": draw.normal(N, dtype=weights) if bias else None,
+        }
 
     yield Sample("T1-K1-N1", call(1, 1, 1), "one element")
     yield Sample("T7-K13-N5", call(7, 13, 5), "primes")

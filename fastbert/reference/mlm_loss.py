@@ -1,4 +1,4 @@
-"""mlm_loss: the masked-LM softmax on labelled rows only, sum over rows r of lse_r - logit[r, label_r] (Devlin et al. 2018)."""
+"""mlm_loss: sum over labelled rows of lse - logit[label], logit = hidden weight^T + bias (Devlin et al. 2018)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def forward(
     max_rows: int,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss (), lse (R,), both fp32, and the saved p - onehot (R, V), empty without `save` or above max_rows."""
+    """The summed loss (), lse (R,), both fp32, and p - onehot (R, V), empty without `save` or above max_rows."""
     logits = linear.forward(*widen(_picked(hidden, rows), weight, bias))
     losses, lse = cross_entropy.forward(logits, labels, ignore_index)
     if not save or labels.shape[0] > max_rows:
@@ -91,7 +91,14 @@ def sample_inputs(
     """Calls of `functional.mlm_loss`."""
     draw = Draw(dtype, device, seed)
 
-    def call(T: int, C: int, V: int, fill: float = 0.3, weights: torch.dtype | None = None, **options: object) -> dict:
+    def call(
+        T: int,
+        C: int,
+        V: int,
+        fill: float = 0.3,
+        weights: torch.dtype | None = None,
+        **options: object,
+    ) -> dict:
         return {
             "hidden": draw.normal(T, C),
             "weight": draw.normal(V, C, scale=C**-0.5, dtype=weights),
@@ -105,10 +112,16 @@ def sample_inputs(
     yield Sample("T17-C5-V13-sum", call(17, 5, 13, reduction="sum"), "sum")
     yield Sample("T17-C5-V13-chunked", call(17, 5, 13, 0.7, max_rows=3), "more rows than max_rows")
     given = call(17, 4, 11)
-    yield Sample("rows", given | {"rows": (given["labels"] >= 0).nonzero()[:, 0]}, "rows from the collator")
-    yield Sample("compacted", call(9, 4, 11, 0.8, compacted=True), "labelled rows only, a few ignored")
+    yield Sample(
+        "rows", given | {"rows": (given["labels"] >= 0).nonzero()[:, 0]}, "rows from the collator"
+    )
+    yield Sample(
+        "compacted", call(9, 4, 11, 0.8, compacted=True), "labelled rows only, a few ignored"
+    )
     yield Sample("nobias", call(9, 4, 11) | {"bias": None}, "no bias")
-    yield Sample("T64-C192-V1001", call(64, 192, 1001, 0.15), "a small vocabulary, BERT's share of labels")
+    yield Sample(
+        "T64-C192-V1001", call(64, 192, 1001, 0.15), "a small vocabulary, BERT's share of labels"
+    )
     yield Sample("unlabelled", call(5, 4, 7, 0.0), "no labelled row: 0, connected")
     yield Sample("empty", call(0, 4, 7), "no token")
     if low_precision(dtype):

@@ -1,4 +1,4 @@
-"""Dropout bits, defined once: Philox4x32-10 by absolute index, so that every backend and tile shape keeps the same elements.
+"""Dropout bits, defined once: Philox4x32-10 by absolute index, the same for every backend and tile shape.
 
     words = philox4x32_10(counter, key = the int64 seed as two 32-bit words)
     rows of a matrix:  counter (col // 4, row, site, 0),             word = col % 4
@@ -24,7 +24,9 @@ def _mulhilo(constant: int, c: Tensor) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _MASK, product & _MASK
 
 
-def philox4x32_10(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
+def philox4x32_10(
+    c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor
+) -> tuple[Tensor, ...]:
     """Four uint32 words (as int64) per counter; the counters are int64 tensors in [0, 2**32) that broadcast."""
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
@@ -57,7 +59,9 @@ def keep_mask(seed: Tensor, site: int, rows: Tensor | int, cols: int, p: float) 
     return _keep(philox4x32_10(quad, row[:, None], zero + site, zero, seed), cols, p)
 
 
-def attention_keep_mask(seed: Tensor, site: int, bh: Tensor, rows: int, cols: int, p: float) -> Tensor:
+def attention_keep_mask(
+    seed: Tensor, site: int, bh: Tensor, rows: int, cols: int, p: float
+) -> Tensor:
     """Boolean (*bh.shape, rows, cols): which attention weights dropout keeps; bh holds b * H + h."""
     device = seed.device
     i = torch.arange(rows, dtype=torch.int64, device=device)[:, None]

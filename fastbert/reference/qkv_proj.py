@@ -55,7 +55,9 @@ def sample_inputs(
     """Calls of `functional.qkv_proj`."""
     draw = Draw(dtype, device, seed)
 
-    def call(T: int, C: int, H: int, parts: int, bias: bool = True, weights: torch.dtype | None = None) -> dict:
+    def call(
+        T: int, C: int, H: int, parts: int, bias: bool = True, weights: torch.dtype | None = None
+    ) -> dict:
         rows = 3 * C // parts
         return {
             "x": draw.normal(T, C),
@@ -71,11 +73,15 @@ def sample_inputs(
     yield Sample("T0-C8-H2", call(0, 8, 2, 3), "empty")
     whole, bias = draw.normal(12, 4), draw.normal(12)
     adjacent = {"weights": list(whole.split(4)), "biases": list(bias.split(4)), "num_heads": 2}
-    yield Sample("adjacent", {"x": draw.normal(6, 4), **adjacent}, "three weights side by side in memory")
+    yield Sample(
+        "adjacent", {"x": draw.normal(6, 4), **adjacent}, "three weights side by side in memory"
+    )
     if low_precision(dtype):
         yield Sample("mixed", call(9, 32, 4, 3, weights=torch.float32), "fp32 weights")
 
 
-def cost(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None, num_heads: int = 1) -> Cost:
+def cost(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None, num_heads: int = 1
+) -> Cost:
     """One GEMM forward, two backward."""
     return linear.cost(x, _joined(weights), _joined(biases) if biases else None)

@@ -46,7 +46,9 @@ class _Layout:
         """Boolean (B, 1, 1 or S, S): the keys a query must not see."""
         hidden = ~self.valid[:, None, None, :]
         if causal:
-            hidden = hidden | torch.ones(self.S, self.S, dtype=torch.bool, device=hidden.device).triu(1)
+            hidden = hidden | torch.ones(
+                self.S, self.S, dtype=torch.bool, device=hidden.device
+            ).triu(1)
         return hidden
 
 
@@ -121,6 +123,8 @@ def backward(
     P = _scores(q, k, scale, layout.hidden(causal)).sub_(padded_lse[..., None]).exp_()
     dv = _dropped(P, p, seed, site).to(v.dtype).transpose(-2, -1) @ do
     dP = _dropped((do @ v.transpose(-2, -1)).to(lse.dtype), p, seed, site)
-    dS = (P * (dP - delta[..., None])).masked_fill_(~layout.valid[:, None, :, None], 0.0).to(q.dtype)
+    dS = (
+        (P * (dP - delta[..., None])).masked_fill_(~layout.valid[:, None, :, None], 0.0).to(q.dtype)
+    )
     grads = (scale * (dS @ k), scale * (dS.transpose(-2, -1) @ q), dv)
     return torch.stack([layout.unpad(t) for t in grads], 1)

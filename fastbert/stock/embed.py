@@ -24,7 +24,12 @@ def _rows(table: Tensor, ids: Tensor) -> Tensor:
 
 
 def _total(
-    ids: Tensor, positions: Tensor, types: Tensor | None, word: Tensor | None, position: Tensor, type_: Tensor | None
+    ids: Tensor,
+    positions: Tensor,
+    types: Tensor | None,
+    word: Tensor | None,
+    position: Tensor,
+    type_: Tensor | None,
 ) -> Tensor:
     wide = torch.promote_types(position.dtype, torch.float32)
     z = (ids if word is None else _rows(word, ids)).to(wide) + _rows(position, positions)
@@ -54,7 +59,9 @@ def forward(
 
 def _scatter(dz: Tensor, ids: Tensor, table: Tensor, padding_idx: int | None) -> Tensor:
     padding = -1 if padding_idx is None else padding_idx
-    return torch.ops.aten.embedding_dense_backward(dz, ids, table.shape[0], padding, False).to(table.dtype)
+    return torch.ops.aten.embedding_dense_backward(dz, ids, table.shape[0], padding, False).to(
+        table.dtype
+    )
 
 
 def backward(
@@ -81,6 +88,8 @@ def backward(
     dz, dweight, dbias = layer_norm.backward(dln, z, weight.to(z.dtype), mean, rstd)
     dword = dz.to(ids.dtype, copy=True) if word is None else _scatter(dz, ids, word, padding_idx)
     empty = dy.new_empty
-    dposition = _scatter(dz, positions, position, position_padding_idx) if position_grad else empty(0)
+    dposition = (
+        _scatter(dz, positions, position, position_padding_idx) if position_grad else empty(0)
+    )
     dtype = empty(0) if types is None else _scatter(dz, types, type_, None)  # type: ignore[arg-type]
     return dword, dposition, dtype, dweight.to(weight.dtype), dbias.to(weight.dtype)

@@ -11,7 +11,9 @@ def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
     return None
 
 
-def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def affine(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias in the dtype that makes the stock kernel keep fp32 statistics for x.
 
     On the CPU a bf16 weight beside a bf16 x makes it return bf16 statistics, an fp32 weight fp32 ones (torch 2.13);
@@ -50,7 +52,14 @@ def backward(
     """dx (N, C), dweight and dbias (C,), which are empty where there is no weight."""
     w, b = affine(x, weight, None)
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        dy, x, x.shape[-1:], mean[:, None], rstd[:, None], w, b, [True, w is not None, w is not None]
+        dy,
+        x,
+        x.shape[-1:],
+        mean[:, None],
+        rstd[:, None],
+        w,
+        b,
+        [True, w is not None, w is not None],
     )
     if weight is None:
         return dx, dy.new_empty(0), dy.new_empty(0)

@@ -74,7 +74,9 @@ def backward(
         if labels.shape[0] <= max_rows:
             g = dlogits
         else:
-            g = _unscaled(torch.nn.functional.linear(h[part], w, b), labels[part], lse[part], ignore_index)
+            g = _unscaled(
+                torch.nn.functional.linear(h[part], w, b), labels[part], lse[part], ignore_index
+            )
         if needs[0]:
             dh[part] = (g @ w) * dloss
         if needs[1]:

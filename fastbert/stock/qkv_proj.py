@@ -29,7 +29,9 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
         for i, p in enumerate(parts)
     )
     if adjacent:
-        return first.detach().as_strided((len(parts) * first.shape[0], *first.shape[1:]), first.stride())
+        return first.detach().as_strided(
+            (len(parts) * first.shape[0], *first.shape[1:]), first.stride()
+        )
     return torch.cat(list(parts))
 
 

@@ -3,8 +3,8 @@
     max |ours - truth| <= 2 max |eager - truth| + 4 eps max |truth|
     rms (ours - truth) <= 2 rms (eager - truth) +   eps rms truth
 
-truth is the reference in fp64, eager the stock ops in the tested dtype, eps that of ours' dtype; NaN and infinities must
-stand at the same places.
+truth is the reference in fp64, eager the stock ops in the tested dtype, eps that of ours' dtype; NaN and infinities
+must stand at the same places.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ def excess(ours: Tensor, truth: Tensor, eager: Tensor) -> str | None:
     allowed += 4 * eps * float(t.abs().max())
     if error > allowed:
         where = int((a - t).abs().argmax())
-        return (
-            f"max error {error:.3e} > {allowed:.3e} at finite element {where}: {a[where]} for {t[where]}"
-        )
+        return f"max error {error:.3e} > {allowed:.3e} at finite element {where}: {a[where]} for {t[where]}"
     error, allowed = _rms(a - t), 2 * _rms(e - t) + eps * _rms(t)
     return f"rms error {error:.3e} > {allowed:.3e}" if error > allowed else None
 

@@ -1,4 +1,4 @@
-"""The one parity check of every op: a backend against the reference in fp64, forward and backward, within the budget."""
+"""The one parity check of every op: a backend against the fp64 reference, both directions, within the budget."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def cases(slug: str, dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, str
                     yield name, sample.id, dtype
 
 
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def tree_map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, (list, tuple)):
-        return type(value)(_map(v, change) for v in value)
+        return type(value)(tree_map(v, change) for v in value)
     return value
 
 
-def _leaves(kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def leaves_of(kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     for name, value in kwargs.items():
         for i, t in enumerate(value if isinstance(value, (list, tuple)) else [value]):
             if isinstance(t, Tensor) and t.is_floating_point():
                 yield (f"{name}[{i}]" if isinstance(value, (list, tuple)) else name), t
 
 
-def _upstream(y: Tensor) -> Tensor:
+def upstream(y: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(7)
     return torch.randn(y.shape, generator=generator).to(y.device)
 
@@ -55,7 +55,7 @@ def _upstream(y: Tensor) -> Tensor:
 def call(op: Callable[..., Any], kwargs: dict[str, Any], backward: bool) -> Results:
     """The op's outputs, and with `backward` the gradient of every float input for a fixed random upstream gradient."""
     kwargs = {
-        k: _map(v, lambda t: t.detach().requires_grad_(backward and t.is_floating_point()))
+        k: tree_map(v, lambda t: t.detach().requires_grad_(backward and t.is_floating_point()))
         for k, v in kwargs.items()
     }
     out = op(**kwargs)
@@ -63,9 +63,9 @@ def call(op: Callable[..., Any], kwargs: dict[str, Any], backward: bool) -> Resu
     results = {f"output {i}": t.detach() for i, t in enumerate(outs)}
     if not backward:
         return results
-    leaves = dict(_leaves(kwargs))
+    leaves = dict(leaves_of(kwargs))
     grads = torch.autograd.grad(
-        outs[0], list(leaves.values()), _upstream(outs[0]).to(outs[0].dtype), allow_unused=True
+        outs[0], list(leaves.values()), upstream(outs[0]).to(outs[0].dtype), allow_unused=True
     )
     for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
         results[f"d{name}"] = torch.zeros_like(leaf) if grad is None else grad
@@ -81,18 +81,21 @@ def check(slug: str, name: str, sample_id: str, dtype: torch.dtype, backward: bo
     op = getattr(functional, slug)
     kwargs = next(s for s in samples(slug, dtype) if s.id == sample_id).kwargs
     wide = {
-        k: _map(v, lambda t: t.double() if t.is_floating_point() else t) for k, v in kwargs.items()
+        k: tree_map(v, lambda t: t.double() if t.is_floating_point() else t)
+        for k, v in kwargs.items()
     }
     with backend.use("reference"):
         truth = call(op, wide, backward)
     eager = call(reference.eager, kwargs, backward)
     with backend.use(name), poison.outputs():
-        first = call(op, {k: _map(v, poison.surround) for k, v in kwargs.items()}, backward)
+        first = call(op, {k: tree_map(v, poison.surround) for k, v in kwargs.items()}, backward)
         again = call(op, kwargs, backward)
     for key, expected in truth.items():
         ours = first[key]
         assert_within_budget(f"{slug} {name} {sample_id} {key}", ours, expected, eager[key])
-        assert torch.equal(ours.nan_to_num(), again[key].nan_to_num()), f"{key} varies between two runs"
+        assert torch.equal(ours.nan_to_num(), again[key].nan_to_num()), (
+            f"{key} varies between two runs"
+        )
         if key.startswith("d"):
-            given = dict(_leaves(kwargs))[key[1:]]
+            given = dict(leaves_of(kwargs))[key[1:]]
             assert ours.dtype == given.dtype, f"{key} is {ours.dtype}, its input {given.dtype}"

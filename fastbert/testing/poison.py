@@ -1,4 +1,4 @@
-"""Poison: outputs are allocated full of NaN and inputs lie inside NaN, so that what is not written or not ours shows up."""
+"""Poison: outputs are allocated full of NaN and inputs lie inside NaN, so that a stray read or missing write shows."""
 
 from __future__ import annotations
 

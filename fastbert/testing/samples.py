@@ -30,11 +30,15 @@ class Cost(NamedTuple):
 class Draw:
     """Deterministic random tensors for sample inputs, in one dtype on one device."""
 
-    def __init__(self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> None:
+    def __init__(
+        self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
+    ) -> None:
         self.dtype, self.device = dtype, torch.device(device)
         self._generator = torch.Generator().manual_seed(seed)
 
-    def normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
+    def normal(
+        self, *shape: int, scale: float = 1.0, mean: float = 0.0, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Normal values of this shape, in the draw's dtype unless another is named."""
         values = torch.randn(*shape, generator=self._generator) * scale + mean
         return values.to(self.device, dtype or self.dtype)

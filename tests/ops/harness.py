@@ -1,4 +1,4 @@
-"""Parametrisation shared by tests/ops/test_<slug>.py: backends x sample inputs x dtypes, opcheck, gradcheck, compile."""
+"""Parametrisation shared by tests/ops/test_<slug>.py: backends x sample inputs x dtypes, gradcheck, compile."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check(slug: str, name: str, sample: str, dtype: torch.dtype, backward: bool)
 def tensors(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The sample's arguments with every float tensor a leaf that wants a gradient."""
     return {
-        k: parity._map(v, lambda t: t.clone().requires_grad_(t.is_floating_point()))
+        k: parity.tree_map(v, lambda t: t.clone().requires_grad_(t.is_floating_point()))
         for k, v in kwargs.items()
     }
 
@@ -49,7 +49,7 @@ def gradcheck(slug: str, name: str) -> None:
     """
     ran = 0
     for sample in parity.samples(slug, torch.float64):
-        leaves = dict(parity._leaves(sample.kwargs))
+        leaves = dict(parity.leaves_of(sample.kwargs))
         if any(t.numel() > 200 for t in leaves.values()) or "padding" in sample.id:
             continue
         names = list(leaves)
@@ -82,6 +82,10 @@ def compiled(slug: str, name: str, pick: Callable[[str], bool] = lambda _: True)
         torch._dynamo.reset()
         with backend.use(name):
             expected = parity.call(op, sample.kwargs, True)
-            ours = parity.call(torch.compile(op, fullgraph=True, backend="aot_eager"), sample.kwargs, True)
+            ours = parity.call(
+                torch.compile(op, fullgraph=True, backend="aot_eager"), sample.kwargs, True
+            )
         for key, value in expected.items():
-            assert torch.equal(value.nan_to_num(), ours[key].nan_to_num()), f"{slug} {sample.id} {key}"
+            assert torch.equal(value.nan_to_num(), ours[key].nan_to_num()), (
+                f"{slug} {sample.id} {key}"
+            )

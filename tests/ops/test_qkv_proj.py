@@ -1,8 +1,5 @@
 import pytest
-import torch
 from harness import check, compiled, gradcheck, parametrize
-
-from fastbert import functional
 
 SLUG = "qkv_proj"
 

@@ -1,0 +1,155 @@
+"""Every op refuses bad input with a sentence that names the value."""
+
+import pytest
+import torch
+
+from fastbert import functional as F
+
+X, W, B = torch.randn(6, 8), torch.randn(8), torch.randn(8)
+LONG = torch.zeros(6, dtype=torch.int64)
+QKV = torch.randn(6, 3, 2, 4)
+CU = torch.tensor([0, 4, 6], dtype=torch.int32)
+WORD, POS, TYPE = torch.randn(5, 8), torch.randn(7, 8), torch.randn(2, 8)
+
+
+def embed(
+    ids=LONG,
+    positions=LONG,
+    types=LONG,
+    word=WORD,
+    position=POS,
+    type_=TYPE,
+    weight=W,
+    bias=B,
+    **options,
+):
+    return F.embed(ids, positions, types, word, position, type_, weight, bias, **options)
+
+
+CASES = [
+    # layer_norm
+    (lambda: F.layer_norm(LONG), TypeError, "x is torch.int64"),
+    (
+        lambda: F.layer_norm(X, torch.randn(7)),
+        ValueError,
+        r"weight has shape \(7,\), expected \(8,\)",
+    ),
+    (lambda: F.layer_norm(X, W, torch.randn(8, 1)), ValueError, r"bias has shape \(8, 1\)"),
+    (lambda: F.layer_norm(X, None, B), ValueError, "bias is given without weight"),
+    (lambda: F.layer_norm(torch.tensor(1.0)), ValueError, "no dimension"),
+    (lambda: F.layer_norm(X, W.to("meta")), ValueError, "weight is on meta but x is on cpu"),
+    # dropout_add_layer_norm
+    (
+        lambda: F.dropout_add_layer_norm(X, X, W, B, p=1.0),
+        ValueError,
+        r"p is 1.0: it must be in \[0, 1\)",
+    ),
+    (lambda: F.dropout_add_layer_norm(X, X, W, B, p=-0.1), ValueError, "p is -0.1"),
+    (lambda: F.dropout_add_layer_norm(X, X, W, B, p=float("nan")), ValueError, "p is nan"),
+    (lambda: F.dropout_add_layer_norm(X, X[:5], W, B), ValueError, r"residual has shape \(5, 8\)"),
+    (
+        lambda: F.dropout_add_layer_norm(X, X, W, B, p=0.1, seed=torch.tensor([1.0])),
+        ValueError,
+        "seed must be one int64",
+    ),
+    (
+        lambda: F.dropout_add_layer_norm(X, X, W, B, p=0.1, rows=LONG[:3]),
+        ValueError,
+        r"rows has shape \(3,\)",
+    ),
+    (
+        lambda: F.dropout_add_layer_norm(X, X, W, B, rows=X[:, 0]),
+        TypeError,
+        "rows is torch.float32",
+    ),
+    # bias_gelu
+    (lambda: F.bias_gelu(X, W[:3]), ValueError, r"bias has shape \(3,\)"),
+    (
+        lambda: F.bias_gelu(X, W, "sigmoid"),
+        ValueError,
+        "approximate is 'sigmoid': choose one of none, tanh",
+    ),
+    (lambda: F.bias_gelu(X.int()), TypeError, "x is torch.int32"),
+    # linear
+    (
+        lambda: F.linear(X, torch.randn(3, 7)),
+        ValueError,
+        r"weight has shape \(3, 7\), expected \(-1, 8\)",
+    ),
+    (lambda: F.linear(X, torch.randn(3, 8), torch.randn(4)), ValueError, r"bias has shape \(4,\)"),
+    (lambda: F.linear(torch.tensor(1.0), X), ValueError, "x has no dimension"),
+    # qkv_proj
+    (lambda: F.qkv_proj(X, [W[:, None]] * 2, None, 2), ValueError, "weights holds 2 tensors"),
+    (lambda: F.qkv_proj(X, [torch.randn(8, 8)] * 3, None, 3), ValueError, "3 heads do not divide"),
+    (
+        lambda: F.qkv_proj(X, [torch.randn(8, 8)] * 3, [B], 2),
+        ValueError,
+        "biases holds 1 tensors for 3",
+    ),
+    (lambda: F.qkv_proj(X, [torch.randn(24, 8)], [B.repeat(3).half()], 2), TypeError, "mix"),
+    (lambda: F.qkv_proj(X, [torch.randn(24, 8)], None, 0), ValueError, "num_heads=0"),
+    (
+        lambda: F.qkv_proj(X[None], [torch.randn(24, 8)], None, 2),
+        ValueError,
+        r"x has shape \(1, 6, 8\)",
+    ),
+    # attention
+    (lambda: F.attention(X, CU, 4), ValueError, r"expected \(T, 3, H, D\)"),
+    (lambda: F.attention(QKV, CU.long(), 4), TypeError, "cu_seqlens is torch.int64: pass int32"),
+    (lambda: F.attention(QKV, CU[:0], 4), ValueError, "cu_seqlens is empty"),
+    (lambda: F.attention(QKV, CU + 1, 4), ValueError, "starts at 1"),
+    (
+        lambda: F.attention(QKV, CU.flip(0) - 6, 4),
+        ValueError,
+        "cu_seqlens falls from 0 to -2 at entry 1",
+    ),
+    (lambda: F.attention(QKV, CU * 2, 8), ValueError, "ends at 12 but there are 6 tokens"),
+    (lambda: F.attention(QKV, CU, 3), ValueError, "sequence 0 has 4 tokens but max_seqlen is 3"),
+    (lambda: F.attention(QKV, CU, -1), ValueError, "max_seqlen is -1"),
+    (lambda: F.attention(QKV, CU, 4, p=2), ValueError, "p is 2"),
+    # embed
+    (lambda: embed(ids=LONG + 5), IndexError, r"ids\[0\] is 5, outside \[0, 5\)"),
+    (lambda: embed(ids=LONG - 1), IndexError, r"ids\[0\] is -1"),
+    (lambda: embed(positions=LONG + 7), IndexError, "max_position_embeddings"),
+    (lambda: embed(types=LONG + 2), IndexError, r"types\[0\] is 2"),
+    (lambda: embed(types=None), ValueError, "types and type_ come together"),
+    (lambda: embed(ids=X[:, 0]), TypeError, "ids is torch.float32"),
+    (lambda: embed(word=None), TypeError, "ids is torch.int64"),
+    (lambda: embed(positions=LONG[:3]), ValueError, r"positions has shape \(3,\)"),
+    (lambda: embed(word=torch.randn(5, 9)), ValueError, r"word has shape \(5, 9\)"),
+    (lambda: embed(p=1.5), ValueError, "p is 1.5"),
+    (lambda: embed(padding_idx=9), ValueError, "padding_idx is 9"),
+    # feed_forward
+    (
+        lambda: F.feed_forward(X, torch.randn(4, 8), None, torch.randn(8, 5), None),
+        ValueError,
+        r"w2 has shape \(8, 5\)",
+    ),
+    (
+        lambda: F.feed_forward(X, torch.randn(4, 7), None, torch.randn(8, 4), None),
+        ValueError,
+        r"w1 has shape \(4, 7\)",
+    ),
+    # cross_entropy
+    (lambda: F.cross_entropy(X, LONG + 8), IndexError, r"is 8, outside \[0, 8\)"),
+    (lambda: F.cross_entropy(X, LONG - 1), IndexError, "is -1"),
+    (lambda: F.cross_entropy(X, LONG[:4]), ValueError, r"labels has shape \(4,\)"),
+    (lambda: F.cross_entropy(X, X[:, 0]), TypeError, "labels is torch.float32"),
+    (lambda: F.cross_entropy(X, LONG, reduction="avg"), ValueError, "reduction is 'avg'"),
+    # mlm_loss
+    (lambda: F.mlm_loss(X, WORD, None, LONG + 5), IndexError, r"is 5, outside \[0, 5\)"),
+    (
+        lambda: F.mlm_loss(X, torch.randn(5, 7), None, LONG),
+        ValueError,
+        r"weight has shape \(5, 7\)",
+    ),
+    (lambda: F.mlm_loss(X, WORD, None, LONG, max_rows=0), ValueError, "max_rows is 0"),
+    (lambda: F.mlm_loss(X, WORD, None, LONG, rows=LONG[:2] + 6), IndexError, "6"),
+    (lambda: F.mlm_loss(X, WORD, None, LONG, reduction="none"), ValueError, "reduction is 'none'"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), CASES, ids=[c[2][:40] for c in CASES])
+def test_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

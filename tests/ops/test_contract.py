@@ -1,0 +1,195 @@
+"""What every op owes: schema, autograd of the reference's forward, autocast dtypes, refusals, choice of backend."""
+
+import pytest
+import torch
+from harness import short
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastbert
+from fastbert import backend, functional
+from fastbert.testing import parity
+
+ALL = pytest.mark.parametrize("slug", backend.SLUGS)
+
+
+class _Recorder(TorchDispatchMode):
+    """The calls of our registered ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastbert":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def small(slug, dtype=torch.float32):
+    """The samples that are cheap and finite."""
+    picked = []
+    for sample in parity.samples(slug, dtype):
+        leaves = [t for _, t in parity.leaves_of(sample.kwargs)]
+        if all(t.numel() < 600 and not t.isnan().any() for t in leaves):
+            picked.append(sample)
+    return picked
+
+
+@ALL
+@pytest.mark.parametrize("name", ["torch", "cpu"])
+def test_opcheck(slug, name):
+    if reason := backend.matrix()[slug][name]:
+        pytest.skip(reason)
+    for sample in small(slug):
+        with backend.use(name), _Recorder() as recorder:
+            parity.call(getattr(functional, slug), sample.kwargs, backward=True)
+        assert {str(func)[9:] for func, _ in recorder.calls} == {
+            f"{slug}_fwd.default",
+            f"{slug}_bwd.default",
+        }
+        for func, args in recorder.calls:
+            args = tuple(parity.tree_map(a, torch.Tensor.detach) for a in args)
+            torch.library.opcheck(func, args)
+
+
+@ALL
+def test_explicit_backward_is_autograd_of_the_reference_forward(slug):
+    """fp64: the reference's written-out backward against autograd through the reference's own forward."""
+    tried = 0
+    for sample in small(slug, torch.float64):
+        with backend.use("reference"), _Recorder() as recorder:
+            ours = parity.call(getattr(functional, slug), sample.kwargs, backward=True)
+        _, args = recorder.calls[0]
+        leaves = {}
+
+        def leaf(t, leaves=leaves):
+            if not t.is_floating_point():
+                return t
+            leaves[len(leaves)] = t.detach().clone().requires_grad_()
+            return leaves[len(leaves) - 1]
+
+        args = [parity.tree_map(a, leaf) for a in args[:-1]]
+        out = backend.module("reference", slug).forward(*args)
+        out = out[0] if isinstance(out, tuple) else out
+        upstream = recorder.calls[1][1][0]  # what reached the backward op
+        grads = torch.autograd.grad(
+            out, list(leaves.values()), upstream.reshape(out.shape), allow_unused=True
+        )
+        explicit = [v for k, v in ours.items() if k.startswith("d")]
+        padding = "padding" in sample.id
+        for mine, theirs in zip(explicit, grads, strict=True):
+            theirs = torch.zeros_like(mine) if theirs is None else theirs.reshape(mine.shape)
+            if not padding:
+                torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
+                tried += 1
+    assert tried
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+def test_autocast(slug, dtype):
+    """Under autocast the table of docs/ops.md holds, gradients come back in the parameters' dtype."""
+    stays = {"layer_norm", "dropout_add_layer_norm"}
+    fp32 = {"cross_entropy", "mlm_loss"}
+    sample = small(slug)[1]
+    with torch.autocast("cpu", dtype=dtype):
+        results = parity.call(getattr(functional, slug), sample.kwargs, backward=True)
+    expected = torch.float32 if slug in stays | fp32 else dtype
+    assert results["output 0"].dtype == expected
+    for name, leaf in parity.leaves_of(sample.kwargs):
+        assert results[f"d{name}"].dtype == leaf.dtype
+
+
+@ALL
+def test_no_second_derivative(slug):
+    sample = small(slug)[1]
+    kwargs = {
+        k: parity.tree_map(v, lambda t: t.clone().requires_grad_(t.is_floating_point()))
+        for k, v in sample.kwargs.items()
+    }
+    out = getattr(functional, slug)(**kwargs)
+    leaf = next(t for _, t in parity.leaves_of(kwargs))
+    scale = torch.ones(out.shape, dtype=out.dtype, requires_grad=True)
+    (grad,) = torch.autograd.grad(out, leaf, scale, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@ALL
+def test_retain_graph_and_untouched_inputs(slug):
+    """Backward twice gives the same; neither saved tensors nor the incoming gradient are written."""
+    sample = small(slug)[1]
+    kwargs = {
+        k: parity.tree_map(v, lambda t: t.clone().requires_grad_(t.is_floating_point()))
+        for k, v in sample.kwargs.items()
+    }
+    leaves = dict(parity.leaves_of(kwargs))
+    before = [t.detach().clone() for t in leaves.values()]
+    out = getattr(functional, slug)(**kwargs)
+    dy = torch.randn_like(out)
+    kept = dy.clone()
+    first = torch.autograd.grad(
+        out, list(leaves.values()), dy, retain_graph=True, allow_unused=True
+    )
+    again = torch.autograd.grad(out, list(leaves.values()), dy, allow_unused=True)
+    assert torch.equal(dy, kept)
+    for a, b in zip(first, again, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    for t, b in zip(leaves.values(), before, strict=True):
+        assert torch.equal(t, b)
+
+
+@ALL
+def test_needs_only_what_is_wanted(slug):
+    """Frozen inputs get no gradient, the others the same one as before."""
+    sample = small(slug)[1]
+    op = getattr(functional, slug)
+    full = parity.call(op, sample.kwargs, backward=True)
+    names = [name for name, _ in parity.leaves_of(sample.kwargs)]
+    for wanted in names:
+        counter = iter(names)
+        kwargs = {
+            k: parity.tree_map(
+                v,
+                lambda t, c=counter, w=wanted: (
+                    t.clone().requires_grad_(next(c) == w) if t.is_floating_point() else t
+                ),
+            )
+            for k, v in sample.kwargs.items()
+        }
+        leaf = dict(parity.leaves_of(kwargs))[wanted]
+        out = op(**kwargs)
+        (grad,) = torch.autograd.grad(out, leaf, parity.upstream(out).to(out.dtype))
+        assert torch.equal(grad, full[f"d{wanted}"])
+
+
+@ALL
+def test_explain(slug, capsys):
+    table = fastbert.explain(slug, **small(slug)[1].kwargs)
+    assert set(table) == set(backend.BACKENDS)
+    assert table["torch"] is None
+    assert table["reference"] is None
+    assert all(reason is None or len(reason) > 20 for reason in table.values())
+    assert "->" in capsys.readouterr().out
+
+
+def test_use_never_falls_back():
+    x = torch.randn(2, 4)
+    with fastbert.use("cuda"), pytest.raises(backend.Unsupported, match="asked for by name"):
+        functional.layer_norm(x)
+    with pytest.raises(ValueError, match="no backend 'cud'"):
+        fastbert.use("cud")
+    fastbert.use("torch")
+    assert backend.forced() == "torch"
+    fastbert.use(None)
+    assert backend.forced() is None
+    with pytest.raises(ValueError, match="no op"):
+        fastbert.explain("layernorm", x)
+
+
+def test_debug_checks_values():
+    assert backend.checks_values(torch.device("cpu"))
+    assert not backend.checks_values(torch.device("cuda"))
+    with fastbert.debug():
+        assert backend.checks_values(torch.device("cuda"))
+    assert not backend.checks_values(torch.device("cuda"))
