@@ -18,19 +18,19 @@ def unsupported(*args: object) -> str | None:
     return None
 
 
-def spans(cu_seqlens: Tensor) -> list[tuple[int, int, int]]:
+def _spans(cu_seqlens: Tensor) -> list[tuple[int, int, int]]:
     """(b, start, end) of every sequence that has a token."""
     bounds = cu_seqlens.tolist()
     pairs = enumerate(itertools.pairwise(bounds))
     return [(b, start, end) for b, (start, end) in pairs if end > start]
 
 
-def heads(packed: Tensor) -> Tensor:
+def _heads(packed: Tensor) -> Tensor:
     """(L, H, D) -> (H, L, D)."""
     return packed.transpose(0, 1)
 
 
-def weights(q: Tensor, k: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def _weights(q: Tensor, k: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T) (H, L, L) and its log-sum-exp (H, L), for q and k (H, L, D)."""
     scores = scale * q @ k.transpose(1, 2)
     if causal:
@@ -40,7 +40,7 @@ def weights(q: Tensor, k: Tensor, scale: float, causal: bool) -> tuple[Tensor, T
     return torch.exp(scores - lse[..., None]), lse
 
 
-def factor(
+def _factor(
     seed: Tensor | None, site: int, b: int, H: int, L: int, p: float, like: Tensor
 ) -> Tensor:
     """What dropout multiplies the weights (H, L, L) of sequence b by: 0 or 1 / (1 - p)."""
@@ -65,10 +65,10 @@ def forward(
     T, _, H, _ = qkv.shape
     (wide,) = widen(qkv)
     outs, lses, done = [], [], 0
-    for b, start, end in spans(cu_seqlens):
-        q, k, v = (heads(t) for t in wide[start:end].unbind(1))
-        P, lse = weights(q, k, scale, causal)
-        outs.append(heads((P * factor(seed, site, b, H, end - start, p, P)) @ v))
+    for b, start, end in _spans(cu_seqlens):
+        q, k, v = (_heads(t) for t in wide[start:end].unbind(1))
+        P, lse = _weights(q, k, scale, causal)
+        outs.append(_heads((P * _factor(seed, site, b, H, end - start, p, P)) @ v))
         lses.append(lse)
         done = end
     outs += [wide[:0, 0], wide.new_zeros(T - done, *wide.shape[2:])]
@@ -98,15 +98,15 @@ def backward(
     H = qkv.shape[2]
     wide, g, o = widen(qkv, dout, out)
     dqkv = torch.zeros_like(wide)
-    for b, start, end in spans(cu_seqlens):
-        q, k, v = (heads(t) for t in wide[start:end].unbind(1))
-        do = heads(g[start:end])
-        P, _ = weights(q, k, scale, causal)
-        M = factor(seed, site, b, H, end - start, p, P)
-        delta = (do * heads(o[start:end])).sum(-1, keepdim=True)
+    for b, start, end in _spans(cu_seqlens):
+        q, k, v = (_heads(t) for t in wide[start:end].unbind(1))
+        do = _heads(g[start:end])
+        P, _ = _weights(q, k, scale, causal)
+        M = _factor(seed, site, b, H, end - start, p, P)
+        delta = (do * _heads(o[start:end])).sum(-1, keepdim=True)
         dS = P * (M * (do @ v.transpose(1, 2)) - delta)
         grads = (scale * dS @ k, scale * dS.transpose(1, 2) @ q, (P * M).transpose(1, 2) @ do)
-        dqkv[start:end] = torch.stack([heads(t) for t in grads], 1)
+        dqkv[start:end] = torch.stack([_heads(t) for t in grads], 1)
     return dqkv.to(qkv.dtype)
 
 
@@ -126,13 +126,13 @@ def eager(
     T, _, H, D = qkv.shape
     scale = D**-0.5 if scale is None else scale
     outs, done = [], 0
-    for b, start, end in spans(cu_seqlens):
-        q, k, v = (heads(t) for t in qkv[start:end].unbind(1))
+    for b, start, end in _spans(cu_seqlens):
+        q, k, v = (_heads(t) for t in qkv[start:end].unbind(1))
         scores = scale * q @ k.transpose(1, 2)
         if causal:
             scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf"))
         P = scores.softmax(-1)
-        outs.append(heads((P * factor(seed, site, b, H, end - start, p, P)) @ v))
+        outs.append(_heads((P * _factor(seed, site, b, H, end - start, p, P)) @ v))
         done = end
     return torch.cat([*outs, qkv[:0, 0], qkv.new_zeros(T - done, H, D)])
 
@@ -173,6 +173,6 @@ def sample_inputs(
 def cost(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, **_: object) -> Cost:
     """Reads qkv and writes out; two products of 2 L^2 D a head forward, five backward."""
     H, D = qkv.shape[2:]
-    product = sum(2 * (end - start) ** 2 * H * D for _, start, end in spans(cu_seqlens))
+    product = sum(2 * (end - start) ** 2 * H * D for _, start, end in _spans(cu_seqlens))
     moved = nbytes(qkv) * 4 // 3
     return Cost(moved, 2 * product, 2 * moved, 5 * product)

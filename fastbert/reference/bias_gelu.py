@@ -19,14 +19,14 @@ def unsupported(*args: object) -> str | None:
     return None
 
 
-def gelu(u: Tensor, approximate: str) -> Tensor:
+def _gelu(u: Tensor, approximate: str) -> Tensor:
     """u Phi(u), or u / 2 (1 + tanh(sqrt(2 / pi) (u + 0.044715 u^3)))."""
     if approximate == "tanh":
         return 0.5 * u * (1 + torch.tanh(_A * (u + _B * u**3)))
     return 0.5 * u * (1 + torch.erf(u / math.sqrt(2)))
 
 
-def gelu_derivative(u: Tensor, approximate: str) -> Tensor:
+def _gelu_derivative(u: Tensor, approximate: str) -> Tensor:
     """Phi(u) + u phi(u), or the derivative of the tanh form."""
     if approximate == "tanh":
         t = torch.tanh(_A * (u + _B * u**3))
@@ -42,7 +42,7 @@ def forward(
 ) -> Tensor:
     """y (N, F) in x's dtype."""
     u, b = widen(x, bias)
-    return gelu(u if b is None else u + b, approximate).to(x.dtype)
+    return _gelu(u if b is None else u + b, approximate).to(x.dtype)
 
 
 def backward(
@@ -53,7 +53,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """dx = dy gelu'(x + bias) (N, F) and dbias = sum_n dx (F,), empty without bias."""
     g, u, b = widen(dy, x, bias)
-    dx = g * gelu_derivative(u if b is None else u + b, approximate)
+    dx = g * _gelu_derivative(u if b is None else u + b, approximate)
     dbias = dx.new_empty(0) if bias is None else dx.sum(0).to(bias.dtype)
     return dx.to(x.dtype), dbias
 

@@ -17,7 +17,7 @@ def unsupported(*args: object) -> str | None:
     return None
 
 
-def total(
+def _total(
     ids: Tensor,  # (T,) int64, or (T, C) ready embeddings when word is None
     positions: Tensor,  # (T,)
     types: Tensor | None,  # (T,)
@@ -49,13 +49,13 @@ def forward(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (T, C) in out_dtype, mean and rstd (T,) fp32."""
-    z = total(ids, positions, types, word, position, type_)
+    z = _total(ids, positions, types, word, position, type_)
     w, b = widen(weight, bias)
     y, mean, rstd = layer_norm.forward(z, w, b, eps)
     return philox.dropout(y, p, seed, site).to(out_dtype), mean, rstd
 
 
-def scatter(dz: Tensor, ids: Tensor, table: Tensor, padding_idx: int | None) -> Tensor:
+def _scatter(dz: Tensor, ids: Tensor, table: Tensor, padding_idx: int | None) -> Tensor:
     """The gradient of table[ids]: rows of dz summed by id; the padding row gets none."""
     grad = torch.zeros(table.shape, dtype=dz.dtype, device=dz.device).index_add(0, ids.long(), dz)
     if padding_idx is not None:
@@ -82,17 +82,17 @@ def backward(
     position_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dword (or the gradient of the ready embeddings), dposition, dtype, dweight, dbias; empty where there is none."""
-    z = total(ids, positions, types, word, position, type_)
+    z = _total(ids, positions, types, word, position, type_)
     dln = philox.dropout(widen(dy)[0], p, seed, site)
     dz, dweight, dbias = layer_norm.backward(dln, z, weight, mean, rstd)
-    dword = dz.to(ids.dtype, copy=True) if word is None else scatter(dz, ids, word, padding_idx)
+    dword = dz.to(ids.dtype, copy=True) if word is None else _scatter(dz, ids, word, padding_idx)
     empty = dy.new_empty
     dposition = (
-        scatter(dz, positions, position, position_padding_idx) if position_grad else empty(0)
+        _scatter(dz, positions, position, position_padding_idx) if position_grad else empty(0)
     )
     dtype = empty(0)
     if types is not None and type_ is not None:
-        dtype = scatter(dz, types, type_, None)
+        dtype = _scatter(dz, types, type_, None)
     return dword, dposition, dtype, dweight, dbias
 
 

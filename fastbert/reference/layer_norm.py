@@ -23,7 +23,7 @@ def widen(*tensors: Tensor | None) -> tuple[Any, ...]:
     )
 
 
-def moments(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _moments(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """mean and 1 / sqrt(biased variance + eps) of each row of z (N, C), the variance taken about the mean."""
     mean = z.mean(-1)
     variance = (z - mean[:, None]).square().mean(-1)
@@ -38,7 +38,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (N, C) in x's dtype, mean and rstd (N,) fp32."""
     z, w, b = widen(x, weight, bias)
-    mean, rstd = moments(z, eps)
+    mean, rstd = _moments(z, eps)
     y = (z - mean[:, None]) * rstd[:, None]
     if w is not None:
         y = y * w

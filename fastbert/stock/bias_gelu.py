@@ -11,7 +11,7 @@ def unsupported(*args: object) -> str | None:
     return None
 
 
-def biased(x: Tensor, bias: Tensor | None) -> Tensor:
+def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
     """x + bias in x's dtype."""
     return x if bias is None else x + bias.to(x.dtype)
 
@@ -22,7 +22,7 @@ def forward(
     approximate: str,
 ) -> Tensor:
     """y (N, F) in x's dtype."""
-    return torch.nn.functional.gelu(biased(x, bias), approximate=approximate)
+    return torch.nn.functional.gelu(_biased(x, bias), approximate=approximate)
 
 
 def backward(
@@ -32,7 +32,7 @@ def backward(
     approximate: str,
 ) -> tuple[Tensor, Tensor]:
     """dx (N, F) and dbias (F,), empty without bias."""
-    dx = torch.ops.aten.gelu_backward(dy, biased(x, bias), approximate=approximate)
+    dx = torch.ops.aten.gelu_backward(dy, _biased(x, bias), approximate=approximate)
     if bias is None:
         return dx, dx.new_empty(0)
     return dx, dx.sum(0, dtype=torch.promote_types(dx.dtype, torch.float32)).to(bias.dtype)

@@ -11,7 +11,7 @@ def unsupported(*args: object) -> str | None:
     return None
 
 
-def kept_labels(labels: Tensor, size: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+def _kept_labels(labels: Tensor, size: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """Which rows are labelled, labels that are safe to index with, and which labels were out of range (GPU only)."""
     kept = labels != ignore_index
     outside = kept & ((labels < 0) | (labels >= size))
@@ -25,7 +25,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The loss of each row (N,) and lse (N,), both fp32."""
     wide = torch.promote_types(logits.dtype, torch.float32)
-    kept, safe, outside = kept_labels(labels, logits.shape[1], ignore_index)
+    kept, safe, outside = _kept_labels(labels, logits.shape[1], ignore_index)
     lse = logits.to(wide).logsumexp(-1)
     at_label = logits.gather(1, safe[:, None])[:, 0]
     loss = (lse - at_label).where(kept, 0.0)
@@ -40,7 +40,7 @@ def backward(
     ignore_index: int,
 ) -> Tensor:
     """dlogits (N, V) in logits' dtype; 0 in ignored rows."""
-    kept, safe, outside = kept_labels(labels, logits.shape[1], ignore_index)
+    kept, safe, outside = _kept_labels(labels, logits.shape[1], ignore_index)
     p = (logits - lse[:, None]).exp_()
     p.scatter_add_(1, safe[:, None], torch.full_like(lse, -1.0)[:, None])
     scale = dloss.where(kept, 0.0).masked_fill(outside, float("nan"))

@@ -11,7 +11,7 @@ def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
     return None
 
 
-def affine(
+def _affine(
     x: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias in the dtype that makes the stock kernel keep fp32 statistics for x.
@@ -38,7 +38,7 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (N, C) in x's dtype, mean and rstd (N,) fp32."""
-    y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], *affine(x, weight, bias), eps)
+    y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], *_affine(x, weight, bias), eps)
     return y, mean.view(-1), rstd.view(-1)
 
 
@@ -50,7 +50,7 @@ def backward(
     rstd: Tensor,  # (N,)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (N, C), dweight and dbias (C,), which are empty where there is no weight."""
-    w, b = affine(x, weight, None)
+    w, b = _affine(x, weight, None)
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         dy,
         x,

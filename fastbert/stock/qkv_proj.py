@@ -15,7 +15,7 @@ def unsupported(*args: object) -> str | None:
     return None
 
 
-def joined(parts: Sequence[Tensor]) -> Tensor:
+def _joined(parts: Sequence[Tensor]) -> Tensor:
     """The parts stacked on their rows: a view where they already lie side by side in memory, else a copy."""
     first = parts[0]
     if len(parts) == 1:
@@ -42,7 +42,7 @@ def forward(
     num_heads: int,
 ) -> Tensor:
     """qkv (T, 3, H, D) in x's dtype."""
-    y = linear.forward(x, joined(weights), joined(biases) if biases else None)
+    y = linear.forward(x, _joined(weights), _joined(biases) if biases else None)
     return y.view(x.shape[0], 3, num_heads, y.shape[1] // (3 * num_heads))
 
 
@@ -53,4 +53,4 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (T, C), dweight (3HD, C), dbias (3HD,); empty where not needed."""
-    return linear.backward(dqkv.flatten(1), x, joined(weights), needs)
+    return linear.backward(dqkv.flatten(1), x, _joined(weights), needs)

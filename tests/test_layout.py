@@ -1,0 +1,259 @@
+"""The house rules that a machine can check. `python tests/test_layout.py` prints the table of sizes."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("fastbert", "kernels", "csrc", "tests", "benchmarks")
+MAX_FILE, MAX_FUNCTION, MAX_KERNEL, MAX_README = 400, 60, 120, 150
+
+# every exception to a rule stands here with its reason; one that is no longer needed fails a test
+LONG_FILES: dict[str, str] = {}
+LONG_FUNCTIONS: dict[str, str] = {}
+# modules beside the slugs in a folder of ops
+NOT_SLUGS = {
+    "fastbert/reference/philox.py": "the definition of the dropout bits, shared by the slugs",
+    "csrc/cpu/bindings.cpp": "the module's entry, for all slugs",
+}
+# public functions beside a backend's own: other modules of the same backend call them
+SHARED_HELPERS = {
+    "fastbert/reference/layer_norm.py": {"widen"},
+    "fastbert/stock/linear.py": {"cast"},
+}
+SYNCS = {"fastbert/ops/_check.py": "values are read only where checks_values says so"}
+ENVIRONMENT = {
+    "fastbert/backend.py": "FASTBERT_BACKEND, once, at import",
+    "fastbert/testing/fetch.py": "FASTBERT_CACHE, when a test or the demo fetches data",
+}
+
+BACKEND_API = {"unsupported", "forward", "backward"}
+REFERENCE_API = BACKEND_API | {"eager", "sample_inputs", "cost"}
+BACKEND_FOLDERS = {
+    "fastbert/reference": REFERENCE_API,
+    "fastbert/stock": BACKEND_API,
+    "fastbert/cpu": BACKEND_API,
+    "fastbert/cuda": BACKEND_API,
+    "kernels": BACKEND_API,
+}
+FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def files(*suffixes: str, under: tuple[str, ...] = FOLDERS) -> list[str]:
+    """Paths from the root, with setup.py, of the files that are ours."""
+    found = [ROOT / "setup.py"] + [p for folder in under for p in (ROOT / folder).rglob("*")]
+    return sorted(p.relative_to(ROOT).as_posix() for p in found if p.suffix in suffixes)
+
+
+def text(path: str) -> str:
+    """The file's text."""
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def python(*under: str) -> Iterator[tuple[str, ast.Module]]:
+    """Every Python file below these folders, parsed."""
+    for path in files(".py", under=under or FOLDERS):
+        if not under or path != "setup.py":
+            yield path, ast.parse(text(path))
+
+
+def slugs() -> tuple[str, ...]:
+    """SLUGS of backend.py, read without importing it."""
+    for node in ast.parse(text("fastbert/backend.py")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SLUGS":
+            return ast.literal_eval(node.value)
+    raise AssertionError("fastbert/backend.py has no SLUGS")
+
+
+def is_kernel(node: ast.AST) -> bool:
+    """Whether a Python function is compiled by Triton."""
+    return any("jit" in ast.unparse(d) for d in getattr(node, "decorator_list", []))
+
+
+def python_functions(path: str, tree: ast.Module) -> Iterator[tuple[str, int, int]]:
+    """(name, lines, limit) of each function, from its first decorator to its end."""
+    for node in ast.walk(tree):
+        if isinstance(node, FUNCTION):
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            limit = MAX_KERNEL if is_kernel(node) else MAX_FUNCTION
+            yield f"{path}:{node.name}", (node.end_lineno or first) - first + 1, limit
+
+
+def native_functions(path: str) -> Iterator[tuple[str, int, int]]:
+    """(name, lines, limit) of each C++ function, as clang-format indents them."""
+    signature = r"^( *)(?:template <[^\n]*\n *)?[A-Za-z_][^;{}#()]*?(\w+)\([^;{}]*\)[^;{}()]*"
+    body = r"\{(?:[^\n]*\}$|\n.*?^\1\})"
+    for match in re.finditer(signature + body, text(path), re.MULTILINE | re.DOTALL):
+        yield f"{path}:{match[2]}", match[0].count("\n") + 1, MAX_KERNEL
+
+
+def functions() -> list[tuple[str, int, int]]:
+    """Every function of the project: (path:name, lines, limit)."""
+    found = [row for path, tree in python() for row in python_functions(path, tree)]
+    native = files(".cpp", ".h", ".cu", ".cuh", under=("csrc",))
+    return found + [row for path in native for row in native_functions(path)]
+
+
+def file_lengths() -> dict[str, int]:
+    """Lines of every source file."""
+    sources = files(".py", ".cpp", ".h", ".cu", ".cuh")
+    return {path: len(text(path).splitlines()) for path in sources}
+
+
+def table() -> str:
+    """The longest files and functions, and the medians."""
+    lengths = sorted(file_lengths().items(), key=lambda item: -item[1])
+    sized = sorted(functions(), key=lambda row: -row[1])
+    lines = [f"{len(lengths)} files, {len(sized)} functions"]
+    lines.append(
+        f"median file {lengths[len(lengths) // 2][1]}, function {sized[len(sized) // 2][1]}"
+    )
+    lines += [f"{count:5} / {MAX_FILE}  {path}" for path, count in lengths[:10]]
+    lines += [f"{count:5} / {limit}  {name}" for name, count, limit in sized[:15]]
+    return "\n".join(lines)
+
+
+def test_files_are_short():
+    print(table())
+    long = {path: n for path, n in file_lengths().items() if n > MAX_FILE}
+    assert long.keys() == LONG_FILES.keys(), f"over {MAX_FILE} lines: {long}\n{table()}"
+
+
+def test_functions_are_short():
+    long = {name: n for name, n, limit in functions() if n > limit}
+    assert long.keys() == LONG_FUNCTIONS.keys(), f"too long: {long}\n{table()}"
+
+
+def test_the_measure_sees_native_functions():
+    names = {name.split(":")[1]: lines for name, lines, _ in functions() if name.startswith("csrc")}
+    assert 20 < names["dropout_add_layer_norm_fwd_row"] < 60
+
+
+@pytest.mark.parametrize("slug", slugs())
+def test_one_slug_is_spelled_the_same_everywhere(slug):
+    expected = [f"fastbert/{folder}/{slug}.py" for folder in ("ops", "reference", "stock")]
+    expected.append(f"tests/ops/test_{slug}.py")
+    missing = [path for path in expected if not (ROOT / path).is_file()]
+    assert not missing, f"{slug} has no {', '.join(missing)}"
+
+
+def test_no_module_beside_the_slugs():
+    folders = ["fastbert/ops", *BACKEND_FOLDERS, "csrc/cpu", "csrc/cuda"]
+    strangers = [
+        path
+        for path in files(".py", ".cpp", ".cu")
+        if str(Path(path).parent) in folders
+        and not Path(path).name.startswith("_")
+        and Path(path).stem not in slugs()
+    ]
+    assert sorted(strangers) == sorted(NOT_SLUGS)
+
+
+@pytest.mark.parametrize("folder", BACKEND_FOLDERS)
+def test_backend_modules_have_the_same_functions(folder):
+    for path, tree in python(folder):
+        if Path(path).stem not in slugs():
+            continue
+        public = {n.name for n in tree.body if isinstance(n, FUNCTION) and n.name[0] != "_"}
+        assert public - SHARED_HELPERS.get(path, set()) == BACKEND_FOLDERS[folder], path
+        classes = [n.name for n in tree.body if isinstance(n, ast.ClassDef) and n.name[0] != "_"]
+        assert not classes, f"{path} has public classes {classes}"
+
+
+def test_shared_helpers_are_shared():
+    for path, names in SHARED_HELPERS.items():
+        stem = Path(path).stem
+        others = "\n".join(text(p) for p in files(".py", under=("fastbert",)) if p != path)
+        for name in names:
+            used = rf"from \S*\.{stem} import [^\n]*\b{name}\b|\b{stem}\.{name}\("
+            assert re.search(used, others), f"{path}:{name} is used nowhere else: make it private"
+
+
+def test_nothing_imports_a_top_level_kernels():
+    for path, tree in python():
+        for node in ast.walk(tree):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            assert not any(n.split(".")[0] == "kernels" for n in names), f"{path}:{node.lineno}"
+
+
+def test_hot_paths_do_not_sync():
+    found = {
+        path
+        for path, tree in python("fastbert/ops", "fastbert/stock", "fastbert/cuda", "kernels")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("item", "tolist")
+    }
+    assert found == SYNCS.keys()
+
+
+def test_nothing_hides_from_torch_compile():
+    for path, tree in python("fastbert", "kernels"):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr == "disable":
+                owner = ast.unparse(node.value)
+                assert not owner.endswith(("compiler", "_dynamo")), f"{path}:{node.lineno}"
+
+
+def test_the_environment_is_read_only_where_listed():
+    found = {
+        path
+        for path, tree in python("fastbert", "kernels")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv")
+    }
+    assert found == ENVIRONMENT.keys()
+
+
+def test_the_chooser_reads_the_environment_at_import_only():
+    tree = ast.parse(text("fastbert/backend.py"))
+    for function in (node for node in ast.walk(tree) if isinstance(node, FUNCTION)):
+        assert "environ" not in ast.unparse(function), function.name
+
+
+def test_native_code_has_no_torch_in_it():
+    for path in files(".cpp", ".h", ".cu", ".cuh", under=("csrc",)):
+        includes = re.findall(r'#\s*include\s*[<"]([^>"]+)', text(path))
+        assert not [i for i in includes if re.match(r"(torch|ATen|c10|caffe2)\b", i)], path
+        if path != "csrc/cpu/vec.h":
+            assert not [i for i in includes if re.search(r"intrin\.h|arm_neon|arm_sve", i)], path
+
+
+def test_every_package_has_an_init():
+    folders = {(ROOT / path).parent for path in files(".py", under=("fastbert", "kernels"))} - {
+        ROOT
+    }
+    assert not [str(folder) for folder in folders if not (folder / "__init__.py").is_file()]
+
+
+def test_public_functions_and_classes_have_docstrings():
+    bare = [
+        f"{path}:{getattr(node, 'name', 'module')}"
+        for path, tree in python("fastbert", "kernels")
+        for node in [tree, *tree.body]
+        if isinstance(node, FUNCTION | ast.ClassDef | ast.Module)
+        and not getattr(node, "name", "").startswith("_")
+        and not ast.get_docstring(node)
+    ]
+    assert not bare, bare
+
+
+def test_readme_is_short_and_its_map_is_true():
+    readme = text("README.md")
+    assert len(readme.splitlines()) <= MAX_README
+    named = set(re.findall(r"(?<![\w/.:~-])((?:\w[\w.-]*/)+)(?=[\s`),])", readme))
+    assert {"fastbert/", "kernels/", "csrc/"} <= {folder.split("/")[0] + "/" for folder in named}
+    missing = [folder for folder in named if not (ROOT / folder).is_dir()]
+    assert not missing, f"README names folders that are not there: {missing}"
+    # that name belongs to somebody else
+    assert not re.search(r"pip install (-U |--upgrade )?[\"']?fastbert(?!-kernels)\b", readme)
+
+
+if __name__ == "__main__":
+    print(table())
