@@ -12,7 +12,9 @@ FOLDERS = ("fastbert", "kernels", "csrc", "tests", "benchmarks")
 MAX_FILE, MAX_FUNCTION, MAX_KERNEL, MAX_README = 400, 60, 120, 150
 
 # every exception to a rule stands here with its reason; one that is no longer needed fails a test
-LONG_FILES: dict[str, str] = {}
+LONG_FILES: dict[str, str] = {
+    "fastbert/bert.py": "the whole model in one file (DESIGN.md): results, encoder, heads",
+}
 LONG_FUNCTIONS: dict[str, str] = {}
 # modules beside the slugs in a folder of ops
 NOT_SLUGS = {
@@ -27,6 +29,7 @@ SHARED_HELPERS = {
 SYNCS = {"fastbert/ops/_check.py": "values are read only where checks_values says so"}
 ENVIRONMENT = {
     "fastbert/backend.py": "FASTBERT_BACKEND, once, at import",
+    "fastbert/cli.py": "FASTBERT_DEBUG, where an error is reported",
     "fastbert/testing/fetch.py": "FASTBERT_CACHE, when a test or the demo fetches data",
 }
 

@@ -1,0 +1,102 @@
+"""The names of weights: one table per family pairs our modules with Hugging Face's, for loading and for saving.
+
+A key is a module path of ours, `*` stands for the layer's number, and three paths on the right are the queries, keys
+and values that, on top of each other, make up our one fused projection.
+"""
+
+from __future__ import annotations
+
+import re
+
+Names = dict[str, str | tuple[str, ...]]
+
+_EMBEDDINGS: Names = {
+    "embeddings.word": "embeddings.word_embeddings",
+    "embeddings.position": "embeddings.position_embeddings",
+    "embeddings.token_type": "embeddings.token_type_embeddings",
+    "embeddings.norm": "embeddings.LayerNorm",
+}
+_BERT_ENCODER: Names = _EMBEDDINGS | {
+    "layers.*.attention.qkv": tuple(
+        f"encoder.layer.*.attention.self.{part}" for part in ("query", "key", "value")
+    ),
+    "layers.*.attention.out": "encoder.layer.*.attention.output.dense",
+    "layers.*.attention_norm": "encoder.layer.*.attention.output.LayerNorm",
+    "layers.*.feed_forward.up": "encoder.layer.*.intermediate.dense",
+    "layers.*.feed_forward.down": "encoder.layer.*.output.dense",
+    "layers.*.output_norm": "encoder.layer.*.output.LayerNorm",
+    "pooler": "pooler.dense",
+}
+_ENCODERS: dict[str, Names] = {
+    "bert": _BERT_ENCODER,
+    "roberta": _BERT_ENCODER,
+    "distilbert": _EMBEDDINGS
+    | {
+        "layers.*.attention.qkv": tuple(f"transformer.layer.*.attention.{c}_lin" for c in "qkv"),
+        "layers.*.attention.out": "transformer.layer.*.attention.out_lin",
+        "layers.*.attention_norm": "transformer.layer.*.sa_layer_norm",
+        "layers.*.feed_forward.up": "transformer.layer.*.ffn.lin1",
+        "layers.*.feed_forward.down": "transformer.layer.*.ffn.lin2",
+        "layers.*.output_norm": "transformer.layer.*.output_layer_norm",
+    },
+}
+# "mlm_head" alone is the module that holds the decoder's bias
+_HEADS: dict[str, Names] = {
+    "bert": {
+        "mlm_head": "cls.predictions",
+        "mlm_head.dense": "cls.predictions.transform.dense",
+        "mlm_head.norm": "cls.predictions.transform.LayerNorm",
+        "mlm_head.decoder": "cls.predictions.decoder",
+        "nsp_head": "cls.seq_relationship",
+    },
+    "roberta": {
+        "mlm_head": "lm_head",
+        "mlm_head.dense": "lm_head.dense",
+        "mlm_head.norm": "lm_head.layer_norm",
+        "mlm_head.decoder": "lm_head.decoder",
+        "nsp_head": "cls.seq_relationship",
+        "pre_classifier": "classifier.dense",
+    },
+    "distilbert": {
+        "mlm_head": "vocab_projector",
+        "mlm_head.dense": "vocab_transform",
+        "mlm_head.norm": "vocab_layer_norm",
+        "mlm_head.decoder": "vocab_projector",
+    },
+}
+# where a class has its own name for what is called otherwise in the family
+_OWN_NAMES: dict[tuple[str, str], Names] = {
+    ("bert", "BertForQuestionAnswering"): {"classifier": "qa_outputs"},
+    ("roberta", "BertForQuestionAnswering"): {"classifier": "qa_outputs"},
+    ("distilbert", "BertForQuestionAnswering"): {"classifier": "qa_outputs"},
+    ("roberta", "BertForSequenceClassification"): {"classifier": "classifier.out_proj"},
+}
+
+
+def prefixed(encoder: Names, prefix: str) -> Names:
+    """An encoder's table with its prefix on the right and ours on the left."""
+    return {
+        f"bert.{ours}": f"{prefix}.{theirs}"
+        if isinstance(theirs, str)
+        else tuple(f"{prefix}.{part}" for part in theirs)
+        for ours, theirs in encoder.items()
+    }
+
+
+def names_of(family: str, name: str) -> Names:
+    """The table of a model class in a family: our module -> Hugging Face's, both with the encoder's prefix."""
+    encoder = prefixed(_ENCODERS[family], family)
+    return {**encoder, **_HEADS[family], **_OWN_NAMES.get((family, name), {})}
+
+
+def hf_keys(key: str, names: Names) -> list[str]:
+    """The Hugging Face keys whose tensors, laid on top of each other, are our parameter `key`.
+
+    A key that no table knows, such as one that a subclass has added, keeps its name.
+    """
+    module, _, leaf = key.rpartition(".")
+    layer = re.search(r"\.(\d+)\.", module)
+    pattern = module if layer is None else module.replace(layer[0], ".*.")
+    theirs = names.get(pattern, pattern)
+    parts = [theirs] if isinstance(theirs, str) else theirs
+    return [f"{part}.{leaf}".replace("*", layer[1] if layer else "*") for part in parts]

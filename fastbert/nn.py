@@ -1,0 +1,326 @@
+"""Drop-ins for torch.nn with the same constructors and state-dict keys, and BERT's own blocks (blocks.py).
+
+A drop-in that can't take its fast path runs torch.nn's own code and logs the reason once (logger "fastbert").
+docs/modules.md lists when. Encoders compute no padding: their outputs there are zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import functional as F
+from fastbert.blocks import (
+    Embeddings,
+    EncoderLayer,
+    FeedForward,
+    Linear,
+    MLMHead,
+    NSPHead,
+    QKVProjection,
+    SelfAttention,
+    attend,
+    log_once,
+    sinusoidal_positions,
+)
+from fastbert.ops._register import seed_for
+from fastbert.packing import Packing
+from fastbert.reference.philox import dropout
+
+__all__ = [
+    "GELU",
+    "CrossEntropyLoss",
+    "Embeddings",
+    "EncoderLayer",
+    "FeedForward",
+    "LayerNorm",
+    "Linear",
+    "MLMHead",
+    "MultiheadAttention",
+    "NSPHead",
+    "Packing",
+    "QKVProjection",
+    "SelfAttention",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+    "sinusoidal_positions",
+]
+
+
+def _log_stock(module: nn.Module, reason: str | None) -> None:
+    log_once(f"fastbert.nn.{type(module).__name__} runs torch.nn's code: {reason}")
+
+
+# --- drop-ins ---
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch.nn.LayerNorm over one or more trailing dimensions; returns the input's dtype, also under autocast."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        k = len(self.normalized_shape)
+        if tuple(input.shape[-k:]) != tuple(self.normalized_shape):
+            raise ValueError(
+                f"the input has shape {tuple(input.shape)}: its last dimensions must be {self.normalized_shape}"
+            )
+        weight, bias = (None if t is None else t.flatten() for t in (self.weight, self.bias))
+        x = input if k == 1 else input.flatten(-k)
+        return F.layer_norm(x, weight, bias, self.eps).view(input.shape)
+
+
+class GELU(nn.GELU):
+    """torch.nn.GELU, exact or tanh."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.bias_gelu(input, None, self.approximate)
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """torch.nn.CrossEntropyLoss; the mean over no labelled row is NaN, as in torch.nn."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:  # (N, V), (N,)
+        if reason := self._stock_reason(input, target):
+            _log_stock(self, reason)
+            return super().forward(input, target)
+        return F.cross_entropy(
+            input, target, ignore_index=self.ignore_index, reduction=self.reduction
+        )
+
+    def _stock_reason(self, input: Tensor, target: Tensor) -> str | None:
+        if self.weight is not None:
+            return "class weights are set"
+        if self.label_smoothing != 0.0:
+            return f"label_smoothing is {self.label_smoothing}"
+        if target.is_floating_point():
+            return "the targets are probabilities: pass class ids"
+        if input.dim() != 2 or target.dim() != 1:
+            return f"the input has {input.dim()} dimensions: flatten it to (N, classes)"
+        return None
+
+
+def _key_padding(mask: Tensor | None, x: Tensor) -> tuple[Packing, str | None]:
+    """The packing of x (B, S, C) by torch.nn's key_padding_mask: bool, True = padding, or float, -inf = padding."""
+    if mask is None:
+        return Packing.full(x.shape[0], x.shape[1], x.device), None
+    if mask.shape != x.shape[:2]:
+        raise ValueError(
+            f"key_padding_mask has shape {tuple(mask.shape)}: pass (B, S) = {tuple(x.shape[:2])}"
+        )
+    if mask.dtype == torch.bool:
+        return Packing.from_tokens(~mask, torch.zeros_like(mask))[0], None
+    if not mask.is_floating_point():
+        raise TypeError(
+            f"key_padding_mask is {mask.dtype}: pass bool, True at padding, for instance mask == 0"
+        )
+    token, hidden = mask == 0, mask == float("-inf")
+    packing, others = Packing.from_tokens(token, ~(token | hidden))
+    return (
+        packing,
+        "the float key_padding_mask holds other values than 0 and -inf" if others else None,
+    )
+
+
+def _attention_reason(m: nn.MultiheadAttention, x: Tensor) -> str | None:
+    """Why packed attention can't serve these settings of torch.nn.MultiheadAttention and this input."""
+    if not m.batch_first:
+        return "batch_first is False: pass batch_first=True"
+    if x.is_nested or x.dim() != 3:
+        return "the input is not a padded batch (B, S, C)"
+    if m.in_proj_weight is None:
+        return "kdim or vdim differ from embed_dim"
+    if m.bias_k is not None or m.add_zero_attn:
+        return "add_bias_kv or add_zero_attn is set"
+    if m.head_dim > 128:
+        return f"the head size is {m.head_dim}, more than 128"
+    return None
+
+
+def _attend(
+    m: nn.MultiheadAttention,
+    x: Tensor,  # (T, C)
+    packing: Packing,
+    causal: bool,
+    seed: Tensor | None = None,
+    site: int = 0,
+) -> Tensor:
+    """Self-attention of packed tokens with torch.nn.MultiheadAttention's weights, before any dropout of its output."""
+    bias = None if m.in_proj_bias is None else [m.in_proj_bias]
+    qkv = F.qkv_proj(x, [m.in_proj_weight], bias, m.num_heads)
+    p = m.dropout if m.training else 0.0
+    y = attend(
+        qkv, packing.cu_seqlens, packing.max_seqlen, p=p, causal=causal, seed=seed, site=site
+    )
+    return F.linear(y, m.out_proj.weight, m.out_proj.bias)
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """torch.nn.MultiheadAttention; self-attention with batch_first=True and need_weights=False runs packed.
+
+    The weights that torch.nn returns by default (need_weights=True) exist in its own code only, which then runs.
+    """
+
+    def forward(
+        self,
+        query: Tensor,  # (B, S, C)
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,  # (B, S)
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        reason = _attention_reason(self, query)
+        if query is not key or key is not value:
+            reason = "query, key and value are not the same tensor"
+        elif need_weights:
+            reason = "the attention weights are asked for: pass need_weights=False"
+        elif attn_mask is not None and not is_causal:
+            reason = "attn_mask is set: pass is_causal=True if it is the causal one"
+        packing = None
+        if reason is None:
+            packing, reason = _key_padding(key_padding_mask, query)
+        if packing is None or reason is not None:
+            _log_stock(self, reason)
+            return super().forward(
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
+            )
+        return packing.pad(_attend(self, packing.unpad(query), packing, is_causal)), None
+
+
+class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+    """torch.nn.TransformerEncoderLayer, post- or pre-norm, GELU or ReLU, on packed tokens."""
+
+    def forward(
+        self,
+        src: Tensor,  # (B, S, C)
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,  # (B, S)
+        is_causal: bool = False,
+    ) -> Tensor:
+        reason = self.stock_reason(src)
+        if src_mask is not None and not is_causal:
+            reason = "src_mask is set: pass is_causal=True if it is the causal one"
+        packing = None
+        if reason is None:
+            packing, reason = _key_padding(src_key_padding_mask, src)
+        if packing is None or reason is not None:
+            _log_stock(self, reason)
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        return packing.pad(self.packed(packing.unpad(src), packing, is_causal))
+
+    def stock_reason(self, src: Tensor) -> str | None:
+        """Why the packed path can't serve this layer and input, or None."""
+        if reason := _attention_reason(self.self_attn, src):
+            return reason
+        if not self.activation_relu_or_gelu:
+            return "the activation is neither GELU nor ReLU"
+        changed = (self.self_attn, self.linear1, self.linear2, self.norm1, self.norm2)
+        if any(m._forward_hooks or m._forward_pre_hooks for m in changed):
+            return "hooks are attached inside the layer"
+        if not all(isinstance(m, nn.Linear) for m in (self.linear1, self.linear2)):
+            return "a linear layer was replaced by another module"
+        return None
+
+    def packed(
+        self,
+        x: Tensor,  # (T, C)
+        packing: Packing,
+        causal: bool = False,
+        seed: Tensor | None = None,
+        site: int = 0,
+    ) -> Tensor:
+        """The layer on packed tokens; its four dropouts take the sites from `site` on."""
+        p1, p2 = (self.dropout1.p, self.dropout2.p) if self.training else (0.0, 0.0)
+        if self.training:
+            seed = seed_for(max(p1, p2, self.dropout.p, self.self_attn.dropout), seed, x)
+        if self.norm_first:
+            y = _attend(self.self_attn, _norm(self.norm1, x), packing, causal, seed, site)
+            x = x + dropout(y, p1, seed, site + 1)
+            y = self._feed_forward(_norm(self.norm2, x), seed, site + 2)
+            return x + dropout(y, p2, seed, site + 3)
+        y = _attend(self.self_attn, x, packing, causal, seed, site)
+        x = _add_norm(self.norm1, y, x, p1, seed, site + 1)
+        y = self._feed_forward(x, seed, site + 2)
+        return _add_norm(self.norm2, y, x, p2, seed, site + 3)
+
+    def _feed_forward(self, x: Tensor, seed: Tensor | None, site: int) -> Tensor:
+        up, down = self.linear1, self.linear2
+        p = self.dropout.p if self.training else 0.0
+        if self.activation_relu_or_gelu == 1:
+            hidden = torch.relu(F.linear(x, up.weight, up.bias))
+        else:
+            approximate = getattr(self.activation, "approximate", "none")
+            if p == 0.0:
+                return F.feed_forward(x, up.weight, up.bias, down.weight, down.bias, approximate)
+            hidden = F.bias_gelu(F.linear(x, up.weight), up.bias, approximate)
+        return F.linear(dropout(hidden, p, seed, site), down.weight, down.bias)
+
+
+class TransformerEncoder(nn.TransformerEncoder):
+    """torch.nn.TransformerEncoder of fastbert's layers: unpads once, pads once; a final norm sees tokens only."""
+
+    def forward(
+        self,
+        src: Tensor,  # (B, S, C)
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,  # (B, S)
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        causal = bool(is_causal)
+        reason = self._stock_reason(src)
+        if reason is None and mask is not None and not causal:
+            causal = is_causal is None and _is_causal(mask, src.shape[1])
+            reason = None if causal else "the mask is not the causal one"
+        packing = None
+        if reason is None:
+            packing, reason = _key_padding(src_key_padding_mask, src)
+        if packing is None or reason is not None:
+            _log_stock(self, reason)
+            return super().forward(src, mask, src_key_padding_mask, is_causal)
+        x = packing.unpad(src)
+        seed = seed_for(0.5 if self.training else 0.0, None, x)
+        for i, layer in enumerate(self.layers):
+            x = layer.packed(x, packing, causal, seed, 4 * i)
+        return packing.pad(x if self.norm is None else self.norm(x))
+
+    def _stock_reason(self, src: Tensor) -> str | None:
+        for layer in self.layers:
+            if not isinstance(layer, TransformerEncoderLayer):
+                return f"the layers are {type(layer).__name__}: use fastbert.nn.TransformerEncoderLayer"
+            if layer._forward_hooks or layer._forward_pre_hooks:
+                return "hooks are attached to a layer"
+            if reason := layer.stock_reason(src):
+                return reason
+        return None
+
+
+def _is_causal(mask: Tensor, length: int) -> bool:
+    """Whether a mask hides exactly the columns right of the diagonal; one host sync, as in torch.nn."""
+    if mask.shape != (length, length):
+        return False
+    hidden = mask if mask.dtype == torch.bool else mask == float("-inf")
+    seen_is_zero = True if mask.dtype == torch.bool else bool((mask[~hidden] == 0).all())
+    upper = torch.ones_like(hidden).triu(1)
+    return seen_is_zero and torch.equal(hidden, upper)
+
+
+def _norm(m: nn.LayerNorm, x: Tensor) -> Tensor:
+    return F.layer_norm(x, m.weight, m.bias, m.eps)
+
+
+def _add_norm(
+    m: nn.LayerNorm, y: Tensor, residual: Tensor, p: float, seed: Tensor | None, site: int
+) -> Tensor:
+    if m.bias is None:
+        return _norm(m, residual + dropout(y, p, seed, site))
+    return F.dropout_add_layer_norm(
+        y, residual, m.weight, m.bias, eps=m.eps, p=p, seed=seed, site=site
+    )

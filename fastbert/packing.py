@@ -1,0 +1,268 @@
+"""Packed tokens: sequences laid end to end without padding, the way there and back, and a model's arguments packed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as stock
+from torch import Tensor
+
+from fastbert.config import BertConfig
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where packed tokens (T, ...) stand in a padded batch (B, S, ...).
+
+    `rows` is None where every column is a token; `length` is None where the caller's own tensors are packed, so that
+    outputs stay packed. `max_seqlen` is at least the longest sequence.
+    """
+
+    cu_seqlens: Tensor  # (B + 1,) int32, running sums of the lengths
+    max_seqlen: int
+    rows: Tensor | None = None  # (T,) int64, the tokens' places in the flattened (B * S) layout
+    length: int | None = None  # S
+
+    @property
+    def batch(self) -> int:
+        """B, the number of sequences."""
+        return self.cu_seqlens.shape[0] - 1
+
+    @classmethod
+    def full(cls, batch: int, length: int, device: torch.device) -> Packing:
+        """A padded batch whose columns are all tokens; no host sync."""
+        bounds = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+        return cls(bounds, length, None, length)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> Packing:
+        """Pack by a mask (B, S) that is 1 or True at tokens, with holes or padding on any side; one host sync.
+
+        Raises ValueError for a mask of another shape or with other values.
+        """
+        packing, bad = cls.from_tokens(mask != 0, (mask != 0) & (mask != 1))
+        if bad:
+            raise ValueError(
+                f"attention_mask holds {bad} values that are neither 0 nor 1: pass 1 at tokens and 0 at padding"
+            )
+        return packing
+
+    @classmethod
+    def from_tokens(cls, token: Tensor, bad: Tensor) -> tuple[Packing, int]:
+        """Pack by booleans (B, S), True at tokens, and count the True elements of `bad`: all in one host sync."""
+        if token.dim() != 2:
+            raise ValueError(
+                f"the mask has shape {tuple(token.shape)}: pass (B, S), one value per token"
+            )
+        lengths = token.sum(1, dtype=torch.int32)
+        cu_seqlens = stock.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        if token.numel() == 0:
+            return cls(cu_seqlens, 1, lengths.new_empty(0, dtype=torch.int64), token.shape[1]), 0
+        counts = torch.stack([cu_seqlens[-1], lengths.max(), bad.sum(dtype=torch.int32)])
+        total, longest, wrong = counts.tolist()
+        # a stable sort puts the tokens first and in order; nonzero would sync once more
+        rows = torch.argsort((~token).flatten().to(torch.uint8), stable=True)[:total]
+        return cls(cu_seqlens, max(longest, 1), rows, token.shape[1]), wrong
+
+    @classmethod
+    def given(cls, cu_seqlens: Tensor, max_seqlen: int | None) -> Packing:
+        """Tokens that the caller has packed; no host sync. Raises ValueError or TypeError for wrong metadata."""
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype != torch.int32:
+            raise ValueError(
+                f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}: pass (B + 1,) int32 running sums from 0"
+            )
+        if max_seqlen is None or isinstance(max_seqlen, Tensor):
+            raise TypeError(
+                f"max_seqlen is {type(max_seqlen).__name__}: pass the longest length as a Python int with cu_seqlens"
+            )
+        return cls(cu_seqlens, max_seqlen)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """(B, S, ...) -> (T, ...); packed tensors of the caller pass unchanged."""
+        if self.length is None:
+            return x
+        flat = x.flatten(0, 1)
+        return flat if self.rows is None else flat.index_select(0, self.rows)
+
+    def pad(self, y: Tensor) -> Tensor:
+        """(T, ...) -> (B, S, ...) with zeros at padding; unchanged where the caller's tensors are packed."""
+        if self.length is None:
+            return y
+        if self.rows is not None:
+            places = self.batch * self.length
+            y = y.new_zeros((places, *y.shape[1:])).index_copy(0, self.rows, y)
+        return y.reshape(self.batch, self.length, *y.shape[1:])
+
+    def spread(self, y: Tensor) -> Tensor:
+        """(T, ...) -> (B, S, ...) as `pad`, also for the caller's packed tensors, with S = max_seqlen."""
+        if self.length is not None:
+            return self.pad(y)
+        sequence, offset = self._coordinates(y.shape[0])
+        places = self.batch * self.max_seqlen
+        # rows past cu_seqlens[-1] go to a place that is cut off
+        place = torch.where(sequence < self.batch, sequence * self.max_seqlen + offset, places)
+        grid = y.new_zeros((places + 1, *y.shape[1:])).index_copy(0, place, y)
+        return grid[:places].reshape(self.batch, self.max_seqlen, *y.shape[1:])
+
+    def positions(self, tokens: int) -> Tensor:
+        """(T,) int64: every token's column in the padded layout, or its offset in its sequence where packed."""
+        if self.rows is not None and self.length is not None:
+            return self.rows % self.length
+        if self.length is not None:
+            return torch.arange(self.length, device=self.cu_seqlens.device).repeat(self.batch)
+        return self._coordinates(tokens)[1]
+
+    def first(self, x: Tensor) -> Tensor:
+        """(T, C) -> (B, C): the first token of every sequence, zeros where a sequence has none."""
+        start, end = self.cu_seqlens[:-1], self.cu_seqlens[1:]
+        if x.shape[0] == 0:
+            return x.new_zeros((self.batch, x.shape[1])) + x.sum()
+        rows = x.index_select(0, start.clamp(max=x.shape[0] - 1))
+        return torch.where((end > start)[:, None], rows, 0.0)
+
+    def _coordinates(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """(T,) sequence number, B past the last one, and (T,) offset in the sequence, 0 there."""
+        row = torch.arange(tokens, dtype=torch.int32, device=self.cu_seqlens.device)
+        sequence = torch.searchsorted(self.cu_seqlens[1:].contiguous(), row, right=True)
+        offset = row - self.cu_seqlens.index_select(0, sequence)
+        return sequence, torch.where(sequence < self.batch, offset, 0).to(torch.int64)
+
+
+class Inputs(NamedTuple):
+    """A batch, packed."""
+
+    ids: Tensor  # (T,) int64, or word embeddings (T, C)
+    positions: Tensor  # (T,) int64
+    types: Tensor | None  # (T,) int64
+    packing: Packing
+    labels: Tensor | None  # (T,) int64
+    label_rows: Tensor | None  # (R,) int64
+    output_hidden_states: bool
+    output_attentions: bool
+
+
+def prepare(
+    config: BertConfig,
+    input_ids: Tensor | None = None,  # (B, S) int64, or packed (T,)
+    attention_mask: Tensor | None = None,  # (B, S), 1 at tokens
+    token_type_ids: Tensor | None = None,  # as input_ids
+    position_ids: Tensor | None = None,  # as input_ids, or (1, S)
+    inputs_embeds: Tensor | None = None,  # (B, S, C) or (T, C), instead of input_ids
+    *,
+    labels: Tensor | None = None,  # as input_ids
+    label_rows: Tensor | None = None,  # (R,) int64, packed row numbers of the labelled tokens
+    rows_wanted: bool = False,
+    cu_seqlens: Tensor | None = None,  # (B + 1,) int32, with packed tokens
+    max_seqlen: int | None = None,
+    output_hidden_states: bool | None = None,
+    output_attentions: bool | None = None,
+) -> Inputs:
+    """Check the arguments and pack the batch; `rows_wanted` also finds the labelled rows (a sync unless given).
+
+    Raises ValueError or TypeError, naming the argument, for shapes, dtypes or combinations that can't be.
+    """
+    if input_ids is not None and inputs_embeds is None:
+        tokens = values = input_ids
+    elif inputs_embeds is not None and input_ids is None:
+        tokens, values = inputs_embeds[..., 0], inputs_embeds
+    else:
+        raise ValueError("pass one of input_ids and inputs_embeds, not both or neither")
+    _check(config, tokens, input_ids, inputs_embeds, token_type_ids, labels)
+    packing = _packing(tokens, attention_mask, cu_seqlens, max_seqlen)
+    _check_length(config, packing, position_ids)
+    if labels is not None:
+        labels = packing.unpad(labels)
+        if rows_wanted and label_rows is None:
+            label_rows = (labels != -100).nonzero().squeeze(1)
+    return Inputs(
+        packing.unpad(values),
+        _positions(config, packing, tokens, input_ids, position_ids),
+        None if token_type_ids is None else packing.unpad(token_type_ids),
+        packing,
+        labels,
+        label_rows,
+        bool(output_hidden_states),
+        bool(output_attentions),
+    )
+
+
+def _check(
+    config: BertConfig,
+    tokens: Tensor,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    token_type_ids: Tensor | None,
+    labels: Tensor | None,
+) -> None:
+    if inputs_embeds is not None and inputs_embeds.shape[-1] != config.hidden_size:
+        raise ValueError(
+            f"inputs_embeds has shape {tuple(inputs_embeds.shape)}: its last dimension must be hidden_size "
+            f"{config.hidden_size}"
+        )
+    integers = {"input_ids": input_ids, "token_type_ids": token_type_ids, "labels": labels}
+    for name, t in integers.items():
+        if t is not None and (t.is_floating_point() or t.dtype == torch.bool):
+            raise TypeError(f"{name} is {t.dtype}: pass int64")
+        if t is not None and t.shape != tokens.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(t.shape)}: pass one per token, {tuple(tokens.shape)}"
+            )
+
+
+def _packing(
+    tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None
+) -> Packing:
+    """The packing by the caller's cu_seqlens, by the mask, or of a batch whose columns are all tokens."""
+    shape = tuple(tokens.shape)
+    if cu_seqlens is not None:
+        if mask is not None:
+            raise ValueError(
+                "attention_mask and cu_seqlens are both set: packed tokens need no mask"
+            )
+        if tokens.dim() != 1:
+            raise ValueError(
+                f"cu_seqlens is set but the tokens are {shape}: pass packed tokens (T,)"
+            )
+        return Packing.given(cu_seqlens, max_seqlen)
+    if tokens.dim() != 2:
+        raise ValueError(f"the tokens are {shape}: pass (B, S), or packed (T,) with cu_seqlens")
+    if mask is None:
+        return Packing.full(tokens.shape[0], tokens.shape[1], tokens.device)
+    if mask.shape != tokens.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}: pass one value per token, {shape}"
+        )
+    return Packing.from_mask(mask)
+
+
+def _check_length(config: BertConfig, packing: Packing, position_ids: Tensor | None) -> None:
+    # RoBERTa's positions count tokens, the others' are columns of the padded layout
+    columns = packing.length is not None and config.model_type != "roberta"
+    longest = packing.length if columns and packing.length is not None else packing.max_seqlen
+    if position_ids is None and longest > config.max_length:
+        raise ValueError(
+            f"the batch is {longest} tokens long but the model has {config.max_length} positions: truncate it"
+        )
+
+
+def _positions(
+    config: BertConfig,
+    packing: Packing,
+    tokens: Tensor,
+    input_ids: Tensor | None,
+    position_ids: Tensor | None,
+) -> Tensor:
+    """(T,) rows of the position table, as in transformers: columns, or RoBERTa's count of unpadded ids."""
+    if position_ids is not None:
+        if position_ids.dim() != tokens.dim() or position_ids.shape[-1] != tokens.shape[-1]:
+            raise ValueError(
+                f"position_ids has shape {tuple(position_ids.shape)}: pass one per token, {tuple(tokens.shape)}"
+            )
+        return packing.unpad(position_ids.expand(tokens.shape))
+    if config.model_type == "roberta" and input_ids is not None and packing.length is not None:
+        pad = config.pad_token_id or 0
+        token = input_ids != pad
+        return packing.unpad(token.cumsum(1) * token + pad)
+    return packing.positions(tokens.shape[0]) + config.position_offset

@@ -1,0 +1,97 @@
+"""Evaluation on held-out documents under one fixed mask.
+
+One labelled token in ten is left visible, so that loss on all labelled tokens flatters: `mlm_loss_masked` and
+`accuracy_masked` count only the places where the input is [MASK].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as stock
+
+from fastbert.data import Batch
+
+# of a 95 % interval
+_Z = 1.959963984540054
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """The 95 % interval of a proportion (Wilson 1927); (0, 1) where nothing was counted."""
+    if total == 0:
+        return 0.0, 1.0
+    p, z2 = right / total, _Z * _Z
+    centre = (p + z2 / (2 * total)) / (1 + z2 / total)
+    spread = _Z / (1 + z2 / total) * math.sqrt(p * (1 - p) / total + z2 / (4 * total * total))
+    return max(centre - spread, 0.0), min(centre + spread, 1.0)
+
+
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], mask_id: int, precision: str = "fp32"
+) -> dict[str, float]:
+    """Judge a pretraining model on packed batches: MLM loss, perplexity and accuracy, NSP accuracy.
+
+    Loss and accuracy are means over labelled tokens, and once more over those whose input is `mask_id`.
+    """
+    device = next(model.parameters()).device
+    # loss, right and count over labelled tokens; the same over [MASK]; pairs right and count
+    sums = torch.zeros(8, dtype=torch.float64, device=device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), autocast(device, precision):
+            for batch in batches:
+                sums += _judge(model, batch.to(device), mask_id)
+    finally:
+        model.train(training)
+    loss, right, n, masked_loss, masked_right, masked_n, pairs_right, pairs = sums.tolist()
+    if masked_n == 0:
+        raise ValueError("the held-out data has no masked token: hold out more of the documents")
+    values = {
+        "mlm_loss": loss / n,
+        "perplexity": math.exp(min(loss / n, 700.0)),
+        "accuracy": right / n,
+        "mlm_loss_masked": masked_loss / masked_n,
+        "accuracy_masked": masked_right / masked_n,
+        "labelled": n,
+        "masked": masked_n,
+    }
+    if pairs:
+        low, high = wilson(int(pairs_right), int(pairs))
+        values |= {"nsp_accuracy": pairs_right / pairs, "nsp_low": low, "nsp_high": high}
+        values["pairs"] = pairs
+    return values
+
+
+def _judge(model: Any, batch: Batch, mask_id: int) -> Tensor:
+    """The eight sums of one batch."""
+    rows, ids = batch["label_rows"], batch["input_ids"]
+    inputs = {k: v for k, v in batch.items() if k in _INPUTS}
+    encoded = model.bert(**inputs)
+    # only the labelled rows reach the decoder
+    hidden = encoded.last_hidden_state.index_select(0, rows)  # (R, C)
+    logits = model.mlm_head(hidden, model.bert.embeddings.word.weight).float()  # (R, V)
+    labels = batch["labels"].index_select(0, rows)
+    loss = stock.cross_entropy(logits, labels, reduction="none").double()
+    right = (logits.argmax(1) == labels).double()
+    masked = (ids.index_select(0, rows) == mask_id).double()
+    one = torch.ones_like(loss)
+    terms = [loss, right, one, loss * masked, right * masked, masked]
+    sums = [term.sum() for term in terms]
+    answers = batch.get("next_sentence_label")
+    if answers is None:
+        return torch.stack([*sums, loss.new_zeros(()), loss.new_zeros(())])
+    chosen = model.nsp_head(encoded.pooler_output).argmax(1)
+    return torch.stack([*sums, (chosen == answers).double().sum(), one.new_tensor(len(answers))])
+
+
+_INPUTS = ("input_ids", "token_type_ids", "cu_seqlens", "max_seqlen")
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """bf16 autocast, or a context that changes nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

@@ -1,0 +1,218 @@
+"""A whole run: when to log, to evaluate, to write a checkpoint and to stop, so that a resumption leaves no trace."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+
+from fastbert.data import Batch
+from fastbert.train import store
+from fastbert.train.evaluate import evaluate
+from fastbert.train.metrics import Metrics
+from fastbert.train.progress import Progress
+from fastbert.train.trainer import StepResult, Trainer, TrainingError
+
+_log = logging.getLogger("fastbert")
+
+
+class Stopped(Exception):
+    """A signal ended the run after a whole step; a checkpoint of that step is written."""
+
+    def __init__(self, signum: int, step: int, out: Path) -> None:
+        self.exit_code = 128 + signum
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name} after step {step}; go on with: "
+            f"fastbert pretrain --out {out} --resume"
+        )
+
+
+class HeldOut(Protocol):
+    """Batches to judge by, such as fastbert.train.feed.Feed has them."""
+
+    mask_id: int
+
+    def held_out(self) -> Iterable[Batch]:
+        """The batches, always the same under the same mask."""
+
+
+class Signals:
+    """Notes SIGTERM and SIGINT while the block runs; a second one of them acts at once."""
+
+    def __init__(self) -> None:
+        self.caught: int | None = None
+
+    def __enter__(self) -> Signals:
+        # handlers can be set in the main thread only; elsewhere the caller has its own
+        self._before = (
+            {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+            if threading.current_thread() is threading.main_thread()
+            else {}
+        )
+        return self
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.caught = signum
+        self._restore()
+
+    def _restore(self) -> None:
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+
+    def __exit__(self, *exc: object) -> None:
+        self._restore()
+
+
+class Run:
+    """A trainer with its output folder: when to log, to evaluate, to write a checkpoint, and to stop."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        feed: HeldOut,
+        out: Path,
+        identity: dict[str, Any],
+        quiet: bool = False,
+    ) -> None:
+        self.trainer = trainer
+        self.feed = feed
+        self.out = out
+        self.identity = identity
+        self.quiet = quiet
+        self.checkpoints = store.Checkpoints(out / "checkpoints", trainer.config.keep_last)
+        self.last_evaluation: dict[str, float] = {}
+        self._metrics_size = 0
+
+    def train(self) -> dict[str, float]:
+        """Run to the last step and return the evaluation there. Raises Stopped after a signal, TrainingError."""
+        t = self.trainer
+        self.metrics = Metrics(self.out, t.at.step, self._metrics_size)
+        self.progress = Progress(t.steps, t.at.step, self.quiet)
+        try:
+            with Signals() as signals, self.progress:
+                while True:
+                    self._evaluate_if_due()
+                    if t.at.step == t.steps:
+                        break
+                    self._step()
+                    due = _due(t.at.step, t.config.checkpoint_every) and t.at.step < t.steps
+                    if due or signals.caught:
+                        self.save()
+                    if signals.caught:
+                        raise Stopped(signals.caught, t.at.step, self.out)
+                self.save()
+        finally:
+            self.metrics.close()
+        return self.last_evaluation
+
+    def _step(self) -> None:
+        t, at = self.trainer, self.trainer.at
+        started = time.perf_counter()
+        result = t.train_step()
+        seconds = time.perf_counter() - started
+        at.seconds += seconds
+        at.tokens += result.tokens
+        at.window_steps += 1
+        at.window_loss += result.loss
+        at.window_mlm += result.mlm
+        at.window_nsp += result.nsp
+        at.window_tokens += result.tokens
+        at.window_seconds += seconds
+        speed = at.window_tokens / at.window_seconds
+        self.progress.advance(at.step, at.window_loss / at.window_steps, speed)
+        if _due(at.step, t.config.log_every) or at.step == t.steps:
+            self._log(result)
+
+    def _log(self, result: StepResult) -> None:
+        """Write the means since the last line, and start over."""
+        t, at = self.trainer, self.trainer.at
+        n = at.window_steps
+        values = {"loss": at.window_loss / n, "mlm_loss": at.window_mlm / n}
+        if t.config.recipe == "bert":
+            values["nsp_loss"] = at.window_nsp / n
+        values |= {
+            "lr": t.optimiser.param_groups[0]["lr"],
+            "grad_norm": result.norm,
+            "epoch": at.epoch,
+            "tokens": at.tokens,
+            "tokens_per_s": at.window_tokens / at.window_seconds,
+            "seconds": at.seconds,
+        }
+        self.metrics.write("train", at.step, values)
+        self.progress.log(at.step, values, (t.steps - at.step) * at.seconds / at.step)
+        at.window_steps = at.window_tokens = 0
+        at.window_loss = at.window_mlm = at.window_nsp = at.window_seconds = 0.0
+
+    def _evaluate_if_due(self) -> None:
+        """Evaluate once at every step where it is due; after a stop that came first, when the run is resumed."""
+        t, at = self.trainer, self.trainer.at
+        due = _due(at.step, t.config.eval_every) or at.step == t.steps
+        if not due or at.evaluated == at.step:
+            return
+        values = evaluate(t.model, self.feed.held_out(), self.feed.mask_id, t.config.precision)
+        self.metrics.write("eval", at.step, values)
+        self.last_evaluation = values
+        at.evaluated = at.step
+        line = f"held out at step {at.step}: loss {values['mlm_loss_masked']:.4f} where [MASK]"
+        line += f", accuracy {values['accuracy_masked']:.1%}"
+        if "nsp_accuracy" in values:
+            low, high = values["nsp_low"], values["nsp_high"]
+            line += f"; next sentence {values['nsp_accuracy']:.1%} ({low:.1%} to {high:.1%})"
+        self.progress.say(line)
+
+    def save(self) -> Path:
+        """Write a checkpoint of this step. Raises TrainingError, with the older ones kept, where it can't be written."""
+        at = self.trainer.at
+        state = {
+            **self.trainer.state(),
+            "metrics": self.metrics.sync(),
+            "identity": self.identity,
+            "evaluation": self.last_evaluation,
+            "torch": str(torch.__version__),
+        }
+        try:
+            return self.checkpoints.save(at.step, state)
+        except OSError as error:
+            raise TrainingError(
+                f"the checkpoint of step {at.step} can't be written ({error}): free some space and go on with "
+                f"--resume from the one before it"
+            ) from error
+
+    def resume(self) -> int:
+        """Go on from the newest checkpoint, where there is one; returns its step, or 0."""
+        store.remove_unfinished(self.out)
+        store.remove_unfinished(self.checkpoints.folder)
+        state = self.checkpoints.load()
+        if state is None:
+            return 0
+        check_identity(state["identity"], self.identity)
+        if state["torch"] != str(torch.__version__):
+            _log.warning(
+                "this run was started with torch %s and goes on with %s: losses may differ in their last digits",
+                state["torch"],
+                torch.__version__,
+            )
+        self.trainer.restore(state)
+        self.last_evaluation = state["evaluation"]
+        self._metrics_size = state["metrics"]
+        return self.trainer.at.step
+
+
+def check_identity(saved: dict[str, Any], present: dict[str, Any]) -> None:
+    """Raise ValueError, naming what differs, when a checkpoint is of another run than this one would be."""
+    for name, value in present.items():
+        if saved.get(name) != value:
+            raise ValueError(
+                f"the run can't be resumed: {name} was {saved.get(name)!r} then and is {value!r} now"
+            )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step > 0 and step % every == 0

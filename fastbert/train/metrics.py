@@ -1,0 +1,61 @@
+"""A run's metrics: a line of JSON per log step in metrics.jsonl, and the same numbers for TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+_log = logging.getLogger("fastbert")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl as dicts; a last line that a kill has cut short is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    # a line is whole once its newline is there
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Metrics:
+    """Appends to OUT/metrics.jsonl and OUT/tensorboard; what a run resumed at `step` will write again is dropped.
+
+    `size` is the length of metrics.jsonl at that step's checkpoint.
+    """
+
+    def __init__(self, out: Path, step: int = 0, size: int = 0) -> None:
+        self._file = open(out / "metrics.jsonl", "ab")
+        self._file.truncate(min(size, self._file.tell()))
+        self._board = _board(out / "tensorboard", step)
+
+    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """Add one line; `kind` is train or eval."""
+        line = json.dumps({"kind": kind, "step": step, **values}) + "\n"
+        self._file.write(line.encode())
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def sync(self) -> int:
+        """Put the lines on the disk, as a checkpoint of the same step wants them; returns the file's length."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Close both."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _board(folder: Path, step: int) -> Any:
+    """TensorBoard's writer, or None where the package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        _log.warning("no TensorBoard log: pip install tensorboard to have one")
+        return None
+    # events after the step resumed at are hidden
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

@@ -1,0 +1,37 @@
+"""The loss curve of a run as a PNG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastbert.train import store
+from fastbert.train.metrics import read_metrics
+
+
+def plot_losses(metrics: Path, image: Path, baselines: Mapping[str, float], title: str) -> None:
+    """Draw training loss, held-out loss at [MASK], and baselines as horizontal lines, from a metrics.jsonl."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = read_metrics(metrics)
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(title=title, xlabel="step", ylabel="nats per predicted token")
+    _curve(axes, lines, "train", "mlm_loss", label="training, all labelled tokens", alpha=0.7)
+    _curve(axes, lines, "eval", "mlm_loss_masked", label="held out, where [MASK]", marker="o")
+    for i, (name, value) in enumerate(baselines.items()):
+        axes.axhline(value, color=f"C{i + 2}", linestyle="--", label=f"{name}: {value:.3f}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    store.write_bytes(image, buffer.getvalue())
+
+
+def _curve(axes: Any, lines: list[dict[str, Any]], kind: str, name: str, **style: Any) -> None:
+    points = [(line["step"], line[name]) for line in lines if line["kind"] == kind and name in line]
+    if points:
+        axes.plot(*zip(*points, strict=True), **style)

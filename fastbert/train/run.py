@@ -1,0 +1,310 @@
+"""`pretrain`: from settings to a trained model in Hugging Face's layout, with its metrics, plot and checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fastbert
+from fastbert import backend
+from fastbert.data import save_tokenizer
+from fastbert.train import store
+from fastbert.train.build import build_model, check_model
+from fastbert.train.config import FREE, PretrainConfig, check_length_said, load_settings
+from fastbert.train.feed import Feed, prepare_feed, reopen_feed
+from fastbert.train.loop import Run
+from fastbert.train.plot import plot_losses
+from fastbert.train.progress import duration
+from fastbert.train.trainer import Trainer, TrainingError
+from fastbert.train.world import World
+
+# a time budget is turned into steps by timing some, after some that are slower than the rest
+_WARMING_STEPS, _TIMED_STEPS, _TIMED_SECONDS = 2, 8, 2.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run has made and what it has learned."""
+
+    out: Path
+    # folder in Hugging Face's layout, with its tokenizer
+    model: Path
+    plot: Path
+    steps: int
+    seconds: float
+    # as `evaluate` returns it, after the last step
+    evaluation: dict[str, float]
+    # what simple predictors reach at the same held-out places
+    baselines: dict[str, float]
+
+
+def pretrain(
+    config: PretrainConfig | None,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    rebuild: bool = False,
+    quiet: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> Result:
+    """Pretrain a BERT or RoBERTa and write it to OUT/model; with `resume` go on with the run in OUT.
+
+    `config` may be None with `resume`. Raises ValueError, TypeError or OSError before training for settings, data or
+    folders that can't be used, loop.Stopped after SIGTERM or SIGINT, and TrainingError when training can't go on.
+    """
+    out, say = Path(out), say or _silent
+    config = _settled(_checked(config, out, resume))
+    with _threads(config.threads), _forced(config.backend):
+        world = World()
+        if resume:
+            feed = reopen_feed(config, out, world)
+        else:
+            feed = prepare_feed(config, out, world, quiet, rebuild)
+        _seed(config.seed)
+        model = build_model(config, feed.tokenizer).to(config.device)
+        if config.recompute:
+            model.gradient_checkpointing_enable()
+        say(_description(config, model, feed))
+        if not resume:
+            _check_space(model, config, out)
+            config = replace(config, steps=_steps(config, model, feed))
+            store.write_json(out / "about.json", _about(config))
+            # the last thing before training: a folder that has it holds a run
+            store.write_text(out / "config.toml", config.to_toml())
+        return _train(config, model, feed, world, out, resume, quiet, say)
+
+
+def _train(
+    config: PretrainConfig,
+    model: Any,
+    feed: Feed,
+    world: World,
+    out: Path,
+    resume: bool,
+    quiet: bool,
+    say: Callable[[str], None],
+) -> Result:
+    run = Run(Trainer(model, feed.train, config, world), feed, out, _identity(config, feed), quiet)
+    if resume:
+        say(f"going on after step {run.resume()} of {config.steps}")
+    evaluation = run.train()
+    baselines = feed.baselines()
+    target = out / "model"
+    store.write_folder(target, lambda folder: _export(folder, model, feed))
+    plot_losses(out / "metrics.jsonl", out / "loss.png", baselines, f"{config.recipe} pretraining")
+    at = run.trainer.at
+    result = Result(out, target, out / "loss.png", at.step, at.seconds, evaluation, baselines)
+    store.write_json(
+        out / "result.json",
+        {"steps": at.step, "seconds": at.seconds, "held_out": evaluation, "baselines": baselines},
+    )
+    return result
+
+
+def summary(result: Result) -> list[str]:
+    """What a run has learned and where it is, in a few lines."""
+    held = result.evaluation
+    lines = [
+        f"{result.steps} steps in {duration(result.seconds)}",
+        f"held out, where the input is [MASK]: loss {held['mlm_loss_masked']:.3f} nats, "
+        f"accuracy {held['accuracy_masked']:.1%}",
+    ]
+    lines += [
+        f"  {name} at the same places: {value:.3f} nats" for name, value in result.baselines.items()
+    ]
+    if "nsp_accuracy" in held:
+        low, high = held["nsp_low"], held["nsp_high"]
+        lines.append(
+            f"next sentence: {held['nsp_accuracy']:.1%} right (95 %: {low:.1%} to {high:.1%})"
+        )
+    names = {
+        "model": result.model,
+        "loss curve": result.plot,
+        "metrics": result.out / "metrics.jsonl",
+        "TensorBoard": result.out / "tensorboard",
+        "settings": result.out / "config.toml",
+    }
+    return lines + [f"{name:<12} {path}" for name, path in names.items()]
+
+
+def _export(folder: Path, model: Any, feed: Feed) -> None:
+    model.save_pretrained(folder)
+    save_tokenizer(feed.tokenizer, folder)
+
+
+def _silent(text: str) -> None:
+    """Say nothing."""
+
+
+def _checked(config: PretrainConfig | None, out: Path, resume: bool) -> PretrainConfig:
+    """The run's settings, after the checks that need no data."""
+    if resume:
+        return resumed(out, {} if config is None else config.to_dict())
+    if config is None:
+        raise TypeError("config is None: only a run that is resumed has its settings in OUT")
+    if (out / "config.toml").exists():
+        raise FileExistsError(
+            f"{out} already holds a run: go on with --resume, or choose another --out"
+        )
+    if not config.sources:
+        raise ValueError("sources is empty: name the text to train on, or - for standard input")
+    check_length_said(config.to_dict())
+    check_model(config)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".probe"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"--out {out} can't be written to: {error}") from error
+    return config
+
+
+def resumed(out: Path, given: Mapping[str, Any]) -> PretrainConfig:
+    """The recorded settings of the run in `out`, with the given ones that change no loss.
+
+    Raises FileNotFoundError where there is no run, and ValueError, naming what differs, for any other difference.
+    """
+    if not (out / "config.toml").exists():
+        raise FileNotFoundError(f"{out} holds no run to resume: start one without --resume")
+    recorded = PretrainConfig(**load_settings(out / "config.toml"))
+    # what the run found out by itself is not contradicted by leaving it open
+    given = {name: value for name, value in given.items() if value is not None}
+    if "sources" in given:
+        given["sources"] = _absolute(given["sources"])
+    if differences := recorded.differences(given):
+        raise ValueError(f"the run can't be resumed with other settings: {'; '.join(differences)}")
+    return replace(recorded, **{name: given[name] for name in FREE if name in given})
+
+
+def _settled(config: PretrainConfig) -> PretrainConfig:
+    """The settings with what was left to the machine filled in, so that a resumption finds the same."""
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {device!r} can't be used: {str(error).splitlines()[0]}"
+        ) from error
+    return replace(
+        config,
+        device=device,
+        threads=config.threads or torch.get_num_threads(),
+        backend=config.backend or backend.forced(),
+        sources=_absolute(config.sources),
+    )
+
+
+def _absolute(sources: Sequence[str]) -> list[str]:
+    return [s if s == "-" else str(Path(s).absolute()) for s in sources]
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Let torch use so many threads inside the block."""
+    assert count is not None
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _forced(name: str | None) -> AbstractContextManager[Any]:
+    return fastbert.use(name) if name else nullcontext()
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 -- libraries may draw from the global generator
+
+
+def _identity(config: PretrainConfig, feed: Feed) -> dict[str, Any]:
+    """What must be the same when a run is resumed."""
+    settings = {k: v for k, v in config.to_dict().items() if k not in FREE}
+    return {
+        **settings,
+        **feed.identity(),
+        "the backend of each op": backends(config.device or "cpu"),
+    }
+
+
+def backends(device: str) -> dict[str, str]:
+    """The first backend in each op's order on a device that this machine has, or the one in force by name."""
+    order = backend.ORDER.get(torch.device(device).type, ("torch",))
+    forced = backend.forced()
+    return {
+        slug: forced or next(name for name in order if reasons[name] is None)
+        for slug, reasons in backend.matrix().items()
+    }
+
+
+def _check_space(model: torch.nn.Module, config: PretrainConfig, out: Path) -> None:
+    """Refuse to start when the disk can't hold the run's checkpoints and its model."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    # a checkpoint holds the weights and two moments; one more than is kept exists while it is written
+    needed = weights * (3 * (config.keep_last + 1) + 1)
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise OSError(
+            f"{out} has {free / 1e9:.2f} GB free and the run needs {needed / 1e9:.2f} GB for {config.keep_last} "
+            "checkpoints: free some space or lower keep_last"
+        )
+
+
+def _steps(config: PretrainConfig, model: torch.nn.Module, feed: Feed) -> int:
+    """The number of optimiser steps that the settings ask for."""
+    if config.steps is not None:
+        return config.steps
+    if config.epochs is not None:
+        whole, part = int(config.epochs), config.epochs % 1.0
+        batches = sum(feed.train.num_batches(epoch) for epoch in range(whole))
+        batches += round(part * feed.train.num_batches(whole)) if part else 0
+        return max(batches // config.accumulate, 1)
+    assert config.minutes is not None
+    return max(round(60.0 * config.minutes / seconds_per_step(model, feed, config)), 1)
+
+
+def seconds_per_step(model: torch.nn.Module, feed: Feed, config: PretrainConfig) -> float:
+    """Time some steps on a copy of the model; the model and the generators are left as they were."""
+    rng = store.capture_rng()
+    trial = Trainer(copy.deepcopy(model), feed.train, replace(config, steps=1_000_000))
+    for _ in range(_WARMING_STEPS):
+        trial.train_step()
+    started, steps = time.perf_counter(), 0
+    while steps < _TIMED_STEPS or time.perf_counter() - started < _TIMED_SECONDS:
+        trial.train_step()
+        steps += 1
+    store.restore_rng(rng)
+    return (time.perf_counter() - started) / steps
+
+
+def _description(config: PretrainConfig, model: Any, feed: Feed) -> str:
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    sizes = model.config
+    return (
+        f"{type(model).__name__} with {millions:.1f} M parameters: {sizes.num_hidden_layers} layers x "
+        f"{sizes.hidden_size}, vocabulary {sizes.vocab_size}; {feed.describe()}; {config.precision} on "
+        f"{config.device}, {config.threads} threads"
+    )
+
+
+def _about(config: PretrainConfig) -> dict[str, Any]:
+    from fastbert.testing.machine import machine_info
+
+    return {"machine": machine_info(), "backends": backends(config.device or "cpu")}
+
+
+__all__ = ["Result", "TrainingError", "pretrain"]

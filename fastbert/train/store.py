@@ -1,0 +1,165 @@
+"""Files of a run, written so that a kill or a full disk at any moment leaves the old one or the new one, whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+_CHECKPOINT = re.compile(r"step-(\d+)\.pt")
+_UNFINISHED = ".unfinished-"
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that becomes `path` when the block ends, after it has reached the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=_UNFINISHED, dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _umask() -> int:
+    # there is no other way to read it; mkstemp's own mode keeps everybody else out
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a rename itself on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, all of it or nothing."""
+    with _replacing(path) as file:
+        file.write(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, all of it or nothing."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, all of it or nothing."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write into a new folder that becomes `folder`, replacing an older one, when it is complete."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=folder.parent) as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        fill(new)
+        for path in new.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        if folder.exists():
+            folder.rename(Path(scratch) / "old")
+        new.rename(folder)
+    _sync_folder(folder.parent)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a killed process was writing."""
+    for path in folder.glob(f"{_UNFINISHED}*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+class Checkpoints:
+    """The folder of a run's checkpoints, of which the last `keep` are kept."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def paths(self) -> list[Path]:
+        """All of them, oldest first."""
+        found = [
+            (int(m[1]), p) for p in self.folder.glob("*") if (m := _CHECKPOINT.fullmatch(p.name))
+        ]
+        return [path for _, path in sorted(found)]
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Write one, then delete the oldest; raises OSError, with all older ones kept, where it can't be written."""
+        path = self.folder / f"step-{step:08d}.pt"
+        with _replacing(path) as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:
+                # torch hides the system's error about a full disk
+                raise OSError(f"{path} can't be written: {error}") from error
+        for old in self.paths()[: -self.keep]:
+            old.unlink()
+        return path
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest one, or None; raises ValueError, with its name, if it is damaged."""
+        paths = self.paths()
+        if not paths:
+            return None
+        try:
+            state = torch.load(paths[-1], map_location="cpu", weights_only=True)
+            if not isinstance(state, dict):
+                raise TypeError(f"it holds a {type(state).__name__}")
+        except Exception as error:  # a damaged file raises nearly anything
+            raise ValueError(
+                f"{paths[-1]} is damaged ({str(error).splitlines()[0]}): delete it to resume from the one before it"
+            ) from error
+        return state
+
+
+def capture_rng() -> dict[str, Any]:
+    """The states of torch's, numpy's and Python's generators, as what torch.load(weights_only=True) accepts."""
+    kind, keys, place, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 -- the global one
+    version, internal, gauss_next = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": [kind, torch.from_numpy(np.array(keys, dtype=np.int64)), place, has_gauss, gauss],
+        "python": [version, list(internal), gauss_next],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Set the generators to what capture_rng found."""
+    torch.set_rng_state(state["torch"])
+    kind, keys, place, has_gauss, gauss = state["numpy"]
+    keys = keys.numpy().astype(np.uint32)
+    np.random.set_state((kind, keys, place, has_gauss, gauss))  # noqa: NPY002 -- the global one
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

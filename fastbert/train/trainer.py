@@ -1,0 +1,161 @@
+"""A model with its optimiser, its data and its position: the steps of training, and all that the next one depends on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.data import Batch
+from fastbert.train import store
+from fastbert.train.config import PretrainConfig
+from fastbert.train.evaluate import autocast
+from fastbert.train.optim import learning_rate, make_optimiser, set_learning_rate
+from fastbert.train.world import World
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on; the message says why and what is kept."""
+
+
+class Stream(Protocol):
+    """Training batches, such as fastbert.data.PretrainingData has them."""
+
+    def stream(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """Batches without end from number `start` of `epoch` on, always the same ones."""
+
+
+@dataclass
+class Position:
+    """How far a run is, and the sums since its last log line; all of it is in a checkpoint."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    evaluated: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    window_steps: int = 0
+    window_loss: float = 0.0
+    window_mlm: float = 0.0
+    window_nsp: float = 0.0
+    window_tokens: int = 0
+    window_seconds: float = 0.0
+
+
+@dataclass
+class StepResult:
+    """The losses of one step, over all of its batches and processes."""
+
+    loss: float
+    mlm: float
+    nsp: float
+    norm: float
+    tokens: int
+
+
+class Trainer:
+    """A model, its optimiser, its data and its position; `config.steps` is known."""
+
+    def __init__(
+        self, model: nn.Module, data: Stream, config: PretrainConfig, world: World | None = None
+    ) -> None:
+        assert config.steps is not None
+        self.model = model
+        self.data = data
+        self.config = config
+        self.steps: int = config.steps
+        self.world = world or World()
+        self.optimiser = make_optimiser(model, config)
+        self.at = Position()
+        self.device = next(model.parameters()).device
+        self._batches: Iterator[Batch] | None = None
+
+    def take(self) -> list[Batch]:
+        """The batches of the next step; the position moves past them."""
+        if self._batches is None:
+            self._batches = self.data.stream(self.at.epoch, self.at.batch)
+        batches = [next(self._batches) for _ in range(self.config.accumulate)]
+        last = batches[-1]
+        assert last.epoch is not None
+        assert last.number is not None
+        self.at.epoch, self.at.batch = last.epoch, last.number + 1
+        return batches
+
+    def train_step(self) -> StepResult:
+        """One optimiser step on the next batches. Raises TrainingError, with the weights unchanged, if it is not finite."""
+        self.model.train()
+        batches = self.take()
+        labelled = self.world.total(sum(len(b["label_rows"]) for b in batches))
+        pairs = self.world.total(sum(_pairs(b) for b in batches))
+        mlm = nsp = 0.0
+        for batch in batches:
+            parts = self._backward(batch.to(self.device), labelled, pairs)
+            mlm += parts[0]
+            nsp += parts[1]
+        mlm, nsp = self.world.total(mlm), self.world.total(nsp)
+        norm = float(self._clip())
+        if not math.isfinite(mlm + nsp) or not math.isfinite(norm):
+            self._refuse(mlm + nsp, norm, batches)
+        at = self.at
+        rate = learning_rate(at.step, self.steps, self.config.warmup_steps, self.config.lr)
+        set_learning_rate(self.optimiser, rate)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        at.step += 1
+        return StepResult(mlm + nsp, mlm, nsp, norm, sum(len(b["input_ids"]) for b in batches))
+
+    def _backward(self, batch: Batch, labelled: float, pairs: float) -> tuple[float, float]:
+        """Add one batch's gradients: the sum of its losses / the number of terms in the whole step."""
+        with autocast(self.device, self.config.precision):
+            output = self.model(**batch, num_items_in_batch=max(int(labelled), 1))
+        loss: Tensor = output.loss
+        nsp_loss = getattr(output, "nsp_loss", None)
+        if nsp_loss is None:
+            loss.backward()
+            return float(loss.detach()), 0.0
+        nsp_loss = nsp_loss * (_pairs(batch) / pairs)
+        (output.mlm_loss + nsp_loss).backward()
+        mlm, nsp = torch.stack(
+            [output.mlm_loss.detach().float(), nsp_loss.detach().float()]
+        ).tolist()
+        return mlm, nsp
+
+    def _clip(self) -> Tensor:
+        """Scale the gradient down to the largest norm allowed; returns what it was."""
+        # an infinite limit measures and leaves the gradient alone
+        limit = self.config.clip or math.inf
+        return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+
+    def _refuse(self, loss: float, norm: float, batches: list[Batch]) -> None:
+        names = "; ".join(batch.identity for batch in batches)
+        raise TrainingError(
+            f"the loss is {loss} and the gradient's norm {norm} at step {self.at.step + 1} ({names}): training stops, "
+            "and checkpoints of earlier steps are kept; a lower lr, a longer warmup or a smaller clip may help"
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        return {
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "position": asdict(self.at),
+            "rng": store.capture_rng(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from where `state` was taken."""
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.at = Position(**state["position"])
+        self._batches = None
+        store.restore_rng(state["rng"])
+
+
+def _pairs(batch: Batch) -> int:
+    answers = batch.get("next_sentence_label")
+    return 0 if answers is None else len(answers)

@@ -1,0 +1,64 @@
+"""No-decay groups and the schedule."""
+
+import pytest
+import torch
+from random_feed import small_config, small_model
+
+from fastbert.train.optim import learning_rate, make_optimiser, parameter_groups
+
+
+def test_biases_and_layer_norms_do_not_decay():
+    model = small_model()
+    decayed, kept = parameter_groups(model, 0.01)
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.01, 0.0)
+    assert sorted(decayed["names"] + kept["names"]) == sorted(
+        n for n, _ in model.named_parameters()
+    )
+    layer = [
+        "attention.qkv.weight",
+        "attention.out.weight",
+        "feed_forward.up.weight",
+        "feed_forward.down.weight",
+    ]
+    expected = {f"bert.embeddings.{name}.weight" for name in ("word", "position", "token_type")}
+    expected |= {f"bert.layers.{i}.{name}" for i in range(2) for name in layer}
+    expected |= {"bert.pooler.weight", "mlm_head.dense.weight", "nsp_head.weight"}
+    assert set(decayed["names"]) == expected
+
+
+def test_optimiser_is_fused_and_leaves_fixed_positions_alone():
+    model = small_model(position_embedding_type="sinusoidal")
+    optimiser = make_optimiser(model, small_config())
+    assert optimiser.defaults["fused"]
+    tensors = [p for group in optimiser.param_groups for p in group["params"]]
+    assert all(p is not model.bert.embeddings.position.weight for p in tensors)
+
+
+def test_decay_is_what_the_groups_say():
+    """With no gradient signal AdamW only decays: decayed tensors shrink by 1 - lr * decay, the others stay."""
+    model = small_model()
+    optimiser = make_optimiser(model, small_config(weight_decay=0.5, lr=0.1))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimiser.step()
+    for name, p in model.named_parameters():
+        factor = 1.0 if name.endswith("bias") or "norm" in name else 1.0 - 0.1 * 0.5
+        torch.testing.assert_close(p.detach(), before[name] * factor)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 100])
+@pytest.mark.parametrize("warmup", [0, 1, 10])
+def test_schedule(steps, warmup):
+    rates = [learning_rate(step, steps, warmup, 2.0) for step in range(steps)]
+    assert all(0.0 < rate <= 2.0 for rate in rates)
+    assert learning_rate(steps, steps, min(warmup, steps), 2.0) == 0.0
+    if steps > warmup:
+        assert max(rates) == 2.0
+        rising = rates[: warmup + 1] if warmup else []
+        assert rising == sorted(rising)
+        assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+
+
+def test_schedule_by_hand():
+    assert [learning_rate(s, 6, 2, 1.0) for s in range(7)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
