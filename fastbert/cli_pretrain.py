@@ -16,10 +16,10 @@ from fastbert.train.config import PretrainConfig, check_length_said, load_settin
 def pretrain(**flags: Any) -> None:
     """Pretrain a BERT (masked words and next sentences) or a RoBERTa (masked words) on text.
 
-    Settings come from flags, or from a --config file (lines such as `lr = 1e-4`, the flags' names with _ for -); flags
-    win. OUT then holds config.toml (all settings), metrics.jsonl, tensorboard/, checkpoints/, loss.png and model/, which
-    transformers loads as well. SIGTERM and Ctrl-C end a run after a checkpoint; --resume goes on from the last one,
-    also after a crash, with the same losses as without the interruption.
+    Settings come from flags, or from a --config file (lines such as `lr = 1e-4`, the flags' names with _ for -);
+    flags win. OUT then holds config.toml (all settings), metrics.jsonl, tensorboard/, checkpoints/, loss.png and
+    model/, which transformers loads as well. SIGTERM and Ctrl-C end a run after a checkpoint; --resume goes on from the
+    last one, also after a crash, with the same losses as without the interruption.
 
     Example: fastbert pretrain texts/ --out runs/a --steps 10000 --layers 6 --hidden 384 --heads 6
     """

@@ -6,9 +6,9 @@ import signal
 
 import torch
 
-ADJECTIVES = "great small old new public common foreign free".split()
-NOUNS = "union people nation treaty army bank road river law peace".split()
-VERBS = "serves needs builds keeps loves fears".split()
+ADJECTIVES = ["great", "small", "old", "new", "public", "common", "foreign", "free"]
+NOUNS = ["union", "people", "nation", "treaty", "army", "bank", "road", "river", "law", "peace"]
+VERBS = ["serves", "needs", "builds", "keeps", "loves", "fears"]
 
 
 def sentence(draw):

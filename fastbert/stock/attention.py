@@ -1,6 +1,7 @@
 """attention by stock ops on padded sequences: SDPA where nothing is saved or dropped, else matmul and softmax.
 
-SDPA neither takes a dropout mask nor returns the log-sum-exp that backward needs, so training goes the explicit way.
+SDPA neither takes a dropout mask nor returns the log-sum-exp, so training goes the explicit way; its backward runs
+softmax again, one fused pass, and needs neither out nor lse.
 """
 
 from __future__ import annotations
@@ -42,19 +43,19 @@ class _Layout:
         rows = padded.transpose(1, 2).flatten(0, 1)[self.cell]
         return rows.masked_fill(self.tail.view(-1, *[1] * (rows.dim() - 1)), 0.0)
 
-    def hidden(self, causal: bool) -> Tensor:
-        """Boolean (B, 1, 1 or S, S): the keys a query must not see."""
-        hidden = ~self.valid[:, None, None, :]
+    def scores(self, q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
+        """scale q k^T (B, H, S, S) in q's dtype, -inf at the keys that a query must not see."""
+        hidden = ~self.valid[:, None, :]  # (B, 1, S)
         if causal:
-            hidden = hidden | torch.ones(
-                self.S, self.S, dtype=torch.bool, device=hidden.device
-            ).triu(1)
-        return hidden
-
-
-def _scores(q: Tensor, k: Tensor, scale: float, hidden: Tensor) -> Tensor:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return (scale * q @ k.transpose(-2, -1)).to(wide).masked_fill_(hidden, float("-inf"))
+            hidden = hidden | torch.ones(self.S, self.S, dtype=torch.bool, device=q.device).triu(1)
+        bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(
+            hidden, -torch.inf
+        )
+        H = q.shape[1]
+        # scale and mask ride on the product
+        bias = bias.repeat_interleave(H, 0)
+        product = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)
+        return product.view(self.B, H, self.S, self.S)
 
 
 def _dropped(t: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
@@ -86,15 +87,20 @@ def forward(
         return qkv.new_zeros(T, H, D), lse
     layout = _Layout(cu_seqlens, T, max_seqlen)
     q, k, v = layout.pad(qkv).unbind(2)  # each (B, H, S, D)
-    hidden = layout.hidden(causal)
     if not save and p == 0.0:
         sdpa = torch.nn.functional.scaled_dot_product_attention
-        return layout.unpad(sdpa(q, k, v, ~hidden, scale=scale)), qkv.new_empty(H, 0, dtype=wide)
-    scores = _scores(q, k, scale, hidden)
-    lse = scores.logsumexp(-1)
-    P = _dropped(scores.sub_(lse[..., None]).exp_(), p, seed, site).to(v.dtype)
-    out = layout.unpad(P @ v)
-    return out, layout.unpad(lse).t().contiguous() if save else qkv.new_empty(H, 0, dtype=wide)
+        seen = layout.valid[:, None, None, :]
+        if causal:
+            seen = seen & torch.ones_like(layout.valid[0]).expand(max_seqlen, -1).tril()
+        return layout.unpad(sdpa(q, k, v, seen, scale=scale)), qkv.new_empty(H, 0, dtype=wide)
+    scores = layout.scores(q, k, scale, causal)
+    P = scores.softmax(-1, dtype=wide)
+    out = layout.unpad(_dropped(P, p, seed, site).to(v.dtype) @ v)
+    if not save:
+        return out, qkv.new_empty(H, 0, dtype=wide)
+    # the largest weight is exp(largest score - lse)
+    lse = scores.amax(-1).to(wide) - P.amax(-1).log()
+    return out, layout.unpad(lse).t().contiguous()
 
 
 def backward(
@@ -118,13 +124,9 @@ def backward(
     q, k, v = layout.pad(qkv).unbind(2)
     # a padding query repeats a real row: its gradient must not count
     do = layout.pad(dout).masked_fill(~layout.valid[:, None, :, None], 0.0)
-    padded_lse = lse.t()[layout.row].transpose(1, 2)  # (B, H, S)
-    delta = (dout.to(lse.dtype) * out).sum(-1)[layout.row].transpose(1, 2)
-    P = _scores(q, k, scale, layout.hidden(causal)).sub_(padded_lse[..., None]).exp_()
-    dv = _dropped(P, p, seed, site).to(v.dtype).transpose(-2, -1) @ do
-    dP = _dropped((do @ v.transpose(-2, -1)).to(lse.dtype), p, seed, site)
-    dS = (
-        (P * (dP - delta[..., None])).masked_fill_(~layout.valid[:, None, :, None], 0.0).to(q.dtype)
-    )
-    grads = (scale * (dS @ k), scale * (dS.transpose(-2, -1) @ q), dv)
+    P = layout.scores(q, k, scale, causal).softmax(-1)
+    dv = _dropped(P, p, seed, site).mT @ do
+    dP = _dropped(do @ v.mT, p, seed, site)
+    dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype)
+    grads = (scale * (dS @ k), scale * (dS.mT @ q), dv)
     return torch.stack([layout.unpad(t) for t in grads], 1)

@@ -23,6 +23,7 @@ from fastbert.integrations.fairseq import convert_fairseq_roberta
 from fastbert.names import hf_keys, names_of
 from fastbert.testing.fetch import fetch
 
+LAYOUTS = ("padded", "packed", "single")
 # outputs with one row per token, the others have one per sequence
 PER_TOKEN = ("last_hidden_state", "prediction_logits", "logits", "hidden_states")
 SENTENCES = (
@@ -101,7 +102,7 @@ def english(directory: Path) -> list[Example]:
     tokenizer = load_tokenizer(directory)
     tokenizer.no_padding()
     encoded = [tokenizer.encode(a) if b is None else tokenizer.encode(a, b) for a, b in SENTENCES]
-    mask = tokenizer.token_to_id("[MASK]")
+    mask = tokenizer.get_vocab()["[MASK]"]
     return [example(e.ids, e.type_ids, mask, i % 2) for i, e in enumerate(encoded)]
 
 
@@ -124,14 +125,14 @@ def antibodies(chains: tuple[str, ...], roberta: bool) -> Callable[[Path], list[
     """Two variable regions and parts of them; one token is one amino acid."""
 
     def make(directory: Path) -> list[Example]:
+        ids = {token: i for i, token in enumerate(AMINO_ACIDS)}
+        first, last, mask = "[CLS]", "[SEP]", "[MASK]"
         if roberta:
-            tokenizer = load_tokenizer(directory)
-            token, first, last, mask = tokenizer.token_to_id, "<s>", "</s>", "<mask>"
-        else:
-            token, first, last, mask = AMINO_ACIDS.index, "[CLS]", "[SEP]", "[MASK]"
+            ids = load_tokenizer(directory).get_vocab()
+            first, last, mask = "<s>", "</s>", "<mask>"
         texts = [*chains, chains[0][:41], chains[1][13:]]
-        rows = [[token(c) for c in (first, *text, last)] for text in texts]
-        return [example(row, [0] * len(row), token(mask), 0) for row in rows]
+        rows = [[ids[c] for c in (first, *text, last)] for text in texts]
+        return [example(row, [0] * len(row), ids[mask], 0) for row in rows]
 
     return make
 
@@ -200,31 +201,44 @@ def flat(out: Any, inputs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
                 yield (f"{name}[{i}]" if len(values) > 1 else name), value
 
 
-def projection(values: dict[str, Tensor]) -> Tensor:
-    """The loss of a bare model: fixed random directions of its hidden states and of the pooler's output."""
-    terms = []
-    for name in ("last_hidden_state", "pooler_output"):
-        generator = torch.Generator().manual_seed(len(terms))
-        direction = torch.randn(values[name].shape, generator=generator)
-        terms.append((values[name] * direction.to(values[name].dtype)).mean())
-    return terms[0] + terms[1]
-
-
 Results = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
-def run(real: Real, model: Any, examples: list[Example], packed: bool = False) -> Results:
-    """(outputs, gradients by the model's own names) of one forward and backward without dropout."""
+def loss_of(
+    out: Any, values: dict[str, Tensor], group: list[Example], whole: list[Example]
+) -> Tensor:
+    """What `group` adds to the loss of the whole batch; a bare model's is a fixed function of its outputs."""
+    if "loss" not in out:
+        states, pooled = values["last_hidden_state"], values["pooler_output"]
+        generator = torch.Generator().manual_seed(0)
+        direction = torch.randn(2, states.shape[1], generator=generator).to(states.dtype)
+        return (states.square() @ direction[0]).sum() + (pooled @ direction[1]).sum()
+    if len(group) == len(whole):
+        return out["loss"]
+    rows = len(group) / len(whole)
+    labelled, of = (sum(int((e.labels != -100).sum()) for e in part) for part in (group, whole))
+    if "nsp_loss" in out:
+        return out["mlm_loss"] * (labelled / of) + out["nsp_loss"] * rows
+    return out["loss"] * (rows if out["logits"].dim() == 2 else labelled / of)
+
+
+def run(real: Real, model: Any, examples: list[Example], layout: str = "padded") -> Results:
+    """(outputs, gradients by the model's own names) of one batch, or of its examples one by one, without dropout."""
     model.zero_grad()
-    inputs = inputs_of(real, examples, packed, model.config.pad_token_id)
-    out = model(**inputs, output_hidden_states=True)
-    values = dict(flat(out, inputs))
-    loss = out["loss"] if "loss" in out else projection(values)
-    loss.backward()
-    values["loss"] = loss[None]
+    groups = [[e] for e in examples] if layout == "single" else [examples]
+    found: dict[str, list[Tensor]] = {}
+    for group in groups:
+        inputs = inputs_of(real, group, layout == "packed", model.config.pad_token_id)
+        out = model(**inputs, output_hidden_states=True)
+        values = dict(flat(out, inputs))
+        loss = loss_of(out, values, group, examples)
+        loss.backward()
+        for name, value in {**values, "loss": loss[None]}.items():
+            found.setdefault(name, []).append(value.detach())
+    found["loss"] = [torch.stack(found["loss"]).sum(0)]
     named = model.named_parameters(remove_duplicate=False)
     return (
-        {name: value.detach() for name, value in values.items()},
+        {name: torch.cat(values) for name, values in found.items()},
         {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named},
     )
 
@@ -270,25 +284,15 @@ class Parity:
 
 
 def measure(real: Real, scratch: Path) -> dict[str, Parity]:
-    """The parity of one checkpoint in each layout, and that of both libraries in fp32 to transformers in fp64.
-
-    "single" holds the worst of the examples one by one, in both libraries.
-    """
+    """The parity of one checkpoint in each layout, and that of both libraries in fp32 to transformers in fp64."""
     directory = real.directory(scratch)
     examples = real.examples(directory)
     ours, theirs = real.ours(directory), real.theirs(directory)
-    padded, stock = run(real, ours, examples), run(real, theirs, examples)
-    found = {
-        "padded": Parity.of(ours, padded, stock),
-        "packed": Parity.of(ours, run(real, ours, examples, packed=True), stock),
-    }
-    singles = [Parity.of(ours, run(real, ours, [e]), run(real, theirs, [e])) for e in examples]
-    found["single"] = Parity(
-        {k: max(s.outputs[k] for s in singles) for k in singles[0].outputs},
-        {k: max(s.gradients[k] for s in singles) for k in singles[0].gradients},
-    )
+    stock = run(real, theirs, examples)
+    results = {layout: run(real, ours, examples, layout) for layout in LAYOUTS}
+    found = {layout: Parity.of(ours, result, stock) for layout, result in results.items()}
     truth = run(real, theirs.double(), examples)
-    found["ours to fp64"] = Parity.of(ours, padded, truth)
+    found["padded to fp64"] = Parity.of(ours, results["padded"], truth)
     found["transformers to fp64"] = Parity.of(ours, (stock[0], fused(ours, stock[1])), truth)
     found["both in fp64"] = Parity.of(ours, run(real, ours.double(), examples), truth)
     return found

@@ -19,9 +19,10 @@ def build_model(config: PretrainConfig, tokenizer: Any) -> BertForPreTraining | 
         if config.start == "neighbours":
             start_with_neighbours(model.bert)
         return model
-    p = config.dropout
     model = kind.from_pretrained(
-        config.init_from, hidden_dropout_prob=p, attention_probs_dropout_prob=p
+        config.init_from,
+        hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.attention_dropout,
     )
     _check_loaded(model.config, config, len(vocabulary(tokenizer)))
     return model
@@ -39,6 +40,7 @@ def model_config(config: PretrainConfig, vocab_size: int, pad: int) -> BertConfi
     """The sizes of a fresh model; raises ValueError where they do not fit together."""
     roberta = config.recipe == "roberta"
     assert config.ffn is not None
+    assert config.attention_dropout is not None
     return BertConfig(
         vocab_size=vocab_size,
         hidden_size=config.hidden,
@@ -46,7 +48,7 @@ def model_config(config: PretrainConfig, vocab_size: int, pad: int) -> BertConfi
         num_attention_heads=config.heads,
         intermediate_size=config.ffn,
         hidden_dropout_prob=config.dropout,
-        attention_probs_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.attention_dropout,
         # RoBERTa counts positions from pad + 1
         max_position_embeddings=config.max_position + (pad + 1 if roberta else 0),
         position_embedding_type=config.positions,

@@ -76,7 +76,10 @@ class PretrainConfig:
     ffn: int | None = setting(None, MODEL, "width of the feed-forward block; default 4 x hidden")
     max_position: int = setting(512, MODEL, "tokens in the longest sequence the model can ever see")
     positions: str = setting("absolute", MODEL, "absolute (learned) or sinusoidal positions")
-    dropout: float = setting(0.1, MODEL, "dropout of hidden states and attention weights")
+    dropout: float = setting(0.1, MODEL, "dropout of hidden states")
+    attention_dropout: float | None = setting(
+        None, MODEL, "dropout of attention weights; default as dropout"
+    )
     initializer_range: float = setting(
         0.02, MODEL, "standard deviation of the normal distribution of fresh weights"
     )
@@ -131,6 +134,8 @@ class PretrainConfig:
         self._check_ranges()
         if self.max_tokens is None and self.batch_size is None:
             self.max_tokens = 8192
+        if self.attention_dropout is None:
+            self.attention_dropout = self.dropout
         if self.ffn is None:
             self.ffn = 4 * self.hidden
         if self.tokenizer_kind is None:
@@ -155,22 +160,17 @@ class PretrainConfig:
             raise ValueError("max_tokens and batch_size are both set: a batch is measured by one")
 
     def _check_ranges(self) -> None:
-        for name in ("heldout", "short_seq_prob", "mask_prob", "dropout", "beta1", "beta2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be in [0, 1)")
+        shares = ["heldout", "short_seq_prob", "mask_prob", "dropout", "attention_dropout"]
+        for name in (*shares, "beta1", "beta2"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < 1.0:
+                raise ValueError(f"{name} is {value}: it must be in [0, 1)")
         if not self.mask_prob or not self.heldout:
             raise ValueError(
                 "mask_prob and heldout must be above 0: there is nothing to learn or judge"
             )
-        for name in (
-            "weight_decay",
-            "clip",
-            "warmup",
-            "seed",
-            "split_seed",
-            "eval_every",
-            "eval_tokens",
-        ):
+        unlimited = ["weight_decay", "clip", "warmup", "seed", "split_seed", "eval_every"]
+        for name in (*unlimited, "eval_tokens", "checkpoint_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0")
         positive = ["max_length", "vocab_size", "layers", "hidden", "heads", "ffn", "max_position"]
@@ -180,8 +180,6 @@ class PretrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}: it must be above 0")
-        if self.checkpoint_every < 0:
-            raise ValueError("checkpoint_every must be at least 0")
         if self.max_length > self.max_position:
             raise ValueError(
                 f"max_length {self.max_length} is above max_position {self.max_position}: raise max_position"

@@ -45,7 +45,8 @@ def demo(
     folder = fresh_folder(out, overwrite)
     if folder != out:
         say(f"{out} holds an older run: this one starts over in {folder} (--overwrite replaces it)")
-    say(f"2. a tokenizer, a BERT and about {config.minutes:g} minutes of training, in {folder}")
+    length = f"about {config.minutes:g} minutes" if config.minutes else f"{config.steps} steps"
+    say(f"2. a tokenizer, a BERT and {length} of training, in {folder}")
     result = pretrain(config, folder, say=say)
     say("3. what it has learned")
     for line in summary(result):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,13 +100,15 @@ class Feed:
         return {"unigram entropy": found.unigram, "left and right bigrams": found.bigram}
 
     def _stream(self) -> NDArray[np.int64]:
-        """(T,) the first epoch as the model sees it before masking, -1 between sequences."""
-        parts, count = [], 0
-        for number in range(self.train.num_batches(0)):
-            batch = self.train.batch(0, number)
-            ids, labels = batch["input_ids"].numpy(), batch["labels"].numpy()
-            starts = batch["cu_seqlens"].numpy()[:-1]
-            parts.append(np.insert(np.where(labels >= 0, labels, ids), starts, -1))
+        """(T,) the training documents in the text's order, -1 between them."""
+        parts: list[NDArray[np.int64]] = []
+        count = 0
+        first = self.shards.sentences[
+            self.shards.documents
+        ]  # (documents + 1,) token each one starts at
+        for number in self.train.documents:
+            ids = self.shards.tokens[first[number] : first[number + 1]].astype(np.int64)
+            parts += [ids, np.array([-1])]
             count += len(ids)
             if count > _COUNTED_TOKENS:
                 break
@@ -122,7 +125,9 @@ def _first_batches(data: PretrainingData, tokens: int) -> int:
 def prepare_feed(
     config: PretrainConfig, out: Path, world: World, quiet: bool = False, rebuild: bool = False
 ) -> Feed:
-    """Train or load the tokenizer, tokenise the sources or open the shards that fit; writes OUT/tokenizer and shards."""
+    """Train or load the tokenizer, tokenise the sources or open shards that fit; writes OUT/tokenizer and shards."""
+    # bars belong on terminals only
+    quiet = quiet or not sys.stderr.isatty()
     documents = _documents(config)
     tokenizer = _tokenizer(config, documents, quiet)
     folder = _folder(config, out)

@@ -168,7 +168,7 @@ class Run:
         self.progress.say(line)
 
     def save(self) -> Path:
-        """Write a checkpoint of this step. Raises TrainingError, with the older ones kept, where it can't be written."""
+        """Write a checkpoint of this step; raises TrainingError, with the older ones kept, where it can't."""
         at = self.trainer.at
         state = {
             **self.trainer.state(),

@@ -25,7 +25,7 @@ class Metrics:
     """
 
     def __init__(self, out: Path, step: int = 0, size: int = 0) -> None:
-        self._file = open(out / "metrics.jsonl", "ab")
+        self._file = open(out / "metrics.jsonl", "ab")  # noqa: SIM115 -- closed by close()
         self._file.truncate(min(size, self._file.tell()))
         self._board = _board(out / "tensorboard", step)
 

@@ -28,8 +28,8 @@ from fastbert.train.progress import duration
 from fastbert.train.trainer import Trainer, TrainingError
 from fastbert.train.world import World
 
-# a time budget is turned into steps by timing some, after some that are slower than the rest
-_WARMING_STEPS, _TIMED_STEPS, _TIMED_SECONDS = 2, 8, 2.0
+# the part of a time budget that is spent on finding out how many steps fit into it
+_TIMED_PART = 0.05
 
 
 @dataclass(frozen=True)
@@ -279,16 +279,17 @@ def _steps(config: PretrainConfig, model: torch.nn.Module, feed: Feed) -> int:
 
 def seconds_per_step(model: torch.nn.Module, feed: Feed, config: PretrainConfig) -> float:
     """Time some steps on a copy of the model; the model and the generators are left as they were."""
+    assert config.minutes is not None
     rng = store.capture_rng()
     trial = Trainer(copy.deepcopy(model), feed.train, replace(config, steps=1_000_000))
-    for _ in range(_WARMING_STEPS):
+    # the first step is slower than the rest: memory, imports
+    trial.train_step()
+    started, steps, elapsed = time.perf_counter(), 0, 0.0
+    while elapsed < _TIMED_PART * 60.0 * config.minutes:
         trial.train_step()
-    started, steps = time.perf_counter(), 0
-    while steps < _TIMED_STEPS or time.perf_counter() - started < _TIMED_SECONDS:
-        trial.train_step()
-        steps += 1
+        steps, elapsed = steps + 1, time.perf_counter() - started
     store.restore_rng(rng)
-    return (time.perf_counter() - started) / steps
+    return elapsed / steps
 
 
 def _description(config: PretrainConfig, model: Any, feed: Feed) -> str:

@@ -1,4 +1,4 @@
-"""A model with its optimiser, its data and its position: the steps of training, and all that the next one depends on."""
+"""A model with its optimiser, its data and its position: training steps, and all that the next one depends on."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Trainer:
         return batches
 
     def train_step(self) -> StepResult:
-        """One optimiser step on the next batches. Raises TrainingError, with the weights unchanged, if it is not finite."""
+        """One optimiser step on the next batches; raises TrainingError, with the weights unchanged, if not finite."""
         self.model.train()
         batches = self.take()
         labelled = self.world.total(sum(len(b["label_rows"]) for b in batches))

@@ -74,7 +74,7 @@ def test_model_loads_here_and_in_transformers(finished):
 
 
 def test_it_learns(corpus, tmp_path):
-    """Every sentence has one form and sequences are whole sentences, so that places tell what kind of word is hidden."""
+    """All sentences have one form and sequences are whole sentences: places tell what kind of word is hidden."""
     whole = {"recipe": "roberta", "tokenizer_kind": "wordpiece", "vocab_size": 200, "dropout": 0.0}
     settings = tiny_run.tiny_settings(corpus, steps=50, hidden=64, eval_every=0, **whole)
     result = pretrain(PretrainConfig(**settings), tmp_path / "run", quiet=True)

@@ -75,10 +75,10 @@ def test_unfinished_files_are_removed(tmp_path):
 def test_folder_is_whole_or_absent(tmp_path):
     def fails(folder):
         (folder / "a").write_text("new")
-        raise ValueError
+        raise RuntimeError("half way")
 
     store.write_folder(tmp_path / "f", lambda folder: (folder / "a").write_text("old"))
-    with pytest.raises(ValueError, match=""):
+    with pytest.raises(RuntimeError, match="half way"):
         store.write_folder(tmp_path / "f", fails)
     assert (tmp_path / "f" / "a").read_text() == "old"
     store.write_folder(tmp_path / "f", lambda folder: (folder / "b").write_text("new"))

@@ -142,7 +142,7 @@ def test_evaluation_counts_by_hand():
         out = model(**batch)
         at = (batch["labels"] >= 0) & (batch["input_ids"] == feed.mask_id)
         logits, labels = out.prediction_logits[at], batch["labels"][at]
-        loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        loss += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
         right += int((logits.argmax(1) == labels).sum())
         n += len(labels)
         pairs += int((out.seq_relationship_logits.argmax(1) == batch["next_sentence_label"]).sum())

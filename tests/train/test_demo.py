@@ -1,0 +1,43 @@
+"""The demo's parts; the whole of it is `make demo`."""
+
+import pytest
+import tiny_run
+
+from fastbert.testing import fetch
+from fastbert.train import PretrainConfig, demo
+from fastbert.train.config import check_length_said, load_settings
+
+
+def test_recipe_is_valid():
+    settings = load_settings(demo.RECIPE)
+    check_length_said(settings)
+    assert PretrainConfig(**settings).minutes == pytest.approx(2.0)
+
+
+def test_older_runs_are_kept_unless_told(tmp_path):
+    out = tmp_path / "demo"
+    assert demo.fresh_folder(out, overwrite=False) == out
+    out.mkdir()
+    (out / "config.toml").write_text("")
+    assert demo.fresh_folder(out, overwrite=False) == tmp_path / "demo-2"
+    (tmp_path / "demo-2").mkdir()
+    assert demo.fresh_folder(out, overwrite=False) == tmp_path / "demo-3"
+    assert demo.fresh_folder(out, overwrite=True) == out
+    assert not out.exists()
+
+
+def test_demo_on_a_tiny_corpus(tmp_path, monkeypatch, capsys):
+    corpus = tiny_run.write_corpus(tmp_path / "corpus")
+    monkeypatch.setattr(fetch, "fetch", lambda name: corpus)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        PretrainConfig(**tiny_run.tiny_settings(corpus, sources=[], steps=2)).to_toml()
+    )
+    monkeypatch.setattr(demo, "RECIPE", recipe)
+    recipe.write_text(recipe.read_text().replace("sources = []\n", ""))
+    demo.demo(tmp_path / "demo", minutes=None, overwrite=False)
+    text = capsys.readouterr().out
+    for part in ("unigram entropy at the same places", "loss.png", "probability", "fill-mask"):
+        assert part in text
+    for sentence in demo.SENTENCES:
+        assert sentence in text
