@@ -38,6 +38,11 @@ _ROOTS = ("embeddings.", "encoder.", "transformer.", "pooler.")
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 # what of a stranger's config.json is not true of the directory that we write
 _STALE = ("architectures", "auto_map", "torch_dtype", "_name_or_path", "transformers_version")
+# what torch.load raises for files that are cut off or are something else
+_UNREADABLE = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, OSError),
+    *(ValueError, KeyError, IndexError, AttributeError),
+)
 # whose number of rows is which setting
 _ROWS = {
     "bert.embeddings.word": "vocab_size",
@@ -105,7 +110,7 @@ def class_name(cls: type) -> str:
     for base in cls.__mro__:
         if base.__module__ == "fastbert.bert":
             return base.__name__
-    raise TypeError(f"{cls.__name__} is none of the models in fastbert.bert")
+    raise TypeError(f"{cls.__name__} is not made from a model of fastbert.bert")
 
 
 def to_hf(model: nn.Module, names: Names) -> State:
@@ -312,15 +317,16 @@ def read_pickle(file: Path, allowed: tuple[type, ...] = ()) -> Any:
     try:
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        unsupported = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
-        if unsupported is not None:
+    except _UNREADABLE as error:
+        found = re.search(r"unsupported (?:global: )?GLOBAL (\S+)", str(error), re.IGNORECASE)
+        if found is not None:
             raise ValueError(
-                f"{file} holds Python objects ({unsupported[1]}), which could run code: save its tensors alone, "
+                f"{file} holds Python objects ({found[1]}), which could run code: save its tensors alone, "
                 "as model.safetensors"
             ) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{file} is damaged ({reason}): copy it again") from error
+        raise ValueError(
+            f"{file} is damaged, not a whole file of torch.save ({type(error).__name__}): copy it again"
+        ) from error
 
 
 def _check_pointer(file: Path) -> None:

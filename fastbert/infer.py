@@ -80,7 +80,8 @@ class Embedder:
     def __init__(self, model: str | Path, pooling: str = "mean", normalize: bool = False) -> None:
         if pooling not in ("mean", "cls"):
             raise ValueError(f"pooling is {pooling!r}: choose mean or cls")
-        self.model = BertModel.from_pretrained(model).eval()
+        # the pooled output is not used, and many checkpoints have none
+        self.model = BertModel.from_pretrained(model, add_pooler=False).eval()
         self.tokenizer = plain_tokenizer(model)
         self.max_length: int = self.model.config.max_length
         self.pooling = pooling

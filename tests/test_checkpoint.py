@@ -1,8 +1,7 @@
-"""Hugging Face directories at random weights: both ways for every family and head, all kinds of files, all refusals."""
+"""Hugging Face directories: all kinds of files, what is missing or does not fit, refusals, and writing."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -12,47 +11,17 @@ import sys
 import pytest
 import torch
 import transformers
-from pairs import CASES, SIZES, batch
+from pairs import SIZES
 from safetensors.torch import load_file, save_file
 
 from fastbert import bert, checkpoint
 from fastbert.bert import BertConfig
-from fastbert.integrations.fairseq import convert_fairseq_roberta
 
-KINDS = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert"}
 TIED = ["cls.predictions.decoder.weight", "cls.predictions.decoder.bias"]
 
 
 def config(family, **settings):
     return BertConfig(**{**SIZES, "num_labels": 3, **settings, "model_type": family})
-
-
-def theirs_of(family, name, folder):
-    """The transformers model in a folder, and what it says about its keys."""
-    kind = getattr(transformers, KINDS[family] + name)
-    model, info = kind.from_pretrained(
-        folder, attn_implementation="eager", output_loading_info=True
-    )
-    return model.eval(), {k: v for k, v in info.items() if v}
-
-
-def outputs(model, inputs):
-    """The per-token outputs at tokens and the others as they are."""
-    mask = inputs["attention_mask"]
-    out = model(**inputs)
-    found = {}
-    for key in out.keys():  # noqa: SIM118 -- not a dict
-        if isinstance(out[key], torch.Tensor):
-            value = out[key].detach()
-            found[key] = value[mask == 1] if value.shape[:2] == mask.shape else value
-    return found
-
-
-def assert_same(family, name, ours, theirs):
-    inputs = batch(family, name, "none")
-    a, b = outputs(ours, inputs), outputs(theirs, inputs)
-    for key, value in b.items():
-        torch.testing.assert_close(a[key], value, rtol=1e-5, atol=1e-5, msg=key)
 
 
 @pytest.fixture
@@ -74,72 +43,6 @@ def edit(folder, **settings):
 def logits(folder):
     model = bert.BertForPreTraining.from_pretrained(folder)
     return model(torch.arange(2, 12)[None]).prediction_logits.detach()
-
-
-# --- both ways ---
-
-
-@pytest.mark.parametrize(("family", "name"), CASES)
-def test_ours_to_transformers(family, name, tmp_path):
-    """No key is missing or unexpected, the outputs are the same, and what we load back has the same bits."""
-    labels = 2 if name in ("ForQuestionAnswering", "ForPreTraining") else 3
-    kind = getattr(bert, f"Bert{name}")
-    ours = kind(config(family, num_labels=labels)).eval()
-    with torch.no_grad():
-        for p in ours.parameters():
-            p.add_(torch.randn(p.shape), alpha=0.1)
-    ours.save_pretrained(tmp_path)
-    theirs, info = theirs_of(family, name, tmp_path)
-    assert not info
-    assert_same(family, name, ours, theirs)
-    assert theirs.config.architectures == [KINDS[family] + name]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-    back = kind.from_pretrained(tmp_path)
-    assert not back.training
-    assert all(torch.equal(back.state_dict()[k], v) for k, v in ours.state_dict().items())
-
-
-@pytest.mark.parametrize(("family", "name"), CASES)
-def test_transformers_to_ours(family, name, tmp_path, caplog):
-    labels = 2 if name in ("ForQuestionAnswering", "ForPreTraining") else 3
-    values = config(family, num_labels=labels).to_dict()
-    theirs = getattr(transformers, KINDS[family] + name)(
-        getattr(transformers, KINDS[family] + "Config")(**values)
-    ).eval()
-    theirs.save_pretrained(tmp_path)
-    ours = getattr(bert, f"Bert{name}").from_pretrained(tmp_path)
-    assert_same(family, name, ours, theirs)
-    assert "newly initialised" not in caplog.text
-
-
-@pytest.mark.parametrize("family", KINDS)
-def test_untied_decoder(family, tmp_path):
-    ours = bert.BertForMaskedLM(config(family, tie_word_embeddings=False)).eval()
-    with torch.no_grad():
-        ours.mlm_head.bias.normal_()
-    ours.save_pretrained(tmp_path)
-    theirs, info = theirs_of(family, "ForMaskedLM", tmp_path)
-    assert not info
-    assert_same(family, "ForMaskedLM", ours, theirs)
-    assert_same(family, "ForMaskedLM", bert.BertForMaskedLM.from_pretrained(tmp_path), theirs)
-
-
-def test_xlm_roberta_keeps_its_name(tmp_path):
-    model = bert.BertForMaskedLM(BertConfig.from_dict({**SIZES, "model_type": "xlm-roberta"}))
-    model.save_pretrained(tmp_path)
-    loaded = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
-    assert type(loaded).__name__ == "XLMRobertaForMaskedLM"
-
-
-def test_a_subclass_keeps_its_own_weights(tmp_path):
-    class Scaled(bert.BertForMaskedLM):
-        def __init__(self, config):
-            super().__init__(config)
-            self.scale = torch.nn.Linear(1, 1)
-
-    model = Scaled(config("bert"))
-    model.save_pretrained(tmp_path)
-    assert torch.equal(Scaled.from_pretrained(tmp_path).scale.weight, model.scale.weight)
 
 
 def test_half_precision_files_load_as_fp32_and_save_as_they_are(saved):
@@ -218,7 +121,7 @@ def test_a_decoder_of_its_own_is_kept_though_config_ties_it(saved, caplog):
     """As in transformers, which then does not tie them."""
     folder, state = saved
     rewrite(folder, {**state, TIED[0]: torch.randn(61, 24), TIED[1]: torch.randn(61)})
-    theirs, _ = theirs_of("bert", "ForPreTraining", folder)
+    theirs = transformers.BertForPreTraining.from_pretrained(folder).eval()
     ids = torch.arange(2, 12)[None]
     torch.testing.assert_close(logits(folder), theirs(ids).prediction_logits.detach())
     assert "not the word embedding" in caplog.text
@@ -378,9 +281,9 @@ def test_paths_that_are_no_directory(saved, tmp_path):
     folder, _ = saved
     with pytest.raises(FileNotFoundError, match="no directory bert-base-uncased"):
         bert.BertModel.from_pretrained("bert-base-uncased")
-    with pytest.raises(ValueError, match="model.safetensors is a file: pass the directory"):
+    with pytest.raises(ValueError, match=r"model.safetensors is a file: pass the directory"):
         bert.BertModel.from_pretrained(folder / "model.safetensors")
-    with pytest.raises(ValueError, match="config.json is a file: pass a directory to save"):
+    with pytest.raises(ValueError, match=r"config.json is a file: pass a directory to save"):
         bert.BertModel(config("bert")).save_pretrained(folder / "config.json")
 
 
@@ -428,107 +331,3 @@ def test_other_files_and_permissions(saved):
     assert (folder / "vocab.txt").read_text() == "[PAD]"
     modes = {(folder / n).stat().st_mode for n in ("plain", "config.json", "model.safetensors")}
     assert len(modes) == 1
-
-
-# --- fairseq ---
-
-
-def fairseq(folder, change=lambda state, arguments: None):
-    """A small RoBERTa in fairseq's format, and the same model in ours."""
-    roberta = config("roberta", layer_norm_eps=1e-5)
-    model = bert.BertForMaskedLM(roberta).eval()
-    torch.nn.init.zeros_(model.bert.embeddings.token_type.weight)
-    table = {"query": "q", "key": "k", "value": "v"}
-    state = {}
-    names = checkpoint.names_of("roberta", "BertForMaskedLM")
-    for key, value in checkpoint.to_hf(model, names).items():
-        key = key.replace("roberta.encoder.layer", "decoder.sentence_encoder.layers")
-        key = key.replace("roberta.embeddings.LayerNorm", "decoder.sentence_encoder.emb_layer_norm")
-        for word, short in table.items():
-            key = key.replace(f"attention.self.{word}", f"self_attn.{short}_proj")
-        key = key.replace("attention.output.dense", "self_attn.out_proj")
-        key = key.replace("attention.output.LayerNorm", "self_attn_layer_norm")
-        key = key.replace("intermediate.dense", "fc1").replace("output.dense", "fc2")
-        key = key.replace("output.LayerNorm", "final_layer_norm")
-        key = key.replace(
-            "roberta.embeddings.word_embeddings", "decoder.sentence_encoder.embed_tokens"
-        )
-        key = key.replace(
-            "roberta.embeddings.position_embeddings", "decoder.sentence_encoder.embed_positions"
-        )
-        if "token_type" not in key:
-            state[key.replace("lm_head", "decoder.lm_head")] = value.clone()
-    state["decoder.lm_head.weight"] = state["decoder.sentence_encoder.embed_tokens.weight"].clone()
-    arguments = argparse.Namespace(
-        encoder_layers=2,
-        encoder_embed_dim=24,
-        encoder_ffn_embed_dim=44,
-        encoder_attention_heads=3,
-        dropout=0.1,
-        attention_dropout=0.1,
-        activation_fn="gelu",
-    )
-    change(state, arguments)
-    torch.save({"args": arguments, "model": state}, folder / "checkpoint.pt")
-    return model
-
-
-@pytest.mark.parametrize("untied", [False, True])
-def test_fairseq(tmp_path, untied):
-    other = torch.randn(61, 24)
-
-    def change(state, arguments):
-        if untied:
-            state["decoder.lm_head.weight"] = other
-
-    ours = fairseq(tmp_path, change)
-    (tmp_path / "dict.txt").write_text("".join(f"word{i} 1\n" for i in range(56)))
-    convert_fairseq_roberta(tmp_path / "checkpoint.pt", tmp_path / "out")
-    theirs, info = theirs_of("roberta", "ForMaskedLM", tmp_path / "out")
-    assert not info
-    ids = torch.arange(2, 12)[None]
-    expected = ours(ids).logits.detach()
-    if untied:
-        x = ours.mlm_head.transform(ours.bert(ids).last_hidden_state)
-        expected = x.detach() @ other.T + ours.mlm_head.bias.detach()
-    torch.testing.assert_close(theirs(ids).logits.detach(), expected, rtol=1e-5, atol=1e-5)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert tokenizer("word0 <mask> word55 nothing")["input_ids"] == [0, 4, 60, 59, 3, 2]
-
-
-def without_layers(state, arguments):
-    del arguments.encoder_layers
-
-
-FAIRSEQ = {
-    "other activation": (lambda s, a: setattr(a, "activation_fn", "relu"), "activation_fn 'relu'"),
-    "no setting": (without_layers, "does not say its encoder_layers"),
-    "more weights": (
-        lambda s, a: s.update({"decoder.sentence_encoder.layer_norm.weight": torch.ones(24)}),
-        "weights that a RoBERTa masked LM has not",
-    ),
-    "no RoBERTa": (lambda s, a: s.clear(), "holds no RoBERTa"),
-    "code": (lambda s, a: setattr(a, "x", Sneaky()), "Python objects .*getenv"),
-}
-
-
-@pytest.mark.parametrize("name", FAIRSEQ)
-def test_fairseq_refusals(tmp_path, name):
-    change, message = FAIRSEQ[name]
-    fairseq(tmp_path, change)
-    with pytest.raises(ValueError, match=message):
-        convert_fairseq_roberta(tmp_path / "checkpoint.pt", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_fairseq_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
-        convert_fairseq_roberta(tmp_path / "checkpoint.pt", tmp_path / "out")
-    torch.save({"weights": torch.ones(1)}, tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match="not a fairseq checkpoint"):
-        convert_fairseq_roberta(tmp_path / "checkpoint.pt", tmp_path / "out")
-    fairseq(tmp_path)
-    (tmp_path / "dict.txt").write_text("one 1\n")
-    with pytest.raises(ValueError, match="gives 6 tokens .* the model has 61"):
-        convert_fairseq_roberta(tmp_path / "checkpoint.pt", tmp_path / "out")
-    assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Real checkpoints on real inputs against transformers: outputs and every gradient, and round trips of the real weights."""
+"""Real checkpoints on real inputs against transformers: outputs, every gradient, and round trips."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ def test_round_trip(checkpoint, tmp_path, name):
     assert all(torch.equal(back[key], value) for key, value in ours.state_dict().items())
 
 
-@pytest.mark.parametrize(("name", "floor"), [("AntiBERTy", 0.9), ("sapiens VH", 0.9)])
-def test_masked_residues_are_found(checkpoint, tmp_path, name, floor):
-    """Each residue of an antibody masked in turn: the weights mean what they should."""
+@pytest.mark.parametrize("name", ["AntiBERTy", "sapiens VH"])
+def test_masked_residues_are_found(checkpoint, tmp_path, name):
+    """Each residue of an antibody masked in turn: all but the hypervariable loop are predictable, chance is 5 %."""
     real = BY_NAME[name]
     checkpoint(real.package)
     directory = real.directory(tmp_path)
@@ -92,7 +92,7 @@ def test_masked_residues_are_found(checkpoint, tmp_path, name, floor):
     rows[torch.arange(len(places)), places] = mask
     with torch.no_grad():
         logits = model(rows).logits[torch.arange(len(places)), places]
-    assert (logits.argmax(-1) == ids[places]).float().mean() > floor
+    assert (logits.argmax(-1) == ids[places]).float().mean() > 0.8
 
 
 def test_every_package_is_measured():

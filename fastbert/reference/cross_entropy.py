@@ -25,8 +25,9 @@ def forward(
     (z,) = widen(logits)
     lse = z.logsumexp(-1)
     kept = labels != ignore_index
-    at_label = z.gather(1, labels.where(kept, 0).long()[:, None])[:, 0]
-    return (lse - at_label).where(kept, 0.0), lse
+    # log_softmax is z - lse without rounding at the size of lse
+    at_label = z.log_softmax(-1).gather(1, labels.where(kept, 0).long()[:, None])[:, 0]
+    return (-at_label).where(kept, 0.0), lse
 
 
 def backward(
@@ -39,7 +40,7 @@ def backward(
     """dlogits = (softmax(logits) - onehot(label)) dloss (N, V) in logits' dtype; 0 in ignored rows."""
     (z,) = widen(logits)
     kept = labels != ignore_index
-    p = torch.exp(z - lse[:, None])
+    p = z.softmax(-1)
     onehot = torch.zeros_like(p).scatter(1, labels.where(kept, 0).long()[:, None], 1.0)
     scale = dloss.where(kept, 0.0)[:, None]
     return ((p - onehot) * scale).to(logits.dtype)
@@ -75,6 +76,9 @@ def sample_inputs(
     peak = call(8, 33)
     peak["logits"][:, 5] = 200.0
     yield Sample("large", peak, "exp would overflow without the maximum")
+    confident = call(6, 40, 1.0)
+    confident["logits"].scatter_(1, confident["labels"][:, None], 16.0).sub_(30.0)
+    yield Sample("confident", confident, "lse - logit of the label would be rounding")
     yield Sample("unlabelled", call(4, 6, 0.0, reduction="sum"), "no labelled row")
     yield Sample("empty", call(0, 6, reduction="sum"), "no row")
 

@@ -26,9 +26,10 @@ def forward(
     """The loss of each row (N,) and lse (N,), both fp32."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     kept, safe, outside = _kept_labels(labels, logits.shape[1], ignore_index)
-    lse = logits.to(wide).logsumexp(-1)
-    at_label = logits.gather(1, safe[:, None])[:, 0]
-    loss = (lse - at_label).where(kept, 0.0)
+    # one fused pass; lse - logit would lose a confident row's digits
+    at_label = logits.log_softmax(-1, dtype=wide).gather(1, safe[:, None])[:, 0]
+    lse = logits.gather(1, safe[:, None])[:, 0] - at_label
+    loss = (-at_label).where(kept, 0.0)
     return loss.masked_fill(outside, float("nan")), lse
 
 
@@ -41,7 +42,8 @@ def backward(
 ) -> Tensor:
     """dlogits (N, V) in logits' dtype; 0 in ignored rows."""
     kept, safe, outside = _kept_labels(labels, logits.shape[1], ignore_index)
-    p = (logits - lse[:, None]).exp_()
+    # not exp(logits - lse), which rounds at the size of lse
+    p = logits.softmax(-1, dtype=lse.dtype)
     p.scatter_add_(1, safe[:, None], torch.full_like(lse, -1.0)[:, None])
     scale = dloss.where(kept, 0.0).masked_fill(outside, float("nan"))
     # a row that is ignored may hold infinities, and 0 * inf is not 0
