@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastbert.config import BertConfig
+from fastbert.files import replacing
 from fastbert.names import Names, hf_keys, names_of
 
 State = dict[str, Tensor]
@@ -100,7 +99,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights, settings = folder / "model.safetensors", folder / "config.json"
     # both are on the disk before either is renamed
-    with _replacing(weights) as new_weights, _replacing(settings) as new_settings:
+    with replacing(weights) as new_weights, replacing(settings) as new_settings:
         save_file(state, new_weights, metadata={"format": "pt"})
         new_settings.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
@@ -333,20 +332,3 @@ def _check_pointer(file: Path) -> None:
     with open(file, "rb") as opened:
         if opened.read(40).startswith(b"version https://git-lfs"):
             raise ValueError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull`")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, whose file becomes `path` when the block ends well, after it has reached the disk."""
-    new = path.with_name(f".unfinished-{os.getpid()}-{path.name}")
-    try:
-        new.touch()
-        mode = new.stat().st_mode
-        yield new
-        # safetensors makes files that only their owner can read
-        new.chmod(mode)
-        with open(new, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)

@@ -98,7 +98,7 @@ def embed(
     if out is None:
         typer.echo(_json_lines(lines, vectors), nl=False)
         return
-    from fastbert.train.store import write_bytes
+    from fastbert.files import write_bytes
 
     write_bytes(out, _encoded(out.suffix, lines, vectors))
     typer.echo(f"{tuple(vectors.shape)} written to {out}", err=True)

@@ -13,8 +13,9 @@ import torch
 
 from fastbert.testing.fetch import FetchError, fetch
 
-# stock GEMMs add in an order that depends on it, and recorded losses must come back on every machine
-torch.set_num_threads(2)
+# stock GEMMs add in an order that depends on it, and recorded losses must come back on every machine; small tensors
+# gain nothing from a second thread, and on a busy machine two that wait for each other are many times slower than one
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

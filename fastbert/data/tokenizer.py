@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from tokenizers import (
     pre_tokenizers,
     processors,
 )
+
+from fastbert.files import write_text
 
 # in the order of their ids; RoBERTa's <mask> is the last id of the vocabulary
 BERT_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
@@ -146,19 +147,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
         config["strip_accents"] = normalizer["strip_accents"]
         config["tokenize_chinese_chars"] = normalizer["handle_chinese_chars"]
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
-    _replace(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a whole file or leave what was there."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

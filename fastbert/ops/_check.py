@@ -26,9 +26,24 @@ def integer(**tensors: Tensor | None) -> None:
 
 
 def has_rows(x: Tensor) -> None:
-    """Refuse a scalar where the op works on the last dimension."""
+    """Refuse a scalar, or rows without an element, where the op works on the last dimension."""
     if x.dim() == 0:
         raise ValueError("x has no dimension: pass at least one row (C,)")
+    if x.shape[-1] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}: its last dimension must not be 0")
+
+
+def given(**tensors: Tensor | None) -> None:
+    """Refuse None for a tensor that the op can't do without."""
+    for name, t in tensors.items():
+        if t is None:
+            raise TypeError(f"{name} is None: pass a tensor")
+
+
+def epsilon(eps: float) -> None:
+    """Refuse a negative or NaN epsilon."""
+    if not eps >= 0.0:
+        raise ValueError(f"eps is {eps}: it must be at least 0, 1e-12 for instance")
 
 
 def padding(name: str, index: int | None, size: int) -> None:
@@ -66,10 +81,12 @@ def same_device(**tensors: Tensor | None) -> None:
             )
 
 
-def probability(p: float) -> None:
-    """Refuse a dropout probability outside [0, 1)."""
+def dropout(p: float, site: int) -> None:
+    """Refuse a dropout probability outside [0, 1) and a site that is no 32-bit counter."""
     if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout probability p is {p}: it must be in [0, 1)")
+    if not 0 <= site < 2**32:
+        raise ValueError(f"site is {site}: it must be in [0, 2**32)")
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -35,7 +35,7 @@ def register(
         if check is not None and backend.checks_values(device):
             check(*inputs)
         run = getattr(backend.module(chosen, slug), direction)
-        if torch.is_autocast_enabled(device.type):
+        if autocast_dtype(device.type) is not None:
             # dtypes were settled before the op: stock ops inside it must not cast again
             with torch.autocast(device.type, enabled=False):
                 return run(*inputs)
@@ -51,12 +51,17 @@ def wants_grad(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """The autocast dtype of a device type, None where autocast is off or unknown (meta)."""
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def autocast(x: torch.Tensor) -> torch.Tensor:
     """x in the autocast dtype where autocast is on for its device, else x itself; fp64 is left alone, as by stock."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
+    dtype = autocast_dtype(x.device.type)
+    return x.to(dtype) if dtype is not None and x.dtype != torch.float64 else x
 
 
 def seed_for(p: float, seed: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:

@@ -95,7 +95,7 @@ def attention(
     CPU cu_seqlens that fall or run past T. Vaswani et al. 2017; Dao et al. 2022 (flash attention).
     """
     _check.floating(qkv=qkv)
-    if qkv.dim() != 4 or qkv.shape[1] != 3:
+    if qkv.dim() != 4 or qkv.shape[1] != 3 or 0 in qkv.shape[2:]:
         raise ValueError(
             f"qkv has shape {tuple(qkv.shape)}, expected (T, 3, H, D): use qkv_proj, or stack q, k, v on dim 1"
         )
@@ -106,7 +106,7 @@ def attention(
         raise ValueError("cu_seqlens is empty: it holds B + 1 running sums and starts at 0")
     if max_seqlen < 0:
         raise ValueError(f"max_seqlen is {max_seqlen}: pass the longest sequence's length")
-    _check.probability(p)
+    _check.dropout(p, site)
     _check.same_device(qkv=qkv, cu_seqlens=cu_seqlens)
     qkv = autocast(qkv).contiguous()
     scale = qkv.shape[3] ** -0.5 if scale is None else float(scale)

@@ -76,6 +76,8 @@ def cross_entropy(
     _check.integer(labels=labels)
     _check.shape("logits", logits, -1, -1)
     _check.shape("labels", labels, logits.shape[0])
+    if logits.shape[1] == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}: there is no class to choose")
     _check.one_of("reduction", reduction, ("mean", "sum", "none"))
     _check.same_device(logits=logits, labels=labels)
     logits = logits.contiguous()

@@ -92,13 +92,15 @@ def dropout_add_layer_norm(
     residual of another dtype is cast to x's. Saves z = residual + dropout(x) and two statistics a row for backward, no
     mask. Refuses p outside [0, 1), unequal shapes, integer tensors. Devlin et al. 2018, section A.2.
     """
+    _check.given(residual=residual, weight=weight, bias=bias)
     _check.floating(x=x, residual=residual, weight=weight, bias=bias)
     _check.has_rows(x)
+    _check.epsilon(eps)
     C = x.shape[-1]
     _check.shape("residual", residual, *x.shape)
     _check.shape("weight", weight, C)
     _check.shape("bias", bias, C)
-    _check.probability(p)
+    _check.dropout(p, site)
     _check.integer(rows=rows)
     _check.same_device(x=x, residual=residual, weight=weight, bias=bias, rows=rows)
     flat = x.reshape(-1, C).contiguous()

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import none_if_empty, register, seed_for, wants_grad
+from fastbert.ops._register import autocast_dtype, none_if_empty, register, seed_for, wants_grad
 
 
 def _fwd_check(
@@ -115,6 +115,7 @@ def _check_all(
     weight: Tensor,
     bias: Tensor,
 ) -> None:
+    _check.given(position=position, weight=weight, bias=bias)
     _check.floating(word=word, position=position, type_=type_, weight=weight, bias=bias)
     _check.shape("position", position, -1, -1)
     T, C = ids.shape[0] if ids.dim() else 0, position.shape[1]
@@ -171,13 +172,14 @@ def embed(
     range (IndexError). Devlin et al. 2018, section 3.
     """
     _check_all(ids, positions, types, word, position, type_, weight, bias)
-    _check.probability(p)
+    _check.dropout(p, site)
+    _check.epsilon(eps)
     if word is not None:
         _check.padding("padding_idx", padding_idx, word.shape[0])
     _check.padding("position_padding_idx", position_padding_idx, position.shape[0])
     out_dtype = (ids if word is None else word).dtype
-    if torch.is_autocast_enabled(position.device.type) and out_dtype != torch.float64:
-        out_dtype = torch.get_autocast_dtype(position.device.type)
+    if out_dtype != torch.float64:
+        out_dtype = autocast_dtype(position.device.type) or out_dtype
     seed = seed_for(p, seed, position)
     args = (
         ids,

@@ -72,6 +72,7 @@ def layer_norm(
     """
     _check.floating(x=x, weight=weight, bias=bias)
     _check.has_rows(x)
+    _check.epsilon(eps)
     C = x.shape[-1]
     _check.shape("weight", weight, C)
     _check.shape("bias", bias, C)

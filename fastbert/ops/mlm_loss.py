@@ -117,6 +117,10 @@ def mlm_loss(
     _check.floating(hidden=hidden, weight=weight, bias=bias)
     _check.integer(labels=labels, rows=rows)
     _check.shape("hidden", hidden, -1, -1)
+    if 0 in (hidden.shape[1], weight.shape[0]):
+        raise ValueError(
+            f"hidden is {tuple(hidden.shape)} and weight {tuple(weight.shape)}: C and V must not be 0"
+        )
     _check.shape("weight", weight, -1, hidden.shape[1])
     _check.shape("bias", bias, weight.shape[0])
     _check.shape("labels", labels, hidden.shape[0])

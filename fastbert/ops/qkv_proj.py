@@ -82,6 +82,7 @@ def _check_all(
         )
     _check.floating(x=x)
     _check.shape("x", x, -1, -1)
+    _check.has_rows(x)
     rows = weights[0].shape[0]
     heads = 3 * num_heads // len(weights)
     if num_heads < 1 or rows % heads:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastbert.train import store
+from fastbert.files import write_bytes
 from fastbert.train.metrics import read_metrics
 
 
@@ -28,7 +28,7 @@ def plot_losses(metrics: Path, image: Path, baselines: Mapping[str, float], titl
     axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    store.write_bytes(image, buffer.getvalue())
+    write_bytes(image, buffer.getvalue())
 
 
 def _curve(axes: Any, lines: list[dict[str, Any]], kind: str, name: str, **style: Any) -> None:

@@ -8,61 +8,16 @@ import random
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from fastbert.files import UNFINISHED, replacing, sync_folder, write_text
+
 _CHECKPOINT = re.compile(r"step-(\d+)\.pt")
-_UNFINISHED = ".unfinished-"
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that becomes `path` when the block ends, after it has reached the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=_UNFINISHED, dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _umask() -> int:
-    # there is no other way to read it; mkstemp's own mode keeps everybody else out
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put a rename itself on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file, all of it or nothing."""
-    with _replacing(path) as file:
-        file.write(content)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, all of it or nothing."""
-    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -73,7 +28,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write into a new folder that becomes `folder`, replacing an older one, when it is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=folder.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder.parent) as scratch:
         new = Path(scratch) / "new"
         new.mkdir()
         fill(new)
@@ -84,12 +39,12 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         if folder.exists():
             folder.rename(Path(scratch) / "old")
         new.rename(folder)
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
 
 
 def remove_unfinished(folder: Path) -> None:
     """Delete what a killed process was writing."""
-    for path in folder.glob(f"{_UNFINISHED}*"):
+    for path in folder.glob(f"{UNFINISHED}*"):
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -113,9 +68,10 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Write one, then delete the oldest; raises OSError, with all older ones kept, where it can't be written."""
         path = self.folder / f"step-{step:08d}.pt"
-        with _replacing(path) as file:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as new:
             try:
-                torch.save(state, file)
+                torch.save(state, new)
             except RuntimeError as error:
                 # torch hides the system's error about a full disk
                 raise OSError(f"{path} can't be written: {error}") from error

@@ -195,7 +195,7 @@ def test_a_failed_save_leaves_the_old_files(wordpiece, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr("pathlib.Path.replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="the disk is full"):
         save_tokenizer(wordpiece, tmp_path)
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == before

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from fastbert import backend
 from fastbert import functional as F
+from fastbert.testing import parity
 
 X, W, B = torch.randn(6, 8), torch.randn(8), torch.randn(8)
 LONG = torch.zeros(6, dtype=torch.int64)
@@ -38,7 +40,13 @@ CASES = [
     (lambda: F.layer_norm(X, None, B), ValueError, "bias is given without weight"),
     (lambda: F.layer_norm(torch.tensor(1.0)), ValueError, "no dimension"),
     (lambda: F.layer_norm(X, W.to("meta")), ValueError, "weight is on meta but x is on cpu"),
+    (lambda: F.layer_norm(X[:, :0]), ValueError, "last dimension must not be 0"),
+    (lambda: F.layer_norm(X, eps=float("nan")), ValueError, "eps is nan"),
     # dropout_add_layer_norm
+    (lambda: F.dropout_add_layer_norm(X, X, None, B), TypeError, "weight is None"),
+    (lambda: F.dropout_add_layer_norm(X, X, W, B, eps=-1.0), ValueError, "eps is -1.0"),
+    (lambda: F.dropout_add_layer_norm(X, X, W, B, site=2**32), ValueError, "site is 4294967296"),
+    (lambda: F.dropout_add_layer_norm(X, X, W, B, site=-1), ValueError, "site is -1"),
     (
         lambda: F.dropout_add_layer_norm(X, X, W, B, p=1.0),
         ValueError,
@@ -95,6 +103,7 @@ CASES = [
     ),
     # attention
     (lambda: F.attention(X, CU, 4), ValueError, r"expected \(T, 3, H, D\)"),
+    (lambda: F.attention(QKV[..., :0], CU, 4), ValueError, r"expected \(T, 3, H, D\)"),
     (lambda: F.attention(QKV, CU.long(), 4), TypeError, "cu_seqlens is torch.int64: pass int32"),
     (lambda: F.attention(QKV, CU[:0], 4), ValueError, "cu_seqlens is empty"),
     (lambda: F.attention(QKV, CU + 1, 4), ValueError, "starts at 1"),
@@ -132,6 +141,8 @@ CASES = [
     ),
     # cross_entropy
     (lambda: F.cross_entropy(X, LONG + 8), IndexError, r"is 8, outside \[0, 8\)"),
+    (lambda: F.cross_entropy(X[:, :0], LONG), ValueError, "no class to choose"),
+    (lambda: F.mlm_loss(X[:, :0], WORD[:, :0], None, LONG), ValueError, "must not be 0"),
     (lambda: F.cross_entropy(X, LONG - 1), IndexError, "is -1"),
     (lambda: F.cross_entropy(X, LONG[:4]), ValueError, r"labels has shape \(4,\)"),
     (lambda: F.cross_entropy(X, X[:, 0]), TypeError, "labels is torch.float32"),
@@ -153,3 +164,14 @@ CASES = [
 def test_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_meta_tensors_give_shapes():
+    """Every op runs on the meta device, which has neither values nor autocast."""
+    for slug in backend.SLUGS:
+        sample = parity.samples(slug, torch.float32)[1]
+        kwargs = {k: parity.tree_map(v, lambda t: t.to("meta")) for k, v in sample.kwargs.items()}
+        if slug == "mlm_loss":
+            kwargs["compacted"] = True
+        expected = getattr(F, slug)(**sample.kwargs)
+        assert getattr(F, slug)(**kwargs).shape == expected.shape

@@ -1,0 +1,50 @@
+"""Files written so that a kill or a full disk at any moment leaves the old one or the new one, whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# how the names of files and folders begin that a killed process may leave
+UNFINISHED = ".unfinished-"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, whose file becomes `path` when the block ends well, after it has reached the disk."""
+    new = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")
+    try:
+        new.touch()
+        mode = new.stat().st_mode
+        yield new
+        # safetensors makes files that only their owner can read
+        new.chmod(mode)
+        with open(new, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put a rename inside the folder on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, all of it or nothing; its folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as new:
+        new.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, all of it or nothing."""
+    write_bytes(path, text.encode())
