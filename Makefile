@@ -30,7 +30,7 @@ demo: $(INSTALLED)
 	$(PY) -m fastbert.train.demo --out runs/demo
 
 test: $(INSTALLED)
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)

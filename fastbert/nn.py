@@ -47,6 +47,10 @@ __all__ = [
 ]
 
 
+# the class of torch.nn.MultiheadAttention's output projection is not public
+_STOCK_OUT = nn.MultiheadAttention(1, 1, device="meta").out_proj
+
+
 def _log_stock(module: nn.Module, reason: str | None) -> None:
     log_once(f"fastbert.nn.{type(module).__name__} runs torch.nn's code: {reason}")
 
@@ -120,6 +124,16 @@ def _key_padding(mask: Tensor | None, x: Tensor) -> tuple[Packing, str | None]:
     )
 
 
+def _changed(m: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why a part of a module can't be read instead of called: only an untouched torch.nn (or our) module can."""
+    # an adapter or a parametrization is a class of its own, whose weight alone says nothing
+    if type(m) is not kind and type(m).__module__ != __name__:
+        return f"a {kind.__name__} was replaced by a {type(m).__name__}"
+    if m._forward_hooks or m._forward_pre_hooks:
+        return f"hooks are attached to a {kind.__name__} inside"
+    return None
+
+
 def _attention_reason(m: nn.MultiheadAttention, x: Tensor) -> str | None:
     """Why packed attention can't serve these settings of torch.nn.MultiheadAttention and this input."""
     if not m.batch_first:
@@ -128,6 +142,8 @@ def _attention_reason(m: nn.MultiheadAttention, x: Tensor) -> str | None:
         return "the input is not a padded batch (B, S, C)"
     if m.in_proj_weight is None:
         return "kdim or vdim differ from embed_dim"
+    if reason := _changed(m.out_proj, type(_STOCK_OUT)):
+        return reason
     if m.bias_k is not None or m.add_zero_attn:
         return "add_bias_kv or add_zero_attn is set"
     if m.head_dim > 128:
@@ -222,11 +238,16 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             return reason
         if not self.activation_relu_or_gelu:
             return "the activation is neither GELU nor ReLU"
-        changed = (self.self_attn, self.linear1, self.linear2, self.norm1, self.norm2)
-        if any(m._forward_hooks or m._forward_pre_hooks for m in changed):
-            return "hooks are attached inside the layer"
-        if not all(isinstance(m, nn.Linear) for m in (self.linear1, self.linear2)):
-            return "a linear layer was replaced by another module"
+        parts = (
+            (nn.Linear, self.linear1, self.linear2),
+            (nn.LayerNorm, self.norm1, self.norm2),
+            (nn.Dropout, self.dropout, self.dropout1, self.dropout2),
+            (nn.MultiheadAttention, self.self_attn),
+        )
+        for kind, *modules in parts:
+            for m in modules:
+                if reason := _changed(m, kind):
+                    return reason
         return None
 
     def packed(

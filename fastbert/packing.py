@@ -79,6 +79,10 @@ class Packing:
             )
         return cls(cu_seqlens, max_seqlen)
 
+    def tail(self, tokens: int) -> Tensor:
+        """(T,) True at rows past cu_seqlens[-1], which belong to no sequence."""
+        return torch.arange(tokens, device=self.cu_seqlens.device) >= self.cu_seqlens[-1]
+
     def unpad(self, x: Tensor) -> Tensor:
         """(B, S, ...) -> (T, ...); packed tensors of the caller pass unchanged."""
         if self.length is None:
@@ -87,9 +91,10 @@ class Packing:
         return flat if self.rows is None else flat.index_select(0, self.rows)
 
     def pad(self, y: Tensor) -> Tensor:
-        """(T, ...) -> (B, S, ...) with zeros at padding; unchanged where the caller's tensors are packed."""
+        """(T, ...) -> (B, S, ...) with zeros at padding; the caller's packed tensors only get zeros in the tail."""
         if self.length is None:
-            return y
+            tail = self.tail(y.shape[0])
+            return y.masked_fill(tail.view(-1, *[1] * (y.dim() - 1)), 0.0)
         if self.rows is not None:
             places = self.batch * self.length
             y = y.new_zeros((places, *y.shape[1:])).index_copy(0, self.rows, y)
@@ -158,11 +163,16 @@ def prepare(
     max_seqlen: int | None = None,
     output_hidden_states: bool | None = None,
     output_attentions: bool | None = None,
+    return_dict: bool | None = None,
 ) -> Inputs:
     """Check the arguments and pack the batch; `rows_wanted` also finds the labelled rows (a sync unless given).
 
     Raises ValueError or TypeError, naming the argument, for shapes, dtypes or combinations that can't be.
     """
+    if return_dict is False:
+        raise ValueError(
+            "return_dict is False: outputs are objects that also index and unpack like tuples"
+        )
     if input_ids is not None and inputs_embeds is None:
         tokens = values = input_ids
     elif inputs_embeds is not None and input_ids is None:
@@ -172,6 +182,17 @@ def prepare(
     _check(config, tokens, input_ids, inputs_embeds, token_type_ids, labels)
     packing = _packing(tokens, attention_mask, cu_seqlens, max_seqlen)
     _check_length(config, packing, position_ids)
+    if packing.length is None:
+        # rows that belong to no sequence hold anything: they are not looked up and not labelled
+        tail = packing.tail(tokens.shape[0])
+        if input_ids is not None:
+            values = tokens = input_ids = input_ids.masked_fill(tail, 0)
+        if token_type_ids is not None:
+            token_type_ids = token_type_ids.masked_fill(tail, 0)
+        if position_ids is not None:
+            position_ids = position_ids.masked_fill(tail, 0)
+        if labels is not None:
+            labels = labels.masked_fill(tail, -100)
     if labels is not None:
         labels = packing.unpad(labels)
         if rows_wanted and label_rows is None:

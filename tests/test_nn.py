@@ -267,6 +267,13 @@ def test_encoder_masks(caplog: pytest.LogCaptureFixture) -> None:
     assert any("TransformerEncoder runs" in r and "not the causal one" in r for r in reasons)
 
 
+class Doubled(nn.Linear):
+    """As an adapter: the weight alone does not say what the module computes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2.0 * super().forward(input)
+
+
 FALLBACKS: dict[str, tuple[dict[str, Any], Callable[[Any], Any], str]] = {
     "activation": ({"activation": nn.functional.silu}, lambda m: None, "neither GELU nor ReLU"),
     "order": ({"batch_first": False}, lambda m: None, "batch_first"),
@@ -274,8 +281,20 @@ FALLBACKS: dict[str, tuple[dict[str, Any], Callable[[Any], Any], str]] = {
     "replaced": (
         {},
         lambda m: setattr(m, "linear2", nn.Sequential(m.linear2)),
-        "replaced by another module",
+        "a Linear was replaced by a Sequential",
     ),
+    "adapter": (
+        {},
+        lambda m: setattr(m.linear1, "__class__", Doubled),
+        "a Linear was replaced by a Doubled",
+    ),
+    "adapter of the attention": (
+        {},
+        lambda m: setattr(m.self_attn.out_proj, "__class__", Doubled),
+        "was replaced by a Doubled",
+    ),
+    "norm": ({}, lambda m: setattr(m, "norm1", nn.Identity()), "a LayerNorm was replaced"),
+    "dropout": ({}, lambda m: setattr(m, "dropout1", nn.Identity()), "a Dropout was replaced"),
 }
 
 

@@ -117,6 +117,10 @@ class FileSource:
             place = f"{self.name}:{number}"
             try:
                 record = json.loads(line)
+            except RecursionError as error:
+                raise ValueError(
+                    f"{place} is nested too deeply: write one flat object a line"
+                ) from error
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"{place} is not JSON ({error.msg}, column {error.colno}): write one object a line"

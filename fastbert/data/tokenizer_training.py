@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -18,6 +19,9 @@ from fastbert.data.tokenizer import (
     finish_wordpiece,
     wordpiece,
 )
+
+# training takes quadratic time in the longest word; this is no word but data, in scripts that put spaces between words
+_ENDLESS = re.compile(r"[^\W\u0e00-\u0eff\u2e80-\u9fff\uf900-\ufaff]{1000,}")
 
 
 def train_tokenizer(
@@ -141,7 +145,5 @@ def _check_size(vocab_size: int, least: int) -> None:
 
 def _texts(documents: Iterable[Document | str]) -> Iterator[str]:
     for document in documents:
-        if isinstance(document, Document):
-            yield from document.paragraphs
-        elif document:
-            yield document
+        parts = document.paragraphs if isinstance(document, Document) else [document]
+        yield from (_ENDLESS.sub(" ", part) for part in parts if part)

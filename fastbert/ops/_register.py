@@ -47,7 +47,13 @@ def register(
 
 
 def wants_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd must record a call with these inputs."""
+    """Whether autograd must record a call with these inputs; refuses torch.func's, which would come out wrong."""
+    if not torch.compiler.is_compiling() and any(
+        t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors
+    ):
+        raise NotImplementedError(
+            "fastbert's ops do not run under torch.func (grad, jvp, vmap): use torch.autograd, or stock ops in there"
+        )
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

@@ -23,6 +23,10 @@ class _Layout:
     def __init__(self, cu_seqlens: Tensor, T: int, S: int) -> None:
         cu = cu_seqlens.long()
         device = cu.device
+        if device.type == "cpu":
+            S = int(
+                cu.diff().max()
+            )  # max_seqlen may be generous, and reading the lengths costs nothing here
         self.B, self.S = cu.shape[0] - 1, S
         column = torch.arange(S, device=device)
         self.valid = column < cu.diff()[:, None]  # (B, S)
@@ -91,7 +95,7 @@ def forward(
         sdpa = torch.nn.functional.scaled_dot_product_attention
         seen = layout.valid[:, None, None, :]
         if causal:
-            seen = seen & torch.ones_like(layout.valid[0]).expand(max_seqlen, -1).tril()
+            seen = seen & torch.ones_like(layout.valid[0]).expand(layout.S, -1).tril()
         return layout.unpad(sdpa(q, k, v, seen, scale=scale)), qkv.new_empty(H, 0, dtype=wide)
     scores = layout.scores(q, k, scale, causal)
     P = scores.softmax(-1, dtype=wide)

@@ -29,7 +29,9 @@ def excess(ours: Tensor, truth: Tensor, eager: Tensor) -> str | None:
         if not torch.equal(test(a), test(t)):
             return f"{int(test(a).sum())} {what} where the reference has {int(test(t).sum())}"
     finite = torch.isfinite(t)
-    a, t, e = a[finite], t[finite], e[finite].nan_to_num()
+    a, t, e = a[finite], t[finite], e[finite]
+    # where stock itself fails it allows nothing
+    e = e.where(torch.isfinite(e), t)
     if t.numel() == 0:
         return None
     error, allowed = float((a - t).abs().max()), 2 * float((e - t).abs().max())

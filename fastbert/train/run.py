@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import random
 import shutil
 import time
@@ -64,7 +65,7 @@ def pretrain(
     """
     out, say = Path(out), say or _silent
     config = _settled(_checked(config, out, resume))
-    with _threads(config.threads), _forced(config.backend):
+    with _alone(out), _threads(config.threads), _forced(config.backend):
         world = World()
         if resume:
             feed = reopen_feed(config, out, world)
@@ -207,6 +208,19 @@ def _settled(config: PretrainConfig) -> PretrainConfig:
 
 def _absolute(sources: Sequence[str]) -> list[str]:
     return [s if s == "-" else str(Path(s).absolute()) for s in sources]
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold the folder of a run; the lock goes with the process, however that ends."""
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"another process is training in {out}: wait for it, or choose another --out"
+            ) from None
+        yield
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastbert
 from fastbert import backend, functional
 from fastbert.testing import parity
+from fastbert.testing.budget import excess
 
 ALL = pytest.mark.parametrize("slug", backend.SLUGS)
 
@@ -193,3 +194,26 @@ def test_debug_checks_values():
     with fastbert.debug():
         assert backend.checks_values(torch.device("cuda"))
     assert not backend.checks_values(torch.device("cuda"))
+
+
+@ALL
+def test_torch_func_is_refused(slug):
+    """Under a functorch transform the ops would give a zero tangent; they say so instead."""
+    kwargs = small(slug)[1].kwargs
+    name, leaf = next(iter(parity.leaves_of(kwargs)))
+    key = name.split("[")[0]
+
+    def call(t):
+        value = [t, *kwargs[key][1:]] if isinstance(kwargs[key], list) else t
+        return getattr(functional, slug)(**{**kwargs, key: value})
+
+    with pytest.raises(NotImplementedError, match=r"torch\.func"):
+        torch.func.jvp(call, (leaf,), (torch.ones_like(leaf),))
+
+
+def test_budget_allows_nothing_where_stock_fails():
+    ones = torch.ones(4)
+    infinite = torch.tensor([1.0, 1.0, 1.0, float("inf")])
+    assert excess(ones, ones.double(), infinite) is None
+    assert "max error" in excess(torch.tensor([99.0, 1, 1, 1]), ones.double(), infinite)
+    assert "NaN" in excess(torch.tensor([float("nan"), 1, 1, 1]), ones.double(), ones)
