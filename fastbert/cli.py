@@ -82,18 +82,24 @@ def _print_fact(name: str, value: Any, indent: str = "") -> None:
 
 
 def _print_matrix(matrix: dict[str, dict[str, str | None]]) -> None:
-    """The table of ops and backends, then every reason for a missing one, once."""
+    """The table of ops and backends, then why each missing one is missing: a reason, and the ops that share it."""
     backends = list(next(iter(matrix.values())))
     typer.echo("\n" + f"{'op':<24} " + " ".join(f"{name:<9}" for name in backends))
     for slug, row in matrix.items():
         marks = ["-" if row[name] else "yes" for name in backends]
         typer.echo(f"{slug:<24} " + " ".join(f"{mark:<9}" for mark in marks))
-    reasons = {
-        f"{name}: {row[name]}": 0 for name in backends for row in matrix.values() if row[name]
-    }
+    reasons: dict[str, list[str]] = {}
+    for name in backends:
+        for slug, row in matrix.items():
+            if reason := row[name]:
+                # the table names the op already
+                reasons.setdefault(f"{name}: {reason.replace(f' {slug} ', ' such ')}", []).append(
+                    slug
+                )
     typer.echo("\nmissing:" if reasons else "\nnothing is missing")
-    for reason in reasons:
-        typer.echo(f"  {reason}")
+    for reason, slugs in reasons.items():
+        ops = "every op" if len(slugs) == len(matrix) else ", ".join(slugs)
+        typer.echo(f"  {reason} ({ops})")
 
 
 def main(arguments: list[str] | None = None) -> None:

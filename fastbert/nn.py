@@ -86,6 +86,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         if reason := self._stock_reason(input, target):
             _log_stock(self, reason)
             return super().forward(input, target)
+        if target.dtype == torch.uint8:
+            target = target.long()
         return F.cross_entropy(
             input, target, ignore_index=self.ignore_index, reduction=self.reduction
         )

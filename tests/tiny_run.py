@@ -60,8 +60,7 @@ def sabotaged_save(state, file, *, count=[0], **_):  # noqa: B006 -- counts the 
     """torch.save, killed in the middle of the second file."""
     count[0] += 1
     if count[0] == 2:
-        file.write(b"half of a checkpoint")
-        file.flush()
+        file.write_bytes(b"half of a checkpoint")
         die()
     original_save(state, file)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -180,6 +181,16 @@ class PretrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}: it must be above 0")
+        # more than these are slips of the keyboard that would hang or crash what is below
+        for name, most in {
+            "seed": 2**63 - 1,
+            "split_seed": 2**63 - 1,
+            "threads": 1024,
+            "epochs": 10_000,
+        }.items():
+            value = getattr(self, name)
+            if value is not None and value > most:
+                raise ValueError(f"{name} is {value}: it must be at most {most}")
         if self.max_length > self.max_position:
             raise ValueError(
                 f"max_length {self.max_length} is above max_position {self.max_position}: raise max_position"
@@ -245,6 +256,10 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         return str(value)
     if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
         value = float(value)
+    if isinstance(value, str) and float in kinds and str not in kinds:
+        # YAML 1.1 reads 1e-4 as a string
+        with contextlib.suppress(ValueError):
+            value = float(value)
     kind = next(k for k in kinds if k is not type(None))
     if type(value) is not kind:
         wanted = "list of strings" if typing.get_origin(kind) is list else kind.__name__

@@ -143,9 +143,15 @@ def prepare_feed(
     return feed
 
 
-def reopen_feed(config: PretrainConfig, out: Path, world: World) -> Feed:
-    """The data of the run in `out`; raises ShardsError, naming what differs, when the sources have changed."""
+def reopen_feed(config: PretrainConfig, out: Path, world: World, rebuild: bool = False) -> Feed:
+    """The data of the run in `out`, tokenised again with `rebuild`.
+
+    Raises ShardsError, naming what differs, when the sources have changed or the shards are damaged.
+    """
     tokenizer = load_tokenizer(out / "tokenizer")
+    if rebuild:
+        # a run goes on with the same text only: its checkpoint knows the shards' checksums
+        build_shards(_documents(config), tokenizer, _folder(config, out), rebuild=True)
     shards = Shards.open(_folder(config, out))
     if "-" not in config.sources:
         shards.check(_documents(config), tokenizer)

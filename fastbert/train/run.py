@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fcntl
+import os
 import random
 import shutil
 import time
@@ -68,7 +69,7 @@ def pretrain(
     with _alone(out), _threads(config.threads), _forced(config.backend):
         world = World()
         if resume:
-            feed = reopen_feed(config, out, world)
+            feed = reopen_feed(config, out, world, rebuild)
         else:
             feed = prepare_feed(config, out, world, quiet, rebuild)
         _seed(config.seed)
@@ -159,6 +160,11 @@ def _checked(config: PretrainConfig | None, out: Path, resume: bool) -> Pretrain
         )
     if not config.sources:
         raise ValueError("sources is empty: name the text to train on, or - for standard input")
+    for source in config.sources:
+        if source != "-" and Path(source).resolve() in (out.resolve(), *out.resolve().parents):
+            raise ValueError(
+                f"--out {out} lies inside the source {source}, whose files are all read: move it"
+            )
     check_length_said(config.to_dict())
     check_model(config)
     try:
@@ -192,6 +198,8 @@ def _settled(config: PretrainConfig) -> PretrainConfig:
     """The settings with what was left to the machine filled in, so that a resumption finds the same."""
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("it holds no values")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
@@ -212,15 +220,17 @@ def _absolute(sources: Sequence[str]) -> list[str]:
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Hold the folder of a run; the lock goes with the process, however that ends."""
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(
-                f"another process is training in {out}: wait for it, or choose another --out"
-            ) from None
+    """Hold the folder of a run; the lock goes with the process, however that ends, and leaves no file."""
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    except BlockingIOError:
+        raise FileExistsError(
+            f"another process is training in {out}: wait for it, or choose another --out"
+        ) from None
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -86,8 +86,8 @@ class Checkpoints:
             return None
         try:
             state = torch.load(paths[-1], map_location="cpu", weights_only=True)
-            if not isinstance(state, dict):
-                raise TypeError(f"it holds a {type(state).__name__}")
+            if not isinstance(state, dict) or not state:
+                raise TypeError("it holds no state of a run")
         except Exception as error:  # a damaged file raises nearly anything
             raise ValueError(
                 f"{paths[-1]} is damaged ({str(error).splitlines()[0]}): delete it to resume from the one before it"

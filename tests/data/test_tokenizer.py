@@ -200,3 +200,10 @@ def test_a_failed_save_leaves_the_old_files(wordpiece, tmp_path, monkeypatch):
         save_tokenizer(wordpiece, tmp_path)
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == before
     assert json.loads(before["tokenizer_config.json"])["do_lower_case"] is True
+
+
+def test_endless_words_are_no_words():
+    """Training takes quadratic time in the longest word; data in one piece of 300,000 letters must not hang it."""
+    text = ["the dog and the cat", "y" * 300_000, "the cat and the dog"]
+    assert "##y" not in train_tokenizer(text, vocab_size=60).get_vocab()
+    assert "\u4e2d" in train_tokenizer(["\u4e2d\u6587" * 2000], vocab_size=60).get_vocab()

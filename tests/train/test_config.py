@@ -21,7 +21,7 @@ def test_resolved_file_reads_back(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("a.toml", "lr = 1e-3\nsources = ['x', 'y']\n"), ("a.yaml", "lr: 1.0e-3\nsources: [x, y]\n")],
+    [("a.toml", "lr = 1e-3\nsources = ['x', 'y']\n"), ("a.yaml", "lr: 1e-3\nsources: [x, y]\n")],
 )
 def test_toml_and_yaml(tmp_path, name, text):
     (tmp_path / name).write_text(text)

@@ -292,3 +292,30 @@ def test_every_setting_reaches_the_run():
     for f in dataclasses.fields(PretrainConfig):
         assert f"config.{f.name}" in text or f.name in settled, f.name
     assert Run
+
+
+def test_two_processes_in_one_folder(corpus, tmp_path):
+    """Whoever comes second is refused and has written nothing."""
+    out = tmp_path / "run"
+    out.mkdir()
+    settings = PretrainConfig(**tiny_run.tiny_settings(corpus))
+    with run._alone(out), pytest.raises(FileExistsError, match="another process is training"):
+        pretrain(settings, out, quiet=True)
+    assert not list(out.iterdir())
+
+
+def test_out_inside_a_source_is_refused(corpus):
+    """Its metrics.jsonl would be read as text by the next run."""
+    settings = PretrainConfig(**tiny_run.tiny_settings(corpus))
+    with pytest.raises(ValueError, match="lies inside the source"):
+        pretrain(settings, corpus / "run", quiet=True)
+    assert not (corpus / "run").exists()
+
+
+def test_damaged_data_is_rebuilt_on_request(finished, tmp_path):
+    out = copied(finished, tmp_path)
+    shutil.rmtree(out / "data")
+    with pytest.raises(FileNotFoundError, match="holds no manifest"):
+        pretrain(None, out, resume=True, quiet=True)
+    again = pretrain(None, out, resume=True, rebuild=True, quiet=True)
+    assert again.evaluation == finished.evaluation
