@@ -41,9 +41,14 @@ def small(slug, dtype=torch.float32):
 def test_opcheck(slug, name):
     if reason := backend.matrix()[slug][name]:
         pytest.skip(reason)
+    checked = False
     for sample in small(slug):
         with backend.use(name), _Recorder() as recorder:
-            parity.call(getattr(functional, slug), sample.kwargs, backward=True)
+            try:
+                parity.call(getattr(functional, slug), sample.kwargs, backward=True)
+            except backend.Unsupported:
+                continue
+        checked = True
         assert {str(func)[9:] for func, _ in recorder.calls} == {
             f"{slug}_fwd.default",
             f"{slug}_bwd.default",
@@ -51,6 +56,7 @@ def test_opcheck(slug, name):
         for func, args in recorder.calls:
             args = tuple(parity.tree_map(a, torch.Tensor.detach) for a in args)
             torch.library.opcheck(func, args)
+    assert checked
 
 
 @ALL

@@ -21,7 +21,7 @@ def test_resolved_file_reads_back(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("a.toml", "lr = 1e-3\nsources = ['x', 'y']\n"), ("a.yaml", "lr: 1e-3\nsources: [x, y]\n")],
+    [("a.toml", "lr = 1e-3\nsources = ['x', 'y']\n"), ("a.yaml", "lr: 1.0e-3\nsources: [x, y]\n")],
 )
 def test_toml_and_yaml(tmp_path, name, text):
     (tmp_path / name).write_text(text)
@@ -113,3 +113,18 @@ def test_length_must_be_said():
     with pytest.raises(ValueError, match="epochs and minutes are both set"):
         check_length_said({"epochs": 1.0, "minutes": 1.0})
     check_length_said({"steps": 3, "minutes": 1.0})
+
+
+def test_yaml_floats_without_a_point():
+    """YAML 1.1 reads 1e-4 as a string; the setting's type says better."""
+    assert PretrainConfig(lr="1e-4").lr == 1e-4
+    with pytest.raises(TypeError, match="lr is 'high'"):
+        PretrainConfig(lr="high")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("seed", 10**20), ("threads", 100_000), ("epochs", 1e9)]
+)
+def test_slips_of_the_keyboard(name, value):
+    with pytest.raises(ValueError, match=f"{name} is .* at most"):
+        PretrainConfig(**{name: value})
