@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import short
+from harness import short, tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbert
@@ -110,10 +110,7 @@ def test_autocast(slug, dtype):
 @ALL
 def test_no_second_derivative(slug):
     sample = small(slug)[1]
-    kwargs = {
-        k: parity.tree_map(v, lambda t: t.clone().requires_grad_(t.is_floating_point()))
-        for k, v in sample.kwargs.items()
-    }
+    kwargs = tensors(sample.kwargs)
     out = getattr(functional, slug)(**kwargs)
     leaf = next(t for _, t in parity.leaves_of(kwargs))
     scale = torch.ones(out.shape, dtype=out.dtype, requires_grad=True)
@@ -126,10 +123,7 @@ def test_no_second_derivative(slug):
 def test_retain_graph_and_untouched_inputs(slug):
     """Backward twice gives the same; neither saved tensors nor the incoming gradient are written."""
     sample = small(slug)[1]
-    kwargs = {
-        k: parity.tree_map(v, lambda t: t.clone().requires_grad_(t.is_floating_point()))
-        for k, v in sample.kwargs.items()
-    }
+    kwargs = tensors(sample.kwargs)
     leaves = dict(parity.leaves_of(kwargs))
     before = [t.detach().clone() for t in leaves.values()]
     out = getattr(functional, slug)(**kwargs)
