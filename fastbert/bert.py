@@ -101,7 +101,7 @@ class Output:
 class Encoded(NamedTuple):
     """The encoder's result and what the heads need with it."""
 
-    x: Tensor  # (T, C)
+    x: Tensor  # (T, C), or (R, C) at the rows that were asked for
     packing: Packing
     seed: Tensor | None
     hidden_states: tuple[Tensor, ...] | None
@@ -229,19 +229,23 @@ class BertModel(Pretrained):
         e = self.encode(prepare(self.config, *batch, **options))
         return Output(
             last_hidden_state=e.packing.pad(e.x),
-            pooler_output=None if self.pooler is None else self.pool(e),
+            pooler_output=None if self.pooler is None else self.pool(e.packing.first(e.x)),
             hidden_states=e.hidden_states,
             attentions=e.attentions,
         )
 
-    def encode(self, inputs: Inputs) -> Encoded:
-        """Run the encoder on a packed batch."""
+    def encode(self, inputs: Inputs, rows: Tensor | None = None) -> Encoded:
+        """Run the encoder on a packed batch; with `rows` (R,) the result is at these rows, in this order.
+
+        A row may be asked for twice. The last layer leaves out the others, unless the hidden states are wanted too.
+        """
         packing = inputs.packing
         # one seed for the whole forward, whatever the modules' p: recomputed layers must see the same masks
         seed = seed_for(1.0, None, inputs.ids) if self.training else None
         x = self.embeddings(inputs.ids, inputs.positions, inputs.types, seed, 0)
         states: list[Tensor] = []
         weights: list[Tensor] = []
+        narrow = -1 if inputs.output_hidden_states else len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             if inputs.output_hidden_states:
                 states.append(packing.pad(x))
@@ -250,7 +254,8 @@ class BertModel(Pretrained):
                     "output_attentions computes the attention weights a second time, in plain torch"
                 )
                 weights.append(layer.attention.probabilities(x, packing))  # type: ignore[operator, union-attr]
-            arguments = (x, packing.cu_seqlens, packing.max_seqlen, seed, 1 + 3 * i)
+            last = rows if i == narrow else None
+            arguments = (x, packing.cu_seqlens, packing.max_seqlen, seed, 1 + 3 * i, last)
             if self.gradient_checkpointing and self.training:
                 # dropout is replayed from the seed tensor, so that the generator's state is not needed
                 x = recompute(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -258,6 +263,8 @@ class BertModel(Pretrained):
                 x = layer(*arguments)
         if inputs.output_hidden_states:
             states.append(packing.pad(x))
+        if rows is not None and narrow < 0:
+            x = x.index_select(0, rows)
         return Encoded(
             x,
             packing,
@@ -266,9 +273,14 @@ class BertModel(Pretrained):
             tuple(weights) if inputs.output_attentions else None,
         )
 
-    def pool(self, encoded: Encoded) -> Tensor:
-        """(B, C): dense + tanh on every sequence's first token."""
-        return torch.tanh(self.pooler(encoded.packing.first(encoded.x)))  # type: ignore[misc]
+    def encode_starts(self, inputs: Inputs) -> Encoded:
+        """Run the encoder for every sequence's first token: x is (B, C), zeros where a sequence has none."""
+        e = self.encode(inputs, inputs.packing.starts(inputs.positions.shape[0]))
+        return e._replace(x=e.packing.of_starts(e.x))
+
+    def pool(self, first: Tensor) -> Tensor:
+        """Dense + tanh on every sequence's first token (B, C)."""
+        return torch.tanh(self.pooler(first))  # type: ignore[misc]
 
 
 # --- heads ---
@@ -325,6 +337,15 @@ class _Head(Pretrained):
         self.bert = BertModel(config, add_pooler)
 
 
+class Scored(NamedTuple):
+    """What a masked-LM model has computed."""
+
+    encoded: Encoded
+    loss: Tensor | None
+    logits: Tensor | None  # (B, S, V), padded
+    first: Tensor  # (B, C) at the rows packing.starts, (0, C) where they were not asked for
+
+
 class _MaskedLM(_Head):
     def __init__(self, config: BertConfig, add_pooler: bool = False) -> None:
         super().__init__(config, add_pooler)
@@ -338,20 +359,34 @@ class _MaskedLM(_Head):
         )
 
     def _masked_lm(
-        self, inputs: Inputs, e: Encoded, return_logits: bool | None, items: Tensor | int | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The loss, where there are labels, and the padded logits (B, S, V), where they are wanted."""
+        self,
+        inputs: Inputs,
+        return_logits: bool | None,
+        items: Tensor | int | None,
+        starts: bool = False,
+    ) -> Scored:
+        """Run the encoder for the rows that the loss, the logits and, with `starts`, the pooler need; score them."""
+        labels, rows = inputs.labels, inputs.label_rows
+        if labels is None or rows is None:
+            labels, rows = None, inputs.positions[:0]
+        if return_logits is None:
+            return_logits = labels is None or not self.training
+        labelled = rows.shape[0]
+        if starts:
+            # a first token that is labelled too is computed twice, which costs less than to find it
+            rows = torch.cat([rows, inputs.packing.starts(inputs.positions.shape[0])])
+        e = self.bert.encode(inputs, None if return_logits else rows)
+        x = e.x.index_select(0, rows) if return_logits else e.x
         word = self.bert.embeddings.word.weight
         loss = logits = None
-        if inputs.labels is not None and inputs.label_rows is not None:
+        if labels is not None:
             reduction = "mean" if items is None else "sum"
-            loss = self.mlm_head.loss(e.x, inputs.labels, inputs.label_rows, word, reduction)
+            labels = labels.index_select(0, rows[:labelled])
+            loss = self.mlm_head.loss(x[:labelled], labels, word, reduction)
             loss = loss if items is None else loss / items
-        if return_logits is None:
-            return_logits = loss is None or not self.training
         if return_logits:
             logits = e.packing.pad(self.mlm_head(e.x, word))
-        return loss, logits
+        return Scored(e, loss, logits, x[labelled:])
 
 
 class BertForPreTraining(_MaskedLM):
@@ -389,9 +424,10 @@ class BertForPreTraining(_MaskedLM):
             rows_wanted=True,
             **options,
         )
-        e = self.bert.encode(inputs)
-        mlm_loss, logits = self._masked_lm(inputs, e, return_logits, num_items_in_batch)
-        nsp_logits = self.nsp_head(self.bert.pool(e))
+        e, mlm_loss, logits, first = self._masked_lm(
+            inputs, return_logits, num_items_in_batch, starts=True
+        )
+        nsp_logits = self.nsp_head(self.bert.pool(e.packing.of_starts(first)))
         nsp_loss = None
         if next_sentence_label is not None:
             nsp_loss = class_loss(nsp_logits, next_sentence_label)
@@ -444,8 +480,7 @@ class BertForMaskedLM(_MaskedLM):
             rows_wanted=True,
             **options,
         )
-        e = self.bert.encode(inputs)
-        loss, logits = self._masked_lm(inputs, e, return_logits, num_items_in_batch)
+        e, loss, logits, _ = self._masked_lm(inputs, return_logits, num_items_in_batch)
         return Output(
             loss=loss, logits=logits, hidden_states=e.hidden_states, attentions=e.attentions
         )
@@ -471,8 +506,8 @@ class BertForNextSentencePrediction(_Head):
     ) -> Output:
         """Score sentence pairs."""
         batch = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        e = self.bert.encode(prepare(self.config, *batch, **options))
-        logits = self.nsp_head(self.bert.pool(e))
+        e = self.bert.encode_starts(prepare(self.config, *batch, **options))
+        logits = self.nsp_head(self.bert.pool(e.x))
         loss = None if labels is None else class_loss(logits, labels)
         return Output(
             loss=loss, logits=logits, hidden_states=e.hidden_states, attentions=e.attentions
@@ -505,7 +540,7 @@ class BertForSequenceClassification(_Head):
     ) -> Output:
         """Score sequences; problem_type names the loss, as in transformers."""
         batch = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        e = self.bert.encode(prepare(self.config, *batch, **options))
+        e = self.bert.encode_starts(prepare(self.config, *batch, **options))
         logits = self.classifier(self._features(e))
         loss = None
         if labels is not None:
@@ -518,8 +553,8 @@ class BertForSequenceClassification(_Head):
         """(B, C): what the classifier sees."""
         p = self.config.classifier_p
         if self.pre_classifier is None:
-            return self.head_dropout(self.bert.pool(e), p, e.seed, 0)
-        x = e.packing.first(e.x)
+            return self.head_dropout(self.bert.pool(e.x), p, e.seed, 0)
+        x = e.x
         if self.config.model_type == "distilbert":
             x = torch.relu(self.pre_classifier(x))
             return self.head_dropout(x, self.config.seq_classif_dropout, e.seed, 0)

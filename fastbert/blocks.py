@@ -129,7 +129,7 @@ class QKVProjection(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention inside each sequence, with the output projection: (T, C) -> (T, C)."""
+    """Multi-head self-attention inside each sequence, with the output projection: (T, C) -> (T, C), or (R, C)."""
 
     def __init__(self, hidden_size: int, num_heads: int, *, p: float = 0.1) -> None:
         super().__init__()
@@ -144,9 +144,11 @@ class SelfAttention(nn.Module):
         max_seqlen: int,
         seed: Tensor | None = None,
         site: int = 0,
+        rows: Tensor | None = None,  # (R,) int64, the rows to compute; None: all
     ) -> Tensor:
         p = self.p if self.training else 0.0
-        return self.out(attend(self.qkv(x), cu_seqlens, max_seqlen, p=p, seed=seed, site=site))
+        y = attend(self.qkv(x), cu_seqlens, max_seqlen, p=p, seed=seed, site=site)
+        return self.out(y if rows is None else y.index_select(0, rows))
 
     def probabilities(self, x: Tensor, packing: Packing) -> Tensor:
         """The softmax weights (B, H, S, S) before dropout, zeros at padding: materialised, so slow and large."""
@@ -177,7 +179,10 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """One post-norm encoder layer: LN(x + attention), then LN(x + feed-forward); takes three dropout sites."""
+    """One post-norm encoder layer: LN(x + attention), then LN(x + feed-forward); takes three dropout sites.
+
+    With `rows` all that follows attention is computed for these rows only, with the dropout of the whole: (R, C).
+    """
 
     def __init__(
         self,
@@ -204,17 +209,25 @@ class EncoderLayer(nn.Module):
         max_seqlen: int,
         seed: Tensor | None = None,
         site: int = 0,
+        rows: Tensor | None = None,  # (R,) int64, packed row numbers
     ) -> Tensor:
-        y = self.attention(x, cu_seqlens, max_seqlen, seed, site)
-        x = self._add_norm(self.attention_norm, y, x, seed, site + 1)
-        return self._add_norm(self.output_norm, self.feed_forward(x), x, seed, site + 2)
+        y = self.attention(x, cu_seqlens, max_seqlen, seed, site, rows)
+        x = x if rows is None else x.index_select(0, rows)
+        x = self._add_norm(self.attention_norm, y, x, seed, site + 1, rows)
+        return self._add_norm(self.output_norm, self.feed_forward(x), x, seed, site + 2, rows)
 
     def _add_norm(
-        self, norm: nn.LayerNorm, y: Tensor, residual: Tensor, seed: Tensor | None, site: int
+        self,
+        norm: nn.LayerNorm,
+        y: Tensor,
+        residual: Tensor,
+        seed: Tensor | None,
+        site: int,
+        rows: Tensor | None,
     ) -> Tensor:
         p = self.p if self.training else 0.0
         return F.dropout_add_layer_norm(
-            y, residual, norm.weight, norm.bias, eps=norm.eps, p=p, seed=seed, site=site
+            y, residual, norm.weight, norm.bias, eps=norm.eps, p=p, seed=seed, site=site, rows=rows
         )
 
 
@@ -254,18 +267,17 @@ class MLMHead(nn.Module):
 
     def loss(
         self,
-        x: Tensor,  # (T, C)
-        labels: Tensor,  # (T,) int64, -100 where not labelled
-        rows: Tensor,  # (R,) int64, the labelled rows
+        x: Tensor,  # (R, C), the labelled rows
+        labels: Tensor,  # (R,) int64
         word: Tensor,
         reduction: str = "mean",
     ) -> Tensor:
-        """The masked-LM loss; only the labelled rows reach the head, and 0 where there is none."""
+        """The masked-LM loss of labelled rows; 0, connected to the graph, where there is none."""
         return F.mlm_loss(
-            self.transform(x.index_select(0, rows)),
+            self.transform(x),
             self._weight(word),
             self.bias,
-            labels.index_select(0, rows),
+            labels,
             compacted=True,
             reduction=reduction,
         )

@@ -121,11 +121,19 @@ class Packing:
 
     def first(self, x: Tensor) -> Tensor:
         """(T, C) -> (B, C): the first token of every sequence, zeros where a sequence has none."""
-        start, end = self.cu_seqlens[:-1], self.cu_seqlens[1:]
+        return self.of_starts(x.index_select(0, self.starts(x.shape[0])))
+
+    def starts(self, tokens: int) -> Tensor:
+        """Row of each sequence's first token: any row where it has none, and no row at all without a token."""
+        if tokens == 0:
+            return self.cu_seqlens.new_empty(0, dtype=torch.int64)
+        return self.cu_seqlens[:-1].clamp(max=tokens - 1).to(torch.int64)
+
+    def of_starts(self, x: Tensor) -> Tensor:
+        """(B, C): x at the rows `starts`, with zeros where a sequence has no token."""
         if x.shape[0] == 0:
             return x.new_zeros((self.batch, x.shape[1])) + x.sum()
-        rows = x.index_select(0, start.clamp(max=x.shape[0] - 1))
-        return torch.where((end > start)[:, None], rows, 0.0)
+        return torch.where((self.cu_seqlens.diff() > 0)[:, None], x, 0.0)
 
     def _coordinates(self, tokens: int) -> tuple[Tensor, Tensor]:
         """(T,) sequence number, B past the last one, and (T,) offset in the sequence, 0 there."""
