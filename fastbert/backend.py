@@ -91,6 +91,20 @@ def _order(device: torch.device) -> tuple[str, ...]:
     return (_forced,) if _forced is not None else ORDER.get(device.type, ("torch",))
 
 
+def _candidates(slug: str, kind: str) -> tuple[tuple[str, Any], ...]:
+    """(name, its `unsupported`) of the backends that have the op's kernel for a device type, in ORDER."""
+    return tuple(
+        (name, found.unsupported)
+        for name in ORDER.get(kind, ("torch",))
+        if not isinstance(found := _IMPLEMENTATIONS[name][slug], str)
+        and _DEVICES.get(name, kind) == kind
+    )
+
+
+# every call of an op asks
+_CANDIDATES = {kind: {slug: _candidates(slug, kind) for slug in SLUGS} for kind in (*ORDER, "meta")}
+
+
 def choose(slug: str, device: torch.device, *args: Any) -> str:
     """The backend's name for this call: the forced one, or the first of the device's ORDER that supports it."""
     if _recorder is not None:
@@ -103,10 +117,12 @@ def choose(slug: str, device: torch.device, *args: Any) -> str:
                 f"backend {_forced!r}, asked for by name, cannot run {slug}: {reason}"
             )
         return _forced
-    for name in _order(device):
-        if _reason(name, slug, device, args) is None:
+    kind = device.type
+    candidates = _CANDIDATES.get(kind)
+    for name, unsupported in candidates[slug] if candidates else _candidates(slug, kind):
+        if name == "torch" or unsupported(*args) is None:
             return name
-    raise RuntimeError(f"no backend can run {slug} on {device.type}")
+    raise RuntimeError(f"no backend can run {slug} on {kind}")
 
 
 def _validated(name: str | None) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,10 +31,12 @@ def register(
 
     def body(*args: Any) -> Any:
         *inputs, chosen = args
+        run = getattr(backend.module(chosen, slug), direction)
+        if check is None and not torch._C._is_any_autocast_enabled():
+            return run(*inputs)
         device = next(a.device for a in inputs if isinstance(a, torch.Tensor))
         if check is not None and backend.checks_values(device):
             check(*inputs)
-        run = getattr(backend.module(chosen, slug), direction)
         if autocast_dtype(device.type) is not None:
             # dtypes were settled before the op: stock ops inside it must not cast again
             with torch.autocast(device.type, enabled=False):
@@ -43,18 +45,54 @@ def register(
 
     _lib.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastbert::{name}", lambda *args: fake(*args[:-1]), lib=_lib)
-    return getattr(torch.ops.fastbert, name).default
+    registered = getattr(torch.ops.fastbert, name).default
+
+    def call(*args: Any) -> Any:
+        return registered(*args) if _observed(args) else body(*args)
+
+    return call
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _observed(args: Sequence[Any]) -> bool:
+    """Whether somebody must see the registered op: a tracer, a dispatch mode, the profiler, a subclass of Tensor.
+
+    Plain eager calls skip torch's dispatcher, which takes 25 us of Python to box and unbox them (torch 2.13).
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return True
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            if a.is_meta or type(a) not in _PLAIN:
+                return True
+        elif type(a) is list and _observed(a):
+            return True
+    return False
 
 
 def wants_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd must record a call with these inputs; refuses torch.func's, which would come out wrong."""
-    if not torch.compiler.is_compiling() and any(
-        t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors
-    ):
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        _refuse_wrapped(tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def _refuse_wrapped(tensors: Sequence[torch.Tensor | None]) -> None:
+    if any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
         raise NotImplementedError(
             "fastbert's ops do not run under torch.func (grad, jvp, vmap): use torch.autograd, or stock ops in there"
         )
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:
@@ -66,8 +104,22 @@ def autocast_dtype(kind: str) -> torch.dtype | None:
 
 def autocast(x: torch.Tensor) -> torch.Tensor:
     """x in the autocast dtype where autocast is on for its device, else x itself; fp64 is left alone, as by stock."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return x
     dtype = autocast_dtype(x.device.type)
     return x.to(dtype) if dtype is not None and x.dtype != torch.float64 else x
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """x (..., C) as contiguous rows (N, C): x itself where it is that already."""
+    if not torch.compiler.is_compiling() and x.dim() == 2 and x.is_contiguous():
+        return x
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def as_shape(y: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Rows y (N, C) in the shape of the op's input: y itself where that had rows too."""
+    return y if len(shape) == 2 else y.view(shape)
 
 
 def seed_for(p: float, seed: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
@@ -81,7 +133,7 @@ def seed_for(p: float, seed: torch.Tensor | None, x: torch.Tensor) -> torch.Tens
             f"seed must be one int64 on {x.device}, got {tuple(seed.shape)} {seed.dtype} on {seed.device}: "
             "draw it with torch.randint(2**62, (1,), device=x.device)"
         )
-    return seed.reshape(1)
+    return seed if seed.dim() == 1 else seed.reshape(1)
 
 
 def none_if_empty(grad: torch.Tensor) -> torch.Tensor | None:

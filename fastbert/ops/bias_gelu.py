@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import autocast, none_if_empty, register, wants_grad
+from fastbert.ops._register import as_rows, as_shape, autocast, none_if_empty, register, wants_grad
 
 
 def _fwd_fake(x: Tensor, bias: Tensor | None, approximate: str) -> Any:
@@ -63,10 +63,10 @@ def bias_gelu(
     _check.same_device(x=x, bias=bias)
     x = autocast(x)
     # a scalar is a row of one, for the GELU drop-in
-    rows = x.reshape(-1, x.shape[-1] if x.dim() else 1).contiguous()
+    rows = as_rows(x if x.dim() else x.reshape(1))
     backend = choose("bias_gelu", x.device, rows, bias, approximate)
     if wants_grad(x, bias):
         y = _BiasGelu.apply(rows, bias, approximate, backend)
     else:
         y = _fwd(rows, bias, approximate, backend)
-    return y.view(x.shape)
+    return as_shape(y, x.shape)

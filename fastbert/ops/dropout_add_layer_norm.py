@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import register, seed_for, wants_grad
+from fastbert.ops._register import as_rows, as_shape, register, seed_for, wants_grad
 from fastbert.ops.layer_norm import row_stats
 
 
@@ -103,9 +103,9 @@ def dropout_add_layer_norm(
     _check.dropout(p, site)
     _check.integer(rows=rows)
     _check.same_device(x=x, residual=residual, weight=weight, bias=bias, rows=rows)
-    flat = x.reshape(-1, C).contiguous()
+    flat = as_rows(x)
     _check.shape("rows", rows, flat.shape[0])
-    res = residual.reshape(-1, C).to(x.dtype).contiguous()
+    res = as_rows(residual if residual.dtype == x.dtype else residual.to(x.dtype))
     seed = seed_for(p, seed, x)
     save = wants_grad(x, residual, weight, bias)
     args = (flat, res, weight, bias, eps, p, seed, site, rows)
@@ -114,4 +114,4 @@ def dropout_add_layer_norm(
         y = _DropoutAddLayerNorm.apply(*args, backend)
     else:
         y = _fwd(*args, False, backend)[0]
-    return y.view(x.shape)
+    return as_shape(y, x.shape)

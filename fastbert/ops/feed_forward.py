@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import autocast, register, wants_grad
+from fastbert.ops._register import as_rows, autocast, register, wants_grad
 
 
 def _fwd_fake(
@@ -106,9 +106,9 @@ def feed_forward(
     _check.shape("b2", b2, w2.shape[0])
     _check.same_device(x=x, w1=w1, b1=b1, w2=w2, b2=b2)
     x = autocast(x)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = as_rows(x)
     save = wants_grad(x, w1, b1, w2, b2)
     args = (rows, w1, b1, w2, b2, approximate)
     backend = choose("feed_forward", x.device, *args, save)
     y = _FeedForward.apply(*args, backend) if save else _fwd(*args, False, backend)[0]
-    return y.view(*x.shape[:-1], w2.shape[0])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], w2.shape[0])

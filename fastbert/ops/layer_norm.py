@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import none_if_empty, register, wants_grad
+from fastbert.ops._register import as_rows, as_shape, none_if_empty, register, wants_grad
 
 
 def row_stats(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,10 +79,10 @@ def layer_norm(
     if bias is not None and weight is None:
         raise ValueError("bias is given without weight: pass a weight of ones")
     _check.same_device(x=x, weight=weight, bias=bias)
-    rows = x.reshape(-1, C).contiguous()
+    rows = as_rows(x)
     backend = choose("layer_norm", x.device, rows, weight, bias, eps)
     if wants_grad(x, weight, bias):
         y = _LayerNorm.apply(rows, weight, bias, eps, backend)
     else:
         y = _fwd(rows, weight, bias, eps, backend)[0]
-    return y.view(x.shape)
+    return as_shape(y, x.shape)

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import autocast, register, wants_grad
+from fastbert.ops._register import as_rows, autocast, register, wants_grad
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
@@ -68,10 +68,10 @@ def linear(
     _check.shape("bias", bias, weight.shape[0])
     _check.same_device(x=x, weight=weight, bias=bias)
     x = autocast(x)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = as_rows(x)
     backend = choose("linear", x.device, rows, weight, bias)
     if wants_grad(x, weight, bias):
         y = _Linear.apply(rows, weight, bias, backend)
     else:
         y = _fwd(rows, weight, bias, backend)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])

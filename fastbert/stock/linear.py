@@ -15,7 +15,11 @@ def unsupported(*args: object) -> str | None:
 
 def cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Weight and bias in x's dtype."""
-    return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if weight.dtype != x.dtype:
+        weight = weight.to(x.dtype)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    return weight, bias
 
 
 def forward(
