@@ -42,7 +42,8 @@ class Packing:
 
         Raises ValueError for a mask of another shape or with other values.
         """
-        packing, bad = cls.from_tokens(mask != 0, (mask != 0) & (mask != 1))
+        token = mask != 0
+        packing, bad = cls.from_tokens(token, mask != token)
         if bad:
             raise ValueError(
                 f"attention_mask holds {bad} values that are neither 0 nor 1: pass 1 at tokens and 0 at padding"
@@ -62,8 +63,11 @@ class Packing:
             return cls(cu_seqlens, 1, lengths.new_empty(0, dtype=torch.int64), token.shape[1]), 0
         counts = torch.stack([cu_seqlens[-1], lengths.max(), bad.sum(dtype=torch.int32)])
         total, longest, wrong = counts.tolist()
-        # a stable sort puts the tokens first and in order; nonzero would sync once more
-        rows = torch.argsort((~token).flatten().to(torch.uint8), stable=True)[:total]
+        if token.device.type == "cpu":
+            rows = token.flatten().nonzero().squeeze(1)
+        else:
+            # a stable sort puts the tokens first and in order; nonzero would sync once more
+            rows = torch.argsort((~token).flatten().to(torch.uint8), stable=True)[:total]
         return cls(cu_seqlens, max(longest, 1), rows, token.shape[1]), wrong
 
     @classmethod
@@ -294,4 +298,5 @@ def _positions(
         pad = config.pad_token_id or 0
         token = input_ids != pad
         return packing.unpad(token.cumsum(1) * token + pad)
-    return packing.positions(tokens.shape[0]) + config.position_offset
+    positions = packing.positions(tokens.shape[0])
+    return positions + config.position_offset if config.position_offset else positions

@@ -39,8 +39,11 @@ def register(
             check(*inputs)
         if autocast_dtype(device.type) is not None:
             # dtypes were settled before the op: stock ops inside it must not cast again
-            with torch.autocast(device.type, enabled=False):
+            torch.set_autocast_enabled(device.type, False)
+            try:
                 return run(*inputs)
+            finally:
+                torch.set_autocast_enabled(device.type, True)
         return run(*inputs)
 
     _lib.impl(name, body, "CompositeExplicitAutograd")

@@ -80,7 +80,9 @@ def _check_all(
         raise ValueError(
             f"biases holds {len(biases)} tensors for {len(weights)} weights: pass as many, or None"
         )
-    _check.floating(x=x)
+    parts = {f"weights[{i}]": w for i, w in enumerate(weights)}
+    vectors = {f"biases[{i}]": b for i, b in enumerate(biases)}
+    _check.floating(x=x, **parts, **vectors)
     _check.shape("x", x, -1, -1)
     _check.has_rows(x)
     rows = weights[0].shape[0]
@@ -89,19 +91,15 @@ def _check_all(
         raise ValueError(
             f"weights[0] has {rows} rows, which {heads} heads do not divide: check num_heads={num_heads}"
         )
-    for i, w in enumerate(weights):
-        _check.floating(**{f"weights[{i}]": w})
-        _check.shape(f"weights[{i}]", w, rows, x.shape[1])
-        _check.same_device(x=x, **{f"weights[{i}]": w})
-    for i, b in enumerate(biases):
-        _check.floating(**{f"biases[{i}]": b})
-        _check.shape(f"biases[{i}]", b, rows)
-        _check.same_device(x=x, **{f"biases[{i}]": b})
-    if any(t.dtype != weights[0].dtype for t in (*weights, *biases)):
-        dtypes = sorted({str(t.dtype) for t in (*weights, *biases)})
-        raise TypeError(
-            f"weights and biases mix {', '.join(dtypes)}: use one dtype for all of them"
-        )
+    for name, w in parts.items():
+        _check.shape(name, w, rows, x.shape[1])
+    for name, b in vectors.items():
+        _check.shape(name, b, rows)
+    _check.same_device(x=x, **parts, **vectors)
+    dtypes = {t.dtype for t in (*weights, *biases)}
+    if len(dtypes) > 1:
+        names = ", ".join(sorted(str(dtype) for dtype in dtypes))
+        raise TypeError(f"weights and biases mix {names}: use one dtype for all of them")
 
 
 def qkv_proj(
