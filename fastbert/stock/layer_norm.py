@@ -19,6 +19,12 @@ def _affine(
     On the CPU a bf16 weight beside a bf16 x makes it return bf16 statistics, an fp32 weight fp32 ones (torch 2.13);
     on a GPU the weight must have x's dtype and the statistics are fp32 anyway.
     """
+    if (
+        weight is not None
+        and bias is not None
+        and weight.dtype == bias.dtype == torch.float32 == x.dtype
+    ):
+        return weight, bias
     if x.device.type != "cpu":
         return tuple(None if t is None else t.to(x.dtype) for t in (weight, bias))  # type: ignore[return-value]
     wide = torch.promote_types(x.dtype, torch.float32)

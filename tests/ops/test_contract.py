@@ -60,6 +60,24 @@ def test_opcheck(slug, name):
 
 
 @ALL
+def test_eager_calls_skip_the_dispatcher_and_agree(slug):
+    """Without anybody to see the registered op its body runs directly, bitwise the same; the profiler still sees it."""
+    sample = small(slug)[1]
+    op = getattr(functional, slug)
+    direct = parity.call(op, sample.kwargs, backward=True)
+    with _Recorder() as recorder:
+        seen = parity.call(op, sample.kwargs, backward=True)
+    assert len(recorder.calls) == 2
+    assert direct.keys() == seen.keys()
+    for key, value in direct.items():
+        assert torch.equal(value.nan_to_num(), seen[key].nan_to_num()), key
+    with torch.autograd.profiler.profile() as profile:
+        parity.call(op, sample.kwargs, backward=True)
+    names = {event.name for event in profile.function_events}
+    assert {f"fastbert::{slug}_fwd", f"fastbert::{slug}_bwd"} <= names
+
+
+@ALL
 def test_explicit_backward_is_autograd_of_the_reference_forward(slug):
     """fp64: the reference's written-out backward against autograd through the reference's own forward."""
     tried = 0
