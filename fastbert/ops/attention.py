@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import autocast, register, seed_for, wants_grad
+from fastbert.ops._register import autocast, record, register, seed_for, wants_grad
 
 
 def _fwd_check(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *_: Any) -> None:
@@ -114,5 +114,5 @@ def attention(
     save = wants_grad(qkv)
     args = (qkv, cu_seqlens, max_seqlen, scale, p, seed, site, causal)
     backend = choose("attention", qkv.device, *args, save or return_lse)
-    out, lse = _Attention.apply(*args, backend) if save else _fwd(*args, return_lse, backend)
+    out, lse = record(_Attention, *args, backend) if save else _fwd(*args, return_lse, backend)
     return (out, lse) if return_lse else out

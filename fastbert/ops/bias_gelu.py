@@ -10,7 +10,15 @@ from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import as_rows, as_shape, autocast, none_if_empty, register, wants_grad
+from fastbert.ops._register import (
+    as_rows,
+    as_shape,
+    autocast,
+    none_if_empty,
+    record,
+    register,
+    wants_grad,
+)
 
 
 def _fwd_fake(x: Tensor, bias: Tensor | None, approximate: str) -> Any:
@@ -66,7 +74,7 @@ def bias_gelu(
     rows = as_rows(x if x.dim() else x.reshape(1))
     backend = choose("bias_gelu", x.device, rows, bias, approximate)
     if wants_grad(x, bias):
-        y = _BiasGelu.apply(rows, bias, approximate, backend)
+        y = record(_BiasGelu, rows, bias, approximate, backend)
     else:
         y = _fwd(rows, bias, approximate, backend)
     return as_shape(y, x.shape)

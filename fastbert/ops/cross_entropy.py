@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import register, wants_grad
+from fastbert.ops._register import record, register, wants_grad
 
 
 def _fwd_check(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
@@ -83,7 +83,7 @@ def cross_entropy(
     logits = logits.contiguous()
     backend = choose("cross_entropy", logits.device, logits, labels, ignore_index)
     if wants_grad(logits):
-        losses = _CrossEntropy.apply(logits, labels, ignore_index, backend)
+        losses = record(_CrossEntropy, logits, labels, ignore_index, backend)
     else:
         losses = _fwd(logits, labels, ignore_index, backend)[0]
     if reduction == "none":

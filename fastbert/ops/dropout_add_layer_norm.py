@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import as_rows, as_shape, register, seed_for, wants_grad
+from fastbert.ops._register import as_rows, as_shape, record, register, seed_for, wants_grad
 from fastbert.ops.layer_norm import row_stats
 
 
@@ -111,7 +111,7 @@ def dropout_add_layer_norm(
     args = (flat, res, weight, bias, eps, p, seed, site, rows)
     backend = choose("dropout_add_layer_norm", x.device, *args, save)
     if save:
-        y = _DropoutAddLayerNorm.apply(*args, backend)
+        y = record(_DropoutAddLayerNorm, *args, backend)
     else:
         y = _fwd(*args, False, backend)[0]
     return as_shape(y, x.shape)

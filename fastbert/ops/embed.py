@@ -10,7 +10,14 @@ from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import autocast_dtype, none_if_empty, register, seed_for, wants_grad
+from fastbert.ops._register import (
+    autocast_dtype,
+    none_if_empty,
+    record,
+    register,
+    seed_for,
+    wants_grad,
+)
 
 
 def _fwd_check(
@@ -198,5 +205,5 @@ def embed(
     )
     backend = choose("embed", position.device, *args)
     if wants_grad(ids, word, position, type_, weight, bias):
-        return _Embed.apply(*args, padding_idx, position_padding_idx, backend)
+        return record(_Embed, *args, padding_idx, position_padding_idx, backend)
     return _fwd(*args, backend)[0]

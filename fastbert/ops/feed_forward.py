@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import as_rows, autocast, register, wants_grad
+from fastbert.ops._register import as_rows, autocast, record, register, wants_grad
 
 
 def _fwd_fake(
@@ -110,5 +110,5 @@ def feed_forward(
     save = wants_grad(x, w1, b1, w2, b2)
     args = (rows, w1, b1, w2, b2, approximate)
     backend = choose("feed_forward", x.device, *args, save)
-    y = _FeedForward.apply(*args, backend) if save else _fwd(*args, False, backend)[0]
+    y = record(_FeedForward, *args, backend) if save else _fwd(*args, False, backend)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], w2.shape[0])

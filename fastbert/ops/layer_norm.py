@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import as_rows, as_shape, none_if_empty, register, wants_grad
+from fastbert.ops._register import as_rows, as_shape, none_if_empty, record, register, wants_grad
 
 
 def row_stats(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ def layer_norm(
     rows = as_rows(x)
     backend = choose("layer_norm", x.device, rows, weight, bias, eps)
     if wants_grad(x, weight, bias):
-        y = _LayerNorm.apply(rows, weight, bias, eps, backend)
+        y = record(_LayerNorm, rows, weight, bias, eps, backend)
     else:
         y = _fwd(rows, weight, bias, eps, backend)[0]
     return as_shape(y, x.shape)

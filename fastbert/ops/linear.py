@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import as_rows, autocast, register, wants_grad
+from fastbert.ops._register import as_rows, autocast, record, register, wants_grad
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
@@ -71,7 +71,7 @@ def linear(
     rows = as_rows(x)
     backend = choose("linear", x.device, rows, weight, bias)
     if wants_grad(x, weight, bias):
-        y = _Linear.apply(rows, weight, bias, backend)
+        y = record(_Linear, rows, weight, bias, backend)
     else:
         y = _fwd(rows, weight, bias, backend)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])

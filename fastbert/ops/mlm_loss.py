@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import autocast, register, wants_grad
+from fastbert.ops._register import autocast, record, register, wants_grad
 
 # above this many labelled rows the logits are built again in backward, a chunk at a time, instead of being kept
 MAX_ROWS = 8192
@@ -139,5 +139,5 @@ def mlm_loss(
     args = (hidden, weight, bias, labels, rows, ignore_index, max_rows)
     save = wants_grad(hidden, weight, bias)
     backend = choose("mlm_loss", hidden.device, *args, save)
-    total = _MLMLoss.apply(*args, backend) if save else _fwd(*args, False, backend)[0]
+    total = record(_MLMLoss, *args, backend) if save else _fwd(*args, False, backend)[0]
     return total if reduction == "sum" else total / (labels != ignore_index).sum().clamp(min=1)

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import autocast, register, wants_grad
+from fastbert.ops._register import autocast, record, register, wants_grad
 
 
 def _fwd_fake(
@@ -119,5 +119,5 @@ def qkv_proj(
     x = autocast(x).contiguous()
     backend = choose("qkv_proj", x.device, x, weights, biases, num_heads)
     if wants_grad(x, *weights, *biases):
-        return _QKVProj.apply(x, num_heads, len(weights), backend, *weights, *biases)
+        return record(_QKVProj, x, num_heads, len(weights), backend, *weights, *biases)
     return _fwd(x, weights, biases, num_heads, backend)
