@@ -32,6 +32,23 @@ class Toolchain:
     compiler: str
     compile_flags: list[str]
     link_flags: list[str]
+    # instruction set -> flags: every source outside `once` is compiled for each of them
+    variants: dict[str, list[str]]
+    once: tuple[str, ...]
+
+
+# of one x86-64 binary; csrc/cpu/bindings.cpp picks at run time. Others get the baseline alone
+ISAS = {
+    "avx2": ["-mavx2", "-mfma", "-mbmi2"],
+    "avx512": [
+        "-mavx2 -mfma -mbmi2 -mavx512f -mavx512bw -mavx512dq -mavx512vl",
+        "-mprefer-vector-width=512 -Wno-maybe-uninitialized -Wno-uninitialized",
+    ],
+    "avx512_bf16": [
+        "-mavx2 -mfma -mbmi2 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16",
+        "-mprefer-vector-width=512 -Wno-maybe-uninitialized -Wno-uninitialized",
+    ],
+}
 
 
 def cpu_toolchain(version: str) -> Toolchain:
@@ -44,9 +61,13 @@ def cpu_toolchain(version: str) -> Toolchain:
             "install one (Debian: apt install g++), or set FASTBERT_CPU=0 to install without it"
         )
     optimise = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    openmp = ["-fopenmp"] if _accepts(compiler, "-fopenmp") else []
-    flags = optimise + openmp
+    # vectors wider than the baseline's registers only cross functions of one instruction set
+    optimise += ["-Wno-psabi", "-fno-math-errno", "-ffp-contract=fast"]
+    openmp = ["-fopenmp"] if _accepts(compiler, ["-fopenmp"]) else []
+    flags = optimise + openmp + shlex.split(os.environ.get("FASTBERT_CPU_FLAGS", ""))
     described = shlex.join([compiler, *flags])
+    variants = cpu_variants(compiler)
+    flags += [f"-DFASTBERT_HAS_{name}" for name in variants if name != "baseline"]
     flags += [
         f'-DFASTBERT_VERSION="{version}"',
         f'-DFASTBERT_BUILD_FLAGS="{described}"',
@@ -54,21 +75,37 @@ def cpu_toolchain(version: str) -> Toolchain:
         f"-isystem{_pybind11_include()}",
     ]
     undefined = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
-    return Toolchain(compiler, flags, ["-shared", *openmp, *undefined])
+    # -fopenmp is left out: fastbert/cpu/__init__.py binds the module to the runtime that torch has loaded
+    extra = shlex.split(os.environ.get("FASTBERT_CPU_FLAGS", ""))
+    link = ["-shared", *extra, *undefined]
+    return Toolchain(compiler, flags, link, variants, ("bindings", "runtime"))
+
+
+def cpu_variants(compiler: str) -> dict[str, list[str]]:
+    """The instruction sets that the compiler knows, each with its flags; FASTBERT_CPU_EMULATE=1 adds one for tests."""
+    wanted: dict[str, list[str]] = {}
+    if platform.machine() in ("x86_64", "AMD64"):
+        wanted = {name: shlex.split(" ".join(flags)) for name, flags in ISAS.items()}
+    found = {name: flags for name, flags in wanted.items() if _accepts(compiler, flags)}
+    if os.environ.get("FASTBERT_CPU_EMULATE") == "1":
+        # AVX-512 BF16's code on vectors of 16 that the compiler splits
+        found["emulated"] = [*found.get("avx2", []), "-DFASTBERT_EMULATE", "-O2"]
+    return {"baseline": [], **found}
 
 
 # module -> (folder of its sources, their pattern, its toolchain)
 MODULES = {"fastbert._cpu": ("csrc/cpu", "*.cpp", cpu_toolchain)}
 
 
-def _accepts(compiler: str, flag: str) -> bool:
-    """Whether the compiler can build a shared library with this flag (Apple's clang has no OpenMP)."""
+def _accepts(compiler: str, flags: list[str]) -> bool:
+    """Whether the compiler can build a shared library with these flags (Apple's clang has no OpenMP)."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
-        source.write_text("#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n")
+        openmp = "#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n"
+        source.write_text(openmp if "-fopenmp" in flags else "int nothing;\n")
         command = [
             *shlex.split(compiler),
-            flag,
+            *flags,
             "-fPIC",
             "-shared",
             str(source),
@@ -107,7 +144,7 @@ def ninja_file(target: Path, objects: Path, sources: list[Path], tools: Toolchai
     lines = [
         "ninja_required_version = 1.5",
         "rule compile",
-        f"  command = {compiler} {_shell(tools.compile_flags)} -MMD -MF $out.d -c $in -o $out",
+        f"  command = {compiler} {_shell(tools.compile_flags)} $isa -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $in",
@@ -115,9 +152,14 @@ def ninja_file(target: Path, objects: Path, sources: list[Path], tools: Toolchai
         f"  command = {compiler} $in {_shell(tools.link_flags)} -o $out",
         "  description = link $out",
     ]
-    built = [objects / f"{source.stem}.o" for source in sources]
-    for source, object_ in zip(sources, built, strict=True):
-        lines.append(f"build {_escape(object_)}: compile {_escape(source)}")
+    built = []
+    for source in sources:
+        variants = {"": []} if source.stem in tools.once else tools.variants
+        for name, flags in variants.items():
+            built.append(objects / f"{source.stem}{'.' if name else ''}{name}.o")
+            lines.append(f"build {_escape(built[-1])}: compile {_escape(source)}")
+            if name:
+                lines.append(f"  isa = {_shell([f'-DFASTBERT_ISA={name}', *flags])}")
     lines.append(f"build {_escape(target)}: link {' '.join(map(_escape, built))}")
     return "\n".join(lines) + "\n"
 

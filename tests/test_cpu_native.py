@@ -47,7 +47,7 @@ def philox_block(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, .
 def native_words(seed: int, row: int, site: int, n: int = WORDS) -> list[int]:
     """The same words from the native module."""
     words = torch.zeros(n, dtype=torch.int32)
-    cpu.native.philox_row(words=words.data_ptr(), n=n, seed=seed, row=row, site=site)
+    cpu.native.philox_row(words.data_ptr(), n, seed, row, site)
     return [w & 0xFFFFFFFF for w in words.tolist()]
 
 

@@ -1,80 +1,156 @@
-// fastbert._cpu: kernels behind raw pointers. Every pointer is an address of contiguous memory that
-// the adapter in fastbert/cpu/<slug>.py owns and has checked; 0 stands for "not given".
+// fastbert._cpu: kernels behind raw pointers. A pointer argument is the address of contiguous
+// memory that the adapter in fastbert/cpu/<slug>.py owns and has checked; 0 stands for "not given".
+//
+// Every kernel is compiled once per instruction set, in a namespace of its name; `use_isa` picks
+// the one that runs, at import the best that the machine has.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <stdexcept>
 #include <string>
+#include <type_traits>
 
-#ifdef _OPENMP
-#include <omp.h>
+#define FASTBERT_ISA baseline
+#include "entries.h"
+#undef FASTBERT_ISA
+#ifdef FASTBERT_HAS_avx2
+#define FASTBERT_ISA avx2
+#include "entries.h"
+#undef FASTBERT_ISA
 #endif
-
-#include "dropout_add_layer_norm.h"
-#include "dtype.h"
-#include "philox.h"
+#ifdef FASTBERT_HAS_avx512
+#define FASTBERT_ISA avx512
+#include "entries.h"
+#undef FASTBERT_ISA
+#endif
+#ifdef FASTBERT_HAS_avx512_bf16
+#define FASTBERT_ISA avx512_bf16
+#include "entries.h"
+#undef FASTBERT_ISA
+#endif
+#ifdef FASTBERT_HAS_emulated
+#define FASTBERT_ISA emulated
+#include "entries.h"
+#undef FASTBERT_ISA
+#endif
 
 namespace py = pybind11;
 
 namespace fastbert {
 namespace {
 
-using Address = std::uintptr_t;
+struct Isa {
+  const char* name;
+  bool (*runs)();  // whether this machine has it
+};
 
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
+#ifdef __x86_64__
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+// slowest first; `emulated` is for tests and never picked by itself
+const Isa kIsas[] = {
+    {"baseline", [] { return true; }},
+#ifdef FASTBERT_HAS_avx2
+    {"avx2", has_avx2},
+#endif
+#ifdef FASTBERT_HAS_avx512
+    {"avx512", has_avx512},
+#endif
+#ifdef FASTBERT_HAS_avx512_bf16
+    {"avx512_bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16") != 0; }},
+#endif
+#ifdef FASTBERT_HAS_emulated
+    {"emulated", [] { return true; }},
+#endif
+};
+constexpr int kCount = sizeof(kIsas) / sizeof(kIsas[0]);
+
+int current = 0;
+
+int best() {
+  int found = 0;
+  for (int i = 0; i < kCount; ++i)
+    if (kIsas[i].runs() && std::string(kIsas[i].name) != "emulated") found = i;
+  return found;
 }
 
-// the seed is read here and not in Python: a tensor's .item() would break the graph under
-// torch.compile
-Dropout make_dropout(Address seed, uint32_t site, uint32_t threshold, float scale, Address rows) {
-  const int64_t* value = at<const int64_t>(seed);
-  return {value != nullptr,       PhiloxKey(value ? *value : 0), site, threshold, scale,
-          at<const int64_t>(rows)};
+py::list isas() {
+  py::list names;
+  for (const Isa& isa : kIsas)
+    if (isa.runs()) names.append(isa.name);
+  return names;
 }
 
-template <typename T>
-void forward(Address x, Address residual, Address weight, Address bias, Address y, Address z,
-             Address mean, Address rstd, int64_t N, int64_t C, float eps, Address seed,
-             uint32_t site, uint32_t threshold, float scale, Address rows, int threads) {
-  const Dropout dropout = make_dropout(seed, site, threshold, scale, rows);
-  dropout_add_layer_norm_fwd<T>(at<const T>(x), at<const T>(residual), at<const float>(weight),
-                                at<const float>(bias), dropout, at<T>(y), at<T>(z), at<float>(mean),
-                                at<float>(rstd), N, C, eps, threads);
+void use_isa(const std::string& name) {
+  for (int i = 0; i < kCount; ++i)
+    if (name == kIsas[i].name && kIsas[i].runs()) {
+      current = i;
+      return;
+    }
+  std::string here;
+  for (py::handle isa : isas()) here += (here.empty() ? "" : ", ") + isa.cast<std::string>();
+  throw std::invalid_argument("this machine and this build have no instruction set '" + name +
+                              "': choose one of " + here);
 }
 
-template <typename T>
-void backward(Address dy, Address z, Address weight, Address mean, Address rstd, Address dx,
-              Address dresidual, Address dweight, Address dbias, int64_t N, int64_t C, Address seed,
-              uint32_t site, uint32_t threshold, float scale, Address rows, int threads) {
-  const Dropout dropout = make_dropout(seed, site, threshold, scale, rows);
-  dropout_add_layer_norm_bwd<T>(at<const T>(dy), at<const T>(z), at<const float>(weight),
-                                at<const float>(mean), at<const float>(rstd), dropout, at<T>(dx),
-                                at<T>(dresidual), at<float>(dweight), at<float>(dbias), N, C,
-                                threads);
+// pointers cross over as integers
+template <typename A>
+using Wire = std::conditional_t<std::is_pointer_v<A>, std::uintptr_t, A>;
+
+template <typename A>
+A unwire(Wire<A> value) {
+  if constexpr (std::is_pointer_v<A>)
+    return reinterpret_cast<A>(value);
+  else
+    return value;
 }
 
-template <typename T>
-void define_dropout_add_layer_norm(py::module_& m, const std::string& dtype) {
-  const auto unlocked = py::call_guard<py::gil_scoped_release>();
-  m.def(("dropout_add_layer_norm_fwd_" + dtype).c_str(), &forward<T>, unlocked, py::arg("x"),
-        py::arg("residual"), py::arg("weight"), py::arg("bias"), py::arg("y"), py::arg("z"),
-        py::arg("mean"), py::arg("rstd"), py::arg("N"), py::arg("C"), py::arg("eps"),
-        py::arg("seed"), py::arg("site"), py::arg("threshold"), py::arg("scale"), py::arg("rows"),
-        py::arg("threads"));
-  m.def(("dropout_add_layer_norm_bwd_" + dtype).c_str(), &backward<T>, unlocked, py::arg("dy"),
-        py::arg("z"), py::arg("weight"), py::arg("mean"), py::arg("rstd"), py::arg("dx"),
-        py::arg("dresidual"), py::arg("dweight"), py::arg("dbias"), py::arg("N"), py::arg("C"),
-        py::arg("seed"), py::arg("site"), py::arg("threshold"), py::arg("scale"), py::arg("rows"),
-        py::arg("threads"));
+template <typename R, typename... A>
+struct Entry {
+  R (*of[kCount])(A...);
+};
+
+template <typename R, typename... A, typename... Others>
+Entry<R, A...> entry(R (*first)(A...), Others... others) {
+  return {{first, others...}};
 }
 
-// For tests: the words behind n columns of one row, n a multiple of kPhiloxWords.
-void philox_row(Address words, int64_t n, int64_t seed, uint32_t row, uint32_t site) {
-  for (int64_t start = 0; start + kPhiloxWords <= n; start += kPhiloxWords)
-    philox_words(PhiloxKey(seed), static_cast<uint32_t>(start / 4), row, site,
-                 at<uint32_t>(words) + start);
+template <typename R, typename... A>
+void define(py::module_& m, const char* name, Entry<R, A...> entry) {
+  m.def(
+      name, [entry](Wire<A>... args) { return entry.of[current](unwire<A>(args)...); },
+      py::call_guard<py::gil_scoped_release>());
 }
+
+#ifdef FASTBERT_HAS_avx2
+#define FASTBERT_AVX2(op) , &avx2::op
+#else
+#define FASTBERT_AVX2(op)
+#endif
+#ifdef FASTBERT_HAS_avx512
+#define FASTBERT_AVX512(op) , &avx512::op
+#else
+#define FASTBERT_AVX512(op)
+#endif
+#ifdef FASTBERT_HAS_avx512_bf16
+#define FASTBERT_AVX512_BF16(op) , &avx512_bf16::op
+#else
+#define FASTBERT_AVX512_BF16(op)
+#endif
+#ifdef FASTBERT_HAS_emulated
+#define FASTBERT_EMULATED(op) , &emulated::op
+#else
+#define FASTBERT_EMULATED(op)
+#endif
+#define FASTBERT_DEFINE(op)                                                                 \
+  define(m, #op,                                                                            \
+         entry(&baseline::op FASTBERT_AVX2(op) FASTBERT_AVX512(op) FASTBERT_AVX512_BF16(op) \
+                   FASTBERT_EMULATED(op)))
 
 py::dict build_info() {
   py::dict info;
@@ -97,10 +173,15 @@ py::dict build_info() {
 }  // namespace fastbert
 
 PYBIND11_MODULE(_cpu, m) {
+  using namespace fastbert;
   m.doc() = "fastbert's native CPU kernels: raw pointers in, nothing of torch inside";
-  fastbert::define_dropout_add_layer_norm<float>(m, "float32");
-  fastbert::define_dropout_add_layer_norm<fastbert::bf16>(m, "bfloat16");
-  m.def("philox_row", &fastbert::philox_row, py::arg("words"), py::arg("n"), py::arg("seed"),
-        py::arg("row"), py::arg("site"));
-  m.def("build_info", &fastbert::build_info, "How this module was built.");
+  current = best();
+  m.def("isas", &isas,
+        "The instruction sets that this build and this machine have, slowest first.");
+  m.def("isa", [] { return kIsas[current].name; }, "The instruction set that runs.");
+  m.def("use_isa", &use_isa, "Run the kernels of this instruction set from now on.");
+  m.def("build_info", &build_info, "How this module was built.");
+  FASTBERT_DEFINE(dropout_add_layer_norm_fwd);
+  FASTBERT_DEFINE(dropout_add_layer_norm_bwd);
+  FASTBERT_DEFINE(philox_row);
 }

@@ -1,35 +1,37 @@
-#pragma once
-
+// No include guard: bindings.cpp includes this once per instruction set.
 #include <cstdint>
 
-#include "philox.h"
-
 namespace fastbert {
+namespace FASTBERT_ISA {
 
-// y = LN(z) * weight + bias with z = residual + dropout(x), for T in {float, bf16}
-template <typename T>
-void dropout_add_layer_norm_fwd(const T* x,           // (N, C)
-                                const T* residual,    // (N, C)
-                                const float* weight,  // (C,)
-                                const float* bias,    // (C,)
-                                const Dropout& dropout,
-                                T* y,         // (N, C)
-                                T* z,         // (N, C), or null: not saved
-                                float* mean,  // (N,)
-                                float* rstd,  // (N,)
-                                int64_t N, int64_t C, float eps, int threads);
+// y = LN(z) * weight + bias with z = residual + dropout(x); x, residual, y, z are of `dtype`
+void dropout_add_layer_norm_fwd(int dtype,
+                                const void* x,         // (N, C)
+                                const void* residual,  // (N, C)
+                                const float* weight,   // (C,)
+                                const float* bias,     // (C,)
+                                void* y,               // (N, C)
+                                void* z,               // (N, C), or null: not saved
+                                float* mean,           // (N,)
+                                float* rstd,           // (N,)
+                                int64_t N, int64_t C, float eps, const int64_t* seed, uint32_t site,
+                                uint32_t threshold, float scale, const int64_t* rows, int threads);
 
-template <typename T>
-void dropout_add_layer_norm_bwd(const T* dy,          // (N, C)
-                                const T* z,           // (N, C)
+void dropout_add_layer_norm_bwd(int dtype,
+                                const void* dy,       // (N, C)
+                                const void* z,        // (N, C)
                                 const float* weight,  // (C,)
                                 const float* mean,    // (N,)
                                 const float* rstd,    // (N,)
-                                const Dropout& dropout,
-                                T* dx,           // (N, C)
-                                T* dresidual,    // (N, C)
-                                float* dweight,  // (C,)
-                                float* dbias,    // (C,)
-                                int64_t N, int64_t C, int threads);
+                                void* dx,             // (N, C)
+                                void* dresidual,      // (N, C)
+                                float* dweight,       // (C,)
+                                float* dbias,         // (C,)
+                                int64_t N, int64_t C, const int64_t* seed, uint32_t site,
+                                uint32_t threshold, float scale, const int64_t* rows, int threads);
 
+// for tests: the words behind n columns of one row, n a multiple of 64
+void philox_row(uint32_t* words, int64_t n, int64_t seed, uint32_t row, uint32_t site);
+
+}  // namespace FASTBERT_ISA
 }  // namespace fastbert

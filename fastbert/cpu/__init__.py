@@ -1,21 +1,48 @@
 """The native CPU backend: adapters from torch tensors to the raw-pointer kernels in csrc/cpu.
 
-`unavailable` says why there is no native module (None when there is one); `native` is the module.
+`unavailable` says why there is no native module (None when there is one); `native` is the module. The instruction
+set is the best that the machine has, or FASTBERT_CPU_ISA.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
+import re
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
-# torch first: the native module then binds to the OpenMP runtime that torch has loaded, and the process has one
+# torch first: its OpenMP runtime is then mapped
 import torch
+from torch import Tensor
 
 native: ModuleType | None
 unavailable: str | None
+
+# numbers of the element types in csrc/cpu/runtime.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def _share_openmp() -> None:
+    """Make the symbols of the OpenMP runtime that torch has loaded, under whatever name, visible to the native module.
+
+    The module is not linked to a runtime of its own: two of them in one process oversubscribe the cores.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return
+    found = re.search(r"\s(/\S*/lib(?:gomp|omp|iomp)\S*\.so\S*)$", maps, re.MULTILINE)
+    ctypes.CDLL(found[1] if found else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+
+
 try:
+    _share_openmp()
     native = import_module("fastbert._cpu")
-except ImportError as error:
+    if isa := os.environ.get("FASTBERT_CPU_ISA"):
+        native.use_isa(isa)
+except (ImportError, OSError) as error:
     native = None
     unavailable = (
         f"the native module fastbert._cpu is not usable ({error}): install fastbert with a C++ "
@@ -24,5 +51,44 @@ except ImportError as error:
 else:
     unavailable = None
 
-# suffix of the native functions per dtype of x
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+def unsupported_dtype(name: str, t: Tensor) -> str | None:
+    """Why no kernel here takes a tensor of this dtype, or None."""
+    if unavailable is not None:
+        return unavailable
+    if t.dtype not in DTYPES:
+        return f"{name} is {t.dtype} and the cpu kernels take float32 and bfloat16: cast it, or use the torch backend"
+    return None
+
+
+def unsupported_dropout(p: float) -> str | None:
+    """Why no kernel here takes this dropout probability, or None."""
+    if p > 1 - 2**-32:
+        return f"p is {p}: the cpu kernel compares 32-bit words, pass p <= 1 - 2**-32"
+    return None
+
+
+def fp32(t: Tensor | None) -> Tensor | None:
+    """A contiguous fp32 tensor of the same values."""
+    if t is None or (t.dtype == torch.float32 and t.is_contiguous()):
+        return t
+    return t.to(torch.float32).contiguous()
+
+
+def int64(t: Tensor | None) -> Tensor | None:
+    """A contiguous int64 tensor of the same values."""
+    if t is None or (t.dtype == torch.int64 and t.is_contiguous()):
+        return t
+    return t.to(torch.int64).contiguous()
+
+
+def address(t: Tensor | None) -> int:
+    """Where the tensor's memory starts, 0 for None."""
+    return 0 if t is None else t.data_ptr()
+
+
+def dropout_args(p: float, seed: Tensor | None, site: int) -> tuple[int, int, int, float]:
+    """The native functions' seed address (0: no dropout), site, threshold and scale."""
+    if p == 0.0 or seed is None:
+        return 0, 0, 0, 1.0
+    return seed.data_ptr(), site, round(p * 2**32), 1.0 / (1.0 - p)

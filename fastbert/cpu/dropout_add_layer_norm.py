@@ -5,8 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastbert.cpu import DTYPES, native, unavailable
-from fastbert.reference.philox import threshold
+from fastbert.cpu import (
+    DTYPES,
+    address,
+    dropout_args,
+    fp32,
+    int64,
+    native,
+    unsupported_dropout,
+    unsupported_dtype,
+)
 
 
 def unsupported(
@@ -22,17 +30,7 @@ def unsupported(
     save: bool,
 ) -> str | None:
     """Why this call can't run here, from metadata only; None if it can."""
-    if unavailable is not None:
-        return unavailable
-    if x.dtype not in DTYPES:
-        return f"x is {x.dtype} and the cpu kernel computes float32 and bfloat16: cast x, or use the torch backend"
-    if p == 0.0:
-        # measured at 415 and 1024 rows of 768, fp32 and bf16: .8 to 1.07 x stock forward, .5 to .85 x backward,
-        # against 2.2 to 3.4 x with dropout (2026-11-24, 2 threads of an AMD EPYC, testing.timing.interleave)
-        return "p is 0: without dropout the stock layer_norm is faster than this kernel, use the torch backend"
-    if p > 1 - 2**-32:
-        return f"p is {p}: the cpu kernel compares 32-bit words, pass p <= 1 - 2**-32"
-    return None
+    return unsupported_dtype("x", x) or unsupported_dropout(p)
 
 
 def forward(
@@ -51,23 +49,25 @@ def forward(
     count, width = x.shape
     y = torch.empty_like(x)
     z = x.new_empty(count if save else 0, width)
-    mean, rstd = (x.new_empty(count, dtype=torch.float32) for _ in range(2))
+    mean, rstd = x.new_empty(2, count, dtype=torch.float32).unbind()
     if x.numel() > 0:
-        weight, bias, rows = _fp32(weight), _fp32(bias), _int64(rows)
-        getattr(native, f"dropout_add_layer_norm_fwd_{DTYPES[x.dtype]}")(
-            x=x.data_ptr(),
-            residual=residual.data_ptr(),
-            weight=weight.data_ptr(),
-            bias=bias.data_ptr(),
-            y=y.data_ptr(),
-            z=z.data_ptr() if save else 0,
-            mean=mean.data_ptr(),
-            rstd=rstd.data_ptr(),
-            N=count,
-            C=width,
-            eps=eps,
-            threads=torch.get_num_threads(),
-            **_dropout(p, seed, site, rows),
+        weight, bias, rows = fp32(weight), fp32(bias), int64(rows)  # type: ignore[assignment]
+        native.dropout_add_layer_norm_fwd(  # type: ignore[union-attr]
+            DTYPES[x.dtype],
+            x.data_ptr(),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            bias.data_ptr(),
+            y.data_ptr(),
+            z.data_ptr() if save else 0,
+            mean.data_ptr(),
+            rstd.data_ptr(),
+            count,
+            width,
+            eps,
+            *dropout_args(p, seed, site),
+            address(rows),
+            torch.get_num_threads(),
         )
     return y, z, mean, rstd
 
@@ -86,41 +86,25 @@ def backward(
     """dx and dresidual (N, C) in z's dtype, dweight and dbias (C,) in weight's dtype."""
     count, width = z.shape
     dx, dresidual = torch.empty_like(z), torch.empty_like(z)
-    dweight, dbias = (z.new_zeros(width, dtype=torch.float32) for _ in range(2))
-    if z.numel() > 0:
-        weight32, rows = _fp32(weight), _int64(rows)
-        getattr(native, f"dropout_add_layer_norm_bwd_{DTYPES[z.dtype]}")(
-            dy=dy.data_ptr(),
-            z=z.data_ptr(),
-            weight=weight32.data_ptr(),
-            mean=mean.data_ptr(),
-            rstd=rstd.data_ptr(),
-            dx=dx.data_ptr(),
-            dresidual=dresidual.data_ptr(),
-            dweight=dweight.data_ptr(),
-            dbias=dbias.data_ptr(),
-            N=count,
-            C=width,
-            threads=torch.get_num_threads(),
-            **_dropout(p, seed, site, rows),
-        )
+    if z.numel() == 0:
+        return dx, dresidual, torch.zeros_like(weight), torch.zeros_like(weight)
+    dweight, dbias = (z.new_empty(width, dtype=torch.float32) for _ in range(2))
+    weight32, rows = fp32(weight), int64(rows)
+    native.dropout_add_layer_norm_bwd(  # type: ignore[union-attr]
+        DTYPES[z.dtype],
+        dy.data_ptr(),
+        z.data_ptr(),
+        address(weight32),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        dx.data_ptr(),
+        dresidual.data_ptr(),
+        dweight.data_ptr(),
+        dbias.data_ptr(),
+        count,
+        width,
+        *dropout_args(p, seed, site),
+        address(rows),
+        torch.get_num_threads(),
+    )
     return dx, dresidual, dweight.to(weight.dtype), dbias.to(weight.dtype)
-
-
-def _fp32(t: Tensor) -> Tensor:
-    return t.to(torch.float32).contiguous()
-
-
-def _int64(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.to(torch.int64).contiguous()
-
-
-def _dropout(p: float, seed: Tensor | None, site: int, rows: Tensor | None) -> dict[str, float]:
-    """The native functions' arguments for dropout: addresses, 0 for none."""
-    return {
-        "seed": seed.data_ptr() if p > 0 and seed is not None else 0,
-        "site": site,
-        "threshold": threshold(p),
-        "scale": 1.0 / (1.0 - p),
-        "rows": rows.data_ptr() if rows is not None else 0,
-    }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
-from fastbert import backend, functional
+from fastbert import backend, cpu, functional
 from fastbert.testing import parity
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -20,18 +21,37 @@ def short(dtype: torch.dtype) -> str:
 
 
 def parametrize(slug: str) -> pytest.MarkDecorator:
-    """Every (backend, sample, dtype) of the op, with ids such as torch-T63-C768-bf16."""
-    rows = list(parity.cases(slug, DTYPES))
+    """Every (backend, sample, dtype) of the op, with ids such as torch-T63-C768-bf16; cpu once per instruction set."""
+    rows = [
+        (f"{name}/{isa}" if isa else name, sample, dtype)
+        for name, sample, dtype in parity.cases(slug, DTYPES)
+        for isa in (cpu.native.isas() if name == "cpu" and cpu.native else [""])
+    ]
     ids = [f"{name}-{sample}-{short(dtype)}" for name, sample, dtype in rows]
     return pytest.mark.parametrize(("name", "sample", "dtype"), rows, ids=ids)
 
 
 def check(slug: str, name: str, sample: str, dtype: torch.dtype, backward: bool) -> None:
-    """parity.check, with a backend's own reason as the skip's sentence."""
+    """parity.check, with a backend's own reason as the skip's sentence; `name` may be cpu/<instruction set>."""
+    name, _, isa = name.partition("/")
     try:
-        parity.check(slug, name, sample, dtype, backward)
+        with instruction_set(isa):
+            parity.check(slug, name, sample, dtype, backward)
     except backend.Unsupported as reason:
         pytest.skip(str(reason))
+
+
+@contextmanager
+def instruction_set(isa: str) -> Iterator[None]:
+    """Inside, the native kernels of this instruction set run; "" leaves the choice alone."""
+    before = cpu.native.isa() if isa else ""
+    if isa:
+        cpu.native.use_isa(isa)
+    try:
+        yield
+    finally:
+        if isa:
+            cpu.native.use_isa(before)
 
 
 def tensors(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,39 @@
+#include "runtime.h"
+
+#include <cstdlib>
+#include <new>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+namespace fastbert {
+namespace {
+
+bool forked = false;
+
+// set in the child, before it runs anything of its own
+const bool watching = [] {
+#if defined(__unix__) || defined(__APPLE__)
+  pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+  return true;
+}();
+
+}  // namespace
+
+void* allocate(size_t bytes) {
+  void* memory = std::aligned_alloc(64, (bytes + 127) / 64 * 64);
+  if (!memory) throw std::bad_alloc();
+  return memory;
+}
+
+void release(void* memory) { std::free(memory); }
+
+int team_size(int64_t work, int64_t grain, int64_t tasks, int threads) {
+  int64_t team = work / grain < tasks ? work / grain : tasks;
+  if (team > threads) team = threads;
+  return forked || team < 1 || !watching ? 1 : static_cast<int>(team);
+}
+
+}  // namespace fastbert

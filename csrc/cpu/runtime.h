@@ -1,0 +1,20 @@
+// What the kernels of every instruction set share; compiled once, for the baseline.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastbert {
+
+// element types, as the adapters in fastbert/cpu number them
+enum Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
+
+// 64-byte aligned memory; throws std::bad_alloc
+void* allocate(size_t bytes);
+void release(void* memory);
+
+// How many threads a kernel should use: at most `threads`, one per `grain` units of work and one
+// per task; one in a process that was forked, where the runtime's other threads do not exist.
+int team_size(int64_t work, int64_t grain, int64_t tasks, int threads);
+
+}  // namespace fastbert

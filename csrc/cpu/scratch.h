@@ -1,0 +1,30 @@
+// Room to work in, a piece per thread, allocated before the parallel region that no exception may
+// leave.
+#pragma once
+
+#include "runtime.h"
+#include "vec.h"
+
+namespace fastbert {
+namespace FASTBERT_ISA {
+
+class Scratch {
+ public:
+  // `each` floats for each of `pieces`, 64-byte aligned
+  Scratch(int64_t pieces, int64_t each)
+      : stride_(round_up(each, 16)),
+        memory_(
+            static_cast<float*>(allocate(static_cast<size_t>(pieces * stride_) * sizeof(float)))) {}
+  ~Scratch() { release(memory_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  float* operator[](int64_t piece) const { return memory_ + piece * stride_; }
+
+ private:
+  int64_t stride_;
+  float* memory_;
+};
+
+}  // namespace FASTBERT_ISA
+}  // namespace fastbert

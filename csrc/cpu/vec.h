@@ -1,0 +1,245 @@
+// Vectors of W floats: the only file with intrinsics. Everything here lives in the namespace of one
+// instruction set (FASTBERT_ISA), since a function that two of them shared would be compiled for
+// the larger and called on the smaller.
+//
+// Arithmetic is GCC's and clang's vector extension (operators, ?:, comparisons give masks of -1 and
+// 0); multiply-adds are contracted by the compiler where the instruction set has them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && !defined(FASTBERT_EMULATE)
+#include <immintrin.h>
+#endif
+
+// lanes of fp32; the emulated instruction set has the layout of AVX-512 BF16 on any machine, so
+// that its code can be tested where the instructions are missing
+#if defined(FASTBERT_EMULATE) || defined(__AVX512F__)
+#define FASTBERT_WIDTH 16
+#elif defined(__AVX2__)
+#define FASTBERT_WIDTH 8
+#else
+#define FASTBERT_WIDTH 4
+#endif
+#if defined(FASTBERT_EMULATE) || defined(__AVX512BF16__)
+#define FASTBERT_DOT_BF16 1
+#else
+#define FASTBERT_DOT_BF16 0
+#endif
+// what the intrinsics below may use: none under emulation
+#if !defined(FASTBERT_EMULATE) && defined(__x86_64__)
+#if defined(__AVX512F__)
+#define FASTBERT_X86 512
+#elif defined(__AVX2__)
+#define FASTBERT_X86 256
+#else
+#define FASTBERT_X86 128
+#endif
+#else
+#define FASTBERT_X86 0
+#endif
+
+namespace fastbert {
+namespace FASTBERT_ISA {
+
+constexpr int W = FASTBERT_WIDTH;
+
+typedef float F __attribute__((vector_size(4 * W)));
+typedef int32_t I __attribute__((vector_size(4 * W)));  // masks: -1 where true
+typedef uint32_t U __attribute__((vector_size(4 * W)));
+typedef uint16_t H __attribute__((vector_size(2 * W)));  // bf16 bits
+// the same in memory of any alignment
+typedef F F_mem __attribute__((aligned(4), may_alias));
+typedef U U_mem __attribute__((aligned(4), may_alias));
+typedef H H_mem __attribute__((aligned(2), may_alias));
+
+// upper half of an IEEE float
+struct bf16 {
+  uint16_t bits;
+};
+
+inline int64_t imin(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t imax(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+template <typename To, typename From>
+inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+inline F set1(float x) { return x - F{}; }
+inline U set1(uint32_t x) { return x - U{}; }
+inline F zero() { return F{}; }
+// 0, 1, .., W - 1
+inline U iota() {
+  U lanes = {};
+  for (int i = 0; i < W; ++i) lanes[i] = static_cast<uint32_t>(i);
+  return lanes;
+}
+
+// --- memory: load and store all W lanes, or the first n (0 <= n <= W); the rest loads as 0 ---
+
+inline F load(const float* p) { return *reinterpret_cast<const F_mem*>(p); }
+inline F widen(H h) { return bits_as<F>(__builtin_convertvector(h, U) << 16); }
+inline F load(const bf16* p) { return widen(*reinterpret_cast<const H_mem*>(p)); }
+
+inline F load(const float* p, int64_t n) {
+  if (n >= W) return load(p);
+  F v = {};
+  __builtin_memcpy(&v, p, static_cast<size_t>(n) * sizeof(float));
+  return v;
+}
+inline F load(const bf16* p, int64_t n) {
+  if (n >= W) return load(p);
+  H v = {};
+  __builtin_memcpy(&v, p, static_cast<size_t>(n) * sizeof(bf16));
+  return widen(v);
+}
+
+// round to nearest even; a NaN stays a NaN, whatever its payload
+inline H narrow(F x) {
+#if FASTBERT_X86 == 512 && FASTBERT_DOT_BF16
+  return bits_as<H>(_mm512_cvtneps_pbh(bits_as<__m512>(x)));
+#else
+  const U bits = bits_as<U>(x);
+  const U rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const I number = x == x;
+  return __builtin_convertvector(number ? rounded : (set1(0x7FC0u)), H);
+#endif
+}
+
+inline void store(float* p, F v) { *reinterpret_cast<F_mem*>(p) = v; }
+inline void store(bf16* p, F v) { *reinterpret_cast<H_mem*>(p) = narrow(v); }
+
+inline void store(float* p, F v, int64_t n) {
+  if (n >= W) return store(p, v);
+  __builtin_memcpy(p, &v, static_cast<size_t>(n) * sizeof(float));
+}
+inline void store(bf16* p, F v, int64_t n) {
+  if (n >= W) return store(p, v);
+  const H h = narrow(v);
+  __builtin_memcpy(p, &h, static_cast<size_t>(n) * sizeof(bf16));
+}
+
+inline float load1(const float* p) { return *p; }
+inline float load1(const bf16* p) { return bits_as<float>(static_cast<uint32_t>(p->bits) << 16); }
+inline void store1(float* p, float x) { *p = x; }
+inline void store1(bf16* p, float x) { p->bits = narrow(set1(x))[0]; }
+
+// --- arithmetic beyond the operators ---
+
+// where a is NaN the result is b
+inline F max(F a, F b) {
+#if FASTBERT_X86 == 512
+  return bits_as<F>(_mm512_max_ps(bits_as<__m512>(a), bits_as<__m512>(b)));
+#elif FASTBERT_X86 == 256
+  return bits_as<F>(_mm256_max_ps(bits_as<__m256>(a), bits_as<__m256>(b)));
+#elif FASTBERT_X86 == 128
+  return bits_as<F>(_mm_max_ps(bits_as<__m128>(a), bits_as<__m128>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+inline F min(F a, F b) { return -max(-a, -b); }
+
+// nearest integer, for |x| < 2^22
+inline F round_small(F x) {
+#if FASTBERT_X86 == 512
+  return bits_as<F>(_mm512_roundscale_ps(bits_as<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+#elif FASTBERT_X86 == 256
+  return bits_as<F>(_mm256_round_ps(bits_as<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+#else
+  const F magic = set1(12582912.0f);  // 1.5 * 2^23: the sum has no room for a fraction
+  F sum = x + magic;
+  asm("" : "+x"(sum));  // or the compiler could cancel the pair
+  return sum - magic;
+#endif
+}
+
+inline F sqrt(F x) {
+#if FASTBERT_X86 == 512
+  return bits_as<F>(_mm512_sqrt_ps(bits_as<__m512>(x)));
+#elif FASTBERT_X86 == 256
+  return bits_as<F>(_mm256_sqrt_ps(bits_as<__m256>(x)));
+#else
+  for (int i = 0; i < W; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+inline float sqrt1(float x) { return __builtin_sqrtf(x); }
+
+// sum of the lanes, folded pairwise
+inline float sum(F v) {
+  for (int width = W / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) v[i] += v[i + width];
+  return v[0];
+}
+// largest lane; a NaN may be lost
+inline float max(F v) {
+  float best = v[0];
+  for (int i = 1; i < W; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// --- integers for Philox ---
+
+// high and low 32 bits of a * m, lane by lane
+inline void mul_wide(U a, uint32_t m, U& high, U& low) {
+#if FASTBERT_X86 == 512
+  const __m512i v = bits_as<__m512i>(a), k = _mm512_set1_epi32(static_cast<int>(m));
+  const __m512i even = _mm512_mul_epu32(v, k);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(v, 32), k);
+  high = bits_as<U>(_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd));
+  low = bits_as<U>(_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32)));
+#elif FASTBERT_X86 == 256
+  const __m256i v = bits_as<__m256i>(a), k = _mm256_set1_epi32(static_cast<int>(m));
+  const __m256i even = _mm256_mul_epu32(v, k);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(v, 32), k);
+  high = bits_as<U>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA));
+  low = bits_as<U>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA));
+#else
+  for (int i = 0; i < W; ++i) {
+    const uint64_t product = uint64_t{a[i]} * m;
+    high[i] = static_cast<uint32_t>(product >> 32);
+    low[i] = static_cast<uint32_t>(product);
+  }
+#endif
+}
+
+// a0 b0 a1 b1 .., first and second half
+template <typename V>
+inline void zip(V a, V b, V& first, V& second) {
+#if FASTBERT_WIDTH == 16
+  first = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  second =
+      __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif FASTBERT_WIDTH == 8
+  first = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  second = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  first = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  second = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+}
+
+// --- products of bf16 pairs: lane i of a and b holds two bf16, acc[i] += a0 * b0 + a1 * b1 ---
+
+#if FASTBERT_DOT_BF16
+inline F dot_pairs(F acc, U a, U b) {
+#if FASTBERT_X86 == 512
+  return bits_as<F>(
+      _mm512_dpbf16_ps(bits_as<__m512>(acc), bits_as<__m512bh>(a), bits_as<__m512bh>(b)));
+#else
+  acc += bits_as<F>(a << 16) * bits_as<F>(b << 16);
+  return acc + bits_as<F>(a & 0xFFFF0000u) * bits_as<F>(b & 0xFFFF0000u);
+#endif
+}
+#endif
+
+}  // namespace FASTBERT_ISA
+}  // namespace fastbert

@@ -1,0 +1,72 @@
+"""One binary for several instruction sets: which there are, how one is forced, and that none leaks into another."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastbert import cpu
+
+if cpu.native is None:
+    pytest.skip(str(cpu.unavailable), allow_module_level=True)
+
+OBJECTS = sorted(
+    p
+    for p in Path(__file__).parents[1].glob("build/native-*/fastbert._cpu/*.*.o")
+    if sys.implementation.cache_tag in str(p)
+)
+
+
+def test_the_best_instruction_set_runs_by_default():
+    usable = [name for name in cpu.native.isas() if name != "emulated"]
+    assert usable[0] == "baseline"
+    if "FASTBERT_CPU_ISA" not in os.environ:
+        assert cpu.native.isa() == usable[-1]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the sets are those of x86-64")
+def test_what_the_processor_has_is_used():
+    flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
+    for name, needed in {
+        "avx2": {"avx2", "fma"},
+        "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+        "avx512_bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
+    }.items():
+        assert (name in cpu.native.isas()) == (needed <= flags), name
+
+
+def test_an_unknown_instruction_set_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"no instruction set 'sse9'.*baseline"):
+        cpu.native.use_isa("sse9")
+
+
+def test_the_environment_forces_one():
+    code = "from fastbert import cpu; print(cpu.native.isa())"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"FASTBERT_CPU_ISA": "baseline"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.strip() == "baseline"
+
+
+@pytest.mark.skipif(not OBJECTS, reason="the module was not built in this checkout")
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm of binutils")
+def test_no_symbol_is_shared_between_instruction_sets():
+    """The linker keeps one copy of a shared inline function: the one for AVX-512 would kill an older machine."""
+    for path in OBJECTS:
+        isa = path.name.split(".")[1]
+        table = subprocess.run(
+            ["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True
+        )
+        for line in table.stdout.splitlines():
+            _, kind, name = line.split(maxsplit=2)
+            if kind.isupper() and "personality" not in name:
+                assert f"fastbert::{isa}::" in name, f"{path.name} defines {kind} {name}"
