@@ -184,4 +184,10 @@ PYBIND11_MODULE(_cpu, m) {
   FASTBERT_DEFINE(dropout_add_layer_norm_fwd);
   FASTBERT_DEFINE(dropout_add_layer_norm_bwd);
   FASTBERT_DEFINE(philox_row);
+  FASTBERT_DEFINE(linear_fwd);
+  FASTBERT_DEFINE(linear_bwd_dx);
+  FASTBERT_DEFINE(linear_bwd_dw);
+  FASTBERT_DEFINE(linear_bwd_db);
+  FASTBERT_DEFINE(linear_packed_size);
+  FASTBERT_DEFINE(linear_pack);
 }

@@ -8,6 +8,15 @@
 namespace fastbert {
 namespace FASTBERT_ISA {
 
+// calls body(T{}) for the element type of this number
+template <typename Body>
+inline void with_type(int dtype, const Body& body) {
+  if (dtype == kFloat32)
+    body(float{});
+  else
+    body(bf16{});
+}
+
 class Scratch {
  public:
   // `each` floats for each of `pieces`, 64-byte aligned

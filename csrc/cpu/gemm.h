@@ -1,0 +1,339 @@
+// C (M, N) = A (M, K) B (K, N) with any strides, fp32 sums, and an epilogue that sees each tile of
+// C while it is in cache.
+//
+// Both operands are packed into panels, A as [M / h][K][h] and B as [N / kNR][K][kNR], so that the
+// inner loop reads each of them in order: it keeps an h x kNR tile of C in registers, loads kNR
+// elements of B and broadcasts h of A per step (Goto, van de Geijn 2008). Packing converts: bf16 to
+// fp32, or, where the processor multiplies bf16 pairs, anything to pairs of two neighbouring k in
+// one 32-bit unit. Weights are read from where they are on every call, so no copy can be stale.
+//
+// Threads split rows or columns of C, never K: a result does not depend on their number.
+#pragma once
+
+#include "scratch.h"
+#include "vec.h"
+
+namespace fastbert {
+namespace FASTBERT_ISA {
+
+// registers for the tile: 6 x 2 of 16, or 14 x 2 (12 x 2 on ARM) of 32
+#if FASTBERT_WIDTH == 16
+constexpr int kMR = 14;
+#elif defined(__aarch64__)
+constexpr int kMR = 12;
+#else
+constexpr int kMR = 6;
+#endif
+constexpr int kNR = 2 * W;
+
+// steps of k for which a panel of B (kNR wide) stays in the first-level cache
+constexpr int64_t kKC = 256;
+// rows and columns of a block of C; with kKC they fill half of a 512 KB second-level cache
+constexpr int64_t kMC = 96;
+constexpr int64_t kNC = 192;
+// floats of packed A that a thread keeps
+constexpr int64_t kPackedA = int64_t{8} << 20;
+// floats of packed B that a thread keeps
+constexpr int64_t kPackedB = int64_t{1} << 18;
+// multiply-adds below which a second thread does not pay
+constexpr int64_t kGemmGrain = int64_t{1} << 20;
+
+// element (i, j) is p[i * row + j * col]; rows from `each` on are in the next of up to three pieces
+template <typename T>
+struct Matrix {
+  const T* p[3];
+  int64_t row, col;
+  int64_t each;
+
+  const T* at(int64_t i) const {
+    const int64_t piece = i / each;
+    return p[piece] + (i - piece * each) * row;
+  }
+};
+
+template <typename T>
+inline Matrix<T> matrix(const T* p, int64_t row, int64_t col) {
+  return {{p, p, p}, row, col, int64_t{1} << 62};
+}
+
+// 32-bit units along k
+inline int64_t units(int64_t K, bool pairs) { return pairs ? (K + 1) / 2 : K; }
+
+template <bool kPairs>
+inline F step(F acc, F a, F b) {
+#if FASTBERT_DOT_BF16
+  if (kPairs) return dot_pairs(acc, bits_as<U>(a), bits_as<U>(b));
+#endif
+  return acc + a * b;
+}
+
+// c (R, kNR) = or += a (R, K) b (K, kNR); element (r, k) of a is a[r * a_row + k * a_step]
+template <int R, bool kPairs>
+__attribute__((noinline)) void micro_kernel(int64_t K, const float* a, int64_t a_row,
+                                            int64_t a_step, const float* b, float* c, int64_t ldc,
+                                            bool add) {
+  F sums[R][2] = {};
+  for (int64_t k = 0; k < K; ++k) {
+    const F b0 = load(b), b1 = load(b + W);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      // through integers: a pair of bf16 may look like a NaN, which must not be quieted
+      const F one = bits_as<F>(set1(bits_as<uint32_t>(a[r * a_row])));
+      sums[r][0] = step<kPairs>(sums[r][0], one, b0);
+      sums[r][1] = step<kPairs>(sums[r][1], one, b1);
+    }
+    a += a_step;
+    b += kNR;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    float* out = c + r * ldc;
+    store(out, add ? load(out) + sums[r][0] : sums[r][0]);
+    store(out + W, add ? load(out + W) + sums[r][1] : sums[r][1]);
+  }
+}
+
+// the micro kernel for `rows` <= kMR
+template <bool kPairs, int R = kMR>
+inline void micro(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t a_step,
+                  const float* b, float* c, int64_t ldc, bool add) {
+  if constexpr (R > 1)
+    if (rows < R) return micro<kPairs, R - 1>(rows, K, a, a_row, a_step, b, c, ldc, add);
+  micro_kernel<R, kPairs>(K, a, a_row, a_step, b, c, ldc, add);
+}
+
+// a square of W x W transposed: after log2(W) perfect shuffles
+inline void transpose(F rows[W]) {
+  F next[W];
+  for (int round = 1; round < W; round *= 2) {
+    for (int j = 0; j < W / 2; ++j) zip(rows[j], rows[j + W / 2], next[2 * j], next[2 * j + 1]);
+    for (int j = 0; j < W; ++j) rows[j] = next[j];
+  }
+}
+
+// two neighbouring k as one unit of bf16 bits
+inline float pair(float low, float high) {
+  return bits_as<float>(uint32_t{narrow(set1(low))[0]} |
+                        static_cast<uint32_t>(narrow(set1(high))[0]) << 16);
+}
+inline F pairs_of(F low, F high) {
+  return bits_as<F>(__builtin_convertvector(narrow(low), U) |
+                    __builtin_convertvector(narrow(high), U) << 16);
+}
+
+// W units of a unit-stride line, from unit u on
+template <bool kPairs, typename T>
+inline F load_units(const T* p, int64_t u) {
+  if constexpr (!kPairs) {
+    return load(p + u);
+  } else {
+    const H halves[2] = {narrow(load(p + 2 * u)), narrow(load(p + 2 * u + W))};
+    F whole;
+    __builtin_memcpy(&whole, halves, sizeof(whole));
+    return whole;
+  }
+}
+
+template <bool kPairs, typename T>
+inline float load_unit(const T* p, int64_t u, int64_t stride, int64_t K) {
+  if constexpr (!kPairs) return load1(p + u * stride);
+  const float low = load1(p + 2 * u * stride);
+  return pair(low, 2 * u + 1 < K ? load1(p + (2 * u + 1) * stride) : 0.0f);
+}
+
+// A panel of `width` lines (the rows of A or the columns of B), of which `lines` exist:
+// out[unit * width + line]. Line i is m.at(first + i), its element k at k * m.col.
+template <bool kPairs, typename T>
+inline void pack_lines(const Matrix<T>& m, int64_t first, int64_t lines, int64_t width, int64_t K,
+                       float* out) {
+  const int64_t count = units(K, kPairs), whole = kPairs ? K / 2 : K;
+  int64_t line = 0;
+  // unit-stride lines go through registers, W of them at a time
+  if (m.col == 1)
+    for (; line + W <= lines; line += W) {
+      const T* source[W];
+      for (int j = 0; j < W; ++j) source[j] = m.at(first + line + j);
+      int64_t u = 0;
+      for (; u + W <= whole; u += W) {
+        F square[W];
+        for (int j = 0; j < W; ++j) square[j] = load_units<kPairs>(source[j], u);
+        transpose(square);
+        for (int j = 0; j < W; ++j) store(out + (u + j) * width + line, square[j]);
+      }
+      for (; u < count; ++u)
+        for (int j = 0; j < W; ++j)
+          out[u * width + line + j] = load_unit<kPairs>(source[j], u, 1, K);
+    }
+  for (; line < lines; ++line) {
+    const T* p = m.at(first + line);
+    for (int64_t u = 0; u < count; ++u) out[u * width + line] = load_unit<kPairs>(p, u, m.col, K);
+  }
+  for (; line < width; ++line)
+    for (int64_t u = 0; u < count; ++u) out[u * width + line] = 0.0f;
+}
+
+// The same where neighbouring lines lie side by side in memory: element k of line i is
+// m.at(k)[first + i].
+template <bool kPairs, typename T>
+inline void pack_columns(const Matrix<T>& m, int64_t first, int64_t lines, int64_t width, int64_t K,
+                         float* out) {
+  for (int64_t u = 0; u < units(K, kPairs); ++u) {
+    float* to = out + u * width;
+    const int64_t k = kPairs ? 2 * u : u;
+    const T* p = m.at(k) + first;
+    const T* q = kPairs && k + 1 < K ? m.at(k + 1) + first : nullptr;
+    int64_t line = 0;
+    for (; line + W <= lines; line += W) {
+      const F low = load(p + line);
+      store(to + line, kPairs ? pairs_of(low, q ? load(q + line) : zero()) : low);
+    }
+    for (; line < width; ++line) {
+      const float low = line < lines ? load1(p + line) : 0.0f;
+      const float high = line < lines && q ? load1(q + line) : 0.0f;
+      to[line] = kPairs ? pair(low, high) : low;
+    }
+  }
+}
+
+// An operand: `lines` are rows of A or columns of B. Either line i is m.at(i) with stride m.col, or
+// (`across`) element k of line i is m.at(k)[i].
+template <typename T>
+struct Operand {
+  Matrix<T> m;
+  bool across;
+
+  template <bool kPairs>
+  void pack(int64_t first, int64_t lines, int64_t width, int64_t K, float* out) const {
+    if (across)
+      pack_columns<kPairs>(m, first, lines, width, K, out);
+    else
+      pack_lines<kPairs>(m, first, lines, width, K, out);
+  }
+};
+
+// B that was packed before: [N / kNR][units][kNR]
+struct Packed {
+  const float* p;
+};
+
+inline int64_t packed_size(int64_t N, int64_t K, bool pairs) {
+  return round_up(N, kNR) * units(K, pairs);
+}
+
+// A thread's part of C: panels [m0, m1) of h rows and [n0, n1) of kNR columns.
+struct Part {
+  int64_t m0, m1, n0, n1;
+};
+
+struct Shape {
+  int64_t M, N, K, h;
+};
+
+template <bool kPairs, typename TA, typename B, typename Epilogue>
+class Gemm {
+ public:
+  Gemm(const Operand<TA>& a, const B& b, const Epilogue& epilogue, Shape shape)
+      : a_(a), b_(b), epilogue_(epilogue), s_(shape), count_(units(shape.K, kPairs)) {
+    kc_ = s_.M <= 2 * kMR ? count_ : ceil_div(count_, imax(1, ceil_div(count_, kKC)));
+    kc_ = imax(1, kc_);  // K may be 0
+    mc_ = imax(1, kMC / s_.h);
+    nc_ = imax(1, imin(kNC / kNR, kPackedB / (count_ * kNR + 1)));
+    ma_ = imax(1, kPackedA / (count_ * s_.h + 1));
+  }
+
+  // floats that a thread needs to do a part
+  int64_t room(const Part& part) const {
+    return packed_a(part) + packed_b() + mc_ * s_.h * nc_ * kNR + 64;
+  }
+
+  void run(const Part& part, float* room) const {
+    float* a = room;
+    float* b = a + packed_a(part);
+    float* tile = b + packed_b();
+    for (int64_t m = part.m0; m < part.m1; m += ma_) {
+      const int64_t m1 = imin(m + ma_, part.m1);
+      for (int64_t p = m; p < m1; ++p)
+        a_.template pack<kPairs>(p * s_.h, imin(s_.h, s_.M - p * s_.h), s_.h, s_.K,
+                                 a + (p - m) * count_ * s_.h);
+      for (int64_t n = part.n0; n < part.n1; n += nc_) {
+        const int64_t n1 = imin(n + nc_, part.n1);
+        const float* panels = fetch(n, n1, b);
+        for (int64_t i = m; i < m1; i += mc_)
+          block(i, imin(i + mc_, m1), n, n1, a + (i - m) * count_ * s_.h, panels, tile);
+      }
+    }
+  }
+
+ private:
+  int64_t packed_a(const Part& part) const {
+    return round_up(imin(ma_, part.m1 - part.m0) * count_ * s_.h, 16);
+  }
+  int64_t packed_b() const { return kPrepacked ? 0 : round_up(nc_ * count_ * kNR, 16); }
+
+  const float* fetch(int64_t n, int64_t n1, float* buffer) const {
+    if constexpr (kPrepacked) {
+      return b_.p + n * count_ * kNR;
+    } else {
+      for (int64_t q = n; q < n1; ++q)
+        b_.template pack<kPairs>(q * kNR, imin(kNR, s_.N - q * kNR), kNR, s_.K,
+                                 buffer + (q - n) * count_ * kNR);
+      return buffer;
+    }
+  }
+
+  // panels [m, m1) x [n, n1) of C
+  void block(int64_t m, int64_t m1, int64_t n, int64_t n1, const float* a, const float* b,
+             float* tile) const {
+    const int64_t ld = (n1 - n) * kNR;
+    for (int64_t k = 0; k < count_ || k == 0; k += kc_) {
+      const int64_t steps = imin(kc_, count_ - k);
+      for (int64_t q = 0; q < n1 - n; ++q)
+        for (int64_t p = 0; p < m1 - m; ++p)
+          micro<kPairs>(s_.h, steps, a + (p * count_ + k) * s_.h, 1, s_.h,
+                        b + (q * count_ + k) * kNR, tile + p * s_.h * ld + q * kNR, ld, k > 0);
+    }
+    const int64_t i = m * s_.h, j = n * kNR;
+    epilogue_(i, imin(m1 * s_.h, s_.M) - i, j, imin(n1 * kNR, s_.N) - j, tile, ld);
+  }
+
+  static constexpr bool kPrepacked = __is_same(B, Packed);
+  const Operand<TA>& a_;
+  const B& b_;
+  const Epilogue& epilogue_;
+  Shape s_;
+  int64_t count_, kc_, mc_, nc_, ma_;
+};
+
+// epilogue(i, rows, j, cols, tile, ld) gets C[i + r, j + c] = tile[r * ld + c]; it is called from
+// several threads, each element once
+template <bool kPairs, typename TA, typename B, typename Epilogue>
+inline void gemm(int64_t M, int64_t N, int64_t K, const Operand<TA>& a, const B& b, int threads,
+                 const Epilogue& epilogue) {
+  if (M == 0 || N == 0) return;
+  const int64_t h = ceil_div(M, ceil_div(M, kMR));  // the panels' height, even over all of them
+  const int64_t m_panels = ceil_div(M, h), n_panels = ceil_div(N, kNR);
+  const Gemm<kPairs, TA, B, Epilogue> work(a, b, epilogue, {M, N, K, h});
+  const int team = team_size(M * N * imax(K, 1), kGemmGrain, m_panels * n_panels, threads);
+  // a grid of parts, tm x tn: each thread packs its rows of A and its columns of B
+  int tm = 1;
+  int64_t least = INT64_MAX;
+  for (int t = 1; t <= team; ++t) {
+    if (team % t || t > m_panels || team / t > n_panels) continue;
+    const int64_t cost = M * (team / t) + N * t;
+    if (cost < least) least = cost, tm = t;
+  }
+  const int tn = static_cast<int>(imin(team / tm, n_panels));
+  const auto part = [&](int t) {
+    const int64_t i = t / tn, j = t % tn;
+    return Part{i * m_panels / tm, (i + 1) * m_panels / tm, j * n_panels / tn,
+                (j + 1) * n_panels / tn};
+  };
+  int64_t room = 0;
+  for (int t = 0; t < tm * tn; ++t) room = imax(room, work.room(part(t)));
+  const Scratch buffers(tm * tn, room);
+#pragma omp parallel for num_threads(tm* tn) schedule(static) if (tm * tn > 1)
+  for (int t = 0; t < tm * tn; ++t) work.run(part(t), buffers[t]);
+}
+
+}  // namespace FASTBERT_ISA
+}  // namespace fastbert

@@ -1,0 +1,134 @@
+// x weight^T + bias and its gradients: three products that differ in what is packed how.
+#include "linear.h"
+
+#include "gemm.h"
+
+namespace fastbert {
+namespace FASTBERT_ISA {
+namespace {
+
+// whether products of this type go through bf16 pairs
+template <typename T>
+constexpr bool kPaired = FASTBERT_DOT_BF16 && __is_same(T, bf16);
+
+// writes alpha tile + bias as T
+template <typename T>
+struct Write {
+  T* y;
+  int64_t ld;
+  const float* bias;
+  float alpha;
+
+  void operator()(int64_t i, int64_t rows, int64_t j, int64_t cols, const float* tile,
+                  int64_t tile_ld) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      T* out = y + (i + r) * ld + j;
+      const float* in = tile + r * tile_ld;
+      for (int64_t c = 0; c < cols; c += W) {
+        F value = load(in + c) * alpha;
+        if (bias) value += load(bias + j + c, cols - c);
+        store(out + c, value, cols - c);
+      }
+    }
+  }
+};
+
+template <typename TW>
+Matrix<TW> pieces(const void* w0, const void* w1, const void* w2, int64_t each, int64_t K) {
+  return {{static_cast<const TW*>(w0), static_cast<const TW*>(w1), static_cast<const TW*>(w2)},
+          K,
+          1,
+          each};
+}
+
+}  // namespace
+
+void linear_fwd(int x_dtype, int w_dtype, const void* x, const void* w0, const void* w1,
+                const void* w2, int64_t each, const float* packed, const float* bias, void* y,
+                int64_t M, int64_t N, int64_t K, int threads) {
+  with_type(x_dtype, [&](auto t) {
+    using T = decltype(t);
+    const Operand<T> a = {matrix(static_cast<const T*>(x), K, 1), false};
+    const Write<T> write = {static_cast<T*>(y), N, bias, 1.0f};
+    if (packed) return gemm<kPaired<T>>(M, N, K, a, Packed{packed}, threads, write);
+    with_type(w_dtype, [&](auto w) {
+      using TW = decltype(w);
+      const Operand<TW> b = {pieces<TW>(w0, w1, w2, each, K), false};
+      gemm<kPaired<T>>(M, N, K, a, b, threads, write);
+    });
+  });
+}
+
+void linear_bwd_dx(int x_dtype, int w_dtype, const void* dy, const void* w0, const void* w1,
+                   const void* w2, int64_t each, float alpha, void* dx, int64_t M, int64_t N,
+                   int64_t K, int threads) {
+  with_type(x_dtype, [&](auto t) {
+    using T = decltype(t);
+    const Operand<T> a = {matrix(static_cast<const T*>(dy), N, 1), false};
+    const Write<T> write = {static_cast<T*>(dx), K, nullptr, alpha};
+    with_type(w_dtype, [&](auto w) {
+      using TW = decltype(w);
+      const Operand<TW> b = {pieces<TW>(w0, w1, w2, each, K), true};
+      gemm<kPaired<T>>(M, K, N, a, b, threads, write);
+    });
+  });
+}
+
+void linear_bwd_dw(int x_dtype, int w_dtype, const void* dy, const void* x, float alpha,
+                   void* dweight, int64_t M, int64_t N, int64_t K, int threads) {
+  with_type(x_dtype, [&](auto t) {
+    using T = decltype(t);
+    const Operand<T> a = {matrix(static_cast<const T*>(dy), N, 1), true};
+    const Operand<T> b = {matrix(static_cast<const T*>(x), K, 1), true};
+    with_type(w_dtype, [&](auto w) {
+      using TW = decltype(w);
+      const Write<TW> write = {static_cast<TW*>(dweight), K, nullptr, alpha};
+      gemm<kPaired<T>>(N, K, M, a, b, threads, write);
+    });
+  });
+}
+
+void linear_bwd_db(int x_dtype, const void* dy, float alpha, float* dbias, int64_t M, int64_t N,
+                   int threads) {
+  // columns are independent: each task sums a stripe of them over all rows
+  constexpr int64_t kStripe = 4 * W;
+  const int64_t stripes = ceil_div(N, kStripe);
+  const int team = team_size(M * N, int64_t{1} << 16, stripes, threads);
+  with_type(x_dtype, [&](auto t) {
+    const auto* p = static_cast<const decltype(t)*>(dy);
+#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
+    for (int64_t s = 0; s < stripes; ++s) {
+      const int64_t j = s * kStripe, n = N - j;
+      F sums[4] = {};
+      for (int64_t i = 0; i < M; ++i)
+        for (int k = 0; k < 4; ++k)
+          if (k * W < n) sums[k] += load(p + i * N + j + k * W, n - k * W);
+      for (int k = 0; k < 4; ++k)
+        if (k * W < n) store(dbias + j + k * W, sums[k] * alpha, n - k * W);
+    }
+  });
+}
+
+int64_t linear_packed_size(int x_dtype, int64_t N, int64_t K) {
+  return packed_size(N, K, FASTBERT_DOT_BF16 && x_dtype == kBFloat16);
+}
+
+void linear_pack(int x_dtype, int w_dtype, const void* w0, const void* w1, const void* w2,
+                 int64_t each, float* packed, int64_t N, int64_t K, int threads) {
+  const int64_t panels = ceil_div(N, kNR);
+  const int team = team_size(N * K, int64_t{1} << 16, panels, threads);
+  with_type(x_dtype, [&](auto t) {
+    constexpr bool kPairs = kPaired<decltype(t)>;
+    with_type(w_dtype, [&](auto w) {
+      using TW = decltype(w);
+      const Operand<TW> b = {pieces<TW>(w0, w1, w2, each, K), false};
+#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
+      for (int64_t q = 0; q < panels; ++q)
+        b.template pack<kPairs>(q * kNR, imin(kNR, N - q * kNR), kNR, K,
+                                packed + q * kNR * units(K, kPairs));
+    });
+  });
+}
+
+}  // namespace FASTBERT_ISA
+}  // namespace fastbert
