@@ -31,6 +31,8 @@ constexpr int64_t kKC = 256;
 // rows and columns of a block of C; with kKC they fill half of a 512 KB second-level cache
 constexpr int64_t kMC = 96;
 constexpr int64_t kNC = 192;
+// units of k that are packed at a time; beyond them a strip of C waits in fp32 for the next turn
+constexpr int64_t kDepth = 3072;
 // floats of packed A that a thread keeps
 constexpr int64_t kPackedA = int64_t{8} << 20;
 // floats of packed B that a thread keeps
@@ -141,18 +143,22 @@ inline float load_unit(const T* p, int64_t u, int64_t stride, int64_t K) {
   return pair(low, 2 * u + 1 < K ? load1(p + (2 * u + 1) * stride) : 0.0f);
 }
 
-// A panel of `width` lines (the rows of A or the columns of B), of which `lines` exist:
-// out[unit * width + line]. Line i is m.at(first + i), its element k at k * m.col.
+// A panel of `width` lines (the rows of A or the columns of B), of which `lines` > 0 exist, for k
+// in [k0, k0 + K): out[unit * width + line]. Line i is m.at(first + i), its element k at k * m.col.
+// The lines that do not exist get any value: what is computed from them is not looked at. Up to W
+// floats behind the panel are overwritten.
 template <bool kPairs, typename T>
-inline void pack_lines(const Matrix<T>& m, int64_t first, int64_t lines, int64_t width, int64_t K,
-                       float* out) {
+inline void pack_lines(const Matrix<T>& m, int64_t first, int64_t lines, int64_t width, int64_t k0,
+                       int64_t K, float* out) {
   const int64_t count = units(K, kPairs), whole = kPairs ? K / 2 : K;
   int64_t line = 0;
-  // unit-stride lines go through registers, W of them at a time
+  // unit-stride lines go through registers, W of them at a time; a panel narrower than a vector is
+  // written with vectors too, whose ends the next unit's overwrite
   if (m.col == 1)
-    for (; line + W <= lines; line += W) {
+    for (; line + W <= width || (line == 0 && width < W); line += W) {
       const T* source[W];
-      for (int j = 0; j < W; ++j) source[j] = m.at(first + line + j);
+      for (int j = 0; j < W; ++j) source[j] = m.at(first + imin(line + j, lines - 1)) + k0;
+      const int64_t stored = imin(W, width);
       int64_t u = 0;
       for (; u + W <= whole; u += W) {
         F square[W];
@@ -161,38 +167,30 @@ inline void pack_lines(const Matrix<T>& m, int64_t first, int64_t lines, int64_t
         for (int j = 0; j < W; ++j) store(out + (u + j) * width + line, square[j]);
       }
       for (; u < count; ++u)
-        for (int j = 0; j < W; ++j)
+        for (int j = 0; j < stored; ++j)
           out[u * width + line + j] = load_unit<kPairs>(source[j], u, 1, K);
     }
-  for (; line < lines; ++line) {
-    const T* p = m.at(first + line);
+  for (; line < width; ++line) {
+    const T* p = m.at(first + imin(line, lines - 1)) + k0 * m.col;
     for (int64_t u = 0; u < count; ++u) out[u * width + line] = load_unit<kPairs>(p, u, m.col, K);
   }
-  for (; line < width; ++line)
-    for (int64_t u = 0; u < count; ++u) out[u * width + line] = 0.0f;
 }
 
-// The same where neighbouring lines lie side by side in memory: element k of line i is
-// m.at(k)[first + i].
+// One row's share of a panel: unit k of `lines` <= width lines, which lie side by side at p (and at
+// q for the second half of a pair); `readable` floats may be read. Writes up to W floats too many.
 template <bool kPairs, typename T>
-inline void pack_columns(const Matrix<T>& m, int64_t first, int64_t lines, int64_t width, int64_t K,
-                         float* out) {
-  for (int64_t u = 0; u < units(K, kPairs); ++u) {
-    float* to = out + u * width;
-    const int64_t k = kPairs ? 2 * u : u;
-    const T* p = m.at(k) + first;
-    const T* q = kPairs && k + 1 < K ? m.at(k + 1) + first : nullptr;
-    int64_t line = 0;
-    for (; line + W <= lines; line += W) {
-      const F low = load(p + line);
-      store(to + line, kPairs ? pairs_of(low, q ? load(q + line) : zero()) : low);
-    }
-    for (; line < width; ++line) {
-      const float low = line < lines ? load1(p + line) : 0.0f;
-      const float high = line < lines && q ? load1(q + line) : 0.0f;
-      to[line] = kPairs ? pair(low, high) : low;
-    }
+inline void pack_unit(const T* p, const T* q, int64_t readable, int64_t lines, int64_t width,
+                      float* to) {
+  int64_t line = 0;
+  for (; line < width && line + W <= readable && (line == 0 || line + W <= width); line += W) {
+    const F low = load(p + line);
+    store(to + line, kPairs ? pairs_of(low, q ? load(q + line) : zero()) : low);
   }
+  for (; line < lines; ++line) {
+    const float low = load1(p + line);
+    to[line] = kPairs ? pair(low, q ? load1(q + line) : 0.0f) : low;
+  }
+  for (; line < width; ++line) to[line] = 0.0f;
 }
 
 // An operand: `lines` are rows of A or columns of B. Either line i is m.at(i) with stride m.col, or
@@ -200,14 +198,41 @@ inline void pack_columns(const Matrix<T>& m, int64_t first, int64_t lines, int64
 template <typename T>
 struct Operand {
   Matrix<T> m;
+  int64_t lines;
   bool across;
 
+  // panels [p0, p1) of `width` lines, for k in [k0, k0 + K), one behind the other
   template <bool kPairs>
-  void pack(int64_t first, int64_t lines, int64_t width, int64_t K, float* out) const {
-    if (across)
-      pack_columns<kPairs>(m, first, lines, width, K, out);
-    else
-      pack_lines<kPairs>(m, first, lines, width, K, out);
+  void pack(int64_t p0, int64_t p1, int64_t width, int64_t k0, int64_t K, float* out) const {
+    const int64_t stride = units(K, kPairs) * width;
+    // rows of memory are read in long pieces, a group of panels at a time
+    constexpr int64_t kGroup = 16;
+    for (int64_t p = p0; p < p1; p += across ? kGroup : 1) {
+      float* to = out + (p - p0) * stride;
+      if (across)
+        pack_group<kPairs>(p, imin(p + kGroup, p1), width, k0, K, stride, to);
+      else
+        pack_lines<kPairs>(m, p * width, imin(width, lines - p * width), width, k0, K, to);
+    }
+  }
+
+ private:
+  template <bool kPairs>
+  void pack_group(int64_t p0, int64_t p1, int64_t width, int64_t k0, int64_t K, int64_t stride,
+                  float* out) const {
+    for (int64_t u = 0; u < units(K, kPairs); ++u) {
+      const int64_t k = k0 + (kPairs ? 2 * u : u);
+      const T* row = m.at(k);
+      const T* next = kPairs && k + 1 < k0 + K ? m.at(k + 1) : nullptr;
+      for (int64_t p = p0; p < p1; ++p) {
+        const int64_t first = p * width, left = lines - first;
+        // what a narrow panel's vectors write too much belongs to the next unit, or to a panel that
+        // starts with this unit's end written already: the last unit of all goes element by element
+        const bool last = u == units(K, kPairs) - 1 && width % W;
+        pack_unit<kPairs>(row + first, next ? next + first : nullptr, last ? 0 : left,
+                          imin(width, left), width, out + (p - p0) * stride + u * width);
+      }
+    }
   }
 };
 
@@ -234,66 +259,77 @@ class Gemm {
  public:
   Gemm(const Operand<TA>& a, const B& b, const Epilogue& epilogue, Shape shape)
       : a_(a), b_(b), epilogue_(epilogue), s_(shape), count_(units(shape.K, kPairs)) {
-    kc_ = s_.M <= 2 * kMR ? count_ : ceil_div(count_, imax(1, ceil_div(count_, kKC)));
-    kc_ = imax(1, kc_);  // K may be 0
+    depth_ = even(count_, kDepth);
+    kc_ = s_.M <= 2 * kMR ? depth_ : even(depth_, kKC);
     mc_ = imax(1, kMC / s_.h);
-    nc_ = imax(1, imin(kNC / kNR, kPackedB / (count_ * kNR + 1)));
-    ma_ = imax(1, kPackedA / (count_ * s_.h + 1));
+    nc_ = imax(1, imin(kNC / kNR, kPackedB / (depth_ * kNR)));
+    ma_ = imax(1, kPackedA / (depth_ * s_.h));
   }
 
   // floats that a thread needs to do a part
-  int64_t room(const Part& part) const {
-    return packed_a(part) + packed_b() + mc_ * s_.h * nc_ * kNR + 64;
-  }
+  int64_t room(const Part& part) const { return packed_a(part) + packed_b() + tile(part) + 4 * W; }
 
   void run(const Part& part, float* room) const {
     float* a = room;
     float* b = a + packed_a(part);
-    float* tile = b + packed_b();
+    float* c = b + packed_b();
     for (int64_t m = part.m0; m < part.m1; m += ma_) {
       const int64_t m1 = imin(m + ma_, part.m1);
-      for (int64_t p = m; p < m1; ++p)
-        a_.template pack<kPairs>(p * s_.h, imin(s_.h, s_.M - p * s_.h), s_.h, s_.K,
-                                 a + (p - m) * count_ * s_.h);
-      for (int64_t n = part.n0; n < part.n1; n += nc_) {
-        const int64_t n1 = imin(n + nc_, part.n1);
-        const float* panels = fetch(n, n1, b);
-        for (int64_t i = m; i < m1; i += mc_)
-          block(i, imin(i + mc_, m1), n, n1, a + (i - m) * count_ * s_.h, panels, tile);
-      }
+      for (int64_t k = 0; k < count_ || k == 0; k += depth_) strip(part, m, m1, k, a, b, c);
     }
   }
 
  private:
+  // the size of pieces of at most `limit` that share `total` evenly
+  static int64_t even(int64_t total, int64_t limit) {
+    return imax(1, ceil_div(total, imax(1, ceil_div(total, limit))));
+  }
   int64_t packed_a(const Part& part) const {
-    return round_up(imin(ma_, part.m1 - part.m0) * count_ * s_.h, 16);
+    return round_up(imin(ma_, part.m1 - part.m0) * depth_ * s_.h + W, 16);
   }
-  int64_t packed_b() const { return kPrepacked ? 0 : round_up(nc_ * count_ * kNR, 16); }
+  int64_t packed_b() const { return kPrepacked ? 0 : round_up(nc_ * depth_ * kNR, 16); }
+  bool deep() const { return count_ > depth_; }
+  // one block of C; where K is taken in several turns, all that a strip of rows has
+  int64_t tile(const Part& part) const {
+    const int64_t panels = imin(ma_, part.m1 - part.m0), columns = part.n1 - part.n0;
+    return deep() ? panels * s_.h * columns * kNR : mc_ * s_.h * nc_ * kNR;
+  }
 
-  const float* fetch(int64_t n, int64_t n1, float* buffer) const {
-    if constexpr (kPrepacked) {
-      return b_.p + n * count_ * kNR;
-    } else {
-      for (int64_t q = n; q < n1; ++q)
-        b_.template pack<kPairs>(q * kNR, imin(kNR, s_.N - q * kNR), kNR, s_.K,
-                                 buffer + (q - n) * count_ * kNR);
-      return buffer;
+  // panels [m, m1) of rows, all columns of the part, units [k, k + depth_)
+  void strip(const Part& part, int64_t m, int64_t m1, int64_t k, float* a, float* b,
+             float* c) const {
+    const int64_t steps = imin(depth_, count_ - k), k0 = kPairs ? 2 * k : k;
+    const int64_t K = imin(kPairs ? 2 * steps : steps, s_.K - k0);
+    a_.template pack<kPairs>(m, m1, s_.h, k0, K, a);
+    for (int64_t n = part.n0; n < part.n1; n += nc_) {
+      const int64_t n1 = imin(n + nc_, part.n1);
+      if constexpr (!kPrepacked) b_.template pack<kPairs>(n, n1, kNR, k0, K, b);
+      const int64_t ld = (deep() ? part.n1 - part.n0 : n1 - n) * kNR;
+      for (int64_t i = m; i < m1; i += mc_) {
+        const int64_t i1 = imin(i + mc_, m1);
+        float* tile = deep() ? c + (i - m) * s_.h * ld + (n - part.n0) * kNR : c;
+        if constexpr (kPrepacked)
+          block(i1 - i, n1 - n, k, steps, a + (i - m) * steps * s_.h, b_.p + (n * count_ + k) * kNR,
+                count_, tile, ld);
+        else
+          block(i1 - i, n1 - n, k, steps, a + (i - m) * steps * s_.h, b, steps, tile, ld);
+        if (k + depth_ >= count_)
+          epilogue_(i * s_.h, imin(i1 * s_.h, s_.M) - i * s_.h, n * kNR,
+                    imin(n1 * kNR, s_.N) - n * kNR, tile, ld);
+      }
     }
   }
 
-  // panels [m, m1) x [n, n1) of C
-  void block(int64_t m, int64_t m1, int64_t n, int64_t n1, const float* a, const float* b,
-             float* tile) const {
-    const int64_t ld = (n1 - n) * kNR;
-    for (int64_t k = 0; k < count_ || k == 0; k += kc_) {
-      const int64_t steps = imin(kc_, count_ - k);
-      for (int64_t q = 0; q < n1 - n; ++q)
-        for (int64_t p = 0; p < m1 - m; ++p)
-          micro<kPairs>(s_.h, steps, a + (p * count_ + k) * s_.h, 1, s_.h,
-                        b + (q * count_ + k) * kNR, tile + p * s_.h * ld + q * kNR, ld, k > 0);
-    }
-    const int64_t i = m * s_.h, j = n * kNR;
-    epilogue_(i, imin(m1 * s_.h, s_.M) - i, j, imin(n1 * kNR, s_.N) - j, tile, ld);
+  // `rows` x `columns` panels of C over `steps` units from `from` on; b's panels are `stride` units
+  // apart
+  void block(int64_t rows, int64_t columns, int64_t from, int64_t steps, const float* a,
+             const float* b, int64_t stride, float* tile, int64_t ld) const {
+    for (int64_t k = 0; k < steps || k == 0; k += kc_)
+      for (int64_t q = 0; q < columns; ++q)
+        for (int64_t p = 0; p < rows; ++p)
+          micro<kPairs>(s_.h, imin(kc_, steps - k), a + (p * steps + k) * s_.h, 1, s_.h,
+                        b + (q * stride + k) * kNR, tile + p * s_.h * ld + q * kNR, ld,
+                        from + k > 0);
   }
 
   static constexpr bool kPrepacked = __is_same(B, Packed);
@@ -301,7 +337,7 @@ class Gemm {
   const B& b_;
   const Epilogue& epilogue_;
   Shape s_;
-  int64_t count_, kc_, mc_, nc_, ma_;
+  int64_t count_, depth_, kc_, mc_, nc_, ma_;
 };
 
 // epilogue(i, rows, j, cols, tile, ld) gets C[i + r, j + c] = tile[r * ld + c]; it is called from

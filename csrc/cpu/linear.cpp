@@ -48,12 +48,12 @@ void linear_fwd(int x_dtype, int w_dtype, const void* x, const void* w0, const v
                 int64_t M, int64_t N, int64_t K, int threads) {
   with_type(x_dtype, [&](auto t) {
     using T = decltype(t);
-    const Operand<T> a = {matrix(static_cast<const T*>(x), K, 1), false};
+    const Operand<T> a = {matrix(static_cast<const T*>(x), K, 1), M, false};
     const Write<T> write = {static_cast<T*>(y), N, bias, 1.0f};
     if (packed) return gemm<kPaired<T>>(M, N, K, a, Packed{packed}, threads, write);
     with_type(w_dtype, [&](auto w) {
       using TW = decltype(w);
-      const Operand<TW> b = {pieces<TW>(w0, w1, w2, each, K), false};
+      const Operand<TW> b = {pieces<TW>(w0, w1, w2, each, K), N, false};
       gemm<kPaired<T>>(M, N, K, a, b, threads, write);
     });
   });
@@ -64,11 +64,11 @@ void linear_bwd_dx(int x_dtype, int w_dtype, const void* dy, const void* w0, con
                    int64_t K, int threads) {
   with_type(x_dtype, [&](auto t) {
     using T = decltype(t);
-    const Operand<T> a = {matrix(static_cast<const T*>(dy), N, 1), false};
+    const Operand<T> a = {matrix(static_cast<const T*>(dy), N, 1), M, false};
     const Write<T> write = {static_cast<T*>(dx), K, nullptr, alpha};
     with_type(w_dtype, [&](auto w) {
       using TW = decltype(w);
-      const Operand<TW> b = {pieces<TW>(w0, w1, w2, each, K), true};
+      const Operand<TW> b = {pieces<TW>(w0, w1, w2, each, K), K, true};
       gemm<kPaired<T>>(M, K, N, a, b, threads, write);
     });
   });
@@ -78,8 +78,8 @@ void linear_bwd_dw(int x_dtype, int w_dtype, const void* dy, const void* x, floa
                    void* dweight, int64_t M, int64_t N, int64_t K, int threads) {
   with_type(x_dtype, [&](auto t) {
     using T = decltype(t);
-    const Operand<T> a = {matrix(static_cast<const T*>(dy), N, 1), true};
-    const Operand<T> b = {matrix(static_cast<const T*>(x), K, 1), true};
+    const Operand<T> a = {matrix(static_cast<const T*>(dy), N, 1), N, true};
+    const Operand<T> b = {matrix(static_cast<const T*>(x), K, 1), K, true};
     with_type(w_dtype, [&](auto w) {
       using TW = decltype(w);
       const Write<TW> write = {static_cast<TW*>(dweight), K, nullptr, alpha};
@@ -121,11 +121,10 @@ void linear_pack(int x_dtype, int w_dtype, const void* w0, const void* w1, const
     constexpr bool kPairs = kPaired<decltype(t)>;
     with_type(w_dtype, [&](auto w) {
       using TW = decltype(w);
-      const Operand<TW> b = {pieces<TW>(w0, w1, w2, each, K), false};
+      const Operand<TW> b = {pieces<TW>(w0, w1, w2, each, K), N, false};
 #pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
       for (int64_t q = 0; q < panels; ++q)
-        b.template pack<kPairs>(q * kNR, imin(kNR, N - q * kNR), kNR, K,
-                                packed + q * kNR * units(K, kPairs));
+        b.template pack<kPairs>(q, q + 1, kNR, 0, K, packed + q * kNR * units(K, kPairs));
     });
   });
 }
