@@ -62,7 +62,12 @@ def cpu_toolchain(version: str) -> Toolchain:
         )
     optimise = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
     # vectors wider than the baseline's registers only cross functions of one instruction set
-    optimise += ["-Wno-psabi", "-fno-math-errno", "-ffp-contract=fast"]
+    optimise += [
+        "-Wno-psabi",
+        "-Wno-aggressive-loop-optimizations",
+        "-fno-math-errno",
+        "-ffp-contract=fast",
+    ]
     openmp = ["-fopenmp"] if _accepts(compiler, ["-fopenmp"]) else []
     flags = optimise + openmp + shlex.split(os.environ.get("FASTBERT_CPU_FLAGS", ""))
     described = shlex.join([compiler, *flags])

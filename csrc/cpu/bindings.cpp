@@ -181,6 +181,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return kIsas[current].name; }, "The instruction set that runs.");
   m.def("use_isa", &use_isa, "Run the kernels of this instruction set from now on.");
   m.def("build_info", &build_info, "How this module was built.");
+  FASTBERT_DEFINE(attention_fwd);
+  FASTBERT_DEFINE(attention_bwd);
   FASTBERT_DEFINE(dropout_add_layer_norm_fwd);
   FASTBERT_DEFINE(dropout_add_layer_norm_bwd);
   FASTBERT_DEFINE(philox_row);

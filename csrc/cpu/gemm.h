@@ -154,22 +154,22 @@ inline void pack_lines(const Matrix<T>& m, int64_t first, int64_t lines, int64_t
   int64_t line = 0;
   // unit-stride lines go through registers, W of them at a time; a panel narrower than a vector is
   // written with vectors too, whose ends the next unit's overwrite
-  if (m.col == 1)
-    for (; line + W <= width || (line == 0 && width < W); line += W) {
-      const T* source[W];
-      for (int j = 0; j < W; ++j) source[j] = m.at(first + imin(line + j, lines - 1)) + k0;
-      const int64_t stored = imin(W, width);
-      int64_t u = 0;
-      for (; u + W <= whole; u += W) {
-        F square[W];
-        for (int j = 0; j < W; ++j) square[j] = load_units<kPairs>(source[j], u);
-        transpose(square);
-        for (int j = 0; j < W; ++j) store(out + (u + j) * width + line, square[j]);
-      }
-      for (; u < count; ++u)
-        for (int j = 0; j < stored; ++j)
-          out[u * width + line + j] = load_unit<kPairs>(source[j], u, 1, K);
+  const int64_t blocks = m.col != 1 ? 0 : width < W ? 1 : width / W;
+  for (int64_t block = 0; block < blocks; ++block, line += W) {
+    const T* source[W];
+    for (int j = 0; j < W; ++j) source[j] = m.at(first + imin(line + j, lines - 1)) + k0;
+    const int64_t stored = imin(W, width);
+    int64_t u = 0;
+    for (; u + W <= whole; u += W) {
+      F square[W];
+      for (int j = 0; j < W; ++j) square[j] = load_units<kPairs>(source[j], u);
+      transpose(square);
+      for (int j = 0; j < W; ++j) store(out + (u + j) * width + line, square[j]);
     }
+    for (; u < count; ++u)
+      for (int j = 0; j < stored; ++j)
+        out[u * width + line + j] = load_unit<kPairs>(source[j], u, 1, K);
+  }
   for (; line < width; ++line) {
     const T* p = m.at(first + imin(line, lines - 1)) + k0 * m.col;
     for (int64_t u = 0; u < count; ++u) out[u * width + line] = load_unit<kPairs>(p, u, m.col, K);

@@ -147,17 +147,16 @@ inline F max(F a, F b) {
 }
 inline F min(F a, F b) { return -max(-a, -b); }
 
-// nearest integer, for |x| < 2^22
+// nearest integer, ties either way, for |x| < 2^22
 inline F round_small(F x) {
 #if FASTBERT_X86 == 512
   return bits_as<F>(_mm512_roundscale_ps(bits_as<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
 #elif FASTBERT_X86 == 256
   return bits_as<F>(_mm256_round_ps(bits_as<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
 #else
-  const F magic = set1(12582912.0f);  // 1.5 * 2^23: the sum has no room for a fraction
-  F sum = x + magic;
-  asm("" : "+x"(sum));  // or the compiler could cancel the pair
-  return sum - magic;
+  // conversion truncates
+  const F half = x < zero() ? set1(-0.5f) : set1(0.5f);
+  return __builtin_convertvector(__builtin_convertvector(x + half, I), F);
 #endif
 }
 

@@ -98,5 +98,7 @@ def gradients(
 def _pieces(weights: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor, Tensor], int, int]:
     """Three contiguous pieces (the first again where there is one), the rows of each, and of all."""
     first = weights[0].contiguous()
-    rest = (first, first) if len(weights) == 1 else (weights[1].contiguous(), weights[2].contiguous())
+    rest = (
+        (first, first) if len(weights) == 1 else (weights[1].contiguous(), weights[2].contiguous())
+    )
     return (first, *rest), first.shape[0], first.shape[0] * len(weights)
