@@ -183,5 +183,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("build_info", &build_info, "How this module was built.");
   FASTBERT_DEFINE(dropout_add_layer_norm_fwd);
   FASTBERT_DEFINE(dropout_add_layer_norm_bwd);
+  FASTBERT_DEFINE(embed_fwd);
+  FASTBERT_DEFINE(embed_bwd);
+  FASTBERT_DEFINE(layer_norm_fwd);
+  FASTBERT_DEFINE(layer_norm_bwd);
   FASTBERT_DEFINE(philox_row);
 }

@@ -21,17 +21,17 @@ template <typename T>
 void dropout_add_layer_norm_fwd_row(const T* x, const T* residual, const float* weight,
                                     const float* bias, const float* factors, int64_t C, float eps,
                                     T* y, T* z, float* mean, float* rstd, float* z32) {
-  F total = zero();
-  for (int64_t c = 0; c < C; c += W) {
-    const int64_t n = C - c;
+  Chains total;
+  columns(C, [&](int64_t c, int64_t n, int k) {
     F value = load(x + c, n);
     if (factors) value = dropped(value, load(factors + c));
     value += load(residual + c, n);
     store(z32 + c, value);
     if (z) store(z + c, value, n);
-    total += value;
-  }
-  norm_row(z32, sum(total), weight, bias, C, eps, y, mean, rstd);
+    total.of[k] += value;
+  });
+  norm_row(z32, total.total(), weight, bias, C, eps, mean, rstd,
+           [&](int64_t c, int64_t n, F value) { store(y + c, value, n); });
 }
 
 template <typename T>
@@ -61,15 +61,12 @@ void backward(const T* dy, const T* z, const float* weight, const float* mean, c
   norm_partitions(N, C, dweight, dbias, room, threads,
                   [&](int64_t i, float* dw, float* db, float* factors) {
                     if (dropout.enabled()) row_factors(dropout, i, C, factors);
-                    const NormRow stats =
-                        norm_bwd_sums(dy + i * C, z + i * C, weight, mean[i], rstd[i], C, dw, db);
-                    for (int64_t c = 0; c < C; c += W) {
-                      const int64_t n = C - c;
-                      const F dz = norm_bwd_dz(dy + i * C + c, z + i * C + c, weight + c, n, stats);
-                      store(dresidual + i * C + c, dz, n);
-                      const F kept = dropout.enabled() ? dropped(dz, load(factors + c)) : dz;
-                      store(dx + i * C + c, kept, n);
-                    }
+                    norm_bwd_row(dy + i * C, z + i * C, weight, mean[i], rstd[i], C, dw, db,
+                                 [&](int64_t c, int64_t n, F dz) {
+                                   store(dresidual + i * C + c, dz, n);
+                                   if (dropout.enabled()) dz = dropped(dz, load(factors + c));
+                                   store(dx + i * C + c, dz, n);
+                                 });
                   });
 }
 
