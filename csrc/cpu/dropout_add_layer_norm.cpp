@@ -58,15 +58,20 @@ void backward(const T* dy, const T* z, const float* weight, const float* mean, c
               T* dx, T* dresidual, float* dweight, float* dbias, int64_t N, int64_t C,
               const Dropout& dropout, int threads) {
   const int64_t room = round_up(C, kPhiloxWords);
-  norm_partitions(N, C, dweight, dbias, room, threads,
-                  [&](int64_t i, float* dw, float* db, float* factors) {
-                    if (dropout.enabled()) row_factors(dropout, i, C, factors);
-                    norm_bwd_row(dy + i * C, z + i * C, weight, mean[i], rstd[i], C, dw, db,
-                                 [&](int64_t c, int64_t n, F dz) {
-                                   store(dresidual + i * C + c, dz, n);
-                                   if (dropout.enabled()) dz = dropped(dz, load(factors + c));
-                                   store(dx + i * C + c, dz, n);
-                                 });
+  norm_partitions(N, C, dweight, dbias, 2 * room, threads,
+                  [&](int64_t i, auto count, float* dw, float* db, float* factors) {
+                    constexpr int kRows = count.value;
+                    const bool drops = dropout.enabled();
+                    for (int r = 0; drops && r < kRows; ++r)
+                      row_factors(dropout, i + r, C, factors + r * room);
+                    norm_bwd_rows<kRows>(dy + i * C, z + i * C, C, weight, mean + i, rstd + i, C,
+                                         dw, db, [&](int r, int64_t c, int64_t n, F dz) {
+                                           const int64_t at = (i + r) * C + c;
+                                           store(dresidual + at, dz, n);
+                                           if (drops)
+                                             dz = dropped(dz, load(factors + r * room + c));
+                                           store(dx + at, dz, n);
+                                         });
                   });
 }
 

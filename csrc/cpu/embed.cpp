@@ -70,19 +70,25 @@ void backward_rows(const Tables<E>& tables, const O* dy, const float* weight, co
                    const float* rstd, float* dz, float* dweight, float* dbias, int64_t T, int64_t C,
                    const Dropout& dropout, int threads) {
   const int64_t room = round_up(C, kPhiloxWords);
-  norm_partitions(
-      T, C, dweight, dbias, 2 * room, threads, [&](int64_t t, float* dw, float* db, float* z) {
-        tables.gather(t, C, z);
-        float* dln = z + room;
-        const bool drops = dropout.enabled();
-        if (drops) row_factors(dropout, t, C, dln);
-        columns(C, [&](int64_t c, int64_t n, int) {
-          const F d = load(dy + t * C + c, n);
-          store(dln + c, drops ? dropped(d, load(dln + c)) : d);
-        });
-        norm_bwd_row(dln, z, weight, mean[t], rstd[t], C, dw, db,
-                     [&](int64_t c, int64_t n, F value) { store(dz + t * C + c, value, n); });
-      });
+  const bool drops = dropout.enabled();
+  norm_partitions(T, C, dweight, dbias, 4 * room, threads,
+                  [&](int64_t t, auto count, float* dw, float* db, float* z) {
+                    constexpr int kRows = count.value;
+                    float* dln = z + 2 * room;
+                    for (int r = 0; r < kRows; ++r) {
+                      tables.gather(t + r, C, z + r * room);
+                      float* row = dln + r * room;
+                      if (drops) row_factors(dropout, t + r, C, row);
+                      columns(C, [&](int64_t c, int64_t n, int) {
+                        const F d = load(dy + (t + r) * C + c, n);
+                        store(row + c, drops ? dropped(d, load(row + c)) : d);
+                      });
+                    }
+                    norm_bwd_rows<kRows>(dln, z, room, weight, mean + t, rstd + t, C, dw, db,
+                                         [&](int r, int64_t c, int64_t n, F value) {
+                                           store(dz + (t + r) * C + c, value, n);
+                                         });
+                  });
 }
 
 // columns of a task in tables of few rows, which would occupy few threads otherwise
@@ -136,6 +142,7 @@ void scatter(const float* dz, const int64_t* ids, E* grad, int64_t T, int64_t C,
   const int64_t width = few ? kScatterColumns : C, height = few ? 1 : kScatterRows;
   const int64_t across = ceil_div(C, width), tasks = ceil_div(rows, height) * across;
   const int team = team_size((rows + T) * C, kNormGrain, tasks, threads);
+  large_pages(grad, static_cast<size_t>(rows * C) * sizeof(E));
 #pragma omp parallel for num_threads(team) schedule(static, 1) if (team > 1)
   for (int64_t task = 0; task < tasks; ++task) {
     const int64_t from = task % across * width, top = task / across * height;

@@ -45,10 +45,12 @@ void layer_norm_bwd(int dtype, const void* dy, const void* x, const float* weigh
     const T* d = static_cast<const T*>(dy);
     const T* z = static_cast<const T*>(x);
     T* out = static_cast<T*>(dx);
-    norm_partitions(N, C, dweight, dbias, 0, threads, [&](int64_t i, float* dw, float* db, float*) {
-      norm_bwd_row(d + i * C, z + i * C, weight, mean[i], rstd[i], C, dw, db,
-                   [&](int64_t c, int64_t n, F dz) { store(out + i * C + c, dz, n); });
-    });
+    norm_partitions(
+        N, C, dweight, dbias, 0, threads, [&](int64_t i, auto count, float* dw, float* db, float*) {
+          norm_bwd_rows<count.value>(
+              d + i * C, z + i * C, C, weight, mean + i, rstd + i, C, dw, db,
+              [&](int r, int64_t c, int64_t n, F dz) { store(out + (i + r) * C + c, dz, n); });
+        });
   });
 }
 

@@ -74,37 +74,53 @@ inline void norm_row(const Z* z, float total, const float* weight, const float* 
   *rstd = r;
 }
 
-// One row's backward: adds dy xhat to dweight and dy to dbias, which have room for whole vectors,
-// then calls put(c, n, dz) with dz = rstd (g - mean(g) - xhat mean(g xhat)), g = dy weight. A null
-// weight stands for ones.
-template <typename D, typename Z, typename Put>
-inline void norm_bwd_row(const D* dy, const Z* z, const float* weight, float mean, float rstd,
-                         int64_t C, float* dweight, float* dbias, const Put& put) {
-  Chains total, product;
-  columns(C, [&](int64_t c, int64_t n, int k) {
-    const F d = load(dy + c, n);
-    const F xhat = (load(z + c, n) - mean) * rstd;
-    const F g = weight ? d * load(weight + c, n) : d;
-    store(dweight + c, load(dweight + c) + d * xhat);
-    store(dbias + c, load(dbias + c) + d);
-    total.of[k] += g;
-    product.of[k] += g * xhat;
-  });
-  const float mean_g = total.total() / static_cast<float>(C);
-  const float mean_gx = product.total() / static_cast<float>(C);
+// Backward of R rows, `stride` apart in dy and z: adds dy xhat to dweight and dy to dbias, which
+// have room for whole vectors, and calls put(r, c, n, dz) with dz = rstd (g - mean(g) - xhat mean(g
+// xhat)), g = dy weight. A null weight stands for ones. Two rows halve the traffic of the sums.
+template <int R, typename D, typename Z, typename Put>
+inline void norm_bwd_rows(const D* dy, const Z* z, int64_t stride, const float* weight,
+                          const float* mean, const float* rstd, int64_t C, float* dweight,
+                          float* dbias, const Put& put) {
+  float mean_g[R], mean_gx[R], m[R], s[R];
+  for (int r = 0; r < R; ++r) {
+    m[r] = mean[r], s[r] = rstd[r];
+    Chains total, product;
+    columns(C, [&](int64_t c, int64_t n, int k) {
+      const F d = load(dy + r * stride + c, n);
+      const F g = weight ? d * load(weight + c, n) : d;
+      total.of[k] += g;
+      product.of[k] += g * ((load(z + r * stride + c, n) - m[r]) * s[r]);
+    });
+    mean_g[r] = total.total() / static_cast<float>(C);
+    mean_gx[r] = product.total() / static_cast<float>(C);
+  }
   columns(C, [&](int64_t c, int64_t n, int) {
-    const F d = load(dy + c, n);
-    const F g = weight ? d * load(weight + c, n) : d;
-    const F xhat = (load(z + c, n) - mean) * rstd;
-    put(c, n, (g - mean_g - xhat * mean_gx) * rstd);
+    const F w = weight ? load(weight + c, n) : set1(1.0f);
+    F dw = load(dweight + c), db = load(dbias + c);
+    for (int r = 0; r < R; ++r) {
+      const F d = load(dy + r * stride + c, n);
+      const F xhat = (load(z + r * stride + c, n) - m[r]) * s[r];
+      dw += d * xhat;
+      db += d;
+      put(r, c, n, (d * w - mean_g[r] - xhat * mean_gx[r]) * s[r]);
+    }
+    store(dweight + c, dw);
+    store(dbias + c, db);
   });
 }
 
-// Runs row(i, dweight, dbias, room) for all N rows, in partitions with sums and `room` floats of
+// a number that a template can take from an argument
+template <int R>
+struct Count {
+  static constexpr int value = R;
+};
+
+// Runs rows(i, R, dweight, dbias, room) for all N rows, R = 1 or 2 of them from i on (a constant as
+// an argument's type), in partitions with sums and `room` floats of
 // their own, and adds the partitions' sums in order to dweight and dbias (C).
-template <typename Row>
+template <typename Rows>
 inline void norm_partitions(int64_t N, int64_t C, float* dweight, float* dbias, int64_t room,
-                            int threads, const Row& row) {
+                            int threads, const Rows& rows) {
   const int64_t parts = imax(1, imin(kNormPartitions, ceil_div(N, kNormRows)));
   const int team = team_size(N * C, kNormGrain, parts, threads);
   const int64_t wide = round_up(C, 16);
@@ -113,8 +129,10 @@ inline void norm_partitions(int64_t N, int64_t C, float* dweight, float* dbias, 
   for (int64_t part = 0; part < parts; ++part) {
     float* sums = partials[part];
     for (int64_t c = 0; c < 2 * wide; c += W) store(sums + c, zero());
-    for (int64_t i = part * N / parts; i < (part + 1) * N / parts; ++i)
-      row(i, sums, sums + wide, sums + 2 * wide);
+    int64_t i = part * N / parts;
+    const int64_t end = (part + 1) * N / parts;
+    for (; i + 2 <= end; i += 2) rows(i, Count<2>{}, sums, sums + wide, sums + 2 * wide);
+    if (i < end) rows(i, Count<1>{}, sums, sums + wide, sums + 2 * wide);
   }
   for (int64_t c = 0; c < C; c += W) {
     F w = zero(), b = zero();
