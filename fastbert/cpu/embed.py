@@ -130,19 +130,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dword (or the gradient of the ready embeddings), dposition, dtype, dweight, dbias; empty where there is none."""
     tables = _tables(ids, positions, types, word, position, type_)
+    make = torch.empty if dy.shape[0] else torch.zeros
+    wanted = (tables[3], position if position_grad else None, type_)
+    dword, dposition, dtype = (
+        make(0 if t is None else t.shape, dtype=position.dtype) for t in wanted
+    )
+    dweight, dbias = (make(position.shape[1], dtype=torch.float32) for _ in range(2))
     if dy.shape[0] == 0:
-        empty = dy.new_empty
-        return (
-            torch.zeros_like(ids if word is None else word),
-            torch.zeros_like(position) if position_grad else empty(0),
-            empty(0) if type_ is None else torch.zeros_like(type_),
-            torch.zeros_like(weight),
-            torch.zeros_like(weight),
-        )
-    dword = torch.empty(tables[3].shape, dtype=position.dtype)  # type: ignore[union-attr]
-    dposition = torch.empty(position.shape, dtype=position.dtype) if position_grad else None
-    dtype = None if type_ is None else torch.empty(type_.shape, dtype=position.dtype)
-    dweight, dbias = (torch.empty(position.shape[1], dtype=torch.float32) for _ in range(2))
+        return dword, dposition, dtype, dweight.to(weight.dtype), dbias.to(weight.dtype)
     weight32 = fp32(weight)
     native.embed_bwd(  # type: ignore[union-attr]
         DTYPES[position.dtype],
@@ -153,25 +148,18 @@ def backward(
         mean.data_ptr(),
         rstd.data_ptr(),
         dword.data_ptr(),
-        address(dposition),
-        address(dtype),
+        dposition.data_ptr() if position_grad else 0,
+        dtype.data_ptr(),
         dweight.data_ptr(),
         dbias.data_ptr(),
         dy.shape[0],
         position.shape[1],
         dword.shape[0],
         position.shape[0],
-        0 if type_ is None else type_.shape[0],
+        dtype.shape[0],
         -1 if padding_idx is None else padding_idx,
         -1 if position_padding_idx is None else position_padding_idx,
         *dropout_args(p, seed, site),
         torch.get_num_threads(),
     )
-    none = dy.new_empty(0)
-    return (
-        dword,
-        none if dposition is None else dposition,
-        none.clone() if dtype is None else dtype,
-        dweight.to(weight.dtype),
-        dbias.to(weight.dtype),
-    )
+    return dword, dposition, dtype, dweight.to(weight.dtype), dbias.to(weight.dtype)
