@@ -88,7 +88,7 @@ def forward(
     """y (T, C) in out_dtype, mean and rstd (T,) fp32."""
     count, width = ids.shape[0], position.shape[1]
     y = position.new_empty(count, width, dtype=out_dtype)
-    mean, rstd = position.new_empty(2, count, dtype=torch.float32).unbind()
+    mean, rstd = (position.new_empty(count, dtype=torch.float32) for _ in range(2))
     if count > 0:
         tables = _tables(ids, positions, types, word, position, type_)
         weight, bias = fp32(weight), fp32(bias)  # type: ignore[assignment]

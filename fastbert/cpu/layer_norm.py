@@ -27,7 +27,7 @@ def forward(
     """y (N, C) in x's dtype, mean and rstd (N,) fp32."""
     count, width = x.shape
     y = torch.empty_like(x)
-    mean, rstd = x.new_empty(2, count, dtype=torch.float32).unbind()
+    mean, rstd = (x.new_empty(count, dtype=torch.float32) for _ in range(2))
     if x.numel() > 0:
         weight, bias = fp32(weight), fp32(bias)
         native.layer_norm_fwd(  # type: ignore[union-attr]
