@@ -13,6 +13,7 @@ if cpu.native is None:
     pytest.skip(str(cpu.unavailable), allow_module_level=True)
 
 from fastbert.cpu import dropout_add_layer_norm as op
+from fastbert.cpu import embed, layer_norm
 
 WORDS = 64  # of one call of philox_words
 
@@ -99,21 +100,79 @@ def run(t: dict[str, torch.Tensor], p: float, rows: torch.Tensor | None = None, 
     return y, z, mean, rstd, *grads
 
 
+def run_layer_norm(t: dict[str, torch.Tensor], weight: torch.Tensor | None):
+    """The same of layer_norm."""
+    y, mean, rstd = layer_norm.forward(t["x"], weight, None, 1e-5)
+    return y, mean, rstd, *layer_norm.backward(t["dy"], t["x"], weight, mean, rstd)
+
+
+def run_embed(t: dict[str, torch.Tensor], ready: bool, few: bool):
+    """The same of embed: every row of a table of 2 or of many rows, some of them without a token."""
+    T, C = t["x"].shape
+    torch.manual_seed(T)
+    V, P = (3, 2) if few else (777, 130)
+    dtype = t["x"].dtype
+    word, position, type_ = (torch.randn(rows, C).to(dtype) for rows in (V, P, 2))
+    # squared: frequent ids sum over many tokens
+    ids = (torch.rand(T).square() * V).long()
+    inputs = (t["x"] if ready else ids, torch.randint(P, (T,)), torch.randint(2, (T,)))
+    tables = (None if ready else word, position, type_)
+    drop = (0.1, torch.tensor([0x5EED_0000_0001]), 5)
+    y, mean, rstd = embed.forward(*inputs, *tables, t["weight"], t["bias"], 1e-12, *drop, dtype)
+    grads = embed.backward(
+        t["dy"], *inputs, *tables, t["weight"], mean, rstd, *drop, None if ready else 1, 0, True
+    )
+    return y, mean, rstd, *grads
+
+
+# every call whose sums over rows could follow the threads
+CALLS = {
+    "dropout_add_layer_norm": lambda t: run(t, 0.1),
+    "layer_norm": lambda t: run_layer_norm(t, t["weight"]),
+    "layer_norm-plain": lambda t: run_layer_norm(t, None),
+    "embed": lambda t: run_embed(t, ready=False, few=False),
+    "embed-few-rows": lambda t: run_embed(t, ready=False, few=True),
+    "embed-ready": lambda t: run_embed(t, ready=True, few=False),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_results_do_not_depend_on_the_thread_count(dtype):
-    # enough elements for eight threads, and partitions of unequal length
-    t = sample(1001, 768, dtype)
+@pytest.mark.parametrize("name", CALLS)
+def test_results_do_not_depend_on_the_thread_count(name, dtype):
+    # enough elements for eight threads, partitions of unequal length, a tail of columns
+    t = sample(1001, 261, dtype)
     before = torch.get_num_threads()
     try:
         outputs = []
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            outputs.append(run(t, 0.1))
+            outputs.append(CALLS[name](t))
     finally:
         torch.set_num_threads(before)
     for other in outputs[1:]:
         for first, second in zip(outputs[0], other, strict=True):
             assert torch.equal(first, second)
+
+
+def test_rows_of_tables_without_a_token_and_padding_get_zeros():
+    t = sample(5, 12, torch.float32)
+    ids, positions = torch.tensor([4, 1, 4, 0, 1]), torch.arange(5)
+    word, position = torch.randn(70, 12), torch.randn(9, 12)
+    args = (ids, positions, None, word, position, None)
+    _, mean, rstd = embed.forward(*args, t["weight"], t["bias"], 1e-12, 0.0, None, 0, word.dtype)
+    dword, dposition, dtype, *_ = embed.backward(
+        t["dy"], *args, t["weight"], mean, rstd, 0.0, None, 0, 1, 2, True
+    )
+    assert set(dword.abs().sum(1).nonzero().flatten().tolist()) == {0, 4}
+    assert set(dposition.abs().sum(1).nonzero().flatten().tolist()) == {0, 1, 3, 4}
+    assert dtype.numel() == 0
+    assert torch.equal(dword[4], dposition[0] + embed_row(t, args, mean, rstd, 2))
+
+
+def embed_row(t, args, mean, rstd, token: int) -> torch.Tensor:
+    """The gradient of one token's position."""
+    grads = embed.backward(t["dy"], *args, t["weight"], mean, rstd, 0.0, None, 0, None, None, True)
+    return grads[1][token]
 
 
 @pytest.mark.parametrize("C", [1, 3, 4, 63, 64, 65, 768])
@@ -144,6 +203,14 @@ def test_bf16_rounds_as_torch_does_and_keeps_nan():
     expected = (t["x"].float() + t["residual"].float()).bfloat16()
     assert torch.equal(z.isnan(), expected.isnan())
     assert torch.equal(z.nan_to_num(), expected.nan_to_num())
+
+
+def test_a_nan_of_any_payload_stays_a_nan_in_bf16():
+    # a payload of ones would round to -0 or 0
+    bits = [0x7F800001, 0x7FFFFFFF, 0x7FFF8000, -1, -0x7FFFFF, 0x7FC00000] * 8
+    bias = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    y, *_ = layer_norm.forward(torch.randn(3, 48).bfloat16(), torch.ones(48), bias, 1e-5)
+    assert y.isnan().all()
 
 
 def test_without_save_the_output_is_the_same_and_z_is_empty():

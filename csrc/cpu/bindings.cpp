@@ -185,6 +185,10 @@ PYBIND11_MODULE(_cpu, m) {
   FASTBERT_DEFINE(attention_bwd);
   FASTBERT_DEFINE(dropout_add_layer_norm_fwd);
   FASTBERT_DEFINE(dropout_add_layer_norm_bwd);
+  FASTBERT_DEFINE(embed_fwd);
+  FASTBERT_DEFINE(embed_bwd);
+  FASTBERT_DEFINE(layer_norm_fwd);
+  FASTBERT_DEFINE(layer_norm_bwd);
   FASTBERT_DEFINE(philox_row);
   FASTBERT_DEFINE(linear_fwd);
   FASTBERT_DEFINE(linear_bwd_dx);

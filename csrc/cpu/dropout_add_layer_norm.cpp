@@ -21,17 +21,17 @@ template <typename T>
 void dropout_add_layer_norm_fwd_row(const T* x, const T* residual, const float* weight,
                                     const float* bias, const float* factors, int64_t C, float eps,
                                     T* y, T* z, float* mean, float* rstd, float* z32) {
-  F total = zero();
-  for (int64_t c = 0; c < C; c += W) {
-    const int64_t n = C - c;
+  Chains total;
+  columns(C, [&](int64_t c, int64_t n, int k) {
     F value = load(x + c, n);
     if (factors) value = dropped(value, load(factors + c));
     value += load(residual + c, n);
     store(z32 + c, value);
     if (z) store(z + c, value, n);
-    total += value;
-  }
-  norm_row(z32, sum(total), weight, bias, C, eps, y, mean, rstd);
+    total.of[k] += value;
+  });
+  norm_row(z32, total.total(), weight, bias, C, eps, mean, rstd,
+           [&](int64_t c, int64_t n, F value) { store(y + c, value, n); });
 }
 
 template <typename T>
@@ -58,18 +58,20 @@ void backward(const T* dy, const T* z, const float* weight, const float* mean, c
               T* dx, T* dresidual, float* dweight, float* dbias, int64_t N, int64_t C,
               const Dropout& dropout, int threads) {
   const int64_t room = round_up(C, kPhiloxWords);
-  norm_partitions(N, C, dweight, dbias, room, threads,
-                  [&](int64_t i, float* dw, float* db, float* factors) {
-                    if (dropout.enabled()) row_factors(dropout, i, C, factors);
-                    const NormRow stats =
-                        norm_bwd_sums(dy + i * C, z + i * C, weight, mean[i], rstd[i], C, dw, db);
-                    for (int64_t c = 0; c < C; c += W) {
-                      const int64_t n = C - c;
-                      const F dz = norm_bwd_dz(dy + i * C + c, z + i * C + c, weight + c, n, stats);
-                      store(dresidual + i * C + c, dz, n);
-                      const F kept = dropout.enabled() ? dropped(dz, load(factors + c)) : dz;
-                      store(dx + i * C + c, kept, n);
-                    }
+  norm_partitions(N, C, dweight, dbias, 2 * room, threads,
+                  [&](int64_t i, auto count, float* dw, float* db, float* factors) {
+                    constexpr int kRows = count.value;
+                    const bool drops = dropout.enabled();
+                    for (int r = 0; drops && r < kRows; ++r)
+                      row_factors(dropout, i + r, C, factors + r * room);
+                    norm_bwd_rows<kRows>(dy + i * C, z + i * C, C, weight, mean + i, rstd + i, C,
+                                         dw, db, [&](int r, int64_t c, int64_t n, F dz) {
+                                           const int64_t at = (i + r) * C + c;
+                                           store(dresidual + at, dz, n);
+                                           if (drops)
+                                             dz = dropped(dz, load(factors + r * room + c));
+                                           store(dx + at, dz, n);
+                                         });
                   });
 }
 

@@ -2,4 +2,6 @@
 // name, by bindings.cpp. A kernel's own file includes its header alone.
 #include "attention.h"
 #include "dropout_add_layer_norm.h"
+#include "embed.h"
+#include "layer_norm.h"
 #include "linear.h"

@@ -12,75 +12,106 @@ namespace FASTBERT_ISA {
 constexpr int64_t kNormGrain = 16384;
 // dweight and dbias are summed in at most this many partitions of rows
 constexpr int64_t kNormPartitions = 64;
-constexpr int64_t kNormRows = 16;
+constexpr int64_t kNormRows = 32;
+
+// Calls body(c, n, k) for the columns [c, c + n) of each vector: whole vectors with n = W, where
+// the branches on n fold away, then the tail. k counts 0 .. 3, for sums in four chains of
+// additions.
+template <typename Body>
+inline void columns(int64_t C, const Body& body) {
+  int64_t c = 0;
+  for (; c + 4 * W <= C; c += 4 * W) {
+    body(c, int64_t{W}, 0);
+    body(c + W, int64_t{W}, 1);
+    body(c + 2 * W, int64_t{W}, 2);
+    body(c + 3 * W, int64_t{W}, 3);
+  }
+  for (; c + W <= C; c += W) body(c, int64_t{W}, 0);
+  if (c < C) body(c, C - c, 0);
+}
+
+// four chains of additions
+struct Chains {
+  F of[4] = {};
+
+  float total() const { return sum((of[0] + of[1]) + (of[2] + of[3])); }
+};
 
 // the lanes below n, as a factor
 inline F lanes_below(int64_t n) {
   return n >= W ? set1(1.0f) : (iota() < set1(static_cast<uint32_t>(n)) ? set1(1.0f) : zero());
 }
 
-// y = (z - mean) rstd weight + bias for z (C) of this total; weight and bias may be null (1 and 0)
-template <typename T>
-inline void norm_row(const float* z, float total, const float* weight, const float* bias, int64_t C,
-                     float eps, T* y, float* mean, float* rstd) {
+// put(c, n, y) with y = (z - mean) rstd weight + bias for z (C) of this total; weight and bias may
+// be null (1 and 0)
+template <typename Z, typename Put>
+inline void norm_row(const Z* z, float total, const float* weight, const float* bias, int64_t C,
+                     float eps, float* mean, float* rstd, const Put& put) {
   const float m = total / static_cast<float>(C);
   // centred second pass: E[z^2] - mean^2 cancels
-  F squares = zero();
-  for (int64_t c = 0; c < C; c += W) {
-    const F centred = (load(z + c, C - c) - m) * lanes_below(C - c);
-    squares += centred * centred;
-  }
-  const float r = 1.0f / sqrt1(sum(squares) / static_cast<float>(C) + eps);
-  for (int64_t c = 0; c < C; c += W) {
-    const int64_t n = C - c;
+  Chains squares;
+  columns(C, [&](int64_t c, int64_t n, int k) {
+    const F centred = (load(z + c, n) - m) * lanes_below(n);
+    squares.of[k] += centred * centred;
+  });
+  const float r = 1.0f / sqrt1(squares.total() / static_cast<float>(C) + eps);
+  columns(C, [&](int64_t c, int64_t n, int) {
     F value = (load(z + c, n) - m) * r;
     if (weight) value *= load(weight + c, n);
     if (bias) value += load(bias + c, n);
-    store(y + c, value, n);
-  }
+    put(c, n, value);
+  });
   *mean = m;
   *rstd = r;
 }
 
-// what dz of a row needs: its statistics, mean(g) and mean(g xhat)
-struct NormRow {
-  float mean, rstd, g, gx;
+// Backward of R rows, `stride` apart in dy and z: adds dy xhat to dweight and dy to dbias, which
+// have room for whole vectors, and calls put(r, c, n, dz) with dz = rstd (g - mean(g) - xhat mean(g
+// xhat)), g = dy weight. A null weight stands for ones. Two rows halve the traffic of the sums.
+template <int R, typename D, typename Z, typename Put>
+inline void norm_bwd_rows(const D* dy, const Z* z, int64_t stride, const float* weight,
+                          const float* mean, const float* rstd, int64_t C, float* dweight,
+                          float* dbias, const Put& put) {
+  float mean_g[R], mean_gx[R], m[R], s[R];
+  for (int r = 0; r < R; ++r) {
+    m[r] = mean[r], s[r] = rstd[r];
+    Chains total, product;
+    columns(C, [&](int64_t c, int64_t n, int k) {
+      const F d = load(dy + r * stride + c, n);
+      const F g = weight ? d * load(weight + c, n) : d;
+      total.of[k] += g;
+      product.of[k] += g * ((load(z + r * stride + c, n) - m[r]) * s[r]);
+    });
+    mean_g[r] = total.total() / static_cast<float>(C);
+    mean_gx[r] = product.total() / static_cast<float>(C);
+  }
+  columns(C, [&](int64_t c, int64_t n, int) {
+    const F w = weight ? load(weight + c, n) : set1(1.0f);
+    F dw = load(dweight + c), db = load(dbias + c);
+    for (int r = 0; r < R; ++r) {
+      const F d = load(dy + r * stride + c, n);
+      const F xhat = (load(z + r * stride + c, n) - m[r]) * s[r];
+      dw += d * xhat;
+      db += d;
+      put(r, c, n, (d * w - mean_g[r] - xhat * mean_gx[r]) * s[r]);
+    }
+    store(dweight + c, dw);
+    store(dbias + c, db);
+  });
+}
+
+// a number that a template can take from an argument
+template <int R>
+struct Count {
+  static constexpr int value = R;
 };
 
-// Adds the row's dy xhat to dweight and dy to dbias, and returns the sums behind dz. A null weight
-// stands for ones.
-template <typename T, typename Z>
-inline NormRow norm_bwd_sums(const T* dy, const Z* z, const float* weight, float mean, float rstd,
-                             int64_t C, float* dweight, float* dbias) {
-  F total = zero(), product = zero();
-  for (int64_t c = 0; c < C; c += W) {
-    const int64_t n = C - c;
-    const F d = load(dy + c, n);
-    const F xhat = (load(z + c, n) - mean) * rstd;
-    const F g = weight ? d * load(weight + c, n) : d;
-    store(dweight + c, load(dweight + c) + d * xhat);
-    store(dbias + c, load(dbias + c) + d);
-    total += g;
-    product += g * xhat;
-  }
-  const float count = static_cast<float>(C);
-  return {mean, rstd, sum(total) / count, sum(product) / count};
-}
-
-// dz of up to W columns: rstd (g - mean(g) - xhat mean(g xhat))
-template <typename T, typename Z>
-inline F norm_bwd_dz(const T* dy, const Z* z, const float* weight, int64_t n, const NormRow& row) {
-  const F d = load(dy, n);
-  const F g = weight ? d * load(weight, n) : d;
-  const F xhat = (load(z, n) - row.mean) * row.rstd;
-  return (g - row.g - xhat * row.gx) * row.rstd;
-}
-
-// Runs row(i, dweight, dbias, room) for all N rows, in partitions with sums and `room` floats of
+// Runs rows(i, R, dweight, dbias, room) for all N rows, R = 1 or 2 of them from i on (a constant as
+// an argument's type), in partitions with sums and `room` floats of
 // their own, and adds the partitions' sums in order to dweight and dbias (C).
-template <typename Row>
+template <typename Rows>
 inline void norm_partitions(int64_t N, int64_t C, float* dweight, float* dbias, int64_t room,
-                            int threads, const Row& row) {
+                            int threads, const Rows& rows) {
   const int64_t parts = imax(1, imin(kNormPartitions, ceil_div(N, kNormRows)));
   const int team = team_size(N * C, kNormGrain, parts, threads);
   const int64_t wide = round_up(C, 16);
@@ -89,8 +120,10 @@ inline void norm_partitions(int64_t N, int64_t C, float* dweight, float* dbias, 
   for (int64_t part = 0; part < parts; ++part) {
     float* sums = partials[part];
     for (int64_t c = 0; c < 2 * wide; c += W) store(sums + c, zero());
-    for (int64_t i = part * N / parts; i < (part + 1) * N / parts; ++i)
-      row(i, sums, sums + wide, sums + 2 * wide);
+    int64_t i = part * N / parts;
+    const int64_t end = (part + 1) * N / parts;
+    for (; i + 2 <= end; i += 2) rows(i, Count<2>{}, sums, sums + wide, sums + 2 * wide);
+    if (i < end) rows(i, Count<1>{}, sums, sums + wide, sums + 2 * wide);
   }
   for (int64_t c = 0; c < C; c += W) {
     F w = zero(), b = zero();

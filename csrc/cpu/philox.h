@@ -28,39 +28,61 @@ struct Dropout {
   uint32_t row(int64_t i) const { return static_cast<uint32_t>(rows ? rows[i] : i); }
 };
 
-// words[4 * lane + w] = word w of counter (first_group + lane, c1, c2, c3)
+// W / 2 counters, a lane of 64 bits each: what a product leaves above a word does no harm, and no
+// word has to move for the next product
+struct Counters {
+  D x0, x1, x2, x3;
+
+  void round(uint32_t low, uint32_t high) {
+    const D first = mul_low(x0, 0xD2511F53u), second = mul_low(x2, 0xCD9E8D57u);
+    x0 = (second >> 32) ^ (x1 ^ uint64_t{low});
+    x1 = second;
+    x2 = (first >> 32) ^ (x3 ^ uint64_t{high});
+    x3 = first;
+  }
+  // the words of the even lanes' counters, then of the odd ones'
+  void words(U& even, U& odd) const {
+    D a, b;
+    zip_alternate((x0 & uint64_t{0xFFFFFFFF}) | x1 << 32, (x2 & uint64_t{0xFFFFFFFF}) | x3 << 32, a,
+                  b);
+    even = bits_as<U>(a);
+    odd = bits_as<U>(b);
+  }
+};
+
+// words[4 * i + w], over all lanes of the four, = word w of counter (first_group + i, c1, c2, c3)
 inline void philox_words(int64_t seed, uint32_t first_group, uint32_t c1, uint32_t c2, uint32_t c3,
                          U words[4]) {
   uint32_t low = static_cast<uint32_t>(seed);
   uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
-  U x0 = iota() + first_group, x1 = set1(c1), x2 = set1(c2), x3 = set1(c3);
+  // even lanes hold the groups of the first vector of words, odd lanes those of the second
+  D groups = {};
+  for (int i = 0; i < W / 2; ++i) groups[i] = static_cast<uint64_t>(i / 2 + i % 2 * (W / 4));
+  groups += uint64_t{first_group};
+  const D c1s = D{} + uint64_t{c1}, c2s = D{} + uint64_t{c2}, c3s = D{} + uint64_t{c3};
+  Counters a = {groups, c1s, c2s, c3s}, b = {groups + uint64_t{W / 2}, c1s, c2s, c3s};
   for (int round = 0; round < 10; ++round) {
-    U high0, low0, high1, low1;
-    mul_wide(x0, 0xD2511F53u, high0, low0);
-    mul_wide(x2, 0xCD9E8D57u, high1, low1);
-    x0 = high1 ^ x1 ^ low;
-    x1 = low1;
-    x2 = high0 ^ x3 ^ high;
-    x3 = low0;
+    a.round(low, high);
+    b.round(low, high);
     low += 0x9E3779B9u;
     high += 0xBB67AE85u;
   }
-  U a, b, c, d;
-  zip(x0, x2, a, b);
-  zip(x1, x3, c, d);
-  zip(a, c, words[0], words[1]);
-  zip(b, d, words[2], words[3]);
+  a.words(words[0], words[1]);
+  b.words(words[2], words[3]);
 }
 
 // factors[col] = scale where kept, else 0, for n columns; writes up to round_up(n, kPhiloxWords)
 inline void philox_factors(const Dropout& dropout, uint32_t c1, uint32_t c2, uint32_t c3, int64_t n,
                            float* factors) {
+  // read once: for all the compiler knows, the stores below could change them
+  const int64_t seed = *dropout.seed;
+  const uint32_t threshold = dropout.threshold;
   const F scale = set1(dropout.scale);
   for (int64_t start = 0; start < n; start += kPhiloxWords) {
     U words[4];
-    philox_words(*dropout.seed, static_cast<uint32_t>(start / 4), c1, c2, c3, words);
+    philox_words(seed, static_cast<uint32_t>(start / 4), c1, c2, c3, words);
     for (int k = 0; k < 4; ++k)
-      store(factors + start + k * W, words[k] >= dropout.threshold ? scale : zero());
+      store(factors + start + k * W, words[k] >= threshold ? scale : zero());
   }
 }
 

@@ -6,6 +6,9 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace fastbert {
 namespace {
@@ -29,6 +32,19 @@ void* allocate(size_t bytes) {
 }
 
 void release(void* memory) { std::free(memory); }
+
+void large_pages(void* memory, size_t bytes) {
+#if defined(__linux__)
+  // pages that lie inside as a whole; an old kernel's refusal costs nothing
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t first = (start + kPage - 1) / kPage * kPage,
+                  end = (start + bytes) / kPage * kPage;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
 
 int team_size(int64_t work, int64_t grain, int64_t tasks, int threads) {
   int64_t team = work / grain < tasks ? work / grain : tasks;

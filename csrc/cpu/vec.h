@@ -48,6 +48,7 @@ constexpr int W = FASTBERT_WIDTH;
 typedef float F __attribute__((vector_size(4 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));  // masks: -1 where true
 typedef uint32_t U __attribute__((vector_size(4 * W)));
+typedef uint64_t D __attribute__((vector_size(4 * W)));  // W / 2 lanes
 typedef uint16_t H __attribute__((vector_size(2 * W)));  // bf16 bits
 // the same in memory of any alignment
 typedef F F_mem __attribute__((aligned(4), may_alias));
@@ -107,9 +108,15 @@ inline H narrow(F x) {
   return bits_as<H>(_mm512_cvtneps_pbh(bits_as<__m512>(x)));
 #else
   const U bits = bits_as<U>(x);
-  const U rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  const I number = x == x;
-  return __builtin_convertvector(number ? rounded : (set1(0x7FC0u)), H);
+  // a NaN could round to 0 or infinity: all ones instead
+  const U rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
+  const U upper = (rounded | bits_as<U>(x != x)) >> 16;
+#if FASTBERT_X86 == 256
+  const __m256i v = bits_as<__m256i>(upper);
+  return bits_as<H>(_mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
+#else
+  return __builtin_convertvector(upper, H);
+#endif
 #endif
 }
 
@@ -187,26 +194,30 @@ inline float max(F v) {
 
 // --- integers for Philox ---
 
-// high and low 32 bits of a * m, lane by lane
-inline void mul_wide(U a, uint32_t m, U& high, U& low) {
+// the lower 32 bits of each lane times m; what the upper ones hold does not matter
+inline D mul_low(D a, uint32_t m) {
 #if FASTBERT_X86 == 512
-  const __m512i v = bits_as<__m512i>(a), k = _mm512_set1_epi32(static_cast<int>(m));
-  const __m512i even = _mm512_mul_epu32(v, k);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(v, 32), k);
-  high = bits_as<U>(_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd));
-  low = bits_as<U>(_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32)));
+  return bits_as<D>(_mm512_mul_epu32(bits_as<__m512i>(a), _mm512_set1_epi64(m)));
 #elif FASTBERT_X86 == 256
-  const __m256i v = bits_as<__m256i>(a), k = _mm256_set1_epi32(static_cast<int>(m));
-  const __m256i even = _mm256_mul_epu32(v, k);
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(v, 32), k);
-  high = bits_as<U>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA));
-  low = bits_as<U>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA));
+  return bits_as<D>(_mm256_mul_epu32(bits_as<__m256i>(a), _mm256_set1_epi64x(m)));
+#elif FASTBERT_X86 == 128
+  return bits_as<D>(_mm_mul_epu32(bits_as<__m128i>(a), _mm_set1_epi64x(m)));
 #else
-  for (int i = 0; i < W; ++i) {
-    const uint64_t product = uint64_t{a[i]} * m;
-    high[i] = static_cast<uint32_t>(product >> 32);
-    low[i] = static_cast<uint32_t>(product);
-  }
+  return (a & uint64_t{0xFFFFFFFF}) * uint64_t{m};
+#endif
+}
+
+// lanes 0, 2, .. of both, a0 b0 a2 b2 .., then lanes 1, 3, ..: no lane crosses 128 bits
+inline void zip_alternate(D a, D b, D& even, D& odd) {
+#if FASTBERT_WIDTH == 16
+  even = __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14);
+  odd = __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+#elif FASTBERT_WIDTH == 8
+  even = __builtin_shufflevector(a, b, 0, 4, 2, 6);
+  odd = __builtin_shufflevector(a, b, 1, 5, 3, 7);
+#else
+  even = __builtin_shufflevector(a, b, 0, 2);
+  odd = __builtin_shufflevector(a, b, 1, 3);
 #endif
 }
 

@@ -49,7 +49,7 @@ def forward(
     count, width = x.shape
     y = torch.empty_like(x)
     z = x.new_empty(count if save else 0, width)
-    mean, rstd = x.new_empty(2, count, dtype=torch.float32).unbind()
+    mean, rstd = (x.new_empty(count, dtype=torch.float32) for _ in range(2))
     if x.numel() > 0:
         weight, bias, rows = fp32(weight), fp32(bias), int64(rows)  # type: ignore[assignment]
         native.dropout_add_layer_norm_fwd(  # type: ignore[union-attr]

@@ -1,0 +1,29 @@
+// No include guard: bindings.cpp includes this once per instruction set.
+#include <cstdint>
+
+namespace fastbert {
+namespace FASTBERT_ISA {
+
+// y = LN(x) * weight + bias; x and y are of `dtype`
+void layer_norm_fwd(int dtype,
+                    const void* x,        // (N, C)
+                    const float* weight,  // (C,), or null: ones
+                    const float* bias,    // (C,), or null: zeros
+                    void* y,              // (N, C)
+                    float* mean,          // (N,)
+                    float* rstd,          // (N,)
+                    int64_t N, int64_t C, float eps, int threads);
+
+void layer_norm_bwd(int dtype,
+                    const void* dy,       // (N, C)
+                    const void* x,        // (N, C)
+                    const float* weight,  // (C,), or null: ones
+                    const float* mean,    // (N,)
+                    const float* rstd,    // (N,)
+                    void* dx,             // (N, C)
+                    float* dweight,       // (C,)
+                    float* dbias,         // (C,)
+                    int64_t N, int64_t C, int threads);
+
+}  // namespace FASTBERT_ISA
+}  // namespace fastbert

@@ -1,0 +1,78 @@
+"""layer_norm on the native CPU kernel, csrc/cpu/layer_norm.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastbert.cpu import DTYPES, address, fp32, native, unsupported_dtype
+
+
+def unsupported(
+    x: Tensor,  # (N, C)
+    weight: Tensor | None,  # (C,)
+    bias: Tensor | None,  # (C,)
+    eps: float,
+) -> str | None:
+    """Why this call can't run here, from metadata only; None if it can."""
+    return unsupported_dtype("x", x)
+
+
+def forward(
+    x: Tensor,  # (N, C)
+    weight: Tensor | None,  # (C,)
+    bias: Tensor | None,  # (C,)
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (N, C) in x's dtype, mean and rstd (N,) fp32."""
+    count, width = x.shape
+    y = torch.empty_like(x)
+    mean, rstd = (x.new_empty(count, dtype=torch.float32) for _ in range(2))
+    if x.numel() > 0:
+        weight, bias = fp32(weight), fp32(bias)
+        native.layer_norm_fwd(  # type: ignore[union-attr]
+            DTYPES[x.dtype],
+            x.data_ptr(),
+            address(weight),
+            address(bias),
+            y.data_ptr(),
+            mean.data_ptr(),
+            rstd.data_ptr(),
+            count,
+            width,
+            eps,
+            torch.get_num_threads(),
+        )
+    return y, mean, rstd
+
+
+def backward(
+    dy: Tensor,  # (N, C)
+    x: Tensor,  # (N, C)
+    weight: Tensor | None,  # (C,)
+    mean: Tensor,  # (N,) fp32
+    rstd: Tensor,  # (N,) fp32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx (N, C) in x's dtype, dweight and dbias (C,) in weight's dtype, which are empty where there is no weight."""
+    count, width = x.shape
+    dx = torch.empty_like(x)
+    dweight, dbias = (x.new_zeros(width, dtype=torch.float32) for _ in range(2))
+    if x.numel() > 0:
+        weight32 = fp32(weight)
+        native.layer_norm_bwd(  # type: ignore[union-attr]
+            DTYPES[x.dtype],
+            dy.data_ptr(),
+            x.data_ptr(),
+            address(weight32),
+            mean.data_ptr(),
+            rstd.data_ptr(),
+            dx.data_ptr(),
+            dweight.data_ptr(),
+            dbias.data_ptr(),
+            count,
+            width,
+            torch.get_num_threads(),
+        )
+    if weight is None:
+        return dx, dy.new_empty(0), dy.new_empty(0)
+    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
