@@ -181,6 +181,11 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return kIsas[current].name; }, "The instruction set that runs.");
   m.def("use_isa", &use_isa, "Run the kernels of this instruction set from now on.");
   m.def("build_info", &build_info, "How this module was built.");
+  FASTBERT_DEFINE(bias_gelu_fwd);
+  FASTBERT_DEFINE(bias_gelu_bwd);
+  FASTBERT_DEFINE(cross_entropy_fwd);
+  FASTBERT_DEFINE(cross_entropy_bwd);
+  FASTBERT_DEFINE(cross_entropy_inplace);
   FASTBERT_DEFINE(dropout_add_layer_norm_fwd);
   FASTBERT_DEFINE(dropout_add_layer_norm_bwd);
   FASTBERT_DEFINE(philox_row);

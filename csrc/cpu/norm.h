@@ -14,15 +14,6 @@ constexpr int64_t kNormGrain = 16384;
 constexpr int64_t kNormPartitions = 64;
 constexpr int64_t kNormRows = 16;
 
-// calls body(T{}) for the element type of this number
-template <typename Body>
-inline void with_type(int dtype, const Body& body) {
-  if (dtype == kFloat32)
-    body(float{});
-  else
-    body(bf16{});
-}
-
 // the lanes below n, as a factor
 inline F lanes_below(int64_t n) {
   return n >= W ? set1(1.0f) : (iota() < set1(static_cast<uint32_t>(n)) ? set1(1.0f) : zero());

@@ -1,5 +1,5 @@
-// Room to work in, a piece per thread, allocated before the parallel region that no exception may
-// leave.
+// What entry points need: the element type behind a number, and room to work in, a piece per
+// thread, allocated before the parallel region that no exception may leave.
 #pragma once
 
 #include "runtime.h"
@@ -7,6 +7,15 @@
 
 namespace fastbert {
 namespace FASTBERT_ISA {
+
+// calls body(T{}) for the element type of this number
+template <typename Body>
+inline void with_type(int dtype, const Body& body) {
+  if (dtype == kFloat32)
+    body(float{});
+  else
+    body(bf16{});
+}
 
 class Scratch {
  public:
