@@ -93,6 +93,8 @@ inline SoftmaxRow softmax_pass(const T* z, int64_t V, float* e, float* offsets) 
     row.rest += block.rest;
     if (kStore) offsets[start / kSoftmaxBlock] = row.max;
   }
+  // beside an infinite maximum nothing is a number
+  row.rest += row.max - row.max;
   return row;
 }
 

@@ -85,7 +85,14 @@ inline U iota() {
 // --- memory: load and store all W lanes, or the first n (0 <= n <= W); the rest loads as 0 ---
 
 inline F load(const float* p) { return *reinterpret_cast<const F_mem*>(p); }
-inline F widen(H h) { return bits_as<F>(__builtin_convertvector(h, U) << 16); }
+inline F widen(H h) {
+#if FASTBERT_X86 == 256
+  // GCC converts in two halves
+  return bits_as<F>(bits_as<U>(_mm256_cvtepu16_epi32(bits_as<__m128i>(h))) << 16);
+#else
+  return bits_as<F>(__builtin_convertvector(h, U) << 16);
+#endif
+}
 inline F load(const bf16* p) { return widen(*reinterpret_cast<const H_mem*>(p)); }
 
 inline F load(const float* p, int64_t n) {
@@ -109,7 +116,13 @@ inline H narrow(F x) {
   const U bits = bits_as<U>(x);
   const U rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const I number = x == x;
-  return __builtin_convertvector(number ? rounded : (set1(0x7FC0u)), H);
+  const U halves = number ? rounded : set1(0x7FC0u);
+#if FASTBERT_X86 == 256
+  const __m256i v = bits_as<__m256i>(halves);
+  return bits_as<H>(_mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
+#else
+  return __builtin_convertvector(halves, H);
+#endif
 #endif
 }
 
