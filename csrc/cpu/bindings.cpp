@@ -183,6 +183,11 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("build_info", &build_info, "How this module was built.");
   FASTBERT_DEFINE(attention_fwd);
   FASTBERT_DEFINE(attention_bwd);
+  FASTBERT_DEFINE(bias_gelu_fwd);
+  FASTBERT_DEFINE(bias_gelu_bwd);
+  FASTBERT_DEFINE(cross_entropy_fwd);
+  FASTBERT_DEFINE(cross_entropy_bwd);
+  FASTBERT_DEFINE(cross_entropy_inplace);
   FASTBERT_DEFINE(dropout_add_layer_norm_fwd);
   FASTBERT_DEFINE(dropout_add_layer_norm_bwd);
   FASTBERT_DEFINE(embed_fwd);

@@ -28,6 +28,25 @@ inline F exp(F x) {
   return x == x ? y : x;
 }
 
+// e^x for x <= 0 within 1 ulp: what softmax and GELU need, at half the cost of exp; 0 below -87.7,
+// NaN for NaN
+//
+// the sum with 1.5 * 2^23 + 127 rounds x / ln 2 to n and leaves n + 127 in the low bits: one shift
+// makes them the exponent of 2^n. From -88 down n = -127, and 2^n is 0.
+inline F exp_nonpositive(F x) {
+  const F magic = set1(12583039.0f);
+  const F bounded = max(set1(-88.0f), x);
+  const F biased = bounded * 1.44269504f + magic;
+  const F n = biased - magic;
+  const F r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+  F q = r * 0.00138146128f + 0.00836871006f;
+  q = q * r + 0.041668389f;
+  q = q * r + 0.166665211f;
+  q = q * r + 0.49999994f;
+  const F power = (q * (r * r) + r) + 1.0f;
+  return power * bits_as<F>(bits_as<U>(biased) << 23);
+}
+
 struct Gelu {
   F value, derivative;
 };
@@ -37,9 +56,11 @@ struct Gelu {
 //   cdf(-|x|) = e^(-x^2 / 2) t poly(t),  t = 1 / (1 + 0.3 |x|),  relative error of the fit 3.5e-9:
 // the left tail keeps its digits, and the exponential gives the density too
 inline Gelu gelu_erf(F x) {
-  const F size = max(x, -x);
-  const F t = 1.0f / (1.0f + 0.3f * size);
-  const F e = exp(-0.5f * x * x);
+  // beyond 14 the exponential is 0: bounds keep infinities from meeting it, and let a NaN pass
+  const F above = max(set1(-14.0f), x);
+  const F inside = min(set1(14.0f), above);
+  const F t = 1.0f / (1.0f + 0.3f * abs(inside));
+  const F e = exp_nonpositive(-0.5f * inside * inside);
   F poly = t * -0.0206235703f + 0.11243616f;
   poly = poly * t - 0.228214875f;
   poly = poly * t + 0.191786215f;
@@ -51,22 +72,21 @@ inline Gelu gelu_erf(F x) {
   poly = poly * t + 0.119686693f;
   const F tail = e * t * poly;
   const F cdf = x < zero() ? tail : 1.0f - tail;
-  // at -inf the product would be inf * 0
-  const F value = x == set1(-__builtin_inff()) ? zero() : x * cdf;
-  const F slope = size > set1(15.0f) ? zero() : x * e * 0.398942280f;
-  return {x == x ? value : x, x == x ? cdf + slope : x};
+  return {above * cdf, cdf + inside * e * 0.398942280f};
 }
 
 // x s and s + x s (1 - s) 2 y',  s = sigmoid(2 y),  y = sqrt(2 / pi) (x + 0.044715 x^3)
 inline Gelu gelu_tanh(F x) {
-  const F square = x * x;
-  const F twice = x * (square * 0.0713548162726f + 1.59576912161f);
-  const F s = 1.0f / (1.0f + exp(-twice));
+  const F above = max(set1(-15.0f), x);
+  const F inside = min(set1(15.0f), above);
+  const F square = inside * inside;
+  const F twice = abs(inside) * (square * 0.0713548162726f + 1.59576912161f);
+  const F e = exp_nonpositive(-twice);
+  const F right = 1.0f / (1.0f + e);
+  const F left = e * right;
+  const F s = x < zero() ? left : right;
   const F slope = square * (3.0f * 0.0713548162726f) + 1.59576912161f;
-  const I far = max(x, -x) > set1(15.0f);
-  const F value = far && x < zero() ? zero() : x * s;
-  const F bend = far ? zero() : x * s * (1.0f - s) * slope;
-  return {x == x ? value : x, x == x ? s + bend : x};
+  return {above * s, s + inside * slope * (left * right)};
 }
 
 template <bool kTanh>

@@ -1,5 +1,5 @@
-// Room to work in, a piece per thread, allocated before the parallel region that no exception may
-// leave.
+// What entry points need: the element type behind a number, and room to work in, a piece per
+// thread, allocated before the parallel region that no exception may leave.
 #pragma once
 
 #include "runtime.h"

@@ -86,7 +86,14 @@ inline U iota() {
 // --- memory: load and store all W lanes, or the first n (0 <= n <= W); the rest loads as 0 ---
 
 inline F load(const float* p) { return *reinterpret_cast<const F_mem*>(p); }
-inline F widen(H h) { return bits_as<F>(__builtin_convertvector(h, U) << 16); }
+inline F widen(H h) {
+#if FASTBERT_X86 == 256
+  // GCC converts in two halves
+  return bits_as<F>(bits_as<U>(_mm256_cvtepu16_epi32(bits_as<__m128i>(h))) << 16);
+#else
+  return bits_as<F>(__builtin_convertvector(h, U) << 16);
+#endif
+}
 inline F load(const bf16* p) { return widen(*reinterpret_cast<const H_mem*>(p)); }
 
 inline F load(const float* p, int64_t n) {
@@ -140,7 +147,7 @@ inline void store1(bf16* p, float x) { p->bits = narrow(set1(x))[0]; }
 
 // --- arithmetic beyond the operators ---
 
-// where a is NaN the result is b
+// where either is NaN the result is b
 inline F max(F a, F b) {
 #if FASTBERT_X86 == 512
   return bits_as<F>(_mm512_max_ps(bits_as<__m512>(a), bits_as<__m512>(b)));
@@ -152,7 +159,18 @@ inline F max(F a, F b) {
   return a > b ? a : b;
 #endif
 }
-inline F min(F a, F b) { return -max(-a, -b); }
+inline F min(F a, F b) {
+#if FASTBERT_X86 == 512
+  return bits_as<F>(_mm512_min_ps(bits_as<__m512>(a), bits_as<__m512>(b)));
+#elif FASTBERT_X86 == 256
+  return bits_as<F>(_mm256_min_ps(bits_as<__m256>(a), bits_as<__m256>(b)));
+#elif FASTBERT_X86 == 128
+  return bits_as<F>(_mm_min_ps(bits_as<__m128>(a), bits_as<__m128>(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
+inline F abs(F x) { return bits_as<F>(bits_as<U>(x) & 0x7FFFFFFFu); }
 
 // nearest integer, ties either way, for |x| < 2^22
 inline F round_small(F x) {

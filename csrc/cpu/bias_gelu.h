@@ -1,0 +1,23 @@
+// No include guard: bindings.cpp includes this once per instruction set.
+#include <cstdint>
+
+namespace fastbert {
+namespace FASTBERT_ISA {
+
+// y = gelu(x + bias), by erf or, with `tanh`, the tanh form; x and y are of `dtype`
+void bias_gelu_fwd(int dtype,
+                   const void* x,      // (N, C)
+                   const float* bias,  // (C,), or null: zeros
+                   void* y,            // (N, C)
+                   int64_t N, int64_t C, int tanh, int threads);
+
+void bias_gelu_bwd(int dtype,
+                   const void* dy,     // (N, C)
+                   const void* x,      // (N, C)
+                   const float* bias,  // (C,), or null: zeros
+                   void* dx,           // (N, C)
+                   float* dbias,       // (C,), or null: not wanted
+                   int64_t N, int64_t C, int tanh, int threads);
+
+}  // namespace FASTBERT_ISA
+}  // namespace fastbert

@@ -1,0 +1,101 @@
+"""The native elementary functions against fp64 on a grid over [-100, 100], once per instruction set."""
+
+import math
+
+import pytest
+import torch
+
+from fastbert import cpu
+
+if cpu.native is None:
+    pytest.skip(str(cpu.unavailable), allow_module_level=True)
+
+from fastbert.cpu import bias_gelu, cross_entropy
+
+EPS = torch.finfo(torch.float32).eps
+ISAS = pytest.mark.parametrize("isa", cpu.native.isas())
+FORMS = pytest.mark.parametrize("approximate", ["none", "tanh"])
+
+
+@pytest.fixture(autouse=True)
+def _restore():
+    """Leave the instruction set as it was."""
+    before = cpu.native.isa()
+    yield
+    cpu.native.use_isa(before)
+
+
+def grid() -> torch.Tensor:
+    """A fine grid, denormals, and what lies around the functions' own limits."""
+    fine = torch.linspace(-100.0, 100.0, 400_001)
+    near = torch.linspace(-1.0, 1.0, 20_001) * 1e-3
+    edges = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 1e-45, -1e-45, 14.0, -14.0, 15.0, -15.0])
+    return torch.cat([fine, near, edges, torch.tensor([1e10, -1e10, 3e38, -3e38])])
+
+
+def gelu(x: torch.Tensor, approximate: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The native value and derivative, (N,)."""
+    row = x[None]
+    value = bias_gelu.forward(row, None, approximate)
+    return value[0], bias_gelu.backward(torch.ones_like(row), row, None, approximate)[0][0]
+
+
+def truth(x: torch.Tensor, approximate: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in fp64, from formulas that keep the left tail's digits."""
+    x = x.double().clamp(-200.0)
+    if approximate == "tanh":
+        inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+        s, other = torch.sigmoid(2 * inner), torch.sigmoid(-2 * inner)
+        slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x.clamp(-200, 200) ** 2)
+        return x * s, s + x.clamp(-200, 200) * s * other * 2 * slope
+    cdf = 0.5 * torch.erfc(-x / math.sqrt(2.0))
+    pdf = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return x * cdf, cdf + x * pdf
+
+
+@ISAS
+@FORMS
+def test_gelu_and_its_derivative_are_within_a_few_ulp(isa, approximate):
+    cpu.native.use_isa(isa)
+    x = grid()
+    value, derivative = gelu(x, approximate)
+    expected, slope = truth(x, approximate)
+    # a tail of e^-u carries the rounding of u
+    u = x.double().square() / 2 if approximate == "none" else 2 * x.double().abs() ** 3
+    relative = EPS * (6 + torch.where(x < 0, u.clamp(max=100.0), 0.0))
+    assert ((value - expected).abs() <= relative * expected.abs() + 1e-36).all()
+    # cdf + x pdf crosses 0: what it cancels is at most 0.3
+    size = slope.abs() + torch.where(x.abs() < 2, 0.3, 0.0)
+    assert ((derivative - slope).abs() <= 2 * relative * size + 1e-35).all()
+
+
+@ISAS
+@FORMS
+def test_gelu_of_infinities_and_nan(isa, approximate):
+    cpu.native.use_isa(isa)
+    # enough for a whole vector of every width, and a rest
+    x = torch.tensor([math.inf, -math.inf, math.nan, 1.0]).repeat(5)
+    value, derivative = gelu(x, approximate)
+    assert torch.equal(value[0::4], torch.full((5,), math.inf))
+    assert torch.equal(derivative[0::4], torch.ones(5))
+    assert torch.equal(value[1::4], torch.zeros(5))
+    assert torch.equal(derivative[1::4], torch.zeros(5))
+    assert value[2::4].isnan().all()
+    assert derivative[2::4].isnan().all()
+    assert value[3::4].isfinite().all()
+
+
+@ISAS
+def test_the_exponential_is_within_two_ulp(isa):
+    """softmax of (0, x) has e^x / (1 + e^x) beside the label."""
+    cpu.native.use_isa(isa)
+    x = torch.cat([torch.linspace(-100.0, 0.0, 200_001), torch.tensor([-1e-40, -1e10, -math.inf])])
+    logits = torch.stack([torch.zeros_like(x), x], 1)
+    labels = torch.zeros(len(x), dtype=torch.int64)
+    _, lse = cross_entropy.forward(logits, labels, -100)
+    grad = cross_entropy.backward(torch.ones(len(x)), logits, labels, lse, -100)[:, 1].double()
+    expected = torch.sigmoid(x.double())
+    normal = x > -87.3
+    assert ((grad - expected).abs()[normal] <= 2 * EPS * expected[normal]).all()
+    assert (grad[~normal] <= 1.3e-38).all()
+    assert (grad[x < -88] == 0).all()
