@@ -28,18 +28,11 @@ def lengths_of(T: int, variant: str) -> tuple[int, ...]:
     if variant == "full":
         return (128,) * (T // 128) + ((T % 128,) if T % 128 else ())
     lengths: list[int] = []
-    skipped = 0
-    for length in itertools.cycle(MIX):
-        left = T - sum(lengths)
-        if left == 0:
-            return tuple(lengths)
-        if skipped == len(MIX):
-            lengths.append(left)
-        elif length <= left:
-            lengths.append(length)
-            skipped = 0
-        else:
-            skipped += 1
+    mix = itertools.cycle(MIX)
+    while left := T - sum(lengths):
+        fitting = (length for length in itertools.islice(mix, len(MIX)) if length <= left)
+        lengths.append(next(fitting, left))
+    return tuple(lengths)
 
 
 def stock(qkv: Tensor, mask: Tensor | None, p: float) -> Tensor:
