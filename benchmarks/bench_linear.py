@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from opbench import DTYPES, Case, Spec, grid, run_case
+from opbench import BF16_GEMM, DTYPES, Case, Spec, grid, run_case
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastbert.testing.samples import Draw
 
 SLUG = "linear"
-GRID = grid(SLUG) + grid(SLUG, (512,), (768,), "bf16")
+GRID = grid(SLUG) + grid(SLUG, *BF16_GEMM, "bf16")
 
 
 def stock(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

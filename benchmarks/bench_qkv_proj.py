@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from opbench import DTYPES, HEAD, Case, Spec, grid, run_case
+from opbench import BF16_GEMM, DTYPES, HEAD, Case, Spec, grid, run_case
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -12,9 +12,7 @@ from fastbert.testing.samples import Draw
 
 SLUG = "qkv_proj"
 GRID = (
-    grid(SLUG)
-    + grid(SLUG, (512, 4096), (768,), variant="split")
-    + grid(SLUG, (512,), (768,), "bf16")
+    grid(SLUG) + grid(SLUG, (512, 4096), (768,), variant="split") + grid(SLUG, *BF16_GEMM, "bf16")
 )
 
 

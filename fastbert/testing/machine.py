@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+# (m, k, n) of the GEMMs whose best is the peak
+_GEMMS = ((512, 768, 3072), (1024, 1024, 1024), (2048, 768, 768))
 _PACKAGES = ("triton", "numpy", "tokenizers", "safetensors", "transformers")
 
 
@@ -55,15 +57,14 @@ def peaks(seconds: float = 6.0) -> dict[str, float]:
     target = torch.empty_like(source)
     best = _best(lambda: target.copy_(source), 0.2 * seconds)
     found["copy_gb_per_s"] = 2 * source.numel() * source.element_size() / best / 1e9
-    if hasattr(cpu.native, "fma_peak"):
+    if cpu.native is not None and hasattr(cpu.native, "fma_peak"):
         found["fma_gflops_fp32"] = float(cpu.native.fma_peak(threads))
     return found
 
 
 def _gemm_peak(dtype: torch.dtype, seconds: float) -> float:
     """GFLOP/s of the fastest GEMM at hand."""
-    sizes = ((512, 768, 3072), (1024, 1024, 1024), (2048, 768, 768))
-    calls = [(2 * m * k * n, call) for m, k, n in sizes for call in _gemms(m, k, n, dtype)]
+    calls = [(2 * m * k * n, call) for m, k, n in _GEMMS for call in _gemms(m, k, n, dtype)]
     return max(flops / _best(call, seconds / len(calls)) for flops, call in calls) / 1e9
 
 
@@ -84,10 +85,9 @@ def _gemms(m: int, k: int, n: int, dtype: torch.dtype) -> Iterator[Callable[[], 
 
 
 def _best(call: Callable[[], object], seconds: float) -> float:
-    """The shortest of as many calls as fit into `seconds`, at least two, the first not counted."""
+    """The shortest of as many calls as fit into `seconds`, at least one."""
+    best, end = float("inf"), time.perf_counter() + seconds
     with torch.no_grad():
-        call()
-        best, end = float("inf"), time.perf_counter() + seconds
         while best == float("inf") or time.perf_counter() < end:
             started = time.perf_counter()
             call()

@@ -59,8 +59,8 @@ def interleave_training(
     """Time (forward, backward) pairs in rotating order: {name: {"forward", "backward", "both": Timing}}.
 
     Each backward takes what its own forward has just returned, so that no graph is kept for longer than a training
-    step keeps it. As many rounds as fit into `seconds` after one that is not counted, within the bounds `rounds`.
-    Raises ValueError without competitors or with bounds that allow no round.
+    step keeps it. As many rounds as fit into `seconds`, within the bounds `rounds`; callers warm up. Raises ValueError
+    without competitors or with bounds that allow no round.
     """
     least, most = rounds
     if not competitors or not 1 <= least <= most:
@@ -69,16 +69,12 @@ def interleave_training(
         )
     names = list(competitors)
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    count = done = 0
-    started = time.perf_counter()
-    while done <= count:
+    end = time.perf_counter() + seconds
+    done = 0
+    while done < least or (done < most and time.perf_counter() < end):
         shift = done % len(names)
         for name in names[shift:] + names[:shift]:
-            pair = _time_pair(*competitors[name])
-            if done:
-                taken[name].append(pair)
-        if not done:
-            count = max(least, min(most, int(seconds / (time.perf_counter() - started))))
+            taken[name].append(_time_pair(*competitors[name]))
         done += 1
     return {
         name: {
