@@ -16,7 +16,7 @@ SLUG = "attention"
 MIX = (128, 30, 45, 22, 80, 17, 60, 33)
 GRID = (
     grid(SLUG, variant="padded")
-    + grid(SLUG, variant="padded-dropout")
+    + grid(SLUG, widths=(768,), variant="padded-dropout")
     + grid(SLUG, (512, 4096), (768,), variant="full")
     + grid(SLUG, (512, 4096), (768,), "bf16", "padded")
     + grid(SLUG, (512,), (768,), "bf16", "padded-dropout")

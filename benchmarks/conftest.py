@@ -18,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="only the smallest case of every op, variant and dtype, and no file of results",
     )
-    group.addoption("--seconds", type=float, default=1.2, help="time for the rounds of one case")
+    group.addoption("--seconds", type=float, default=1.0, help="time for the rounds of one case")
     group.addoption("--ops-json", type=Path, default=opbench.RESULTS, help="file of results")
 
 

@@ -22,7 +22,7 @@ import fastbert
 from fastbert import backend, functional
 from fastbert.files import write_text
 from fastbert.testing.budget import assert_within_budget
-from fastbert.testing.machine import machine_info
+from fastbert.testing.machine import machine_info, peaks
 from fastbert.testing.parity import call, leaves_of, tree_map
 from fastbert.testing.samples import Cost
 from fastbert.testing.timing import Timing, interleave_training
@@ -304,6 +304,4 @@ def line(r: dict[str, Any]) -> str:
 
 def new_store(path: Path, seconds: float) -> Store:
     """The store of a session, its peaks measured now."""
-    from fastbert.testing.machine import peaks
-
     return Store(path, machine_info(), peaks(seconds))

@@ -125,7 +125,8 @@ def full(rows: Rows) -> list[str]:
 def machine_line(name: str, run: dict[str, Any]) -> str:
     """What a run was made on."""
     m, p = run["machine"], run["peaks"]
-    fma = f", FMA {p['fma_gflops_fp32']:.0f} GFLOP/s" if "fma_gflops_fp32" in p else ""
+    units = [f"{p[k]:.0f} {k[-4:]}" for k in ("fma_gflops_fp32", "fma_gflops_bf16") if k in p]
+    fma = f", {' and '.join(units)} by multiply-adds on registers" if units else ""
     return (
         f"- run {name}: {m['date']}, {m['cpu']}, {m['instructions']}, {m['threads']} threads, torch "
         f"{m['versions']['torch']}; peaks measured with it: {p['gflops_fp32']:.0f} GFLOP/s fp32 and "

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastbert import functional
+from fastbert import cpu, functional
 from fastbert.backend import SLUGS
 from fastbert.testing import machine
 from fastbert.testing.samples import Cost
@@ -226,3 +226,21 @@ def test_peaks(monkeypatch):
     assert found["threads"] == torch.get_num_threads()
     assert {"gflops_fp32", "gflops_bf16", "copy_gb_per_s"} <= found.keys()
     assert all(value > 0 for value in found.values())
+    if cpu.native is not None:
+        assert "fma_gflops_fp32" in found
+
+
+@pytest.mark.skipif(cpu.native is None, reason=str(cpu.unavailable))
+def test_wider_vectors_have_a_higher_peak():
+    default, found = cpu.native.isa(), {}
+    try:
+        for isa in cpu.native.isas():
+            cpu.native.use_isa(isa)
+            found[isa] = cpu.native.fma_peak(1)
+            assert (cpu.native.dot_peak(1) > 0) == (isa in ("avx512_bf16", "emulated"))
+    finally:
+        cpu.native.use_isa(default)
+    assert min(found.values()) > 0
+    # an AVX2 multiply-add does four times the arithmetic of an SSE multiply or add
+    if "avx2" in found:
+        assert found["avx2"] > 1.5 * found["baseline"]

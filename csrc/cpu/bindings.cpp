@@ -184,4 +184,6 @@ PYBIND11_MODULE(_cpu, m) {
   FASTBERT_DEFINE(dropout_add_layer_norm_fwd);
   FASTBERT_DEFINE(dropout_add_layer_norm_bwd);
   FASTBERT_DEFINE(philox_row);
+  FASTBERT_DEFINE(fma_peak);
+  FASTBERT_DEFINE(dot_peak);
 }

@@ -1,5 +1,6 @@
 #include "runtime.h"
 
+#include <chrono>
 #include <cstdlib>
 #include <new>
 
@@ -29,6 +30,11 @@ void* allocate(size_t bytes) {
 }
 
 void release(void* memory) { std::free(memory); }
+
+double seconds() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration<double>(now).count();
+}
 
 int team_size(int64_t work, int64_t grain, int64_t tasks, int threads) {
   int64_t team = work / grain < tasks ? work / grain : tasks;

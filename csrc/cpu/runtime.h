@@ -13,6 +13,9 @@ enum Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
 void* allocate(size_t bytes);
 void release(void* memory);
 
+// A clock that only runs forward.
+double seconds();
+
 // How many threads a kernel should use: at most `threads`, one per `grain` units of work and one
 // per task; one in a process that was forked, where the runtime's other threads do not exist.
 int team_size(int64_t work, int64_t grain, int64_t tasks, int threads);

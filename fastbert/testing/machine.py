@@ -42,9 +42,10 @@ def machine_info() -> dict[str, Any]:
 def peaks(seconds: float = 6.0) -> dict[str, float]:
     """What this machine can do now with torch's threads, measured within about `seconds`, which percentages refer to.
 
-    {"gflops_fp32", "gflops_bf16", "copy_gb_per_s", "threads"} and, where the native module measures it,
-    "fma_gflops_fp32". A GEMM peak is the best of torch, oneDNN with prepacked weights and our `linear`, over a few
-    sizes; a copy counts the bytes read and the bytes written.
+    {"gflops_fp32", "gflops_bf16", "copy_gb_per_s", "threads"} and, from the native module's instruction set,
+    "fma_gflops_fp32" and (AVX-512 BF16) "fma_gflops_bf16": multiply-adds on registers. A GEMM peak is the best of
+    torch, oneDNN with prepacked weights and our `linear`, over a few sizes; a copy counts the bytes read and the
+    bytes written.
     """
     from fastbert import cpu
 
@@ -57,8 +58,10 @@ def peaks(seconds: float = 6.0) -> dict[str, float]:
     target = torch.empty_like(source)
     best = _best(lambda: target.copy_(source), 0.2 * seconds)
     found["copy_gb_per_s"] = 2 * source.numel() * source.element_size() / best / 1e9
-    if cpu.native is not None and hasattr(cpu.native, "fma_peak"):
-        found["fma_gflops_fp32"] = float(cpu.native.fma_peak(threads))
+    if cpu.native is not None:
+        found["fma_gflops_fp32"] = cpu.native.fma_peak(threads)
+        if dot := cpu.native.dot_peak(threads):
+            found["fma_gflops_bf16"] = dot
     return found
 
 
