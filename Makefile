@@ -37,6 +37,7 @@ test-slow: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(PY) -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+	$(PY) benchmarks/tables.py
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -23,6 +23,7 @@ LONG_FUNCTIONS: dict[str, str] = {}
 NOT_SLUGS = {
     "fastbert/reference/philox.py": "the definition of the dropout bits, shared by the slugs",
     "csrc/cpu/bindings.cpp": "the module's entry, for all slugs",
+    "csrc/cpu/peak.cpp": "what the arithmetic units can do, which percentages refer to",
     "csrc/cpu/runtime.cpp": "memory and threads, compiled once for all instruction sets",
 }
 # public functions beside a backend's own: other modules of the same backend call them

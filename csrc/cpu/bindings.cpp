@@ -201,4 +201,6 @@ PYBIND11_MODULE(_cpu, m) {
   FASTBERT_DEFINE(linear_bwd_db);
   FASTBERT_DEFINE(linear_packed_size);
   FASTBERT_DEFINE(linear_pack);
+  FASTBERT_DEFINE(fma_peak);
+  FASTBERT_DEFINE(dot_peak);
 }

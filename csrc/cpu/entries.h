@@ -7,3 +7,4 @@
 #include "embed.h"
 #include "layer_norm.h"
 #include "linear.h"
+#include "peak.h"

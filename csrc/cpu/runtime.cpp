@@ -1,5 +1,6 @@
 #include "runtime.h"
 
+#include <chrono>
 #include <cstdlib>
 #include <new>
 
@@ -44,6 +45,11 @@ void large_pages(void* memory, size_t bytes) {
 #else
   (void)memory, (void)bytes;
 #endif
+}
+
+double seconds() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration<double>(now).count();
 }
 
 int team_size(int64_t work, int64_t grain, int64_t tasks, int threads) {

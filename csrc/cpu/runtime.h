@@ -16,6 +16,8 @@ void release(void* memory);
 // Asks for large pages behind memory that is about to be written for the first time: page faults
 // are most of the cost of a fresh gradient of 94 MB.
 void large_pages(void* memory, size_t bytes);
+// A clock that only runs forward.
+double seconds();
 
 // How many threads a kernel should use: at most `threads`, one per `grain` units of work and one
 // per task; one in a process that was forked, where the runtime's other threads do not exist.

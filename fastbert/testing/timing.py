@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,54 @@ def interleave(
             if number >= 0:
                 seconds[name].append(taken)
     return {name: Timing.of(values) for name, values in seconds.items()}
+
+
+def interleave_training(
+    competitors: Mapping[str, tuple[Callable[[], Any], Callable[[Any], object]]],
+    seconds: float,
+    rounds: tuple[int, int] = (3, 200),
+) -> dict[str, dict[str, Timing]]:
+    """Time (forward, backward) pairs in rotating order: {name: {"forward", "backward", "both": Timing}}.
+
+    Each backward takes what its own forward has just returned, so that no graph is kept for longer than a training
+    step keeps it. As many rounds as fit into `seconds`, within the bounds `rounds`; callers warm up. Raises ValueError
+    without competitors or with bounds that allow no round.
+    """
+    least, most = rounds
+    if not competitors or not 1 <= least <= most:
+        raise ValueError(
+            f"{len(competitors)} competitors in {least} to {most} rounds: nothing can be timed"
+        )
+    names = list(competitors)
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    end = time.perf_counter() + seconds
+    done = 0
+    while done < least or (done < most and time.perf_counter() < end):
+        shift = done % len(names)
+        for name in names[shift:] + names[:shift]:
+            taken[name].append(_time_pair(*competitors[name]))
+        done += 1
+    return {
+        name: {
+            "forward": Timing.of([f for f, _ in pairs]),
+            "backward": Timing.of([b for _, b in pairs]),
+            "both": Timing.of([f + b for f, b in pairs]),
+        }
+        for name, pairs in taken.items()
+    }
+
+
+def _time_pair(
+    forward: Callable[[], Any], backward: Callable[[Any], object]
+) -> tuple[float, float]:
+    _wait()
+    started = time.perf_counter()
+    y = forward()
+    _wait()
+    between = time.perf_counter()
+    backward(y)
+    _wait()
+    return between - started, time.perf_counter() - between
 
 
 def _time(call: Callable[[], object]) -> float:
