@@ -94,7 +94,7 @@ inline Softmax softmax_row(float* s, int64_t n, int64_t end, float scale) {
   const float m = max(top);
   F total = zero();
   for (int64_t j = 0; j < n; j += W) {
-    const F e = exp(load(s + j) - m);
+    const F e = exp_nonpositive(load(s + j) - m);
     store(s + j, e);
     total += e;
   }

@@ -58,6 +58,10 @@ inline Matrix<T> matrix(const T* p, int64_t row, int64_t col) {
   return {{p, p, p}, row, col, int64_t{1} << 62};
 }
 
+// whether products of this type go through bf16 pairs
+template <typename T>
+constexpr bool kPaired = FASTBERT_DOT_BF16 && __is_same(T, bf16);
+
 // 32-bit units along k
 inline int64_t units(int64_t K, bool pairs) { return pairs ? (K + 1) / 2 : K; }
 

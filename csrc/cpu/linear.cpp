@@ -7,10 +7,6 @@ namespace fastbert {
 namespace FASTBERT_ISA {
 namespace {
 
-// whether products of this type go through bf16 pairs
-template <typename T>
-constexpr bool kPaired = FASTBERT_DOT_BF16 && __is_same(T, bf16);
-
 // writes alpha tile + bias as T
 template <typename T>
 struct Write {

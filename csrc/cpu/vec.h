@@ -197,17 +197,31 @@ inline F sqrt(F x) {
 }
 inline float sqrt1(float x) { return __builtin_sqrtf(x); }
 
-// sum of the lanes, folded pairwise
+// fold(fold(lower half, upper half), ..) down to one lane
+typedef float F4 __attribute__((vector_size(16)));
+template <typename Fold>
+inline float fold_lanes(F v, const Fold& fold) {
+#if FASTBERT_WIDTH == 16
+  typedef float F8 __attribute__((vector_size(32)));
+  const F8 eight = fold(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                        __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+  const F4 four = fold(__builtin_shufflevector(eight, eight, 0, 1, 2, 3),
+                       __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
+#elif FASTBERT_WIDTH == 8
+  const F4 four =
+      fold(__builtin_shufflevector(v, v, 0, 1, 2, 3), __builtin_shufflevector(v, v, 4, 5, 6, 7));
+#else
+  const F4 four = v;
+#endif
+  const F4 two = fold(four, __builtin_shufflevector(four, four, 2, 3, 0, 1));
+  return fold(two, __builtin_shufflevector(two, two, 1, 0, 3, 2))[0];
+}
 inline float sum(F v) {
-  for (int width = W / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) v[i] += v[i + width];
-  return v[0];
+  return fold_lanes(v, [](auto a, auto b) { return a + b; });
 }
 // largest lane; a NaN may be lost
 inline float max(F v) {
-  float best = v[0];
-  for (int i = 1; i < W; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+  return fold_lanes(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // --- integers for Philox ---

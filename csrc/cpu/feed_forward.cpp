@@ -1,0 +1,110 @@
+// The feed-forward's two products that GELU rides on, as epilogues: the pre-activation and gelu of
+// it are written while the tile is in cache. The other products are linear's.
+//
+//   u = x w1^T + b1,  h = gelu(u),  y = h w2^T + b2;    du = (dy w2) gelu'(u)
+#include "feed_forward.h"
+
+#include "gemm.h"
+#include "math.h"
+
+namespace fastbert {
+namespace FASTBERT_ISA {
+namespace {
+
+template <typename T, bool kTanh>
+struct WriteUp {
+  const float* b1;
+  T* u;
+  T* h;
+  int64_t ld;
+
+  void operator()(int64_t i, int64_t rows, int64_t j, int64_t cols, const float* tile,
+                  int64_t tile_ld) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* in = tile + r * tile_ld;
+      const int64_t at = (i + r) * ld + j;
+      for (int64_t c = 0; c < cols; c += W) {
+        F value = load(in + c);
+        if (b1) value += load(b1 + j + c, cols - c);
+        if (u) store(u + at + c, value, cols - c);
+        store(h + at + c, gelu<kTanh>(value).value, cols - c);
+      }
+    }
+  }
+};
+
+template <typename T, bool kTanh>
+struct WriteDown {
+  const T* u;
+  T* du;
+  T* h;
+  int64_t ld;
+
+  void operator()(int64_t i, int64_t rows, int64_t j, int64_t cols, const float* tile,
+                  int64_t tile_ld) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* in = tile + r * tile_ld;
+      const int64_t at = (i + r) * ld + j;
+      for (int64_t c = 0; c < cols; c += W) {
+        const Gelu g = gelu<kTanh>(load(u + at + c, cols - c));
+        store(du + at + c, load(in + c) * g.derivative, cols - c);
+        if (h) store(h + at + c, g.value, cols - c);
+      }
+    }
+  }
+};
+
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+
+template <typename Body>
+void with_tanh(bool tanh, const Body& body) {
+  if (tanh)
+    body(Flag<true>{});
+  else
+    body(Flag<false>{});
+}
+
+}  // namespace
+
+void feed_forward_up(int x_dtype, int w_dtype, bool tanh, const void* x, const void* w1,
+                     const float* packed, const float* b1, void* u, void* h, int64_t M, int64_t F_,
+                     int64_t C, int threads) {
+  with_type(x_dtype, [&](auto t) {
+    using T = decltype(t);
+    const Operand<T> a = {matrix(static_cast<const T*>(x), C, 1), M, false};
+    with_tanh(tanh, [&](auto flag) {
+      const WriteUp<T, decltype(flag)::value> write = {b1, static_cast<T*>(u), static_cast<T*>(h),
+                                                       F_};
+      if (packed) return gemm<kPaired<T>>(M, F_, C, a, Packed{packed}, threads, write);
+      with_type(w_dtype, [&](auto w) {
+        using TW = decltype(w);
+        const Operand<TW> b = {matrix(static_cast<const TW*>(w1), C, 1), F_, false};
+        gemm<kPaired<T>>(M, F_, C, a, b, threads, write);
+      });
+    });
+  });
+}
+
+void feed_forward_down_bwd(int x_dtype, int w_dtype, bool tanh, const void* dy, const void* w2,
+                           const void* u, void* du, void* h, int64_t M, int64_t F_, int64_t C,
+                           int threads) {
+  with_type(x_dtype, [&](auto t) {
+    using T = decltype(t);
+    const Operand<T> a = {matrix(static_cast<const T*>(dy), C, 1), M, false};
+    with_tanh(tanh, [&](auto flag) {
+      const WriteDown<T, decltype(flag)::value> write = {
+          static_cast<const T*>(u), static_cast<T*>(du), static_cast<T*>(h), F_};
+      with_type(w_dtype, [&](auto w) {
+        using TW = decltype(w);
+        const Operand<TW> b = {matrix(static_cast<const TW*>(w2), F_, 1), F_, true};
+        gemm<kPaired<T>>(M, F_, C, a, b, threads, write);
+      });
+    });
+  });
+}
+
+}  // namespace FASTBERT_ISA
+}  // namespace fastbert
