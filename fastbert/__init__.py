@@ -2,6 +2,17 @@
 
 from fastbert import backend, functional
 from fastbert.backend import debug, explain, use
+from fastbert.freeze import freeze, frozen_bytes, unfreeze
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "backend", "debug", "explain", "functional", "use"]
+__all__ = [
+    "__version__",
+    "backend",
+    "debug",
+    "explain",
+    "freeze",
+    "frozen_bytes",
+    "functional",
+    "unfreeze",
+    "use",
+]

@@ -29,6 +29,7 @@ from fastbert.blocks import (
     log_once,
 )
 from fastbert.config import BertConfig
+from fastbert.freeze import Frozen
 from fastbert.ops._register import seed_for
 from fastbert.packing import Inputs, Packing, prepare
 from fastbert.reference.philox import dropout
@@ -208,6 +209,8 @@ class BertModel(Pretrained):
         wanted = c.add_pooler if add_pooler is None else add_pooler
         self.pooler = Linear(width, width) if wanted else None
         self.gradient_checkpointing = False
+        # packed copies of the weights, by fastbert.freeze only
+        self.frozen: Frozen | None = None
         self.init_weights()
 
     @property
@@ -243,6 +246,11 @@ class BertModel(Pretrained):
         # one seed for the whole forward, whatever the modules' p: recomputed layers must see the same masks
         seed = seed_for(1.0, None, inputs.ids) if self.training else None
         x = self.embeddings(inputs.ids, inputs.positions, inputs.types, seed, 0)
+        whole = not (inputs.output_hidden_states or inputs.output_attentions)
+        if self.frozen is not None and whole and self.frozen.serves(self, x):
+            return Encoded(
+                self.frozen.encode(self, x, packing.cu_seqlens, rows), packing, seed, None, None
+            )
         states: list[Tensor] = []
         weights: list[Tensor] = []
         narrow = -1 if inputs.output_hidden_states else len(self.layers) - 1

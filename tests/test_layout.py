@@ -24,6 +24,7 @@ NOT_SLUGS = {
     "fastbert/reference/philox.py": "the definition of the dropout bits, shared by the slugs",
     "csrc/cpu/bindings.cpp": "the module's entry, for all slugs",
     "csrc/cpu/peak.cpp": "what the arithmetic units can do, which percentages refer to",
+    "csrc/cpu/encoder.cpp": "whole layers for inference, made of the slugs' kernels",
     "csrc/cpu/runtime.cpp": "memory and threads, compiled once for all instruction sets",
 }
 # public functions beside a backend's own: other modules of the same backend call them

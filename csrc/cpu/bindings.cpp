@@ -192,6 +192,7 @@ PYBIND11_MODULE(_cpu, m) {
   FASTBERT_DEFINE(dropout_add_layer_norm_bwd);
   FASTBERT_DEFINE(embed_fwd);
   FASTBERT_DEFINE(embed_bwd);
+  FASTBERT_DEFINE(encoder_infer);
   FASTBERT_DEFINE(feed_forward_up);
   FASTBERT_DEFINE(feed_forward_down_bwd);
   FASTBERT_DEFINE(layer_norm_fwd);

@@ -5,6 +5,7 @@
 #include "cross_entropy.h"
 #include "dropout_add_layer_norm.h"
 #include "embed.h"
+#include "encoder.h"
 #include "feed_forward.h"
 #include "layer_norm.h"
 #include "linear.h"

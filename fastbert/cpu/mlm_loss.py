@@ -1,4 +1,4 @@
-"""mlm_loss on the native GEMM and softmax: labelled rows only, the gradient in place of the logits, chunks above max_rows."""
+"""mlm_loss on the native GEMM and softmax: labelled rows only, the gradient in place of the logits, chunks if many."""
 
 from __future__ import annotations
 
