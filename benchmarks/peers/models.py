@@ -177,8 +177,10 @@ def fastbert(job: Job, freeze: bool = True) -> Any:
 def zentorch(job: Job) -> Call:
     """AMD's backend of torch.compile; it repacks the weights in place, so nothing else may use this model."""
     import torch
-    import zentorch  # noqa: F401
+    import zentorch
 
+    if not zentorch._C.is_avx512_supported():
+        raise Unsupported("zentorch optimises nothing on a CPU without AVX-512: plain inductor")
     torch._inductor.config.freezing = True
     model = transformers_model(job, bf16_weights=job.precision == "bf16")
     model.compile(backend="zentorch")
@@ -201,13 +203,20 @@ def export_onnx(job: Job, target: Path) -> None:
     """BertModel in ONNX; only this attention and exporter give what onnxruntime fuses."""
     import torch
 
-    model = transformers_model(job, attention="eager")
-    sample = tuple(job.tensors()[0][name] for name in INPUTS)
+    class Hidden(torch.nn.Module):
+        """Plain arguments in a plain order: the exporter passes them by position."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert = transformers_model(job, attention="eager")
+
+        def forward(self, ids: Any, mask: Any, types: Any) -> Any:
+            return self.bert(ids, attention_mask=mask, token_type_ids=types).last_hidden_state
+
     axes = {name: {0: "batch", 1: "length"} for name in (*INPUTS, "last_hidden_state")}
-    target.parent.mkdir(exist_ok=True)
     torch.onnx.export(
-        model,
-        sample,
+        Hidden().eval(),
+        tuple(job.tensors()[0][name] for name in INPUTS),
         str(target),
         input_names=list(INPUTS),
         output_names=["last_hidden_state"],
@@ -230,9 +239,18 @@ def optimize_onnx(source: Path, target: Path) -> None:
 
 def quantize_onnx(source: Path, target: Path) -> None:
     """Weights in int8, activations quantised as they come."""
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    quantize_dynamic(str(source), str(target), weight_type=QuantType.QInt8, per_channel=True)
+    # shapes can't be inferred through the fused nodes
+    extra = {"DefaultTensorType": onnx.TensorProto.FLOAT}
+    quantize_dynamic(
+        str(source),
+        str(target),
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        extra_options=extra,
+    )
 
 
 def onnxruntime(job: Job, int8: bool = False) -> Call:
@@ -284,7 +302,10 @@ def convert_ctranslate2(job: Job, target: Path) -> None:
     from ctranslate2.converters import TransformersConverter
 
     encoder = target.with_name("ctranslate2-source")
-    transformers_model(job).save_pretrained(encoder)
+    model = transformers_model(job)
+    # the converter reads what transformers 5 no longer writes
+    model.config.position_embedding_type = "absolute"
+    model.save_pretrained(encoder)
     TransformersConverter(str(encoder)).convert(str(target))
 
 
