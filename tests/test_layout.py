@@ -259,7 +259,9 @@ def test_readme_links_and_table():
     assert not [link for link in links if not (ROOT / link).exists()]
     results = json.loads(text("benchmarks/results/bert.json"))
     command = [sys.executable, "benchmarks/readme.py", "--check"]
-    assert len(results["rows"]) == 8
+    # the README shows what was measured, all of it: a row is a work with its competitors
+    assert results["rows"]
+    assert all("fastbert" in row["results"] for row in results["rows"])
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0, (
         "python benchmarks/readme.py"
     )
