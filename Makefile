@@ -40,7 +40,7 @@ test-slow: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(PY) -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
-	$(PY) benchmarks/bench_bert.py --own --peers fastbert sdpa compiled --rows 'infer-*-fp32' '*-real-fp32' \
+	$(PY) benchmarks/bench_bert.py --peers fastbert sdpa compiled --rows 'infer-*-fp32' '*-real-fp32' \
 		--rounds 3 --limit 20 --out runs/bench/bert.json
 
 bench-peers: $(INSTALLED)

@@ -37,7 +37,6 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", nargs="+", default=["*"], help="patterns, such as 'infer-*-fp32'")
     parser.add_argument("--peers", nargs="+", default=["*"], help="patterns, such as 'fastbert*'")
-    parser.add_argument("--own", action="store_true", help="no peer that needs an environment")
     parser.add_argument("--rounds", type=int, help="instead of each row's own number")
     parser.add_argument("--limit", type=float, default=60, help="leave out calls longer than this")
     parser.add_argument("--timeout", type=float, default=900, help="for loading and compiling")
@@ -129,7 +128,7 @@ def run(options: argparse.Namespace) -> None:
     for work in WORKS:
         if not any(fnmatch(work.name, pattern) for pattern in options.rows):
             continue
-        peers = [p for p in PEERS if p.takes(work) and (p.env is None or not options.own)]
+        peers = [p for p in PEERS if p.takes(work)]
         peers = [p for p in peers if any(fnmatch(p.name, pattern) for pattern in options.peers)]
         print(f"{work.name}: {', '.join(p.name for p in peers)}", flush=True)
         started = time.monotonic()

@@ -44,9 +44,11 @@ def _colour(name: str, result: dict[str, Any]) -> str:
 
 def _times(rows: list[dict[str, Any]]) -> Any:
     """One panel per work: median milliseconds with p20 to p80, fastest on top."""
-    columns = 2
+    columns = min(2, len(rows))
     height = (len(rows) + columns - 1) // columns
-    figure, axes = plt.subplots(height, columns, figsize=(11, 2.9 * height), squeeze=False)
+    figure, axes = plt.subplots(
+        height, columns, figsize=(5.5 * columns, 2.9 * height), squeeze=False
+    )
     for axis, row in zip(axes.flat, rows, strict=False):
         timed = [(n, r) for n, r in row["results"].items() if "seconds" in r]
         timed.sort(key=lambda item: -item[1]["seconds"]["median"])

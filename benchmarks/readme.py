@@ -127,10 +127,9 @@ def full_table(results: dict[str, Any]) -> str:
             band = f"{duration(s['p20'])} to {duration(s['p80'])}"
             lines.append(f"| {name}{note} | {duration(s['median'])} | {band} | {close} | {share} |")
         lines += ["", *(f"- {reason}" for reason in failed), ""]
-    used = [
-        f"{name} {versions.get(name.split('-')[0], versions.get('torch', ''))}"
-        for name, versions in results["environments"].items()
-    ]
+    used = sorted(
+        {f"{p} {v}" for found in results["environments"].values() for p, v in found.items()}
+    )
     return "\n".join([*lines, f"Versions: {', '.join(used)}."])
 
 
