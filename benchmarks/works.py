@@ -115,6 +115,8 @@ def make_models(folder: Path) -> None:
     """BERT-base with random weights as Hugging Face directories: folder/model and folder/classifier."""
     import transformers
 
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     for name, cls in (
         ("model", transformers.BertForPreTraining),
         ("classifier", transformers.BertForSequenceClassification),
