@@ -38,7 +38,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", default=["*"], help="patterns, such as 'infer-*-fp32'")
     parser.add_argument("--peers", nargs="+", default=["*"], help="patterns, such as 'fastbert*'")
     parser.add_argument("--rounds", type=int, help="instead of each row's own number")
-    parser.add_argument("--limit", type=float, default=60, help="leave out calls longer than this")
+    parser.add_argument(
+        "--limit", type=float, help="leave out calls longer than this, instead of each row's own"
+    )
     parser.add_argument("--timeout", type=float, default=900, help="for loading and compiling")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON that rows are merged into")
     parser.add_argument("--folder", type=Path, help="keeps converted models for the next run")
@@ -84,12 +86,11 @@ def measure(
             "inputs": str(inputs),
             "threads": torch.get_num_threads(),
         },
-        folder,
         batches=len(list(inputs.glob("batch*.npz"))),
         calls=work.calls,
         rounds=options.rounds or work.rounds,
         memory=work.kind != "infer",
-        limits=Limits(options.timeout, options.limit),
+        limits=Limits(options.timeout, options.limit or work.limit),
     )
     outcomes = race.run([peer.name for peer in peers])
     for peer in PEERS:
@@ -156,9 +157,11 @@ def report(new: dict[str, Any], seconds: float) -> None:
     if new["ratio"]:
         r = new["ratio"]
         band = f"{r['p20']:.2f} to {r['p80']:.2f}"
-        print(f"  {r['median']:.2f}x ({band}) of {new['best_peer']}, goal {new['goal']}x")
+        print(f"  {r['median']:.2f}x ({band}) of {new['best_peer']}")
     if new["memory_ratio"]:
         print("  memory: " + ", ".join(f"{k} {v:.2f}" for k, v in new["memory_ratio"].items()))
+    for goal in new["goals"]:
+        print(f"  goal: {goal['what']} {goal['goal']:g}, {'met' if goal['met'] else 'missed'}")
     print(f"  took {seconds:.0f} s", flush=True)
 
 
@@ -166,9 +169,10 @@ def main() -> int:
     """Parse, measure; Ctrl-C ends all workers and keeps the rows that were finished."""
     options = arguments()
     if options.list:
-        print(
-            "rows:", *(work.name for work in WORKS), "peers:", *(p.name for p in PEERS), sep="\n  "
-        )
+        print("rows:")
+        for work in WORKS:
+            print(f"  {work.name:24} {work.rounds:2} rounds, limit {work.limit:3g} s: {work.title}")
+        print("peers:", *(p.name for p in PEERS), sep="\n  ")
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -20,26 +20,15 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
 
 
-def verdict(value: float | None, goal: float, met: bool, show: str) -> str:
+def verdict(goal: dict[str, Any]) -> str:
     """A goal and what came of it."""
-    if value is None:
-        return f"{show}: not measured"
-    return f"{show}: {'met' if met else '**missed**'}"
-
-
-def goals(row: dict[str, Any]) -> str:
-    """The goals of a row, met or missed."""
-    said = []
-    speed = row["ratio"]["median"] if row["ratio"] else None
-    if row["goal"]:
-        met = speed is not None and speed >= row["goal"]
-        said.append(verdict(speed, row["goal"], met, f"{row['goal']:g}x"))
-    if row["peak_goal"]:
-        share = row["results"].get("fastbert", {}).get("of_peak")
-        shown = "" if share is None else f" ({share:.0%})"
-        met = share is not None and share >= row["peak_goal"]
-        said.append(verdict(share, row["peak_goal"], met, f"{row['peak_goal']:.0%} of peak{shown}"))
-    return "; ".join(said) or "--"
+    said = "met" if goal["met"] else "**missed**" if goal["value"] is not None else "not measured"
+    shown = "" if goal["value"] is None else f" ({goal['value']:.0%})"
+    return {
+        "speed": f"{goal['goal']:g}x: {said}",
+        "of peak": f"{goal['goal']:.0%} of peak{shown}: {said}",
+        "memory": f"goal {goal['goal']:.0%}: {said}",
+    }[goal["what"]]
 
 
 def speedup(row: dict[str, Any]) -> str:
@@ -69,7 +58,7 @@ def short_table(results: dict[str, Any]) -> str:
             seconds.get("fastbert", "--"),
             f"{best} {seconds[best]}" if best else "--",
             speedup(row),
-            goals(row),
+            "; ".join(verdict(g) for g in row["goals"] if g["what"] != "memory") or "--",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *memory_lines(results), footnote(results)]
@@ -78,16 +67,13 @@ def short_table(results: dict[str, Any]) -> str:
 
 def memory_lines(results: dict[str, Any]) -> list[str]:
     """Peak memory against stock, where a goal is set for it."""
-    lines = []
-    for row in results["rows"]:
-        if row["memory_goal"] and row["memory_ratio"]:
-            r, goal = row["memory_ratio"], row["memory_goal"]
-            said = verdict(r["peak"], goal, r["peak"] <= goal, f"goal {goal:.0%}")
-            lines.append(
-                f"Peak memory, {row['title']}, {row['precision']}: {r['peak']:.0%} of stock's process, "
-                f"{r['added']:.0%} of what its step adds ({said}).\n"
-            )
-    return lines
+    return [
+        f"Peak memory, {row['title']}, {row['precision']}: {row['memory_ratio']['peak']:.0%} of stock's process, "
+        f"{row['memory_ratio']['added']:.0%} of what its step adds ({verdict(goal)}).\n"
+        for row in results["rows"]
+        for goal in row["goals"]
+        if goal["what"] == "memory" and row["memory_ratio"]
+    ]
 
 
 def footnote(results: dict[str, Any]) -> str:

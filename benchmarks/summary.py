@@ -89,11 +89,27 @@ def row(
         name: result_of(outcome, work, peers[name], inputs, facts.get("peaks") or {})
         for name, outcome in outcomes.items()
     }
-    keys = ("kind", "fill", "precision", "title", "goal", "peak_goal", "memory_goal")
+    keys = ("kind", "fill", "precision", "title")
     made = {"work": work.name, **{key: getattr(work, key) for key in keys}, **facts}
     made["fill_percent"] = round(100 * _fill(inputs))
-    made["results"] = results
-    return {**made, **compared(results, work.precision)}
+    found = compared(results, work.precision)
+    return {**made, "results": results, **found, "goals": goals(work, results, found)}
+
+
+def goals(work: Work, results: dict[str, Any], found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the work is to reach: {"what", "goal", "value", "met"}; value is None where there is nothing to compare."""
+    speed, memory = found["ratio"], found["memory_ratio"]
+    share = results.get(OURS, {}).get("of_peak")
+    made = []
+    for what, goal, value in (
+        ("speed", work.goal, speed and speed["median"]),
+        ("of peak", work.peak_goal, share),
+        ("memory", work.memory_goal, memory and memory["peak"]),
+    ):
+        if goal is not None:
+            reached = value is not None and (value <= goal if what == "memory" else value >= goal)
+            made.append({"what": what, "goal": goal, "value": value, "met": reached})
+    return made
 
 
 def compared(results: dict[str, dict[str, Any]], precision: str) -> dict[str, Any]:

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-WARMUP = 2
-
 
 class WorkerError(RuntimeError):
     """A worker failed, died or did not answer; the message is the reason as a sentence."""
@@ -111,7 +109,7 @@ class Outcome:
     samples: list[float] = field(default_factory=list)
     check: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    memory: dict[str, int] | None = None
+    memory: dict[str, Any] | None = None
     reason: str = ""
 
 
@@ -121,7 +119,6 @@ class Race:
 
     start: Callable[[str], Handle]
     job: dict[str, Any]
-    scratch: Path
     batches: int = 1
     calls: int = 1
     rounds: int = 5
@@ -154,26 +151,28 @@ class Race:
                 shift = number % len(alive) if alive else 0
                 for name in alive[shift:] + alive[:shift]:
                     attempt(name, lambda h, o, n=number: o.samples.append(self._time(h, n)))
-            if self.memory:
-                for name in list(handles):
-                    attempt(name, self._memory)
         finally:
             for handle in handles.values():
                 handle.close()
         return outcomes
 
     def _prepare(self, handle: Handle, outcome: Outcome) -> None:
-        """Load, compare, and warm up with every shape."""
+        """Load, compare, warm up with every shape and, on the way, measure the memory."""
         started = time.monotonic()
         outcome.versions = handle.ask(self.limits.load, "load", **self.job)["versions"]
-        file = self.scratch / f"{handle.process.pid}.npy"
+        file = handle.log.with_suffix(".npy")
         outcome.check = handle.ask(self.limits.load, "check", file=str(file))
-        warmup = max(WARMUP, self.batches)
         # the first call of a shape may compile
-        seconds = [self._time(handle, n, self.limits.load) for n in range(warmup)]
-        if seconds[-1] > self.limits.call:
+        for number in range(self.batches):
+            self._time(handle, number, self.limits.load)
+        if self.memory:
+            outcome.memory = handle.ask(self.limits.load, "memory", batch=0)
+            seconds = outcome.memory.pop("seconds")
+        else:
+            seconds = self._time(handle, 0, self.limits.load)
+        if seconds > self.limits.call:
             raise WorkerError(
-                f"left out: a call took {seconds[-1]:.1f} s, the limit is {self.limits.call:g} s"
+                f"left out: a call took {seconds:.1f} s, the limit is {self.limits.call:g} s"
             )
         self.say(f"  {handle.log.stem}: ready after {time.monotonic() - started:.0f} s")
 
@@ -181,6 +180,3 @@ class Race:
         timeout = timeout or (2 + self.calls) * self.limits.call
         batch = number % self.batches
         return float(handle.ask(timeout, "time", batch=batch, calls=self.calls)["seconds"])
-
-    def _memory(self, handle: Handle, outcome: Outcome) -> None:
-        outcome.memory = handle.ask(3 * self.limits.call, "memory", batch=0)

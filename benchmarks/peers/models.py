@@ -147,29 +147,27 @@ def autocast(job: Job) -> Call:
 
 
 def fastbert(job: Job, freeze: bool = True) -> Any:
-    """This project; `freeze` packs the weights for inference, as other engines do."""
+    """This project; `freeze` packs the weights for inference, as other engines do; cast to bf16 as theirs are."""
     import torch
 
     import fastbert
-    from fastbert import bert
+    from fastbert import bert, cpu
 
+    if cpu.native is None:
+        raise Unsupported(str(cpu.unavailable))
+    if not freeze and not hasattr(fastbert, "freeze"):
+        raise Unsupported("this fastbert has no freeze, so this is fastbert")
     names = {"infer": "BertModel", "pretrain": "BertForPreTraining"}
     cls = getattr(bert, names.get(job.kind, "BertForSequenceClassification"))
     source = job.folder / ("classifier" if job.kind == "finetune" else "model")
     model = cls.from_pretrained(source)
     if job.kind != "infer":
         return Step(model, job)
-    model.eval()
+    model = model.to(torch.bfloat16 if job.precision == "bf16" else torch.float32).eval()
     # older versions have none; it may work in place or return something new
     if freeze and hasattr(fastbert, "freeze"):
         model = fastbert.freeze(model) or model
-    call = infer(model, job, torch.inference_mode)
-
-    def cast(number: int) -> Any:
-        with job.autocast():
-            return call(number)
-
-    return cast if job.precision == "bf16" else call
+    return infer(model, job, torch.inference_mode)
 
 
 def zentorch(job: Job) -> Call:

@@ -66,7 +66,13 @@ class Worker:
             torch.set_num_threads(job["threads"])
         self.call = PEERS[self.peer](Job(**job))
         names = ("torch", "transformers", "numpy", "onnx", self.peer.split("-")[0])
-        return {"versions": versions(names)}
+        found = versions(names)
+        if self.peer.startswith("fastbert"):
+            import fastbert
+
+            # of the checkout, which is not an installed distribution
+            found |= {"fastbert": fastbert.__version__, "native": fastbert.cpu.native.isa()}
+        return {"versions": found}
 
     def check(self, file: str) -> dict[str, Any]:
         """What the driver compares: a loss, or the last hidden state of the first batch in a file."""
@@ -85,14 +91,14 @@ class Worker:
         return {"seconds": (time.perf_counter() - started) / calls}
 
     def memory(self, batch: int) -> dict[str, Any]:
-        """Bytes resident before a call and at its peak."""
+        """Seconds of one call, and the bytes resident before it and at its peak."""
         gc.collect()
         # freed memory that malloc has kept would hide a part of what the call needs
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = resident()["VmRSS"]
-        self.call(batch)
-        return {"before": before, "peak": resident()["VmHWM"]}
+        seconds = self.time(batch)["seconds"]
+        return {"seconds": seconds, "before": before, "peak": resident()["VmHWM"]}
 
 
 def main() -> None:
