@@ -68,7 +68,7 @@ WORKS = [
         memory_goal=0.5,
     ),
     *_both("pretrain", "full", "MLM + NSP step, no padding", lengths=FULL, rounds=5, goal=1.8),
-    *_both("finetune", "sentences", SENTENCES, rounds=8, goal=1.5),
+    *_both("finetune", "sentences", SENTENCES, rounds=6, goal=1.5),
 ]
 
 
@@ -155,7 +155,7 @@ def _random(work: Work) -> dict[str, np.ndarray]:
     return batch
 
 
-def _sentences(count: int = 4, size: int = 32) -> list[dict[str, np.ndarray]]:
+def _sentences(count: int = 2, size: int = 32) -> list[dict[str, np.ndarray]]:
     """Batches of real sentences, padded to their longest, with labels of no meaning."""
     from fastbert.data import load_tokenizer
     from fastbert.data.sentences import split_sentences
