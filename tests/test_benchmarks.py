@@ -326,3 +326,18 @@ def test_a_real_worker(tiny, tmp_path):
         "reason": "autocast differs from sdpa in bf16 inference only"
     }
     assert made["fill_percent"] == 78
+
+
+@pytest.mark.skipif(cpu.native is None, reason="the fastbert peer wants the native module")
+def test_real_workers_train(tiny, tmp_path):
+    work = works.Work("pretrain", "tiny", "fp32", "tiny", lengths=(5, 29), memory_goal=0.5)
+    inputs = works.make_inputs(tmp_path, work)
+    job = {"kind": "pretrain", "precision": "fp32", "folder": str(tmp_path)}
+    job |= {"inputs": str(inputs), "threads": 1}
+    race = Race(bench_bert.starter(tmp_path), job, rounds=1, memory=True, limits=Limits(120, 60))
+    outcomes = race.run(["fastbert", "sdpa"])
+    made = summary.row(work, outcomes, inputs, {"date": "today", "peaks": None, "rounds": 1})
+    assert made["best_peer"] == "sdpa"
+    assert all(r["agreement"]["loss_difference"] < 1e-4 for r in made["results"].values())
+    assert 0 < made["memory_ratio"]["peak"] < 2
+    assert [goal["what"] for goal in made["goals"]] == ["memory"]
