@@ -1,12 +1,15 @@
 # Every target makes .venv and installs what it needs; only Python, a C++ compiler and a package index are assumed.
 #   make demo        pretrain a small BERT on a real corpus and fill masks with it (about two minutes of training)
 #   make test        the default test suite        make test-slow   what takes longer than that
-#   make bench       the benchmarks                make lint        ruff, clang-format, mypy
+#   make bench       the benchmarks that need no environment but this one
+#   make bench-peers the end-to-end benchmark against all peers, each in its own environment
+#   make lint        ruff, clang-format, mypy
 # PYTHON chooses the interpreter, PIP_ARGS goes to pip: for torch without CUDA on a machine that would get it with,
 #   make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -16,7 +19,7 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-slow bench lint
+.PHONY: install demo test test-slow bench bench-peers lint
 
 install: $(INSTALLED)
 
@@ -38,6 +41,13 @@ test-slow: $(INSTALLED)
 bench: $(INSTALLED)
 	$(PY) -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
 	$(PY) benchmarks/tables.py
+	$(PY) benchmarks/bench_bert.py --peers fastbert sdpa compiled --rows 'infer-*-fp32' '*-real-fp32' \
+		--rounds 3 --limit 20 --out runs/bench/bert.json
+
+bench-peers: $(INSTALLED)
+	$(PY) benchmarks/peers/install.py --pip-args="$(PIP_ARGS)"
+	$(PY) benchmarks/bench_bert.py $(BENCH_ARGS)
+	$(PY) benchmarks/readme.py
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -1,141 +1,190 @@
-"""A whole BERT-base against transformers (SDPA) from the same weights: training and inference, real lengths and full.
+"""A whole BERT-base, end to end, against what a user would run otherwise: `python benchmarks/bench_bert.py --help`.
 
-`make bench` runs it; it writes benchmarks/results/bert.json, of which `python benchmarks/readme.py` makes README's
-table.
+Every competitor is a process of its own (peers/worker.py), in its own environment where it needs one; rounds are
+interleaved. Rows are merged into a JSON of which benchmarks/readme.py makes tables and plots. docs/benchmarks.md
+tells how it is measured.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Callable
-from contextlib import nullcontext
+import os
+import signal
+import sys
+import tempfile
+import time
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-import transformers
+from peers.driver import Handle, Limits, Outcome, Race, WorkerError
+from peers.install import find
+from summary import row
+from works import PEERS, WORKS, Peer, Work, make_inputs, make_models
 
-from fastbert.bert import BertForPreTraining
-from fastbert.testing.machine import machine_info
-from fastbert.testing.timing import interleave
+from fastbert.files import write_text
+from fastbert.testing import machine
 
-RESULTS = Path(__file__).parent / "results" / "bert.json"
-LENGTHS = {"real": (128, 30, 45, 22, 80, 17, 60, 33), "full": (128,) * 8}
-ROUNDS = {"train": 5, "infer": 9}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """transformers' BERT-base and ours, from the same random weights."""
-    transformers.set_seed(0)
-    stock = transformers.BertForPreTraining(transformers.BertConfig())
-    folder = tmp_path_factory.mktemp("bert-base")
-    stock.save_pretrained(folder)
-    return stock, BertForPreTraining.from_pretrained(folder)
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "bert.json"
+MEASURED = ("cpu", "cores", "threads", "instructions")
 
 
-@pytest.fixture(scope="module")
-def rows():
-    """The table's rows; what was measured is written when the last one is done."""
-    table: list[dict[str, Any]] = []
-    yield table
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"machine": machine_info(), "rows": table}, indent=1) + "\n")
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", nargs="+", default=["*"], help="patterns, such as 'infer-*-fp32'")
+    parser.add_argument("--peers", nargs="+", default=["*"], help="patterns, such as 'fastbert*'")
+    parser.add_argument("--rounds", type=int, help="instead of each row's own number")
+    parser.add_argument(
+        "--limit", type=float, help="leave out calls longer than this, instead of each row's own"
+    )
+    parser.add_argument("--timeout", type=float, default=900, help="for loading and compiling")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON that rows are merged into")
+    parser.add_argument("--folder", type=Path, help="keeps converted models for the next run")
+    parser.add_argument("--list", action="store_true", help="print the rows and peers")
+    return parser.parse_args()
 
 
-def batch(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """Random ids of these lengths, padded, 15 % of the tokens labelled."""
-    generator = torch.Generator().manual_seed(1)
-    shape = (len(lengths), max(lengths))
-    ids = torch.randint(1000, 30000, shape, generator=generator)
-    mask = (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long()
-    labelled = (torch.rand(shape, generator=generator) < 0.15) & mask.bool()
-    return {
-        "input_ids": ids * mask,
-        "attention_mask": mask,
-        "token_type_ids": torch.zeros_like(ids),
-        "labels": ids.where(labelled, -100),
-        "next_sentence_label": torch.arange(len(lengths)) % 2,
-    }
+def starter(folder: Path) -> Any:
+    """A function that starts the worker of a peer."""
+    peers = {peer.name: peer for peer in PEERS}
+
+    def start(name: str) -> Handle:
+        env = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()), HF_HUB_OFFLINE="1")
+        # a pool of compiling processes would outlive the compiling
+        env["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+        env.pop("PYTHONPATH", None)
+        python: Path | None = Path(sys.executable)
+        peer = peers[name]
+        if peer.env is None:
+            env["PYTHONPATH"] = str(HERE.parent)
+        else:
+            python, reason = find(peer.env)
+            if python is None:
+                raise WorkerError(reason)
+        command = [str(python), str(HERE / "peers" / "worker.py"), name]
+        return Handle(command, folder / f"{name}.log", env)
+
+    return start
 
 
-def stepper(
-    model: torch.nn.Module, inputs: dict[str, torch.Tensor], autocast: Callable
-) -> Callable:
-    """One training step: forward with dropout, backward, fused AdamW at a rate that leaves the weights as they are."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-
-    def step() -> None:
-        model.train()
-        with autocast():
-            loss = model(**inputs).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def inferer(
-    model: torch.nn.Module, inputs: dict[str, torch.Tensor], autocast: Callable
-) -> Callable:
-    """The encoder's last hidden state."""
-    encoder = model.bert
-    inputs = {k: v for k, v in inputs.items() if "label" not in k}
-
-    def infer() -> torch.Tensor:
-        model.eval()
-        with torch.inference_mode(), autocast():
-            return encoder(**inputs).last_hidden_state
-
-    return infer
+def measure(
+    work: Work, peers: list[Peer], options: argparse.Namespace, facts: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Outcome]]:
+    """Run one row."""
+    folder: Path = options.folder
+    inputs = make_inputs(folder, work)
+    race = Race(
+        starter(folder),
+        {
+            "kind": work.kind,
+            "precision": work.precision,
+            "folder": str(folder),
+            "inputs": str(inputs),
+            "threads": torch.get_num_threads(),
+        },
+        batches=len(list(inputs.glob("batch*.npz"))),
+        calls=work.calls,
+        rounds=options.rounds or work.rounds,
+        memory=work.kind != "infer",
+        limits=Limits(options.timeout, options.limit or work.limit),
+    )
+    outcomes = race.run([peer.name for peer in peers])
+    for peer in PEERS:
+        if peer.takes(work) and peer not in peers:
+            outcomes[peer.name] = Outcome(reason="not asked for in this run")
+    return row(work, outcomes, inputs, {**facts, "rounds": race.rounds}), outcomes
 
 
-def check(work: str, models: tuple, inputs: dict[str, torch.Tensor], autocast: Callable) -> float:
-    """Refuse to time a wrong model: losses within 1 %, hidden states at cosine >= .9999; returns the agreement."""
-    stock, ours = models
-    if work == "train":
-        losses = []
-        for model in (stock.eval(), ours.eval()):
-            with torch.no_grad(), autocast():
-                losses.append(float(model(**inputs).loss))
-        assert abs(losses[0] - losses[1]) < 1e-2 * losses[0]
-        return 1 - abs(losses[0] - losses[1]) / losses[0]
-    token = inputs["attention_mask"].bool()
-    a, b = (inferer(m, inputs, autocast)().float()[token].flatten() for m in (stock, ours))
-    cosine = float(torch.nn.functional.cosine_similarity(a, b, dim=0))
-    assert cosine >= 0.9999
-    return cosine
+def earlier(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """The results so far, or none where they are from another machine or in another form."""
+    results = json.loads(out.read_text()) if out.is_file() else {}
+    same = "environments" in results and all(results["machine"][k] == facts[k] for k in MEASURED)
+    if results and not same:
+        print(f"{out} is from another machine or an older form: it begins anew")
+    return results if same else {"machine": facts, "environments": {}, "rows": []}
 
 
-@pytest.mark.parametrize("fill", ["real", "full"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("work", ["train", "infer"])
-def test_bert(benchmark, models, rows, work, precision, fill):
-    def autocast() -> Any:
-        return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+def merge(results: dict[str, Any], new: dict[str, Any], outcomes: dict[str, Outcome]) -> None:
+    """Put a row in its place, and note the versions that were used."""
+    rows = {r["work"]: r for r in results["rows"]}
+    rows[new["work"]] = new
+    order = [work.name for work in WORKS]
+    results["rows"] = [rows[name] for name in order if name in rows]
+    for name, outcome in outcomes.items():
+        if outcome.versions:
+            results["environments"][name] = outcome.versions
 
-    inputs = batch(LENGTHS[fill])
-    agreement = check(work, models, inputs, autocast)
-    make = stepper if work == "train" else inferer
-    competitors = {
-        name: make(model, inputs, autocast)
-        for name, model in zip(("transformers", "fastbert"), models, strict=True)
-    }
-    times = interleave(competitors, rounds=ROUNDS[work], warmup=1)
-    stock, ours = times["transformers"], times["fastbert"]
-    row = {
-        "work": work,
-        "precision": precision,
-        "fill": fill,
-        "ratio": stock.median / ours.median,
-        "ratio_low": stock.p20 / ours.p80,
-        "ratio_high": stock.p80 / ours.p20,
-        "agreement": agreement,
-        "seconds": {name: vars(t) for name, t in times.items()},
-    }
-    rows.append(row)
-    benchmark.extra_info.update(row)
-    # pytest-benchmark stores the run; the comparison is the interleaved one above
-    benchmark.pedantic(competitors["fastbert"], rounds=1)
+
+def run(options: argparse.Namespace) -> None:
+    """Measure the chosen rows, saving after each."""
+    facts = machine.machine_info()
+    results = earlier(options.out, facts)
+    results["machine"] = facts
+    peaks = machine.peaks() if hasattr(machine, "peaks") else None
+    make_models(options.folder)
+    for work in WORKS:
+        if not any(fnmatch(work.name, pattern) for pattern in options.rows):
+            continue
+        peers = [p for p in PEERS if p.takes(work)]
+        peers = [p for p in peers if any(fnmatch(p.name, pattern) for pattern in options.peers)]
+        print(f"{work.name}: {', '.join(p.name for p in peers)}", flush=True)
+        started = time.monotonic()
+        new, outcomes = measure(work, peers, options, {"date": facts["date"], "peaks": peaks})
+        merge(results, new, outcomes)
+        write_text(options.out, json.dumps(results, indent=1) + "\n")
+        report(new, time.monotonic() - started)
+
+
+def report(new: dict[str, Any], seconds: float) -> None:
+    """A row for the terminal: speed with agreement beside it."""
+    for name, result in sorted(
+        new["results"].items(), key=lambda item: item[1].get("seconds", {}).get("median", 1e9)
+    ):
+        if "reason" in result:
+            print(f"  {name:18} {result['reason']}")
+            continue
+        s, close = (
+            result["seconds"],
+            " ".join(f"{k} {v:.6g}" for k, v in result["agreement"].items()),
+        )
+        band = f"{s['p20'] * 1e3:9.1f} to {s['p80'] * 1e3:9.1f}"
+        peak = f"  {result['of_peak']:.0%} of peak" if "of_peak" in result else ""
+        print(f"  {name:18} {s['median'] * 1e3:9.1f} ms ({band})  {close}{peak}")
+    if new["ratio"]:
+        r = new["ratio"]
+        band = f"{r['p20']:.2f} to {r['p80']:.2f}"
+        print(f"  {r['median']:.2f}x ({band}) of {new['best_peer']}")
+    if new["memory_ratio"]:
+        print("  memory: " + ", ".join(f"{k} {v:.2f}" for k, v in new["memory_ratio"].items()))
+    for goal in new["goals"]:
+        print(f"  goal: {goal['what']} {goal['goal']:g}, {'met' if goal['met'] else 'missed'}")
+    print(f"  took {seconds:.0f} s", flush=True)
+
+
+def main() -> int:
+    """Parse, measure; Ctrl-C ends all workers and keeps the rows that were finished."""
+    options = arguments()
+    if options.list:
+        print("rows:")
+        for work in WORKS:
+            print(f"  {work.name:24} {work.rounds:2} rounds, limit {work.limit:3g} s: {work.title}")
+        print("peers:", *(p.name for p in PEERS), sep="\n  ")
+        return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with tempfile.TemporaryDirectory(prefix="bench-bert-") as scratch:
+            options.folder = options.folder or Path(scratch)
+            options.folder.mkdir(parents=True, exist_ok=True)
+            run(options)
+    except KeyboardInterrupt:
+        print("stopped; finished rows are kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

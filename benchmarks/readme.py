@@ -1,48 +1,147 @@
-"""Writes README's measured table from benchmarks/results/bert.json: `python benchmarks/readme.py [--check]`."""
+"""Writes the measured tables of README.md and docs/benchmarks.md, and the plots, from benchmarks/results/bert.json.
+
+`python benchmarks/readme.py`; with --check it only says by its exit status whether the tables are up to date.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- table: python benchmarks/readme.py -->", "<!-- end of table -->"
-WORK = {
-    "train": "training step (MLM + NSP, dropout, AdamW)",
-    "infer": "inference, last hidden state",
-}
-FILL = {"real": "41 % real tokens", "full": "no padding"}
 
 
-def table(results: dict) -> str:
-    """The Markdown table and the line that says what it was measured on."""
+def duration(seconds: float) -> str:
+    """Milliseconds below a second, else seconds."""
+    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
+
+
+def verdict(goal: dict[str, Any]) -> str:
+    """A goal and what came of it."""
+    said = "met" if goal["met"] else "**missed**" if goal["value"] is not None else "not measured"
+    shown = "" if goal["value"] is None else f" ({goal['value']:.0%})"
+    return {
+        "speed": f"{goal['goal']:g}x: {said}",
+        "of peak": f"{goal['goal']:.0%} of peak{shown}: {said}",
+        "memory": f"goal {goal['goal']:.0%}: {said}",
+    }[goal["what"]]
+
+
+def speedup(row: dict[str, Any]) -> str:
+    """The ratio with its band, or why there is none."""
+    if row["ratio"]:
+        return "{median:.2f}x ({p20:.2f} to {p80:.2f})".format(**row["ratio"])
+    ours = row["results"].get("fastbert", {"reason": "not measured"})
+    if "reason" in ours:
+        return ours["reason"]
+    return "no peer agrees" if row["best_peer"] is None else "fastbert does not agree"
+
+
+def short_table(results: dict[str, Any]) -> str:
+    """README's: one line per work, with the best peer and the goal; then memory, machine and date."""
     lines = [
-        "| BERT-base, B = 8, S = 128 | precision | speed against transformers |",
-        "|---|---|---|",
+        "| BERT-base | | fastbert | best peer | speed-up | goal |",
+        "|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
-        ratio = f"{row['ratio']:.2f}x ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
-        lines.append(f"| {WORK[row['work']]}, {FILL[row['fill']]} | {row['precision']} | {ratio} |")
-    m, v = results["machine"], results["machine"]["versions"]
-    lines.append("")
-    lines.append(
-        f"{m['date']}, {m['cpu']}, {m['threads']} threads, torch {v['torch']}, transformers {v['transformers']} "
-        "(SDPA, eager); medians of interleaved rounds, in brackets p20 to p80."
-    )
+        seconds = {
+            n: duration(r["seconds"]["median"]) for n, r in row["results"].items() if "seconds" in r
+        }
+        best = row["best_peer"]
+        cells = [
+            row["title"],
+            row["precision"],
+            seconds.get("fastbert", "--"),
+            f"{best} {seconds[best]}" if best else "--",
+            speedup(row),
+            "; ".join(verdict(g) for g in row["goals"] if g["what"] != "memory") or "--",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *memory_lines(results), footnote(results)]
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Rewrite README between the markers; with --check only say whether it is up to date."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    results = json.loads((ROOT / "benchmarks" / "results" / "bert.json").read_text())
+def memory_lines(results: dict[str, Any]) -> list[str]:
+    """Peak memory against stock, where a goal is set for it."""
+    return [
+        f"Peak memory, {row['title']}, {row['precision']}: {row['memory_ratio']['peak']:.0%} of stock's process, "
+        f"{row['memory_ratio']['added']:.0%} of what its step adds ({verdict(goal)}).\n"
+        for row in results["rows"]
+        for goal in row["goals"]
+        if goal["what"] == "memory" and row["memory_ratio"]
+    ]
+
+
+def footnote(results: dict[str, Any]) -> str:
+    """The machine and the protocol in a sentence or two."""
+    m, v = results["machine"], results["machine"]["versions"]
+    rounds = sorted({row["rounds"] for row in results["rows"]})
+    dates = sorted({row["date"] for row in results["rows"]})
+    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    counts = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
+    return (
+        f"{span}, {m['cpu']} ({m['instructions']}), {m['threads']} threads, torch {v['torch']}, transformers "
+        f"{v['transformers']}; medians of {counts} interleaved rounds, in brackets p20 to p80. All peers: "
+        "[docs/benchmarks.md](docs/benchmarks.md)."
+    )
+
+
+def full_table(results: dict[str, Any]) -> str:
+    """docs/benchmarks.md's: every competitor of every work, those that could not run with their reasons."""
+    lines = []
+    for row in results["rows"]:
+        lines += [
+            f"**{row['title']}, {row['precision']}** ({row['fill_percent']} % real tokens)",
+            "",
+        ]
+        lines += ["| | median | p20 to p80 | agreement | of GEMM peak |", "|---|---|---|---|---|"]
+        failed = []
+        order = lambda item: item[1].get("seconds", {}).get("median", float("inf"))  # noqa: E731
+        for name, result in sorted(row["results"].items(), key=order):
+            if "reason" in result:
+                failed.append(f"{name}: {result['reason']}")
+                continue
+            s = result["seconds"]
+            ((kind, value),) = result["agreement"].items()
+            close = f"cosine {value:.6f}" if kind == "cosine" else f"loss within {value:.1e}"
+            share = f"{result['of_peak']:.0%}" if "of_peak" in result else "--"
+            note = "" if result["counted"] or name.startswith("fastbert") else " (not counted)"
+            band = f"{duration(s['p20'])} to {duration(s['p80'])}"
+            lines.append(f"| {name}{note} | {duration(s['median'])} | {band} | {close} | {share} |")
+        lines += ["", *(f"- {reason}" for reason in failed), ""]
+    used = sorted(
+        {f"{p} {v}" for found in results["environments"].values() for p, v in found.items()}
+    )
+    return "\n".join([*lines, f"Versions: {', '.join(used)}."])
+
+
+def replaced(text: str, table: str) -> str:
+    """The text with another table between the markers."""
     before, rest = text.split(BEGIN)
-    new = f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+
+
+def pages(results: dict[str, Any]) -> dict[Path, str]:
+    """The files that hold tables, as they should be."""
+    tables = {"README.md": short_table(results), "docs/benchmarks.md": full_table(results)}
+    return {ROOT / n: replaced((ROOT / n).read_text(), t) for n, t in tables.items()}
+
+
+def main() -> int:
+    """Rewrite the pages and plots, or check the pages."""
+    results = json.loads((RESULTS / "bert.json").read_text())
+    wanted = pages(results)
     if "--check" in sys.argv:
-        return int(new != text)
-    readme.write_text(new)
+        return int(any(path.read_text() != text for path, text in wanted.items()))
+    from plots import draw
+
+    for path, text in wanted.items():
+        path.write_text(text)
+    draw(results, RESULTS)
     return 0
 
 

@@ -31,6 +31,7 @@ NOT_SLUGS = {
 SHARED_HELPERS = {
     "fastbert/reference/layer_norm.py": {"widen"},
     "fastbert/stock/linear.py": {"cast"},
+    "fastbert/cpu/linear.py": {"gradients", "project"},
 }
 SYNCS = {"fastbert/ops/_check.py": "values are read only where checks_values says so"}
 ENVIRONMENT = {
@@ -261,7 +262,9 @@ def test_readme_links_and_table():
     assert not [link for link in links if not (ROOT / link).exists()]
     results = json.loads(text("benchmarks/results/bert.json"))
     command = [sys.executable, "benchmarks/readme.py", "--check"]
-    assert len(results["rows"]) == 8
+    # the README shows what was measured, all of it: a row is a work with its competitors
+    assert results["rows"]
+    assert all("fastbert" in row["results"] for row in results["rows"])
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0, (
         "python benchmarks/readme.py"
     )

@@ -1,0 +1,134 @@
+"""From samples to rows: agreement, the best peer, ratios, shares of the machine's peak."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peers.driver import Outcome
+from works import OURS, PEERS, STOCK, Work, flops
+
+COSINE = 0.9999
+# relative difference of the loss without dropout
+LOSS = {"fp32": 1e-4, "bf16": 1e-2}
+
+
+def percentiles(values: Any) -> dict[str, float]:
+    """Median, p20 and p80."""
+    p20, median, p80 = np.percentile(values, [20, 50, 80]).tolist()
+    return {"median": median, "p20": p20, "p80": p80}
+
+
+def agreement(check: dict[str, Any], inputs: Path) -> dict[str, float]:
+    """How close to transformers in fp32: cosine over the real tokens, or the loss's relative difference."""
+    if "loss" in check:
+        truth = json.loads((inputs / "reference.json").read_text())["loss"]
+        return {"loss_difference": abs(check["loss"] - truth) / truth}
+    mask = np.load(inputs / "batch0.npz")["attention_mask"] == 1
+    truth = np.load(inputs / "reference.npy")[mask].ravel().astype(np.float64)
+    found = np.load(check["file"])
+    # an output of packed tokens has no padding to leave out
+    found = (found[mask] if found.shape[:2] == mask.shape else found).ravel().astype(np.float64)
+    cosine = float(found @ truth / np.linalg.norm(found) / np.linalg.norm(truth))
+    return {"cosine": cosine}
+
+
+def agrees(result: dict[str, Any], precision: str) -> bool:
+    """Whether a result is close enough to count; NaN is not."""
+    if "cosine" in result:
+        return result["cosine"] >= COSINE
+    return result["loss_difference"] <= LOSS[precision]
+
+
+def best_peer(results: dict[str, dict[str, Any]], precision: str) -> str | None:
+    """The fastest that counts and agrees."""
+    fit = [
+        name
+        for name, result in results.items()
+        if name != OURS
+        and "seconds" in result
+        and result["counted"]
+        and agrees(result["agreement"], precision)
+    ]
+    return min(fit, key=lambda name: results[name]["seconds"]["median"], default=None)
+
+
+def ratio(peer: list[float], ours: list[float]) -> dict[str, float]:
+    """How many times faster we are, round by round: neighbours in time share the machine's mood."""
+    return percentiles(np.array(peer) / np.array(ours))
+
+
+def result_of(outcome: Outcome, work: Work, peer: Any, inputs: Path, peaks: dict) -> dict[str, Any]:
+    """One competitor's entry: numbers, or only the reason why there are none."""
+    if outcome.reason:
+        return {"reason": outcome.reason}
+    result: dict[str, Any] = {
+        "seconds": percentiles(outcome.samples),
+        "samples": outcome.samples,
+        "agreement": agreement(outcome.check, inputs),
+        "counted": peer.counted,
+    }
+    if outcome.memory:
+        result["memory"] = outcome.memory
+    if work.kind == "infer":
+        done = flops(list(work.lengths), peer.packs) / result["seconds"]["median"] / 1e9
+        result["gflops"] = done
+        if peaks:
+            result["of_peak"] = done / peaks[f"gflops_{work.precision}"]
+    return result
+
+
+def row(
+    work: Work, outcomes: dict[str, Outcome], inputs: Path, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """A row of the JSON; `facts` are the run's date and machine peaks."""
+    peers = {peer.name: peer for peer in PEERS}
+    results = {
+        name: result_of(outcome, work, peers[name], inputs, facts.get("peaks") or {})
+        for name, outcome in outcomes.items()
+    }
+    keys = ("kind", "fill", "precision", "title")
+    made = {"work": work.name, **{key: getattr(work, key) for key in keys}, **facts}
+    made["fill_percent"] = round(100 * _fill(inputs))
+    found = compared(results, work.precision)
+    return {**made, "results": results, **found, "goals": goals(work, results, found)}
+
+
+def goals(work: Work, results: dict[str, Any], found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the work is to reach: {"what", "goal", "value", "met"}; value is None where there is nothing to compare."""
+    speed, memory = found["ratio"], found["memory_ratio"]
+    share = results.get(OURS, {}).get("of_peak")
+    made = []
+    for what, goal, value in (
+        ("speed", work.goal, speed and speed["median"]),
+        ("of peak", work.peak_goal, share),
+        ("memory", work.memory_goal, memory and memory["peak"]),
+    ):
+        if goal is not None:
+            reached = value is not None and (value <= goal if what == "memory" else value >= goal)
+            made.append({"what": what, "goal": goal, "value": value, "met": reached})
+    return made
+
+
+def compared(results: dict[str, dict[str, Any]], precision: str) -> dict[str, Any]:
+    """Best peer, ratio and memory against stock; nothing is compared with a wrong result of ours."""
+    ours = results.get(OURS, {})
+    best = best_peer(results, precision)
+    made: dict[str, Any] = {"best_peer": best, "ratio": None, "memory_ratio": None}
+    if "seconds" not in ours or not agrees(ours["agreement"], precision):
+        return made
+    if best is not None:
+        made["ratio"] = ratio(results[best]["samples"], ours["samples"])
+    stock = results.get(STOCK, {})
+    if "memory" in ours and "memory" in stock:
+        mine, theirs = ours["memory"], stock["memory"]
+        added = (mine["peak"] - mine["before"]) / (theirs["peak"] - theirs["before"])
+        made["memory_ratio"] = {"peak": mine["peak"] / theirs["peak"], "added": added}
+    return made
+
+
+def _fill(inputs: Path) -> float:
+    masks = [np.load(file)["attention_mask"] for file in sorted(inputs.glob("batch*.npz"))]
+    return sum(m.sum() for m in masks) / sum(m.size for m in masks)

@@ -1,0 +1,343 @@
+"""The end-to-end benchmark's own parts: workers and what can happen to them, agreement, ratios, tables."""
+
+import copy
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastbert
+from fastbert import cpu
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import bench_bert  # noqa: E402
+import plots  # noqa: E402
+import readme  # noqa: E402
+import summary  # noqa: E402
+import works  # noqa: E402
+from peers import install, models  # noqa: E402
+from peers.driver import Handle, Limits, Outcome, Race, WorkerError  # noqa: E402
+
+FAKE = """
+import json, os, sys, time
+mode = sys.argv[1]
+for line in sys.stdin:
+    request = json.loads(line)
+    do = request["do"]
+    if mode == f"crash-{do}":
+        print("out of luck", file=sys.stderr, flush=True)
+        os._exit(3)
+    if mode == f"hang-{do}":
+        time.sleep(60)
+    if mode == f"fail-{do}":
+        answer = {"error": "this CPU can't"}
+    else:
+        with open(os.environ["CALLS"], "a") as calls:
+            calls.write(f"{mode} {do} {request.get('batch')}\\n")
+        seconds = 9.0 if mode == "slow" else 0.25
+        answer = {
+            "load": {"versions": {"python": "3"}},
+            "check": {"loss": 1.0},
+            "time": {"seconds": seconds},
+            "memory": {"seconds": seconds, "before": 1, "peak": 3},
+        }[do]
+    print(json.dumps(answer), flush=True)
+"""
+
+
+@pytest.fixture
+def race(tmp_path):
+    """A race of fake workers, whose name is what goes wrong with them; `asked` lists what was asked of whom."""
+    (tmp_path / "fake.py").write_text(FAKE)
+    started = []
+
+    def start(name):
+        if name == "absent":
+            raise WorkerError("not installed")
+        env = {**os.environ, "CALLS": str(tmp_path / "calls")}
+        command = [sys.executable, str(tmp_path / "fake.py"), name]
+        started.append(Handle(command, tmp_path / f"{name}.log", env))
+        return started[-1]
+
+    made = Race(start, {}, batches=3, rounds=4, memory=True, limits=Limits(5, 5))
+    made.started = started
+    made.asked = lambda: [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    yield made
+    for handle in started:
+        assert handle.process.returncode is not None, "a worker was left running"
+
+
+def test_rounds_are_interleaved_and_rotate(race):
+    outcomes = race.run(["a", "b"])
+    assert all(o.samples == [0.25] * 4 and not o.reason for o in outcomes.values())
+    assert outcomes["a"].memory == {"before": 1, "peak": 3}
+    assert outcomes["a"].versions == {"python": "3"}
+    # three shapes are warmed up by each, then the order turns
+    warm = [["load", "None"], ["check", "None"], *(["time", n] for n in "012"), ["memory", "0"]]
+    assert race.asked()[:12] == [[name, *action] for name in "ab" for action in warm]
+    timed = race.asked()[12:]
+    assert [name for name, _, _ in timed] == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert [batch for _, _, batch in timed[::2]] == ["0", "1", "2", "0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("absent", "not installed"),
+        ("fail-load", "this CPU can't"),
+        ("crash-check", r"the process ended \(exit status 3\): out of luck"),
+        ("crash-time", r"the process ended \(exit status 3\): out of luck"),
+        ("hang-load", "no answer to 'load' within 3 s"),
+        ("hang-memory", "no answer to 'memory' within 3 s"),
+        ("slow", r"left out: a call took 9\.0 s, the limit is 1 s"),
+    ],
+)
+def test_what_fails_is_left_out_with_its_reason(race, name, reason):
+    race.limits, race.rounds = Limits(3, 1), 1
+    outcomes = race.run(["good", name])
+    assert re.fullmatch(reason, outcomes[name].reason)
+    assert outcomes["good"].samples == [0.25]
+    assert not outcomes["good"].reason
+
+
+def test_a_waiting_worker_is_stopped(race):
+    handle = race.start("a")
+    handle.ask(5, "load")
+    state = Path(f"/proc/{handle.process.pid}/stat")
+    deadline = time.monotonic() + 2
+    while state.read_text().rsplit(") ")[-1][0] != "T":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    handle.ask(5, "load")
+    handle.close()
+
+
+def test_an_interruption_ends_all_workers(race):
+    def interrupt(text):
+        if text.startswith("  b"):
+            raise KeyboardInterrupt
+
+    race.say = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        race.run(["a", "b"])
+    assert len(race.started) == 2
+
+
+def result(seconds, cosine, counted=True):
+    """A competitor's entry with these samples."""
+    return {
+        "seconds": summary.percentiles(seconds),
+        "samples": seconds,
+        "agreement": {"cosine": cosine},
+        "counted": counted,
+    }
+
+
+def test_the_best_peer_agrees_and_counts():
+    results = {
+        "fastbert": result([1.0, 1.0, 2.0], 1.0),
+        "wrong": result([0.1] * 3, 0.99),
+        "nan": result([0.1] * 3, float("nan")),
+        "int8": result([0.2] * 3, 1.0, counted=False),
+        "broken": {"reason": "no"},
+        "slow": result([4.0] * 3, 1.0),
+        "good": result([2.0, 3.0, 2.0], 0.99991),
+    }
+    row = summary.compared(results, "fp32")
+    assert row["best_peer"] == "good"
+    # round by round 2, 3 and 1
+    assert row["ratio"] == pytest.approx({"median": 2.0, "p20": 1.4, "p80": 2.6})
+
+
+def test_a_wrong_result_of_ours_is_compared_with_nothing():
+    results = {"fastbert": result([1.0], 0.5), "good": result([2.0], 1.0)}
+    assert summary.compared(results, "fp32")["ratio"] is None
+    assert summary.compared({"good": result([2.0], 1.0)}, "fp32")["ratio"] is None
+
+
+def test_agreement_looks_at_real_tokens_only(tmp_path):
+    mask = np.array([[1, 1], [1, 0]])
+    truth = np.arange(1, 9, dtype=np.float32).reshape(2, 2, 2)
+    np.savez(tmp_path / "batch0.npz", attention_mask=mask)
+    np.save(tmp_path / "reference.npy", truth)
+    other = truth.copy()
+    other[1, 1] = 100
+    for found, expected in ((other, 1.0), (truth[mask == 1], 1.0), (-truth, -1.0)):
+        np.save(tmp_path / "found.npy", found)
+        close = summary.agreement({"file": str(tmp_path / "found.npy")}, tmp_path)
+        assert close["cosine"] == pytest.approx(expected)
+    (tmp_path / "reference.json").write_text('{"loss": 10.0}')
+    close = summary.agreement({"loss": 10.5}, tmp_path)
+    assert close["loss_difference"] == pytest.approx(0.05)
+    assert not summary.agrees(close, "bf16")
+
+
+def test_flops_of_bert_base():
+    # 85 million weights in the encoder's matrices, two operations for each and token
+    assert works.flops([128] * 8, packed=False) == pytest.approx(2 * 84.9e6 * 1024, rel=0.03)
+    share = works.flops(list(works.REAL), packed=True) / works.flops(list(works.REAL), packed=False)
+    assert 0.38 < share < 0.41
+
+
+def test_names_are_unique_and_every_peer_exists():
+    assert len({w.name for w in works.WORKS}) == len(works.WORKS)
+    assert {p.name for p in works.PEERS} == models.PEERS.keys()
+    for peer in works.PEERS:
+        assert peer.env is None or (BENCHMARKS / "peers" / f"{peer.env}.txt").is_file()
+
+
+def test_environments_are_told_by_their_pins(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTBERT_CACHE", str(tmp_path))
+    home = install.environment("openvino")
+    assert home.parent == tmp_path / "peers"
+    python, reason = install.find("openvino")
+    assert python is None
+    assert "install.py openvino" in reason
+    home.mkdir(parents=True)
+    home.with_suffix(".reason").write_text("can't be installed: no wheel\n")
+    assert install.find("openvino") == (None, "can't be installed: no wheel")
+    (home / "installed").touch()
+    assert install.find("openvino") == (home / "bin" / "python", "")
+
+
+def with_goals(aims, entries):
+    """What summary.row adds to a row's entries."""
+    found = summary.compared(entries, "fp32")
+    return {**found, "goals": summary.goals(aims, entries, found)}
+
+
+@pytest.fixture
+def results():
+    """Results of two works, one goal met, one missed."""
+    base = {"date": "2026-11-25", "rounds": 3, "fill_percent": 41}
+    base |= {"kind": "infer", "fill": "real", "precision": "fp32", "title": "inference"}
+    ours = {**result([1.0] * 3, 1.0), "of_peak": 0.5, "gflops": 90.0}
+    entries = {"fastbert": ours, "sdpa": result([3.0] * 3, 1.0), "zentorch": {"reason": "no AVX"}}
+    first = {**base, "work": "infer-real-fp32", "results": entries}
+    aims = works.Work("infer", "real", "fp32", "inference", goal=2, peak_goal=0.88)
+    first |= with_goals(aims, entries)
+    second = copy.deepcopy({**first, "work": "pretrain-real-fp32", "kind": "pretrain"})
+    second["title"] = "MLM + NSP step"
+    for name, peak in (("fastbert", 40), ("sdpa", 100)):
+        second["results"][name]["memory"] = {"before": 20, "peak": peak}
+    aims = works.Work("pretrain", "real", "fp32", "MLM + NSP step", goal=4.0, memory_goal=0.5)
+    second |= with_goals(aims, second["results"])
+    machine = {"cpu": "a CPU", "instructions": "AVX2", "threads": 2, "cores": 2, "date": "x"}
+    machine["versions"] = {"torch": "2.13.0", "transformers": "5.23.0"}
+    return {"machine": machine, "environments": {"sdpa": {"torch": "2"}}, "rows": [first, second]}
+
+
+def test_tables_show_goals_met_and_missed_and_reasons(results, tmp_path):
+    assert [(g["what"], g["value"], g["met"]) for row in results["rows"] for g in row["goals"]] == [
+        ("speed", 3.0, True),
+        ("of peak", 0.5, False),
+        ("speed", 3.0, False),
+        ("memory", 0.4, True),
+    ]
+    short = readme.short_table(results)
+    assert "| inference | fp32 | 1 s | sdpa 3 s | 3.00x (3.00 to 3.00) | 2x: met; " in short
+    assert "88% of peak (50%): **missed**" in short
+    assert "| 4x: **missed** |" in short
+    assert "40% of stock's process, 25% of what its step adds (goal 50%: met)" in short
+    full = readme.full_table(results)
+    assert "- zentorch: no AVX" in full
+    assert "| sdpa | 3 s | 3 s to 3 s | cosine 1.000000 | -- |" in full
+    drawn = plots.draw(results, tmp_path)
+    names = ["bert-inference.png", "bert-training.png", "bert-memory.png"]
+    assert [file.name for file in drawn] == names
+    assert all(file.stat().st_size > 5000 for file in drawn)
+
+
+def test_the_table_replaces_what_stands_between_the_markers():
+    page = f"above\n{readme.BEGIN}\nold\n{readme.END}\nbelow\n"
+    assert readme.replaced(page, "new") == page.replace("old", "new")
+
+
+def test_rows_are_merged_in_order_and_other_machines_are_dropped(results, tmp_path):
+    out = tmp_path / "bert.json"
+    facts = results["machine"]
+    assert bench_bert.earlier(out, facts)["rows"] == []
+    out.write_text(json.dumps(results))
+    kept = bench_bert.earlier(out, facts)
+    new = {**results["rows"][0], "date": "later"}
+    bench_bert.merge(kept, new, {"openvino": Outcome(versions={"openvino": "1"})})
+    assert [(r["work"], r["date"]) for r in kept["rows"]] == [
+        ("infer-real-fp32", "later"),
+        ("pretrain-real-fp32", "2026-11-25"),
+    ]
+    assert kept["environments"].keys() == {"sdpa", "openvino"}
+    assert bench_bert.earlier(out, {**facts, "cpu": "another"})["rows"] == []
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A tiny model's directory, with the inputs of a work."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    transformers.BertForPreTraining(config).save_pretrained(tmp_path / "model")
+    return works.make_inputs(tmp_path, works.Work("infer", "tiny", "fp32", "tiny", lengths=(5, 9)))
+
+
+@pytest.mark.skipif(cpu.native is None, reason="the fastbert peer wants the native module")
+def test_inference_is_frozen_where_that_exists(tiny, tmp_path, monkeypatch):
+    frozen = []
+    job = models.Job("infer", "bf16", tmp_path, tiny, 1)
+    monkeypatch.setattr(fastbert, "freeze", frozen.append, raising=False)
+    models.fastbert(job, freeze=False)
+    assert not frozen
+    call = models.fastbert(job)
+    assert len(frozen) == 1
+    assert not frozen[0].training
+    assert call(0).dtype == torch.bfloat16
+    monkeypatch.delattr(fastbert, "freeze")
+    models.fastbert(job)
+    with pytest.raises(models.Unsupported, match="no freeze"):
+        models.fastbert(job, freeze=False)
+
+
+@pytest.mark.skipif(cpu.native is None, reason="the fastbert peer wants the native module")
+def test_a_real_worker(tiny, tmp_path):
+    """The whole way with a tiny model: load, agree, time, memory, and a peer that says why it can't."""
+    inputs = tiny
+    work = works.Work("infer", "tiny", "fp32", "tiny", lengths=(5, 9))
+    job = {"kind": "infer", "precision": "fp32", "folder": str(tmp_path)}
+    job |= {"inputs": str(inputs), "threads": 1}
+    limits = Limits(120, 60)
+    race = Race(bench_bert.starter(tmp_path), job, calls=2, rounds=2, memory=True, limits=limits)
+    # autocast is for bf16
+    outcomes = race.run(["fastbert", "autocast"])
+    assert outcomes["fastbert"].versions["native"] in cpu.native.isas()
+    made = summary.row(work, outcomes, inputs, {"date": "today", "peaks": None, "rounds": 2})
+    entry = made["results"]["fastbert"]
+    assert 1e7 < entry["memory"]["before"] <= entry["memory"]["peak"] < 1e10
+    assert entry["agreement"]["cosine"] > 0.99999
+    assert len(entry["samples"]) == 2
+    assert made["results"]["autocast"] == {
+        "reason": "autocast differs from sdpa in bf16 inference only"
+    }
+    assert made["fill_percent"] == 78
+
+
+@pytest.mark.skipif(cpu.native is None, reason="the fastbert peer wants the native module")
+def test_real_workers_train(tiny, tmp_path):
+    work = works.Work("pretrain", "tiny", "fp32", "tiny", lengths=(5, 29), memory_goal=0.5)
+    inputs = works.make_inputs(tmp_path, work)
+    job = {"kind": "pretrain", "precision": "fp32", "folder": str(tmp_path)}
+    job |= {"inputs": str(inputs), "threads": 1}
+    race = Race(bench_bert.starter(tmp_path), job, rounds=1, memory=True, limits=Limits(120, 60))
+    outcomes = race.run(["fastbert", "sdpa"])
+    made = summary.row(work, outcomes, inputs, {"date": "today", "peaks": None, "rounds": 1})
+    assert made["best_peer"] == "sdpa"
+    assert all(r["agreement"]["loss_difference"] < 1e-4 for r in made["results"].values())
+    assert 0 < made["memory_ratio"]["peak"] < 2
+    assert [goal["what"] for goal in made["goals"]] == ["memory"]
