@@ -124,7 +124,7 @@ def run(options: argparse.Namespace) -> None:
     facts = machine.machine_info()
     results = earlier(options.out, facts)
     results["machine"] = facts
-    peaks = machine.peaks() if hasattr(machine, "peaks") else None
+    peaks = machine.peaks()
     make_models(options.folder)
     for work in WORKS:
         if not any(fnmatch(work.name, pattern) for pattern in options.rows):

@@ -35,9 +35,26 @@ def test_fp32(checkpoint, measured, name, layout):
     checkpoint(BY_NAME[name].package)
     parity = measured(name)[layout]
     assert len(parity.gradients) > 20
-    for what in (parity.outputs, parity.gradients):
-        wrong = {key: error for key, error in what.items() if not error <= TOLERANCE}
+    plain = measured(name)["reference to fp64"]
+    for what, of in ((parity.outputs, plain.outputs), (parity.gradients, plain.gradients)):
+        wrong = {key: error for key, error in what.items() if not error <= allowed(of[key])}
         assert not wrong
+
+
+def allowed(rounding):
+    """1e-5, or what the error budget grants to a tensor that plain PyTorch misses by `rounding` in fp32."""
+    return max(TOLERANCE, 2 * rounding)
+
+
+# its loss is so flat that plain PyTorch in fp32 is up to 2e-5 from fp64 in dozens of gradients
+ILL_CONDITIONED = "rxnfp classifier"
+
+
+@pytest.mark.parametrize("name", sorted(BY_NAME.keys() - {ILL_CONDITIONED}))
+def test_few_tensors_are_granted_more(checkpoint, measured, name):
+    checkpoint(BY_NAME[name].package)
+    plain = measured(name)["reference to fp64"]
+    assert sum(allowed(error) > TOLERANCE for error in plain.gradients.values()) <= 3
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -46,10 +63,13 @@ def test_fp64(checkpoint, measured, name):
     checkpoint(BY_NAME[name].package)
     found = measured(name)
     assert max(found["both in fp64"].worst()) < 1e-12
-    for ours, theirs in zip(
-        found["padded to fp64"].worst(), found["transformers to fp64"].worst(), strict=True
+    for ours, theirs, plain in zip(
+        found["padded to fp64"].worst(),
+        found["transformers to fp64"].worst(),
+        found["reference to fp64"].worst(),
+        strict=True,
     ):
-        assert ours <= max(2 * theirs, TOLERANCE)
+        assert ours <= max(2 * theirs, allowed(plain))
 
 
 @pytest.mark.parametrize("name", BY_NAME)
