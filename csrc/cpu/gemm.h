@@ -48,14 +48,15 @@ struct Matrix {
   int64_t each;
 
   const T* at(int64_t i) const {
-    const int64_t piece = i / each;
+    // not i / each: a division would cost as much as the row
+    const int64_t piece = (i >= each) + (i >= 2 * each);
     return p[piece] + (i - piece * each) * row;
   }
 };
 
 template <typename T>
 inline Matrix<T> matrix(const T* p, int64_t row, int64_t col) {
-  return {{p, p, p}, row, col, int64_t{1} << 62};
+  return {{p, p, p}, row, col, int64_t{1} << 61};
 }
 
 // whether products of this type go through bf16 pairs
@@ -88,6 +89,7 @@ __attribute__((noinline)) void micro_kernel(int64_t K, const float* a, int64_t a
       sums[r][0] = step<kPairs>(sums[r][0], one, b0);
       sums[r][1] = step<kPairs>(sums[r][1], one, b1);
     }
+    __builtin_prefetch(a + 16 * kMR);
     a += a_step;
     b += kNR;
   }
@@ -181,15 +183,20 @@ inline void pack_lines(const Matrix<T>& m, int64_t first, int64_t lines, int64_t
 }
 
 // One row's share of a panel: unit k of `lines` <= width lines, which lie side by side at p (and at
-// q for the second half of a pair); `readable` floats may be read. Writes up to W floats too many.
+// q for the second half of a pair). With `loose`, W floats may be read and written where the panel
+// is narrower.
 template <bool kPairs, typename T>
-inline void pack_unit(const T* p, const T* q, int64_t readable, int64_t lines, int64_t width,
-                      float* to) {
-  int64_t line = 0;
-  for (; line < width && line + W <= readable && (line == 0 || line + W <= width); line += W) {
+inline void pack_unit(const T* p, const T* q, bool loose, int64_t lines, int64_t width, float* to) {
+  const auto vector = [&](int64_t line) {
     const F low = load(p + line);
     store(to + line, kPairs ? pairs_of(low, q ? load(q + line) : zero()) : low);
+  };
+  int64_t line = 0;
+  if (loose && width <= W) {
+    vector(0);
+    return;
   }
+  for (; line + W <= lines; line += W) vector(line);
   for (; line < lines; ++line) {
     const float low = load1(p + line);
     to[line] = kPairs ? pair(low, q ? load1(q + line) : 0.0f) : low;
@@ -209,33 +216,34 @@ struct Operand {
   template <bool kPairs>
   void pack(int64_t p0, int64_t p1, int64_t width, int64_t k0, int64_t K, float* out) const {
     const int64_t stride = units(K, kPairs) * width;
-    // rows of memory are read in long pieces, a group of panels at a time
-    constexpr int64_t kGroup = 16;
-    for (int64_t p = p0; p < p1; p += across ? kGroup : 1) {
-      float* to = out + (p - p0) * stride;
-      if (across)
-        pack_group<kPairs>(p, imin(p + kGroup, p1), width, k0, K, stride, to);
-      else
-        pack_lines<kPairs>(m, p * width, imin(width, lines - p * width), width, k0, K, to);
-    }
+    if (!across)
+      for (int64_t p = p0; p < p1; ++p)
+        pack_lines<kPairs>(m, p * width, imin(width, lines - p * width), width, k0, K,
+                           out + (p - p0) * stride);
+    // a few rows at a time and panel by panel, so that rows are read in long pieces and panels are
+    // written in long pieces too
+    constexpr int64_t kRows = 32, kGroup = 16;
+    const int64_t count = units(K, kPairs);
+    for (int64_t g = p0; across && g < p1; g += kGroup)
+      for (int64_t u = 0; u < count; u += kRows)
+        for (int64_t p = g; p < imin(g + kGroup, p1); ++p)
+          pack_rows<kPairs>(p * width, width, k0, K, u, imin(u + kRows, count),
+                            out + (p - p0) * stride);
   }
 
  private:
+  // units [from, to) of the panel that starts at line `first`
   template <bool kPairs>
-  void pack_group(int64_t p0, int64_t p1, int64_t width, int64_t k0, int64_t K, int64_t stride,
-                  float* out) const {
-    for (int64_t u = 0; u < units(K, kPairs); ++u) {
+  void pack_rows(int64_t first, int64_t width, int64_t k0, int64_t K, int64_t from, int64_t to,
+                 float* out) const {
+    const int64_t left = imin(width, lines - first), count = units(K, kPairs);
+    // the last unit's overhang would reach into the next panel, which may be written already
+    const bool readable = first + W <= lines, exact = width % W == 0;
+    for (int64_t u = from; u < to; ++u) {
       const int64_t k = k0 + (kPairs ? 2 * u : u);
-      const T* row = m.at(k);
-      const T* next = kPairs && k + 1 < k0 + K ? m.at(k + 1) : nullptr;
-      for (int64_t p = p0; p < p1; ++p) {
-        const int64_t first = p * width, left = lines - first;
-        // what a narrow panel's vectors write too much belongs to the next unit, or to a panel that
-        // starts with this unit's end written already: the last unit of all goes element by element
-        const bool last = u == units(K, kPairs) - 1 && width % W;
-        pack_unit<kPairs>(row + first, next ? next + first : nullptr, last ? 0 : left,
-                          imin(width, left), width, out + (p - p0) * stride + u * width);
-      }
+      const T* q = kPairs && k + 1 < k0 + K ? m.at(k + 1) + first : nullptr;
+      pack_unit<kPairs>(m.at(k) + first, q, readable && (exact || u + 1 < count), left, width,
+                        out + u * width);
     }
   }
 };
