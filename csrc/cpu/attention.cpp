@@ -152,13 +152,14 @@ class Forward {
   void finish(const Head& head, int64_t i, const Softmax& soft, float* factors, float* s) const {
     const int64_t n = head.seen(i);
     const float inverse = 1.0f / soft.sum;
+    const bool drops = dropout_.enabled();
     if (lse_) lse_[head.h * tokens_ + head.start + i] = soft.max + __builtin_logf(soft.sum);
-    if (dropout_.enabled())
+    if (drops)
       philox_factors(dropout_, static_cast<uint32_t>(i),
                      static_cast<uint32_t>(head.b * head.H + head.h), dropout_.site, n, factors);
     for (int64_t j = 0; j < n; j += W) {
       const F p = load(s + j) * inverse;
-      store(s + j, dropout_.enabled() ? dropped(p, load(factors + j)) : p);
+      store(s + j, drops ? dropped(p, load(factors + j)) : p);
     }
   }
 
@@ -244,7 +245,7 @@ class Backward {
   void row(const Head& head, int64_t i, int64_t span, float* factors, float* s, float* g) const {
     const int64_t n = head.seen(i), D = head.D;
     const Softmax soft = softmax_row(s, n, span, head.scale);
-    const float inverse = 1.0f / soft.sum;
+    const float inverse = 1.0f / soft.sum, scale = head.scale;
     const int64_t place = ((head.start + i) * head.H + head.h) * D;
     F sums = zero();
     for (int64_t d = 0; d < D; d += W)
@@ -257,7 +258,7 @@ class Backward {
     for (int64_t j = 0; j < n; j += W) {
       const F p = load(s + j) * inverse;
       const F factor = drops ? load(factors + j) : set1(1.0f);
-      F ds = p * (load(g + j) * factor - delta) * head.scale;
+      F ds = p * (load(g + j) * factor - delta) * scale;
       if (j + W > n) ds = below(n - j) ? ds : zero();
       store(s + j, drops ? dropped(p, factor) : p);
       store(g + j, ds);

@@ -10,6 +10,8 @@
 #include <string>
 #include <type_traits>
 
+#include "runtime.h"
+
 #define FASTBERT_ISA baseline
 #include "entries.h"
 #undef FASTBERT_ISA
@@ -180,6 +182,10 @@ PYBIND11_MODULE(_cpu, m) {
         "The instruction sets that this build and this machine have, slowest first.");
   m.def("isa", [] { return kIsas[current].name; }, "The instruction set that runs.");
   m.def("use_isa", &use_isa, "Run the kernels of this instruction set from now on.");
+  m.def(
+      "large_pages",
+      [](uintptr_t memory, size_t bytes) { large_pages(reinterpret_cast<void*>(memory), bytes); },
+      "Ask for large pages behind memory that nobody has written yet.");
   m.def("build_info", &build_info, "How this module was built.");
   FASTBERT_DEFINE(attention_fwd);
   FASTBERT_DEFINE(attention_bwd);

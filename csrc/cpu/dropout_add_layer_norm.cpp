@@ -31,7 +31,7 @@ void dropout_add_layer_norm_fwd_row(const T* x, const T* residual, const float* 
     total.of[k] += value;
   });
   norm_row(z32, total.total(), weight, bias, C, eps, mean, rstd,
-           [&](int64_t c, int64_t n, F value) { store(y + c, value, n); });
+           [y](int64_t c, int64_t n, F value) { store(y + c, value, n); });
 }
 
 template <typename T>
@@ -65,7 +65,7 @@ void backward(const T* dy, const T* z, const float* weight, const float* mean, c
                     for (int r = 0; drops && r < kRows; ++r)
                       row_factors(dropout, i + r, C, factors + r * room);
                     norm_bwd_rows<kRows>(dy + i * C, z + i * C, C, weight, mean + i, rstd + i, C,
-                                         dw, db, [&](int r, int64_t c, int64_t n, F dz) {
+                                         dw, db, [=](int r, int64_t c, int64_t n, F dz) {
                                            const int64_t at = (i + r) * C + c;
                                            store(dresidual + at, dz, n);
                                            if (drops)

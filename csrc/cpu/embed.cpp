@@ -40,7 +40,7 @@ struct Tables {
 template <typename O>
 void embed_fwd_row(const float* z, float total, const float* weight, const float* bias,
                    const float* factors, int64_t C, float eps, O* y, float* mean, float* rstd) {
-  norm_row(z, total, weight, bias, C, eps, mean, rstd, [&](int64_t c, int64_t n, F value) {
+  norm_row(z, total, weight, bias, C, eps, mean, rstd, [=](int64_t c, int64_t n, F value) {
     if (factors) value = dropped(value, load(factors + c));
     store(y + c, value, n);
   });
@@ -85,7 +85,7 @@ void backward_rows(const Tables<E>& tables, const O* dy, const float* weight, co
                       });
                     }
                     norm_bwd_rows<kRows>(dln, z, room, weight, mean + t, rstd + t, C, dw, db,
-                                         [&](int r, int64_t c, int64_t n, F value) {
+                                         [=](int r, int64_t c, int64_t n, F value) {
                                            store(dz + (t + r) * C + c, value, n);
                                          });
                   });

@@ -222,7 +222,7 @@ struct Operand {
                            out + (p - p0) * stride);
     // a few rows at a time and panel by panel, so that rows are read in long pieces and panels are
     // written in long pieces too
-    constexpr int64_t kRows = 32, kGroup = 16;
+    constexpr int64_t kRows = 8, kGroup = 64;
     const int64_t count = units(K, kPairs);
     for (int64_t g = p0; across && g < p1; g += kGroup)
       for (int64_t u = 0; u < count; u += kRows)

@@ -19,7 +19,7 @@ void layer_norm_fwd_row(const T* x, const float* weight, const float* bias, int6
   Chains total;
   columns(C, [&](int64_t c, int64_t n, int k) { total.of[k] += load(x + c, n); });
   norm_row(x, total.total(), weight, bias, C, eps, mean, rstd,
-           [&](int64_t c, int64_t n, F value) { store(y + c, value, n); });
+           [y](int64_t c, int64_t n, F value) { store(y + c, value, n); });
 }
 
 }  // namespace
@@ -47,9 +47,10 @@ void layer_norm_bwd(int dtype, const void* dy, const void* x, const float* weigh
     T* out = static_cast<T*>(dx);
     norm_partitions(
         N, C, dweight, dbias, 0, threads, [&](int64_t i, auto count, float* dw, float* db, float*) {
-          norm_bwd_rows<count.value>(
-              d + i * C, z + i * C, C, weight, mean + i, rstd + i, C, dw, db,
-              [&](int r, int64_t c, int64_t n, F dz) { store(out + (i + r) * C + c, dz, n); });
+          norm_bwd_rows<count.value>(d + i * C, z + i * C, C, weight, mean + i, rstd + i, C, dw, db,
+                                     [rows = out + i * C, C](int r, int64_t c, int64_t n, F dz) {
+                                       store(rows + r * C + c, dz, n);
+                                     });
         });
   });
 }

@@ -87,7 +87,7 @@ void linear_bwd_dw(int x_dtype, int w_dtype, const void* dy, const void* x, floa
 void linear_bwd_db(int x_dtype, const void* dy, float alpha, float* dbias, int64_t M, int64_t N,
                    int threads) {
   // columns are independent: each task sums a stripe of them over all rows
-  constexpr int64_t kStripe = 4 * W;
+  constexpr int64_t kStripe = 4 * W, kBlock = 64;
   const int64_t stripes = ceil_div(N, kStripe);
   const int team = team_size(M * N, int64_t{1} << 16, stripes, threads);
   with_type(x_dtype, [&](auto t) {
@@ -96,9 +96,14 @@ void linear_bwd_db(int x_dtype, const void* dy, float alpha, float* dbias, int64
     for (int64_t s = 0; s < stripes; ++s) {
       const int64_t j = s * kStripe, n = N - j;
       F sums[4] = {};
-      for (int64_t i = 0; i < M; ++i)
-        for (int k = 0; k < 4; ++k)
-          if (k * W < n) sums[k] += load(p + i * N + j + k * W, n - k * W);
+      // in blocks, so that the rounding of a long sum stays that of a short one
+      for (int64_t from = 0; from < M; from += kBlock) {
+        F block[4] = {};
+        for (int64_t i = from; i < imin(M, from + kBlock); ++i)
+          for (int k = 0; k < 4; ++k)
+            if (k * W < n) block[k] += load(p + i * N + j + k * W, n - k * W);
+        for (int k = 0; k < 4; ++k) sums[k] += block[k];
+      }
       for (int k = 0; k < 4; ++k)
         if (k * W < n) store(dbias + j + k * W, sums[k] * alpha, n - k * W);
     }

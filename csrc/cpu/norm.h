@@ -42,11 +42,14 @@ inline F lanes_below(int64_t n) {
   return n >= W ? set1(1.0f) : (iota() < set1(static_cast<uint32_t>(n)) ? set1(1.0f) : zero());
 }
 
+// `put` is taken by value here and below, and what it captures should be values: stores might
+// change anything that it points to, so references would be read again for every vector.
+
 // put(c, n, y) with y = (z - mean) rstd weight + bias for z (C) of this total; weight and bias may
 // be null (1 and 0)
 template <typename Z, typename Put>
 inline void norm_row(const Z* z, float total, const float* weight, const float* bias, int64_t C,
-                     float eps, float* mean, float* rstd, const Put& put) {
+                     float eps, float* mean, float* rstd, Put put) {
   const float m = total / static_cast<float>(C);
   // centred second pass: E[z^2] - mean^2 cancels
   Chains squares;
@@ -71,7 +74,7 @@ inline void norm_row(const Z* z, float total, const float* weight, const float* 
 template <int R, typename D, typename Z, typename Put>
 inline void norm_bwd_rows(const D* dy, const Z* z, int64_t stride, const float* weight,
                           const float* mean, const float* rstd, int64_t C, float* dweight,
-                          float* dbias, const Put& put) {
+                          float* dbias, Put put) {
   float mean_g[R], mean_gx[R], m[R], s[R];
   for (int r = 0; r < R; ++r) {
     m[r] = mean[r], s[r] = rstd[r];

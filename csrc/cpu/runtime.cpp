@@ -14,6 +14,9 @@
 namespace fastbert {
 namespace {
 
+// memory of this size holds a large page wherever it starts
+constexpr size_t kLarge = size_t{4} << 20;
+
 bool forked = false;
 
 // set in the child, before it runs anything of its own
@@ -29,6 +32,7 @@ const bool watching = [] {
 void* allocate(size_t bytes) {
   void* memory = std::aligned_alloc(64, (bytes + 127) / 64 * 64);
   if (!memory) throw std::bad_alloc();
+  if (bytes >= kLarge) large_pages(memory, bytes);
   return memory;
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastbert.cpu import DTYPES, dropout_args, native, unsupported_dropout, unsupported_dtype
+from fastbert.cpu import DTYPES, dropout_args, fresh, native, unsupported_dropout, unsupported_dtype
 
 
 def unsupported(
@@ -38,7 +38,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out (T, H, D) in qkv's dtype and lse (H, T) fp32, empty without `save`; zeros past cu_seqlens[-1]."""
     T, _, H, D = qkv.shape
-    out = qkv.new_empty(T, H, D)
+    out = fresh(qkv, T, H, D)
     lse = qkv.new_empty(H, T if save else 0, dtype=torch.float32)
     native.attention_fwd(  # type: ignore[union-attr]
         DTYPES[qkv.dtype],
@@ -73,7 +73,7 @@ def backward(
 ) -> Tensor:
     """dqkv (T, 3, H, D), zeros past cu_seqlens[-1]; the softmax runs again, lse is not read."""
     T, _, H, D = qkv.shape
-    dqkv = torch.empty_like(qkv)
+    dqkv = fresh(qkv, *qkv.shape)
     native.attention_bwd(  # type: ignore[union-attr]
         DTYPES[qkv.dtype],
         dout.data_ptr(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastbert.cpu import DTYPES, address, fp32, native, unsupported_dtype
+from fastbert.cpu import DTYPES, address, fp32, fresh, native, unsupported_dtype
 
 
 def unsupported(
@@ -23,7 +23,7 @@ def forward(
     approximate: str,
 ) -> Tensor:
     """y (N, F) in x's dtype."""
-    y = torch.empty_like(x)
+    y = fresh(x, *x.shape)
     if x.numel() > 0:
         bias = fp32(bias)
         native.bias_gelu_fwd(  # type: ignore[union-attr]
@@ -46,7 +46,7 @@ def backward(
     approximate: str,
 ) -> tuple[Tensor, Tensor]:
     """dx (N, F) in x's dtype and dbias (F,) in bias's, empty without bias."""
-    dx = torch.empty_like(x)
+    dx = fresh(x, *x.shape)
     if x.numel() == 0:
         return dx, x.new_empty(0) if bias is None else torch.zeros_like(bias)
     bias32 = fp32(bias)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastbert.cpu import DTYPES, address, int64, native, unsupported_dtype
+from fastbert.cpu import DTYPES, address, fresh, int64, native, unsupported_dtype
 
 
 def unsupported(
@@ -50,7 +50,7 @@ def backward(
 ) -> Tensor:
     """dlogits (N, V) in logits' dtype, 0 in ignored rows."""
     count, size = logits.shape
-    dlogits = torch.empty_like(logits)
+    dlogits = fresh(logits, *logits.shape)
     if count > 0:
         labels64 = int64(labels)
         native.cross_entropy_bwd(  # type: ignore[union-attr]

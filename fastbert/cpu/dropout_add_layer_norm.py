@@ -9,6 +9,7 @@ from fastbert.cpu import (
     DTYPES,
     address,
     dropout_args,
+    fresh,
     fp32,
     int64,
     native,
@@ -47,8 +48,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (N, C) and z (N, C) in x's dtype, mean and rstd (N,) fp32; z is (0, C) unless `save`."""
     count, width = x.shape
-    y = torch.empty_like(x)
-    z = x.new_empty(count if save else 0, width)
+    y = fresh(x, *x.shape)
+    z = fresh(x, count if save else 0, width)
     mean, rstd = (x.new_empty(count, dtype=torch.float32) for _ in range(2))
     if x.numel() > 0:
         weight, bias, rows = fp32(weight), fp32(bias), int64(rows)  # type: ignore[assignment]
@@ -85,7 +86,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx and dresidual (N, C) in z's dtype, dweight and dbias (C,) in weight's dtype."""
     count, width = z.shape
-    dx, dresidual = torch.empty_like(z), torch.empty_like(z)
+    dx, dresidual = fresh(z, *z.shape), fresh(z, *z.shape)
     if z.numel() == 0:
         return dx, dresidual, torch.zeros_like(weight), torch.zeros_like(weight)
     dweight, dbias = (z.new_empty(width, dtype=torch.float32) for _ in range(2))

@@ -9,6 +9,7 @@ from fastbert.cpu import (
     DTYPES,
     address,
     dropout_args,
+    fresh,
     fp32,
     int64,
     native,
@@ -87,7 +88,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (T, C) in out_dtype, mean and rstd (T,) fp32."""
     count, width = ids.shape[0], position.shape[1]
-    y = position.new_empty(count, width, dtype=out_dtype)
+    y = fresh(position, count, width, dtype=out_dtype)
     mean, rstd = (position.new_empty(count, dtype=torch.float32) for _ in range(2))
     if count > 0:
         tables = _tables(ids, positions, types, word, position, type_)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastbert.cpu import DTYPES, address, fp32, linear, native, unsupported_dtype
+from fastbert.cpu import DTYPES, address, fp32, fresh, linear, native, unsupported_dtype
 
 
 def unsupported(
@@ -35,7 +35,7 @@ def forward(
     """y (T, C) and the pre-activation u (T, F) in x's dtype, u empty without `save`."""
     T, C = x.shape
     F = w1.shape[0]
-    u, h = x.new_empty(T if save else 0, F), x.new_empty(T, F)
+    u, h = fresh(x, T if save else 0, F), fresh(x, T, F)
     w1, b1 = w1.contiguous(), fp32(b1)
     native.feed_forward_up(  # type: ignore[union-attr]
         DTYPES[x.dtype],
@@ -66,7 +66,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dw1, db1, dw2, db2, empty where not needed; gelu(u) and its derivative come from one evaluation."""
     T, F = u.shape
-    du, h = torch.empty_like(u), torch.empty_like(u)
+    du, h = fresh(u, *u.shape), fresh(u, *u.shape)
     w2 = w2.contiguous()
     native.feed_forward_down_bwd(  # type: ignore[union-attr]
         DTYPES[dy.dtype],

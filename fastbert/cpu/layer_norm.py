@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastbert.cpu import DTYPES, address, fp32, native, unsupported_dtype
+from fastbert.cpu import DTYPES, address, fp32, fresh, native, unsupported_dtype
 
 
 def unsupported(
@@ -26,7 +26,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (N, C) in x's dtype, mean and rstd (N,) fp32."""
     count, width = x.shape
-    y = torch.empty_like(x)
+    y = fresh(x, *x.shape)
     mean, rstd = (x.new_empty(count, dtype=torch.float32) for _ in range(2))
     if x.numel() > 0:
         weight, bias = fp32(weight), fp32(bias)
@@ -55,7 +55,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (N, C) in x's dtype, dweight and dbias (C,) in weight's dtype, which are empty where there is no weight."""
     count, width = x.shape
-    dx = torch.empty_like(x)
+    dx = fresh(x, *x.shape)
     dweight, dbias = (x.new_zeros(width, dtype=torch.float32) for _ in range(2))
     if x.numel() > 0:
         weight32 = fp32(weight)

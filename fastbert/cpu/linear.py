@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastbert.cpu import DTYPES, address, fp32, native, unsupported_dtype
+from fastbert.cpu import DTYPES, address, fp32, fresh, native, unsupported_dtype
 
 
 def unsupported(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -38,7 +38,7 @@ def project(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor
     """x (T, K) times the weights' rows, one below the other, plus an fp32 bias (N,): (T, N) in x's dtype."""
     T, K = x.shape
     pieces, rows, N = _pieces(weights)
-    y = x.new_empty(T, N)
+    y = fresh(x, T, N)
     native.linear_fwd(  # type: ignore[union-attr]
         DTYPES[x.dtype],
         DTYPES[pieces[0].dtype],
@@ -70,7 +70,7 @@ def gradients(
     dx, dweight, dbias = (dy.new_empty(0) for _ in range(3))
     if needs[0]:
         pieces, rows, _ = _pieces(weights)
-        dx = torch.empty_like(x)
+        dx = fresh(x, *x.shape)
         native.linear_bwd_dx(  # type: ignore[union-attr]
             *kinds,
             dy.data_ptr(),
@@ -84,7 +84,7 @@ def gradients(
             threads,
         )
     if needs[1]:
-        dweight = weight.new_empty(N, K)
+        dweight = fresh(weight, N, K)
         native.linear_bwd_dw(  # type: ignore[union-attr]
             *kinds, dy.data_ptr(), x.data_ptr(), alpha, dweight.data_ptr(), T, N, K, threads
         )
