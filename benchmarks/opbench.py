@@ -7,9 +7,11 @@ A benchmark file names its cases as `GRID` and turns each into a call by `build(
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import io
 import json
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -302,6 +304,19 @@ def line(r: dict[str, Any]) -> str:
     )
 
 
+def keep_memory() -> None:
+    """Make glibc's malloc keep what is freed, for all competitors.
+
+    By default results of some sizes are mapped anew, at 4 us per 4 KB page in a virtual machine, depending on what ran
+    before: it is then mostly page faults that one measures.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        mmap_max, trim_threshold = -4, -1
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
 def new_store(path: Path, seconds: float) -> Store:
     """The store of a session, its peaks measured now."""
+    keep_memory()
     return Store(path, machine_info(), peaks(seconds))
