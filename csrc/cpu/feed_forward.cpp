@@ -20,16 +20,21 @@ struct WriteUp {
 
   void operator()(int64_t i, int64_t rows, int64_t j, int64_t cols, const float* tile,
                   int64_t tile_ld) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* in = tile + r * tile_ld;
-      const int64_t at = (i + r) * ld + j;
-      for (int64_t c = 0; c < cols; c += W) {
-        F value = load(in + c);
-        if (b1) value += load(b1 + j + c, cols - c);
-        if (u) store(u + at + c, value, cols - c);
-        store(h + at + c, gelu<kTanh>(value).value, cols - c);
+    const int64_t start = i * ld + j;
+    const float* b = b1 ? b1 + j : nullptr;
+    T* us = u ? u + start : nullptr;
+    T* hs = h + start;
+    tile_vectors(rows, cols, [=, stride = ld](int64_t r, int64_t c, int64_t n) {
+      const int64_t at = r * stride + c;
+      F value = load(tile + r * tile_ld + c);
+      if (b) value += load(b + c, n);
+      if (us) {
+        __builtin_prefetch(us + at + stride, 1);
+        store(us + at, value, n);
       }
-    }
+      __builtin_prefetch(hs + at + stride, 1);
+      store(hs + at, gelu<kTanh>(value).value, n);
+    });
   }
 };
 
@@ -42,15 +47,21 @@ struct WriteDown {
 
   void operator()(int64_t i, int64_t rows, int64_t j, int64_t cols, const float* tile,
                   int64_t tile_ld) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* in = tile + r * tile_ld;
-      const int64_t at = (i + r) * ld + j;
-      for (int64_t c = 0; c < cols; c += W) {
-        const Gelu g = gelu<kTanh>(load(u + at + c, cols - c));
-        store(du + at + c, load(in + c) * g.derivative, cols - c);
-        if (h) store(h + at + c, g.value, cols - c);
+    const int64_t start = i * ld + j;
+    const T* us = u + start;
+    T* dus = du + start;
+    T* hs = h ? h + start : nullptr;
+    tile_vectors(rows, cols, [=, stride = ld](int64_t r, int64_t c, int64_t n) {
+      const int64_t at = r * stride + c;
+      __builtin_prefetch(us + at + stride);
+      __builtin_prefetch(dus + at + stride, 1);
+      const Gelu g = gelu<kTanh>(load(us + at, n));
+      store(dus + at, load(tile + r * tile_ld + c) * g.derivative, n);
+      if (hs) {
+        __builtin_prefetch(hs + at + stride, 1);
+        store(hs + at, g.value, n);
       }
-    }
+    });
   }
 };
 

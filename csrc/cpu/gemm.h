@@ -222,7 +222,6 @@ struct Operand {
                            out + (p - p0) * stride);
     // a few rows at a time and panel by panel, so that rows are read in long pieces and panels are
     // written in long pieces too
-    constexpr int64_t kRows = 8, kGroup = 64;
     const int64_t count = units(K, kPairs);
     for (int64_t g = p0; across && g < p1; g += kGroup)
       for (int64_t u = 0; u < count; u += kRows)
@@ -232,6 +231,8 @@ struct Operand {
   }
 
  private:
+  static constexpr int64_t kRows = 8, kGroup = 64;
+
   // units [from, to) of the panel that starts at line `first`
   template <bool kPairs>
   void pack_rows(int64_t first, int64_t width, int64_t k0, int64_t K, int64_t from, int64_t to,
@@ -241,9 +242,11 @@ struct Operand {
     const bool readable = first + W <= lines, exact = width % W == 0;
     for (int64_t u = from; u < to; ++u) {
       const int64_t k = k0 + (kPairs ? 2 * u : u);
+      const T* p = m.at(k) + first;
       const T* q = kPairs && k + 1 < k0 + K ? m.at(k + 1) + first : nullptr;
-      pack_unit<kPairs>(m.at(k) + first, q, readable && (exact || u + 1 < count), left, width,
-                        out + u * width);
+      // the rows after these, whose turn is when the group's panels are through
+      __builtin_prefetch(p + kRows * m.row);
+      pack_unit<kPairs>(p, q, readable && (exact || u + 1 < count), left, width, out + u * width);
     }
   }
 };
@@ -351,6 +354,17 @@ class Gemm {
   Shape s_;
   int64_t count_, depth_, kc_, mc_, nc_, ma_;
 };
+
+// What epilogues share: put(r, c, n) for the vectors of a tile, whole ones with n = W. `put` should
+// capture values: stores might change anything that it points to.
+template <typename Put>
+inline void tile_vectors(int64_t rows, int64_t cols, Put put) {
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t c = 0;
+    for (; c + W <= cols; c += W) put(r, c, int64_t{W});
+    if (c < cols) put(r, c, cols - c);
+  }
+}
 
 // epilogue(i, rows, j, cols, tile, ld) gets C[i + r, j + c] = tile[r * ld + c]; it is called from
 // several threads, each element once

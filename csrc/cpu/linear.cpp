@@ -17,15 +17,15 @@ struct Write {
 
   void operator()(int64_t i, int64_t rows, int64_t j, int64_t cols, const float* tile,
                   int64_t tile_ld) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      T* out = y + (i + r) * ld + j;
-      const float* in = tile + r * tile_ld;
-      for (int64_t c = 0; c < cols; c += W) {
-        F value = load(in + c) * alpha;
-        if (bias) value += load(bias + j + c, cols - c);
-        store(out + c, value, cols - c);
-      }
-    }
+    T* out = y + i * ld + j;
+    const float* b = bias ? bias + j : nullptr;
+    tile_vectors(rows, cols, [=, stride = ld, factor = alpha](int64_t r, int64_t c, int64_t n) {
+      T* to = out + r * stride + c;
+      __builtin_prefetch(to + stride, 1);
+      F value = load(tile + r * tile_ld + c) * factor;
+      if (b) value += load(b + c, n);
+      store(to, value, n);
+    });
   }
 };
 
