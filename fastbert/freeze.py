@@ -149,6 +149,7 @@ class Frozen:
         config, (T, C) = encoder.config, x.shape
         count = T if rows is None else rows.shape[0]
         x, y = x.contiguous(), x.new_empty(count, C)
+        cu_seqlens, rows = cu_seqlens.contiguous(), cpu.int64(rows)
         H = config.num_attention_heads
         cpu.native.encoder_infer(  # type: ignore[union-attr]
             cpu.DTYPES[x.dtype],
