@@ -21,8 +21,10 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import PlatformError
 
 ROOT = Path(__file__).resolve().parent
-# kept between builds, per interpreter and platform, so that only what changed is compiled again
-BUILD = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+# kept between builds, per interpreter and platform, so that only what changed is compiled again;
+# FASTBERT_BUILD is another folder for a build with other flags
+BUILD = ROOT / os.environ.get("FASTBERT_BUILD", "build")
+BUILD /= f"native-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,7 @@ class BertModel(Pretrained):
         whole = not (inputs.output_hidden_states or inputs.output_attentions)
         if self.frozen is not None and whole and self.frozen.serves(self, x):
             return Encoded(
-                self.frozen.encode(self, x, packing.cu_seqlens, rows), packing, seed, None, None
+                self.frozen.encode(self, x, packing, rows), packing, seed, None, None
             )
         states: list[Tensor] = []
         weights: list[Tensor] = []

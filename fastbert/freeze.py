@@ -17,6 +17,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from fastbert import backend, cpu
 from fastbert.blocks import EncoderLayer, FeedForward, QKVProjection, SelfAttention, log_once
 from fastbert.blocks import Linear as BlockLinear
+from fastbert.ops._check import cu_seqlens_valid
+from fastbert.packing import Packing
 
 if TYPE_CHECKING:
     from fastbert.bert import BertModel
@@ -141,7 +143,7 @@ class Frozen:
         self,
         encoder: BertModel,
         x: Tensor,  # (T, C)
-        cu_seqlens: Tensor,  # (B + 1,) int32
+        packing: Packing,
         rows: Tensor | None,  # (R,) int64
     ) -> Tensor:
         """The last layer's output (T, C), or (R, C) at `rows`."""
@@ -149,6 +151,8 @@ class Frozen:
         config, (T, C) = encoder.config, x.shape
         count = T if rows is None else rows.shape[0]
         x, y = x.contiguous(), x.new_empty(count, C)
+        cu_seqlens, rows = packing.cu_seqlens.contiguous(), cpu.int64(rows)
+        cu_seqlens_valid(cu_seqlens, T, packing.max_seqlen)
         H = config.num_attention_heads
         cpu.native.encoder_infer(  # type: ignore[union-attr]
             cpu.DTYPES[x.dtype],

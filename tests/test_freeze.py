@@ -178,3 +178,22 @@ def test_copies_and_files_hold_no_addresses():
 def test_only_fastbert_models_can_be_frozen():
     with pytest.raises(TypeError, match="Linear has no fastbert encoder"):
         fastbert.freeze(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("bounds", [[0, 4, 1_000_000], [0, 7, 5], [0, -3, 9], [2, 4, 9]])
+def test_bad_cu_seqlens_are_refused_as_without_freezing(bounds):
+    ids = torch.randint(5, 97, (9,))
+    given = {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32), "max_seqlen": 9}
+    for change in (fastbert.freeze, fastbert.unfreeze):
+        model = change(BertModel(CONFIG))
+        with pytest.raises((ValueError, IndexError), match="_seqlen|positions"):
+            hidden(model, {"input_ids": ids}, **given)
+
+
+def test_strided_cu_seqlens():
+    ids = torch.randint(5, 97, (9,))
+    bounds = torch.tensor([[0, 70], [4, 71], [9, 72]], dtype=torch.int32)[:, 0]
+    model = fastbert.freeze(BertModel(CONFIG))
+    found = hidden(model, {"input_ids": ids}, cu_seqlens=bounds, max_seqlen=5)
+    expected = hidden(model, {"input_ids": ids}, cu_seqlens=bounds.contiguous(), max_seqlen=5)
+    assert torch.equal(found, expected)

@@ -303,6 +303,12 @@ struct Batch {
   }
 };
 
+// memset of nothing may not be handed a null pointer
+template <typename E>
+void zeros(E* p, int64_t count) {
+  if (count > 0) __builtin_memset(p, 0, static_cast<size_t>(count) * sizeof(E));
+}
+
 }  // namespace
 
 void attention_fwd(int dtype, const void* qkv, const int32_t* cu_seqlens, void* out, float* lse,
@@ -332,9 +338,8 @@ void attention_fwd(int dtype, const void* qkv, const int32_t* cu_seqlens, void* 
         if (from < head.L) forward.run(head, from, imin(from + part, head.L), rooms[thread]);
       }
     const int64_t end = cu_seqlens[B];
-    __builtin_memset(y + end * H * D, 0, static_cast<size_t>((T - end) * H * D) * sizeof(E));
-    for (int64_t h = 0; lse && h < H; ++h)
-      __builtin_memset(lse + h * T + end, 0, static_cast<size_t>(T - end) * sizeof(float));
+    zeros(y + end * H * D, (T - end) * H * D);
+    for (int64_t h = 0; lse && h < H; ++h) zeros(lse + h * T + end, T - end);
   });
 }
 
@@ -361,8 +366,7 @@ void attention_bwd(int dtype, const void* dout, const void* qkv, const void* out
         if (head.L > 0) backward.run(head, rooms[thread]);
       }
     const int64_t end = cu_seqlens[B];
-    __builtin_memset(d + end * 3 * H * D, 0,
-                     static_cast<size_t>((T - end) * 3 * H * D) * sizeof(E));
+    zeros(d + end * 3 * H * D, (T - end) * 3 * H * D);
   });
 }
 

@@ -48,7 +48,7 @@ void pad(const float* bias, int64_t C, float* padded) {
 template <bool kTanh, typename T>
 void forward(const T* x, const float* bias, T* y, int64_t N, int64_t C, int threads) {
   const int team = team_size(N * C, kGrain, N, threads);
-  const Scratch padded(1, C);
+  const Scratch padded(1, round_up(C, W));
   pad(bias, C, padded[0]);
 #pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
   for (int64_t i = 0; i < N; ++i) bias_gelu_fwd_row<kTanh>(x + i * C, padded[0], C, y + i * C);
@@ -59,9 +59,9 @@ void backward(const T* dy, const T* x, const float* bias, T* dx, float* dbias, i
               int threads) {
   const int64_t parts = imax(1, imin(kPartitions, N / kRows));
   const int team = team_size(N * C, kGrain, parts, threads);
-  const Scratch padded(1, C);
+  const Scratch padded(1, round_up(C, W));
   pad(bias, C, padded[0]);
-  const Scratch sums(parts, C);
+  const Scratch sums(parts, round_up(C, W));
 #pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
   for (int64_t part = 0; part < parts; ++part) {
     for (int64_t c = 0; c < C; c += W) store(sums[part] + c, zero());

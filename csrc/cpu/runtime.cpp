@@ -10,6 +10,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace fastbert {
 namespace {
@@ -30,13 +33,23 @@ const bool watching = [] {
 }  // namespace
 
 void* allocate(size_t bytes) {
-  void* memory = std::aligned_alloc(64, (bytes + 127) / 64 * 64);
+  const size_t whole = (bytes + 127) / 64 * 64;
+  void* memory = std::aligned_alloc(64, whole);
   if (!memory) throw std::bad_alloc();
   if (bytes >= kLarge) large_pages(memory, bytes);
+  guard(static_cast<char*>(memory) + bytes, whole - bytes);
   return memory;
 }
 
 void release(void* memory) { std::free(memory); }
+
+void guard(void* memory, size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_poison_memory_region(memory, bytes);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
 
 void large_pages(void* memory, size_t bytes) {
 #if defined(__linux__)

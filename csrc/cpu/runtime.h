@@ -9,9 +9,18 @@ namespace fastbert {
 // element types, as the adapters in fastbert/cpu number them
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
 
+// Whether this build finds overruns (`make sanitize`): room to work in is then tight.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kGuarded = true;
+#else
+constexpr bool kGuarded = false;
+#endif
+
 // 64-byte aligned memory; throws std::bad_alloc
 void* allocate(size_t bytes);
 void release(void* memory);
+// Makes these bytes inside allocated memory an error to touch, where overruns are looked for.
+void guard(void* memory, size_t bytes);
 
 // Asks for large pages behind memory that is about to be written for the first time: page faults
 // are most of the cost of a fresh gradient of 94 MB.

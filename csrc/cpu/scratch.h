@@ -21,9 +21,12 @@ class Scratch {
  public:
   // `each` floats for each of `pieces`, 64-byte aligned
   Scratch(int64_t pieces, int64_t each)
-      : stride_(round_up(each, 16)),
+      : stride_(round_up(each, 16) + (kGuarded ? 16 : 0)),
         memory_(
-            static_cast<float*>(allocate(static_cast<size_t>(pieces * stride_) * sizeof(float)))) {}
+            static_cast<float*>(allocate(static_cast<size_t>(pieces * stride_) * sizeof(float)))) {
+    for (int64_t i = 0; kGuarded && i < pieces; ++i)
+      guard((*this)[i] + each, static_cast<size_t>(stride_ - each) * sizeof(float));
+  }
   ~Scratch() { release(memory_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

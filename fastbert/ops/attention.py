@@ -108,7 +108,7 @@ def attention(
         raise ValueError(f"max_seqlen is {max_seqlen}: pass the longest sequence's length")
     _check.dropout(p, site)
     _check.same_device(qkv=qkv, cu_seqlens=cu_seqlens)
-    qkv = autocast(qkv).contiguous()
+    qkv, cu_seqlens = autocast(qkv).contiguous(), cu_seqlens.contiguous()
     scale = qkv.shape[3] ** -0.5 if scale is None else float(scale)
     seed = seed_for(p, seed, qkv)
     save = wants_grad(qkv)

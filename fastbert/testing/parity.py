@@ -55,8 +55,13 @@ def upstream(y: Tensor) -> Tensor:
     return torch.randn(y.shape, generator=generator).to(y.device)
 
 
-def call(op: Callable[..., Any], kwargs: dict[str, Any], backward: bool) -> Results:
-    """The op's outputs, and with `backward` the gradient of every float input for a fixed random upstream gradient."""
+def call(
+    op: Callable[..., Any],
+    kwargs: dict[str, Any],
+    backward: bool,
+    gradient: Callable[[Tensor], Tensor] = upstream,
+) -> Results:
+    """The op's outputs, and with `backward` the gradient of every float input for a fixed upstream gradient."""
     kwargs = {
         k: tree_map(v, lambda t: t.detach().requires_grad_(backward and t.is_floating_point()))
         for k, v in kwargs.items()
@@ -68,7 +73,7 @@ def call(op: Callable[..., Any], kwargs: dict[str, Any], backward: bool) -> Resu
         return results
     leaves = dict(leaves_of(kwargs))
     grads = torch.autograd.grad(
-        outs[0], list(leaves.values()), upstream(outs[0]).to(outs[0].dtype), allow_unused=True
+        outs[0], list(leaves.values()), gradient(outs[0]).to(outs[0].dtype), allow_unused=True
     )
     for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
         results[f"d{name}"] = torch.zeros_like(leaf) if grad is None else grad

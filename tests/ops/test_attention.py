@@ -1,5 +1,8 @@
 import pytest
+import torch
 from harness import check, compiled, gradcheck, parametrize
+
+from fastbert import backend, cpu, functional
 
 SLUG = "attention"
 
@@ -21,3 +24,15 @@ def test_gradcheck(name):
 
 def test_compile():
     compiled(SLUG, "torch")
+
+
+@pytest.mark.parametrize("name", ["reference", "torch", "cpu"])
+def test_strided_cu_seqlens(name):
+    if name == "cpu" and cpu.unavailable:
+        pytest.skip(cpu.unavailable)
+    qkv = torch.randn(9, 3, 2, 4)
+    cu_seqlens = torch.tensor([[0, 77], [4, 77], [9, 77]], dtype=torch.int32)[:, 0]
+    assert not cu_seqlens.is_contiguous()
+    with backend.use(name):
+        found = functional.attention(qkv, cu_seqlens, 5)
+        assert torch.equal(found, functional.attention(qkv, cu_seqlens.contiguous(), 5))
