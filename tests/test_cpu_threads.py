@@ -118,14 +118,21 @@ def child(code: str, timeout: int = 120) -> str:
 
 
 COUNTED = """
-import os
+import os, time
+def settled():
+    # threads that are told to end take a moment
+    before, now = -1, len(os.listdir("/proc/self/task"))
+    while now != before:
+        time.sleep(0.2)
+        before, now = now, len(os.listdir("/proc/self/task"))
+    return now
 made, counts = here.calls(torch.float32), []
 for threads in (1, 3, 2, 1, 3):
     torch.set_num_threads(threads)
     for slug, kwargs in made.items():
         here.run(slug, kwargs)
     torch.randn(600, 600).exp_() @ torch.randn(600, 600)
-    counts.append(len(os.listdir("/proc/self/task")))
+    counts.append(settled())
 print(*counts)
 """
 

@@ -220,8 +220,7 @@ struct Operand {
       for (int64_t p = p0; p < p1; ++p)
         pack_lines<kPairs>(m, p * width, imin(width, lines - p * width), width, k0, K,
                            out + (p - p0) * stride);
-    // a few rows at a time and panel by panel, so that rows are read in long pieces and panels are
-    // written in long pieces too
+    // a few rows and a group of panels at a time: both sides are touched in long pieces
     const int64_t count = units(K, kPairs);
     for (int64_t g = p0; across && g < p1; g += kGroup)
       for (int64_t u = 0; u < count; u += kRows)
@@ -355,8 +354,8 @@ class Gemm {
   int64_t count_, depth_, kc_, mc_, nc_, ma_;
 };
 
-// What epilogues share: put(r, c, n) for the vectors of a tile, whole ones with n = W. `put` should
-// capture values: stores might change anything that it points to.
+// put(r, c, n) for the vectors of a tile, whole ones with n = W. `put` should capture values:
+// stores might change anything that it points to.
 template <typename Put>
 inline void tile_vectors(int64_t rows, int64_t cols, Put put) {
   for (int64_t r = 0; r < rows; ++r) {
