@@ -192,7 +192,7 @@ def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
     assert cpu.native is not None
     N, K = weight.shape
     weight, kind = weight.detach().contiguous(), cpu.DTYPES[dtype]
-    packed = torch.empty(cpu.native.linear_packed_size(kind, N, K), dtype=torch.float32)
+    packed = cpu.fresh(weight, cpu.native.linear_packed_size(kind, N, K), dtype=torch.float32)
     pieces = (weight.data_ptr(),) * 3
     cpu.native.linear_pack(
         kind,

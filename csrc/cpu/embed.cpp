@@ -145,9 +145,19 @@ void scatter(const float* dz, const int64_t* ids, E* grad, int64_t T, int64_t C,
   large_pages(grad, static_cast<size_t>(rows * C) * sizeof(E));
 #pragma omp parallel for num_threads(team) schedule(static, 1) if (team > 1)
   for (int64_t task = 0; task < tasks; ++task) {
-    const int64_t from = task % across * width, top = task / across * height;
-    for (int64_t r = top; r < imin(rows, top + height); ++r)
-      scatter_row(dz, first[r], next, C, from, imin(C, from + width), grad + r * C);
+    const int64_t from = task % across * width, to = imin(C, from + width);
+    int64_t r = task / across * height;
+    const int64_t end = imin(rows, r + height);
+    while (r < end) {
+      int64_t next_used = r;
+      while (!few && next_used < end && first[next_used] < 0) ++next_used;
+      // most of a vocabulary occurs nowhere: memset writes whole lines without reading them first
+      if (next_used > r)
+        __builtin_memset(grad + r * C, 0, static_cast<size_t>((next_used - r) * C) * sizeof(E));
+      r = next_used;
+      if (r < end) scatter_row(dz, first[r], next, C, from, to, grad + r * C);
+      ++r;
+    }
   }
 }
 
