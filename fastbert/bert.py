@@ -248,9 +248,7 @@ class BertModel(Pretrained):
         x = self.embeddings(inputs.ids, inputs.positions, inputs.types, seed, 0)
         whole = not (inputs.output_hidden_states or inputs.output_attentions)
         if self.frozen is not None and whole and self.frozen.serves(self, x):
-            return Encoded(
-                self.frozen.encode(self, x, packing, rows), packing, seed, None, None
-            )
+            return Encoded(self.frozen.encode(self, x, packing, rows), packing, seed, None, None)
         states: list[Tensor] = []
         weights: list[Tensor] = []
         narrow = -1 if inputs.output_hidden_states else len(self.layers) - 1

@@ -1,4 +1,4 @@
-"""`make sanitize` can fail: an overrun of the kernels' working memory by one float is seen, in every place it can be."""
+"""`make sanitize` can fail: an overrun of the working memory by one float is seen, in every place it can be."""
 
 import os
 import shlex

@@ -141,7 +141,7 @@ print(*counts)
 def test_only_as_many_threads_as_torch_may_use_are_started():
     counts = list(map(int, child(COUNTED).split()))
     alone = counts[0]
-    # libgomp ends what a smaller team leaves over (MKL takes no more threads than cores), other runtimes keep it; torch's
+    # libgomp ends what a smaller team leaves over (MKL takes no more than cores), other runtimes keep it; torch's
     # kernels share the same threads
     assert alone < max(counts) <= alone + 2
 

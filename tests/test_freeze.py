@@ -186,7 +186,7 @@ def test_bad_cu_seqlens_are_refused_as_without_freezing(bounds):
     given = {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32), "max_seqlen": 9}
     for change in (fastbert.freeze, fastbert.unfreeze):
         model = change(BertModel(CONFIG))
-        with pytest.raises((ValueError, IndexError), match="_seqlen|positions"):
+        with pytest.raises((ValueError, IndexError), match=r"_seqlen|positions"):
             hidden(model, {"input_ids": ids}, **given)
 
 
