@@ -25,7 +25,7 @@ from fastbert import backend, functional
 from fastbert.files import write_text
 from fastbert.testing.budget import assert_within_budget
 from fastbert.testing.machine import machine_info, peaks
-from fastbert.testing.parity import call, leaves_of, tree_map
+from fastbert.testing.parity import call, detached, leaves_of, tree_map
 from fastbert.testing.samples import Cost
 from fastbert.testing.timing import Timing, interleave_training
 
@@ -90,10 +90,7 @@ def grid(
 
 def pair(op: Callable[..., Any], args: dict[str, Any]) -> tuple[Callable, Callable]:
     """The op's forward with every float input wanting a gradient, and the backward of what it returns."""
-    args = {
-        k: tree_map(v, lambda t: t.detach().requires_grad_(t.is_floating_point()))
-        for k, v in args.items()
-    }
+    args = detached(args)
     leaves = [leaf for _, leaf in leaves_of(args)]
     upstream: list[Tensor] = []
 
@@ -144,12 +141,8 @@ def gate(slug: str, ours: dict[str, Any], cost: Cost) -> str:
 
 def chosen_backend(slug: str, ours: dict[str, Any]) -> str:
     """The backend that runs this call, gradients wanted."""
-    args = {
-        k: tree_map(v, lambda t: t.detach().requires_grad_(t.is_floating_point()))
-        for k, v in ours.items()
-    }
     with contextlib.redirect_stdout(io.StringIO()):
-        reasons = fastbert.explain(slug, **args)
+        reasons = fastbert.explain(slug, **detached(ours))
     order = (backend.forced(),) if backend.forced() else backend.ORDER["cpu"]
     return next(name for name in order if reasons[name] is None)
 

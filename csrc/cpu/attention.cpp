@@ -55,18 +55,14 @@ int64_t block_rows(int64_t L) {
   return round_up(imin(L, imax(4 * kMR, kScores / ld)), kMR);
 }
 
-inline I below(int64_t n) {  // lanes j < n, for 0 < n < W
-  return iota() < set1(static_cast<uint32_t>(n));
-}
-
-// c (rows, N) = a (rows, K) b, where b is packed panels of K steps and element (r, k) of a is
-// a[r * row + k * step]
+// c (rows, N) = a (rows, K) b, where b is packed panels of `steps` >= K steps and element (r, k) of
+// a is a[r * row + k * step]
 inline void product(int64_t rows, int64_t N, int64_t K, const float* a, int64_t row, int64_t step,
-                    const float* b, float* c, int64_t ldc, bool add) {
+                    const float* b, int64_t steps, float* c, int64_t ldc, bool add) {
   for (int64_t j = 0; j < N; j += kNR)
     for (int64_t r = 0; r < rows; r += kMR)
-      micro<false>(imin(kMR, rows - r), K, a + r * row, row, step, b + j * K, c + r * ldc + j, ldc,
-                   add);
+      micro<false>(imin(kMR, rows - r), K, a + r * row, row, step, b + j * steps, c + r * ldc + j,
+                   ldc, add);
 }
 
 // c (rows, N) = a b with a packed as panels of kMR rows
@@ -136,10 +132,7 @@ class Forward {
         finish(head, i + r, soft, factors, s);
       }
       // columns of V are panels of L steps, of which `span` are used
-      for (int64_t j = 0; j < head.depth; j += kNR)
-        for (int64_t r = 0; r < rows; r += kMR)
-          micro<false>(imin(kMR, rows - r), span, scores + r * ld, ld, 1, values + j * L,
-                       result + r * head.depth + j, head.depth, false);
+      product(rows, head.depth, span, scores, ld, 1, values, L, result, head.depth, false);
       for (int64_t r = 0; r < rows; ++r) {
         T* o = out_ + ((head.start + i + r) * head.H + head.h) * D;
         for (int64_t d = 0; d < D; d += W) store(o + d, load(result + r * head.depth + d), D - d);
@@ -232,13 +225,10 @@ class Backward {
     product_packed(rows, round_up(span, kNR), D, at.dout, at.values, at.grads, ld);
     for (int64_t r = 0; r < rows; ++r)
       row(head, i + r, span, at.factors, at.scores + r * ld, at.grads + r * ld);
-    for (int64_t j = 0; j < depth; j += kNR)
-      for (int64_t r = 0; r < rows; r += kMR)
-        micro<false>(imin(kMR, rows - r), span, at.grads + r * ld, ld, 1,
-                     at.keys_across + j * head.L, at.result + r * depth + j, depth, false);
+    product(rows, depth, span, at.grads, ld, 1, at.keys_across, head.L, at.result, depth, false);
     for (int64_t r = 0; r < rows; ++r) write(head, at.result + r * depth, i + r, 0);
-    product(span, depth, rows, at.scores, 1, ld, at.dout_across, at.dv, depth, true);
-    product(span, depth, rows, at.grads, 1, ld, at.queries_across, at.dk, depth, true);
+    product(span, depth, rows, at.scores, 1, ld, at.dout_across, rows, at.dv, depth, true);
+    product(span, depth, rows, at.grads, 1, ld, at.queries_across, rows, at.dk, depth, true);
   }
 
   // scores become P M, and dO V^T becomes dS

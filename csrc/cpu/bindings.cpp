@@ -182,6 +182,7 @@ PYBIND11_MODULE(_cpu, m) {
         "The instruction sets that this build and this machine have, slowest first.");
   m.def("isa", [] { return kIsas[current].name; }, "The instruction set that runs.");
   m.def("use_isa", &use_isa, "Run the kernels of this instruction set from now on.");
+  m.attr("LARGE") = kLarge;
   m.def(
       "large_pages",
       [](uintptr_t memory, size_t bytes) { large_pages(reinterpret_cast<void*>(memory), bytes); },

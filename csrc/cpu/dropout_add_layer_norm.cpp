@@ -38,19 +38,10 @@ template <typename T>
 void forward(const T* x, const T* residual, const float* weight, const float* bias, T* y, T* z,
              float* mean, float* rstd, int64_t N, int64_t C, float eps, const Dropout& dropout,
              int threads) {
-  const int team = team_size(N * C, kNormGrain, N, threads);
-  const int64_t room = round_up(C, kPhiloxWords);
-  const Scratch buffers(team, 2 * room);
-#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
-  for (int part = 0; part < team; ++part) {
-    float* z32 = buffers[part];
-    float* factors = dropout.enabled() ? z32 + room : nullptr;
-    for (int64_t i = part * N / team; i < (part + 1) * N / team; ++i) {
-      if (factors) row_factors(dropout, i, C, factors);
-      dropout_add_layer_norm_fwd_row(x + i * C, residual + i * C, weight, bias, factors, C, eps,
-                                     y + i * C, z ? z + i * C : nullptr, mean + i, rstd + i, z32);
-    }
-  }
+  norm_rows(N, C, dropout, threads, [&](int64_t i, float* z32, const float* factors) {
+    dropout_add_layer_norm_fwd_row(x + i * C, residual + i * C, weight, bias, factors, C, eps,
+                                   y + i * C, z ? z + i * C : nullptr, mean + i, rstd + i, z32);
+  });
 }
 
 template <typename T>

@@ -20,6 +20,15 @@ struct Tables {
   const int64_t *ids, *positions, *types;
   const E *word, *position, *type;
 
+  Tables(const int64_t* ids_, const int64_t* positions_, const int64_t* types_, const void* word_,
+         const void* position_, const void* type_)
+      : ids(ids_),
+        positions(positions_),
+        types(types_),
+        word(static_cast<const E*>(word_)),
+        position(static_cast<const E*>(position_)),
+        type(static_cast<const E*>(type_)) {}
+
   // z (C) of token t, written in whole vectors, and its total
   float gather(int64_t t, int64_t C, float* z) const {
     const E* a = word + (ids ? ids[t] : t) * C;
@@ -49,19 +58,10 @@ void embed_fwd_row(const float* z, float total, const float* weight, const float
 template <typename E, typename O>
 void forward(const Tables<E>& tables, const float* weight, const float* bias, O* y, float* mean,
              float* rstd, int64_t T, int64_t C, float eps, const Dropout& dropout, int threads) {
-  const int team = team_size(T * C, kNormGrain, T, threads);
-  const int64_t room = round_up(C, kPhiloxWords);
-  const Scratch buffers(team, 2 * room);
-#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
-  for (int part = 0; part < team; ++part) {
-    float* z = buffers[part];
-    float* factors = dropout.enabled() ? z + room : nullptr;
-    for (int64_t t = part * T / team; t < (part + 1) * T / team; ++t) {
-      if (factors) row_factors(dropout, t, C, factors);
-      const float total = tables.gather(t, C, z);
-      embed_fwd_row(z, total, weight, bias, factors, C, eps, y + t * C, mean + t, rstd + t);
-    }
-  }
+  norm_rows(T, C, dropout, threads, [&](int64_t t, float* z, const float* factors) {
+    const float total = tables.gather(t, C, z);
+    embed_fwd_row(z, total, weight, bias, factors, C, eps, y + t * C, mean + t, rstd + t);
+  });
 }
 
 // dz (T, C), dweight and dbias
@@ -142,7 +142,6 @@ void scatter(const float* dz, const int64_t* ids, E* grad, int64_t T, int64_t C,
   const int64_t width = few ? kScatterColumns : C, height = few ? 1 : kScatterRows;
   const int64_t across = ceil_div(C, width), tasks = ceil_div(rows, height) * across;
   const int team = team_size((rows + T) * C, kNormGrain, tasks, threads);
-  large_pages(grad, static_cast<size_t>(rows * C) * sizeof(E));
 #pragma omp parallel for num_threads(team) schedule(static, 1) if (team > 1)
   for (int64_t task = 0; task < tasks; ++task) {
     const int64_t from = task % across * width, to = imin(C, from + width);
@@ -185,12 +184,7 @@ void embed_fwd(int dtype, int out_dtype, const int64_t* ids, const int64_t* posi
   const Dropout dropout = {seed, site, threshold, scale, nullptr};
   with_type(dtype, [&](auto e) {
     using E = decltype(e);
-    const Tables<E> tables = {ids,
-                              positions,
-                              types,
-                              static_cast<const E*>(word),
-                              static_cast<const E*>(position),
-                              static_cast<const E*>(type)};
+    const Tables<E> tables(ids, positions, types, word, position, type);
     with_type(out_dtype, [&](auto o) {
       forward(tables, weight, bias, static_cast<decltype(o)*>(y), mean, rstd, T, C, eps, dropout,
               threads);
@@ -210,12 +204,7 @@ void embed_bwd(int dtype, int out_dtype, const void* dy, const int64_t* ids,
   float* dz = memory[0];
   with_type(dtype, [&](auto e) {
     using E = decltype(e);
-    const Tables<E> tables = {ids,
-                              positions,
-                              types,
-                              static_cast<const E*>(word),
-                              static_cast<const E*>(position),
-                              static_cast<const E*>(type)};
+    const Tables<E> tables(ids, positions, types, word, position, type);
     with_type(out_dtype, [&](auto o) {
       backward_rows(tables, static_cast<const decltype(o)*>(dy), weight, mean, rstd, dz, dweight,
                     dbias, T, C, dropout, threads);

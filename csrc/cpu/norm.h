@@ -2,6 +2,7 @@
 // backward whose sums over rows are taken in fixed partitions, whatever the thread count.
 #pragma once
 
+#include "philox.h"
 #include "scratch.h"
 #include "vec.h"
 
@@ -38,9 +39,7 @@ struct Chains {
 };
 
 // the lanes below n, as a factor
-inline F lanes_below(int64_t n) {
-  return n >= W ? set1(1.0f) : (iota() < set1(static_cast<uint32_t>(n)) ? set1(1.0f) : zero());
-}
+inline F lanes_below(int64_t n) { return n >= W ? set1(1.0f) : (below(n) ? set1(1.0f) : zero()); }
 
 // `put` is taken by value here and below, and what it captures should be values: stores might
 // change anything that it points to, so references would be read again for every vector.
@@ -66,6 +65,24 @@ inline void norm_row(const Z* z, float total, const float* weight, const float* 
   });
   *mean = m;
   *rstd = r;
+}
+
+// Runs row(i, z, factors) for all N rows, with room for the row in fp32 and dropout's factors for
+// it, null without dropout.
+template <typename Row>
+inline void norm_rows(int64_t N, int64_t C, const Dropout& dropout, int threads, const Row& row) {
+  const int team = team_size(N * C, kNormGrain, N, threads);
+  const int64_t room = round_up(C, kPhiloxWords);
+  const Scratch buffers(team, 2 * room);
+#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
+  for (int part = 0; part < team; ++part) {
+    float* z = buffers[part];
+    float* factors = dropout.enabled() ? z + room : nullptr;
+    for (int64_t i = part * N / team; i < (part + 1) * N / team; ++i) {
+      if (factors) row_factors(dropout, i, C, factors);
+      row(i, z, factors);
+    }
+  }
 }
 
 // Backward of R rows, `stride` apart in dy and z: adds dy xhat to dweight and dy to dbias, which

@@ -140,13 +140,15 @@ struct Operand {
   template <bool kPairs>
   void pack(int64_t p0, int64_t p1, int64_t width, int64_t k0, int64_t K, float* out) const {
     const int64_t stride = units(K, kPairs) * width;
-    if (!across)
+    if (!across) {
       for (int64_t p = p0; p < p1; ++p)
         pack_lines<kPairs>(m, p * width, imin(width, lines - p * width), width, k0, K,
                            out + (p - p0) * stride);
+      return;
+    }
     // a few rows and a group of panels at a time: both sides are touched in long pieces
     const int64_t count = units(K, kPairs);
-    for (int64_t g = p0; across && g < p1; g += kGroup)
+    for (int64_t g = p0; g < p1; g += kGroup)
       for (int64_t u = 0; u < count; u += kRows)
         for (int64_t p = g; p < imin(g + kGroup, p1); ++p)
           pack_rows<kPairs>(p * width, width, k0, K, u, imin(u + kRows, count),

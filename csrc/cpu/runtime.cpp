@@ -17,9 +17,6 @@
 namespace fastbert {
 namespace {
 
-// memory of this size holds a large page wherever it starts
-constexpr size_t kLarge = size_t{4} << 20;
-
 bool forked = false;
 
 // set in the child, before it runs anything of its own

@@ -22,6 +22,9 @@ void release(void* memory);
 // Makes these bytes inside allocated memory an error to touch, where overruns are looked for.
 void guard(void* memory, size_t bytes);
 
+// memory of this size holds a large page wherever it starts
+constexpr size_t kLarge = size_t{4} << 20;
+
 // Asks for large pages behind memory that is about to be written for the first time: page faults
 // are most of the cost of a fresh gradient of 94 MB.
 void large_pages(void* memory, size_t bytes);

@@ -32,7 +32,7 @@ inline float exp_nonpositive1(float x) { return exp_nonpositive(set1(x))[0]; }
 // lanes from n on are -inf, n < W
 template <typename T>
 inline F load_logits(const T* z, int64_t n) {
-  return iota() < set1(static_cast<uint32_t>(n)) ? load(z, n) : set1(-__builtin_inff());
+  return below(n) ? load(z, n) : set1(-__builtin_inff());
 }
 
 // the largest of n logits; NaN are passed over, the sum will show them

@@ -145,6 +145,9 @@ inline float load1(const bf16* p) { return bits_as<float>(static_cast<uint32_t>(
 inline void store1(float* p, float x) { *p = x; }
 inline void store1(bf16* p, float x) { p->bits = narrow(set1(x))[0]; }
 
+// the lanes below n, for 0 <= n
+inline I below(int64_t n) { return iota() < set1(static_cast<uint32_t>(n)); }
+
 // --- arithmetic beyond the operators ---
 
 // where either is NaN the result is b

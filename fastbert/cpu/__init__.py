@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -52,10 +53,6 @@ else:
     unavailable = None
 
 
-# from here on a result surely holds a large page
-_LARGE = 4 << 20
-
-
 def fresh(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """Memory for a result, in the dtype of `like` or this one.
 
@@ -63,7 +60,7 @@ def fresh(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     100 ms in a virtual machine, a third of the feed-forward's GEMM that writes the 100 MB.
     """
     made = like.new_empty(shape, dtype=dtype)
-    if made.nbytes >= _LARGE:
+    if made.nbytes >= native.LARGE:  # type: ignore[union-attr]
         native.large_pages(made.data_ptr(), made.nbytes)  # type: ignore[union-attr]
     return made
 
@@ -108,3 +105,30 @@ def dropout_args(p: float, seed: Tensor | None, site: int) -> tuple[int, int, in
     if p == 0.0 or seed is None:
         return 0, 0, 0, 1.0
     return seed.data_ptr(), site, round(p * 2**32), 1.0 / (1.0 - p)
+
+
+def row_losses(
+    run: Callable[
+        ..., None
+    ],  # native.cross_entropy_fwd, or _inplace, which overwrites the logits by softmax - onehot
+    logits: Tensor,  # (N, V)
+    labels: Tensor,  # (N,)
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """The loss of each row and lse, (N,) fp32, both 0 in ignored rows."""
+    count, size = logits.shape
+    loss, lse = (logits.new_empty(count, dtype=torch.float32) for _ in range(2))
+    if count > 0:
+        labels64 = int64(labels)
+        run(
+            DTYPES[logits.dtype],
+            logits.data_ptr(),
+            address(labels64),
+            loss.data_ptr(),
+            lse.data_ptr(),
+            count,
+            size,
+            ignore_index,
+            torch.get_num_threads(),
+        )
+    return loss, lse

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastbert.cpu import DTYPES, address, fresh, int64, native, unsupported_dtype
+from fastbert.cpu import DTYPES, address, fresh, int64, native, row_losses, unsupported_dtype
 
 
 def unsupported(
@@ -23,22 +23,7 @@ def forward(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
     """The loss of each row and lse, (N,) fp32, both 0 in ignored rows."""
-    count, size = logits.shape
-    loss, lse = (logits.new_empty(count, dtype=torch.float32) for _ in range(2))
-    if count > 0:
-        labels64 = int64(labels)
-        native.cross_entropy_fwd(  # type: ignore[union-attr]
-            DTYPES[logits.dtype],
-            logits.data_ptr(),
-            address(labels64),
-            loss.data_ptr(),
-            lse.data_ptr(),
-            count,
-            size,
-            ignore_index,
-            torch.get_num_threads(),
-        )
-    return loss, lse
+    return row_losses(native.cross_entropy_fwd, logits, labels, ignore_index)  # type: ignore[union-attr]
 
 
 def backward(

@@ -131,13 +131,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dword (or the gradient of the ready embeddings), dposition, dtype, dweight, dbias; empty where there is none."""
     tables = _tables(ids, positions, types, word, position, type_)
-    make = torch.empty if dy.shape[0] else torch.zeros
     wanted = (tables[3], position if position_grad else None, type_)
-    dword, dposition, dtype = (
-        make(0 if t is None else t.shape, dtype=position.dtype) for t in wanted
-    )
-    dweight, dbias = (make(position.shape[1], dtype=torch.float32) for _ in range(2))
+    dword, dposition, dtype = (fresh(position, *((0,) if t is None else t.shape)) for t in wanted)
+    dweight, dbias = (position.new_empty(position.shape[1], dtype=torch.float32) for _ in range(2))
     if dy.shape[0] == 0:
+        for t in (dword, dposition, dtype, dweight, dbias):
+            t.zero_()
         return dword, dposition, dtype, dweight.to(weight.dtype), dbias.to(weight.dtype)
     weight32 = fp32(weight)
     native.embed_bwd(  # type: ignore[union-attr]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastbert.cpu import DTYPES, cross_entropy, fp32, int64, linear, native, unsupported_dtype
+from fastbert.cpu import cross_entropy, fp32, linear, native, row_losses, unsupported_dtype
 
 
 def unsupported(
@@ -28,25 +28,6 @@ def _picked(hidden: Tensor, rows: Tensor | None) -> Tensor:
     return hidden if rows is None else hidden.index_select(0, rows)
 
 
-def _unscaled(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """The losses and lse (N,) of logits (N, V), which are overwritten by softmax - onehot."""
-    count, size = logits.shape
-    loss, lse = (logits.new_empty(count, dtype=torch.float32) for _ in range(2))
-    labels64 = int64(labels)
-    native.cross_entropy_inplace(  # type: ignore[union-attr]
-        DTYPES[logits.dtype],
-        logits.data_ptr(),
-        labels64.data_ptr(),  # type: ignore[union-attr]
-        loss.data_ptr(),
-        lse.data_ptr(),
-        count,
-        size,
-        ignore_index,
-        torch.get_num_threads(),
-    )
-    return loss, lse
-
-
 def forward(
     hidden: Tensor,  # (T, C)
     weight: Tensor,  # (V, C)
@@ -61,7 +42,7 @@ def forward(
     h, b = _picked(hidden, rows), fp32(bias)
     if save and labels.shape[0] <= max_rows:
         dlogits = linear.project(h, [weight], b)
-        loss, lse = _unscaled(dlogits, labels, ignore_index)
+        loss, lse = row_losses(native.cross_entropy_inplace, dlogits, labels, ignore_index)  # type: ignore[union-attr]
         return loss.sum(), lse, dlogits
     losses, lses = [], []
     for part, of in zip(h.split(max_rows), labels.split(max_rows), strict=True):
@@ -115,7 +96,7 @@ def _chunked(
     )
     for part, of in zip(h.split(max_rows), labels.split(max_rows), strict=True):
         g = linear.project(part, [weight], bias)
-        _unscaled(g, of, ignore_index)
+        row_losses(native.cross_entropy_inplace, g, of, ignore_index)  # type: ignore[union-attr]
         dpart, dw, db = linear.gradients(g, part, [weight], needs, alpha)
         parts.append(dpart)
         dweight = dweight + dw if dweight.numel() else dw.float()

@@ -55,6 +55,14 @@ def upstream(y: Tensor) -> Tensor:
     return torch.randn(y.shape, generator=generator).to(y.device)
 
 
+def detached(kwargs: dict[str, Any], grad: bool = True) -> dict[str, Any]:
+    """The arguments cut off from any graph, every float tensor wanting a gradient with `grad`."""
+    return {
+        k: tree_map(v, lambda t: t.detach().requires_grad_(grad and t.is_floating_point()))
+        for k, v in kwargs.items()
+    }
+
+
 def call(
     op: Callable[..., Any],
     kwargs: dict[str, Any],
@@ -62,10 +70,7 @@ def call(
     gradient: Callable[[Tensor], Tensor] = upstream,
 ) -> Results:
     """The op's outputs, and with `backward` the gradient of every float input for a fixed upstream gradient."""
-    kwargs = {
-        k: tree_map(v, lambda t: t.detach().requires_grad_(backward and t.is_floating_point()))
-        for k, v in kwargs.items()
-    }
+    kwargs = detached(kwargs, backward)
     out = op(**kwargs)
     outs = out if isinstance(out, tuple) else (out,)
     results = {f"output {i}": t.detach() for i, t in enumerate(outs)}

@@ -42,9 +42,7 @@ def interleave(
     names = list(competitors)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warmup, rounds):
-        # whoever follows the same neighbour every time would always find the same caches
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in _rotated(names, number):
             taken = _time(competitors[name])
             if number >= 0:
                 seconds[name].append(taken)
@@ -72,8 +70,7 @@ def interleave_training(
     end = time.perf_counter() + seconds
     done = 0
     while done < least or (done < most and time.perf_counter() < end):
-        shift = done % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in _rotated(names, done):
             taken[name].append(_time_pair(*competitors[name]))
         done += 1
     return {
@@ -84,6 +81,12 @@ def interleave_training(
         }
         for name, pairs in taken.items()
     }
+
+
+def _rotated(names: list[str], number: int) -> list[str]:
+    """The order of a round: whoever followed the same neighbour every time would always find the same caches."""
+    shift = number % len(names)
+    return names[shift:] + names[:shift]
 
 
 def _time_pair(
