@@ -1,8 +1,9 @@
 // C (M, N) = A (M, K) B (K, N) with any strides, fp32 sums, and an epilogue that sees each tile of
 // C while it is in cache.
 //
-// Both operands are packed into panels, A as [M / h][K][h] and B as [N / kNR][K][kNR], so that the
-// inner loop reads each of them in order: it keeps an h x kNR tile of C in registers, loads kNR
+// Both operands are packed slice by slice of K into panels, A as [slice][M / h][kc][h] and B as
+// [slice][N / kNR][kc][kNR], so that the inner loop reads each of them in order and what a block of
+// C needs of a slice lies in one piece: it keeps an h x kNR tile of C in registers, loads kNR
 // elements of B and broadcasts h of A per step (Goto, van de Geijn 2008). Packing converts: bf16 to
 // fp32, or, where the processor multiplies bf16 pairs, anything to pairs of two neighbouring k in
 // one 32-bit unit. Weights are read from where they are on every call, so no copy can be stale.
@@ -36,9 +37,7 @@ constexpr int64_t kDepth = 3072;
 // floats of packed A that a thread keeps
 constexpr int64_t kPackedA = int64_t{8} << 20;
 // floats of packed B that a thread keeps
-constexpr int64_t kPackedB = int64_t{1} << 18;
-// floats of packed A that stay in the second-level cache
-constexpr int64_t kSmallA = int64_t{1} << 16;
+constexpr int64_t kPackedB = int64_t{1} << 20;
 // multiply-adds below which a second thread does not pay
 constexpr int64_t kGemmGrain = int64_t{1} << 20;
 
@@ -50,11 +49,13 @@ inline F step(F acc, F a, F b) {
   return acc + a * b;
 }
 
-// c (R, kNR) = or += a (R, K) b (K, kNR); element (r, k) of a is a[r * a_row + k * a_step]
+// c (R, kNR) = or += a (R, K) b (K, kNR); element (r, k) of a is a[r * a_row + k * a_step]. What is
+// read after b is at `ahead`; `pace` of 16 floats of it are asked for per step, so that memory is
+// busy all the time.
 template <int R, bool kPairs>
 __attribute__((noinline)) void micro_kernel(int64_t K, const float* a, int64_t a_row,
                                             int64_t a_step, const float* b, float* c, int64_t ldc,
-                                            bool add) {
+                                            bool add, const float* ahead, int64_t pace) {
   F sums[R][2] = {};
   for (int64_t k = 0; k < K; ++k) {
     const F b0 = load(b), b1 = load(b + W);
@@ -66,6 +67,8 @@ __attribute__((noinline)) void micro_kernel(int64_t K, const float* a, int64_t a
       sums[r][1] = step<kPairs>(sums[r][1], one, b1);
     }
     __builtin_prefetch(a + 16 * kMR);
+    __builtin_prefetch(ahead, 0, 2);
+    ahead += pace;
     a += a_step;
     b += kNR;
   }
@@ -80,13 +83,34 @@ __attribute__((noinline)) void micro_kernel(int64_t K, const float* a, int64_t a
 // the micro kernel for `rows` <= kMR
 template <bool kPairs, int R = kMR>
 inline void micro(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t a_step,
-                  const float* b, float* c, int64_t ldc, bool add) {
+                  const float* b, float* c, int64_t ldc, bool add, const float* ahead,
+                  int64_t pace) {
   if constexpr (R > 1)
-    if (rows < R) return micro<kPairs, R - 1>(rows, K, a, a_row, a_step, b, c, ldc, add);
-  micro_kernel<R, kPairs>(K, a, a_row, a_step, b, c, ldc, add);
+    if (rows < R)
+      return micro<kPairs, R - 1>(rows, K, a, a_row, a_step, b, c, ldc, add, ahead, pace);
+  micro_kernel<R, kPairs>(K, a, a_row, a_step, b, c, ldc, add, ahead, pace);
 }
 
-// B that was packed before: [N / kNR][units][kNR]
+// the size of pieces of at most `limit` that share `total` evenly
+inline int64_t even(int64_t total, int64_t limit) {
+  return imax(1, ceil_div(total, imax(1, ceil_div(total, limit))));
+}
+
+// units of a slice of K
+inline int64_t slice_units(int64_t count) { return even(count, kKC); }
+
+// panels [p0, p1) of an operand for units [from, to) of K, in slices of kc
+template <bool kPairs, typename T>
+inline void pack_slices(const Operand<T>& operand, int64_t p0, int64_t p1, int64_t width,
+                        int64_t from, int64_t to, int64_t kc, int64_t K, float* out) {
+  for (int64_t u = from; u < to; u += kc) {
+    const int64_t steps = imin(kc, to - u), k0 = kPairs ? 2 * u : u;
+    operand.template pack<kPairs>(p0, p1, width, k0, imin(kPairs ? 2 * steps : steps, K - k0),
+                                  out + (u - from) * (p1 - p0) * width);
+  }
+}
+
+// B that was packed before: [slice][N / kNR][kc][kNR]
 struct Packed {
   const float* p;
 };
@@ -109,8 +133,8 @@ class Gemm {
  public:
   Gemm(const Operand<TA>& a, const B& b, const Epilogue& epilogue, Shape shape)
       : a_(a), b_(b), epilogue_(epilogue), s_(shape), count_(units(shape.K, kPairs)) {
-    depth_ = even(count_, kDepth);
-    kc_ = s_.M <= 2 * kMR ? depth_ : even(depth_, kKC);
+    kc_ = slice_units(count_);
+    depth_ = kc_ * even(ceil_div(count_, kc_), kDepth / kc_);
     mc_ = imax(1, kMC / s_.h);
     nc_ = imax(1, imin(kNC / kNR, kPackedB / (depth_ * kNR)));
     ma_ = imax(1, kPackedA / (depth_ * s_.h));
@@ -130,10 +154,6 @@ class Gemm {
   }
 
  private:
-  // the size of pieces of at most `limit` that share `total` evenly
-  static int64_t even(int64_t total, int64_t limit) {
-    return imax(1, ceil_div(total, imax(1, ceil_div(total, limit))));
-  }
   int64_t packed_a(const Part& part) const {
     return round_up(imin(ma_, part.m1 - part.m0) * depth_ * s_.h + W, 16);
   }
@@ -145,46 +165,52 @@ class Gemm {
     return deep() ? panels * s_.h * columns * kNR : mc_ * s_.h * nc_ * kNR;
   }
 
+  // where slice u of panels [n, n1) of B begins; b is what was packed of them from unit k on
+  const float* slice(int64_t u, int64_t n, int64_t n1, int64_t k, const float* b) const {
+    if constexpr (kPrepacked)
+      return b_.p + (u * ceil_div(s_.N, kNR) + imin(kc_, count_ - u) * n) * kNR;
+    else
+      return b + (u - k) * (n1 - n) * kNR;
+  }
+
   // panels [m, m1) of rows, all columns of the part, units [k, k + depth_)
   void strip(const Part& part, int64_t m, int64_t m1, int64_t k, float* a, float* b,
              float* c) const {
-    const int64_t steps = imin(depth_, count_ - k), k0 = kPairs ? 2 * k : k;
-    const int64_t K = imin(kPairs ? 2 * steps : steps, s_.K - k0);
-    a_.template pack<kPairs>(m, m1, s_.h, k0, K, a);
+    const int64_t to = imin(k + depth_, count_);
+    pack_slices<kPairs>(a_, m, m1, s_.h, k, to, kc_, s_.K, a);
     for (int64_t n = part.n0; n < part.n1; n += nc_) {
       const int64_t n1 = imin(n + nc_, part.n1);
-      if constexpr (!kPrepacked) b_.template pack<kPairs>(n, n1, kNR, k0, K, b);
+      if constexpr (!kPrepacked) pack_slices<kPairs>(b_, n, n1, kNR, k, to, kc_, s_.K, b);
       const int64_t ld = (deep() ? part.n1 - part.n0 : n1 - n) * kNR;
       for (int64_t i = m; i < m1; i += mc_) {
         const int64_t i1 = imin(i + mc_, m1);
         float* tile = deep() ? c + (i - m) * s_.h * ld + (n - part.n0) * kNR : c;
-        if constexpr (kPrepacked)
-          block(i1 - i, n1 - n, k, steps, a + (i - m) * steps * s_.h, b_.p + (n * count_ + k) * kNR,
-                count_, tile, ld);
-        else
-          block(i1 - i, n1 - n, k, steps, a + (i - m) * steps * s_.h, b, steps, tile, ld);
-        if (k + depth_ >= count_)
+        // slice by slice: what a block reads of one lies in one piece and stays in the cache
+        for (int64_t u = k; u < to || to == 0; u += kc_) {
+          const int64_t steps = imin(kc_, to - u);
+          const float* rows = a + ((u - k) * (m1 - m) + steps * (i - m)) * s_.h;
+          const float* columns = slice(u, n, n1, k, b);
+          const float* after = u + kc_ < to ? slice(u + kc_, n, n1, k, b) : slice(k, n1, n1, k, b);
+          block(i1 - i, n1 - n, steps, rows, columns, after, tile, ld, u > 0);
+        }
+        if (to == count_)
           epilogue_(i * s_.h, imin(i1 * s_.h, s_.M) - i * s_.h, n * kNR,
                     imin(n1 * kNR, s_.N) - n * kNR, tile, ld);
       }
     }
   }
 
-  // `rows` x `columns` panels of C over `steps` units from `from` on, b's panels `stride` units
-  // apart. Where all of a fits into the cache a panel of b is read from end to end, in one stream.
-  void block(int64_t rows, int64_t columns, int64_t from, int64_t steps, const float* a,
-             const float* b, int64_t stride, float* tile, int64_t ld) const {
-    const auto column = [=](int64_t k, int64_t q) {
+  // `rows` x `columns` panels of C from one slice; each panel of rows asks for its share of the
+  // next panel of b
+  void block(int64_t rows, int64_t columns, int64_t steps, const float* a, const float* b,
+             const float* after, float* tile, int64_t ld, bool add) const {
+    const int64_t pace = ceil_div(kNR, rows);
+    for (int64_t q = 0; q < columns; ++q) {
+      const float* next = q + 1 < columns ? b + (q + 1) * steps * kNR : after;
       for (int64_t p = 0; p < rows; ++p)
-        micro<kPairs>(s_.h, imin(kc_, steps - k), a + (p * steps + k) * s_.h, 1, s_.h,
-                      b + (q * stride + k) * kNR, tile + p * s_.h * ld + q * kNR, ld, from + k > 0);
-    };
-    if (rows * s_.h * steps <= kSmallA)
-      for (int64_t q = 0; q < columns; ++q)
-        for (int64_t k = 0; k < steps || k == 0; k += kc_) column(k, q);
-    else
-      for (int64_t k = 0; k < steps || k == 0; k += kc_)
-        for (int64_t q = 0; q < columns; ++q) column(k, q);
+        micro<kPairs>(s_.h, steps, a + p * steps * s_.h, 1, s_.h, b + q * steps * kNR,
+                      tile + p * s_.h * ld + q * kNR, ld, add, next + p * steps * pace, pace);
+    }
   }
 
   static constexpr bool kPrepacked = __is_same(B, Packed);
@@ -206,13 +232,24 @@ inline void tile_vectors(int64_t rows, int64_t cols, Put put) {
   }
 }
 
+// The height of panels of A that computes the fewest rows that do not exist. From two thirds of kMR
+// on a micro kernel runs at full speed (Zen 3); lower panels read B more often.
+inline int64_t panel_height(int64_t M) {
+  int64_t best = kMR, least = INT64_MAX;
+  for (int64_t h = kMR; h >= (2 * kMR + 2) / 3; --h) {
+    const int64_t cost = ceil_div(M, h) * (8 * h + 1);
+    if (cost < least) least = cost, best = h;
+  }
+  return imin(best, M);
+}
+
 // epilogue(i, rows, j, cols, tile, ld) gets C[i + r, j + c] = tile[r * ld + c]; it is called from
 // several threads, each element once
 template <bool kPairs, typename TA, typename B, typename Epilogue>
 inline void gemm(int64_t M, int64_t N, int64_t K, const Operand<TA>& a, const B& b, int threads,
                  const Epilogue& epilogue) {
   if (M == 0 || N == 0) return;
-  const int64_t h = ceil_div(M, ceil_div(M, kMR));  // the panels' height, even over all of them
+  const int64_t h = panel_height(M);
   const int64_t m_panels = ceil_div(M, h), n_panels = ceil_div(N, kNR);
   const Gemm<kPairs, TA, B, Epilogue> work(a, b, epilogue, {M, N, K, h});
   const int team = team_size(M * N * imax(K, 1), kGemmGrain, m_panels * n_panels, threads);

@@ -120,12 +120,17 @@ void linear_pack(int x_dtype, int w_dtype, const void* w0, const void* w1, const
   const int team = team_size(N * K, int64_t{1} << 16, panels, threads);
   with_type(x_dtype, [&](auto t) {
     constexpr bool kPairs = kPaired<decltype(t)>;
+    const int64_t count = units(K, kPairs), kc = slice_units(count);
     with_type(w_dtype, [&](auto w) {
       using TW = decltype(w);
       const Operand<TW> b = {pieces<TW>(w0, w1, w2, each, K), N, false};
 #pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
       for (int64_t q = 0; q < panels; ++q)
-        b.template pack<kPairs>(q, q + 1, kNR, 0, K, packed + q * kNR * units(K, kPairs));
+        for (int64_t u = 0; u < count; u += kc) {
+          const int64_t to = imin(u + kc, count);
+          pack_slices<kPairs>(b, q, q + 1, kNR, u, to, kc, K,
+                              packed + (u * panels + (to - u) * q) * kNR);
+        }
     });
   });
 }
