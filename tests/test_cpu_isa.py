@@ -33,7 +33,7 @@ def test_the_best_instruction_set_runs_by_default():
 def test_what_the_processor_has_is_used():
     flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
     for name, needed in {
-        "avx2": {"avx2", "fma"},
+        "avx2": {"avx2", "fma", "bmi2"},
         "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
         "avx512_bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
     }.items():

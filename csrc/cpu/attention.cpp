@@ -62,7 +62,7 @@ inline void product(int64_t rows, int64_t N, int64_t K, const float* a, int64_t 
   for (int64_t j = 0; j < N; j += kNR)
     for (int64_t r = 0; r < rows; r += kMR)
       micro<false>(imin(kMR, rows - r), K, a + r * row, row, step, b + j * steps, c + r * ldc + j,
-                   ldc, add, b, 0);
+                   ldc, add, b, K);
 }
 
 // c (rows, N) = a b with a packed as panels of kMR rows
@@ -70,7 +70,7 @@ inline void product_packed(int64_t rows, int64_t N, int64_t K, const float* a, c
                            float* c, int64_t ldc) {
   for (int64_t j = 0; j < N; j += kNR)
     for (int64_t r = 0; r < rows; r += kMR)
-      micro<false>(kMR, K, a + r * K, 1, kMR, b + j * K, c + r * ldc + j, ldc, false, b, 0);
+      micro<false>(kMR, K, a + r * K, 1, kMR, b + j * K, c + r * ldc + j, ldc, false, b, K);
 }
 
 struct Softmax {

@@ -47,7 +47,10 @@ struct Isa {
 };
 
 #ifdef __x86_64__
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi2");
+}
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -67,7 +70,11 @@ const Isa kIsas[] = {
     {"avx512_bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16") != 0; }},
 #endif
 #ifdef FASTBERT_HAS_emulated
+#ifdef FASTBERT_HAS_avx2
+    {"emulated", has_avx2},  // setup.py builds it with AVX2 where there is such a thing
+#else
     {"emulated", [] { return true; }},
+#endif
 #endif
 };
 constexpr int kCount = sizeof(kIsas) / sizeof(kIsas[0]);

@@ -26,6 +26,8 @@ constexpr int kMR = 12;
 constexpr int kMR = 6;
 #endif
 constexpr int kNR = 2 * W;
+// floats of a line of the cache
+constexpr int64_t kLine = 16;
 
 // steps of k for which a panel of B (kNR wide) stays in the first-level cache
 constexpr int64_t kKC = 256;
@@ -49,28 +51,29 @@ inline F step(F acc, F a, F b) {
   return acc + a * b;
 }
 
-// c (R, kNR) = or += a (R, K) b (K, kNR); element (r, k) of a is a[r * a_row + k * a_step]. What is
-// read after b is at `ahead`; `pace` of 16 floats of it are asked for per step, so that memory is
-// busy all the time.
+// c (R, kNR) = or += a (R, K) b (K, kNR); element (r, k) of a is a[r * a_row + k * a_step]. A line
+// of what is read after b, which begins at `ahead`, is asked for every `pace` steps: memory is busy
+// while this computes.
 template <int R, bool kPairs>
 __attribute__((noinline)) void micro_kernel(int64_t K, const float* a, int64_t a_row,
                                             int64_t a_step, const float* b, float* c, int64_t ldc,
                                             bool add, const float* ahead, int64_t pace) {
   F sums[R][2] = {};
-  for (int64_t k = 0; k < K; ++k) {
-    const F b0 = load(b), b1 = load(b + W);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      // through integers: a pair of bf16 may look like a NaN, which must not be quieted
-      const F one = bits_as<F>(set1(bits_as<uint32_t>(a[r * a_row])));
-      sums[r][0] = step<kPairs>(sums[r][0], one, b0);
-      sums[r][1] = step<kPairs>(sums[r][1], one, b1);
-    }
-    __builtin_prefetch(a + 16 * kMR);
+  for (int64_t k = 0; k < K; ahead += kLine) {
     __builtin_prefetch(ahead, 0, 2);
-    ahead += pace;
-    a += a_step;
-    b += kNR;
+    for (const int64_t end = imin(K, k + pace); k < end; ++k) {
+      const F b0 = load(b), b1 = load(b + W);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        // through integers: a pair of bf16 may look like a NaN, which must not be quieted
+        const F one = bits_as<F>(set1(bits_as<uint32_t>(a[r * a_row])));
+        sums[r][0] = step<kPairs>(sums[r][0], one, b0);
+        sums[r][1] = step<kPairs>(sums[r][1], one, b1);
+      }
+      __builtin_prefetch(a + 16 * kMR);
+      a += a_step;
+      b += kNR;
+    }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -204,12 +207,12 @@ class Gemm {
   // next panel of b
   void block(int64_t rows, int64_t columns, int64_t steps, const float* a, const float* b,
              const float* after, float* tile, int64_t ld, bool add) const {
-    const int64_t pace = ceil_div(kNR, rows);
+    const int64_t pace = imax(1, rows * kLine / kNR), lines = ceil_div(steps, pace);
     for (int64_t q = 0; q < columns; ++q) {
       const float* next = q + 1 < columns ? b + (q + 1) * steps * kNR : after;
       for (int64_t p = 0; p < rows; ++p)
         micro<kPairs>(s_.h, steps, a + p * steps * s_.h, 1, s_.h, b + q * steps * kNR,
-                      tile + p * s_.h * ld + q * kNR, ld, add, next + p * steps * pace, pace);
+                      tile + p * s_.h * ld + q * kNR, ld, add, next + p * lines * kLine, pace);
     }
   }
 
@@ -232,12 +235,13 @@ inline void tile_vectors(int64_t rows, int64_t cols, Put put) {
   }
 }
 
-// The height of panels of A that computes the fewest rows that do not exist. From two thirds of kMR
-// on a micro kernel runs at full speed (Zen 3); lower panels read B more often.
+// The height of panels of A that computes few rows that do not exist. From two thirds of kMR
+// on a micro kernel runs at full speed (Zen 3) while its core has no other thread: a low panel has
+// to save something.
 inline int64_t panel_height(int64_t M) {
   int64_t best = kMR, least = INT64_MAX;
   for (int64_t h = kMR; h >= (2 * kMR + 2) / 3; --h) {
-    const int64_t cost = ceil_div(M, h) * (8 * h + 1);
+    const int64_t cost = ceil_div(M, h) * (2 * h + 1);
     if (cost < least) least = cost, best = h;
   }
   return imin(best, M);

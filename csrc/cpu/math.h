@@ -7,34 +7,9 @@
 namespace fastbert {
 namespace FASTBERT_ISA {
 
-// e^r for r = x - n ln 2, |r| <= ln 2 / 2
-inline F exp_reduced(F x, F n) {
-  const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  F q = r * 0.00138146128f + 0.00836871006f;
-  q = q * r + 0.041668389f;
-  q = q * r + 0.166665211f;
-  q = q * r + 0.49999994f;
-  return (q * (r * r) + r) + 1.0f;
-}
-
-// e^x within 1.5 ulp; 0 below -87.3, inf above 88.7, NaN for NaN
+// e^x for x <= 0 within 1 ulp: what softmax and GELU need; 0 below -87.7, NaN for NaN
 //
 //   x = n ln 2 + r,  |r| <= ln 2 / 2,  e^r = 1 + r + r^2 q(r),  relative error of q's fit 3e-9
-inline F exp(F x) {
-  const F bounded = max(min(x, set1(88.72284f)), set1(-87.33654f));
-  const F n = round_small(bounded * 1.44269504f);
-  const F power = exp_reduced(bounded, n);
-  // 2^n in two factors: 2^128 is no float
-  const I half = __builtin_convertvector(n, I) >> 1;
-  const I rest = __builtin_convertvector(n, I) - half;
-  F y = power * bits_as<F>((half + 127) << 23) * bits_as<F>((rest + 127) << 23);
-  y = x < set1(-87.33654f) ? zero() : y;
-  y = x > set1(88.72284f) ? set1(__builtin_inff()) : y;
-  return x == x ? y : x;
-}
-
-// e^x for x <= 0 within 1 ulp: what softmax and GELU need, at half the cost of exp; 0 below -87.7,
-// NaN for NaN
 //
 // the sum with 1.5 * 2^23 + 127 rounds x / ln 2 to n and leaves n + 127 in the low bits: one shift
 // makes them the exponent of 2^n. From -88 down n = -127, and 2^n is 0.
@@ -43,7 +18,13 @@ inline F exp_nonpositive(F x) {
   const F bounded = max(set1(-88.0f), x);
   const F biased = bounded * 1.44269504f + magic;
   const F n = biased - magic;
-  return exp_reduced(bounded, n) * bits_as<F>(bits_as<U>(biased) << 23);
+  const F r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+  F q = r * 0.00138146128f + 0.00836871006f;
+  q = q * r + 0.041668389f;
+  q = q * r + 0.166665211f;
+  q = q * r + 0.49999994f;
+  const F power = (q * (r * r) + r) + 1.0f;
+  return power * bits_as<F>(bits_as<U>(biased) << 23);
 }
 
 struct Gelu {

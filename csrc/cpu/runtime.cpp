@@ -19,13 +19,10 @@ namespace {
 
 bool forked = false;
 
-// set in the child, before it runs anything of its own
-const bool watching = [] {
 #if defined(__unix__) || defined(__APPLE__)
-  pthread_atfork(nullptr, nullptr, [] { forked = true; });
+// set in the child, before it runs anything of its own
+[[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
-  return true;
-}();
 
 }  // namespace
 
@@ -69,7 +66,7 @@ double seconds() {
 int team_size(int64_t work, int64_t grain, int64_t tasks, int threads) {
   int64_t team = work / grain < tasks ? work / grain : tasks;
   if (team > threads) team = threads;
-  return forked || team < 1 || !watching ? 1 : static_cast<int>(team);
+  return forked || team < 1 ? 1 : static_cast<int>(team);
 }
 
 }  // namespace fastbert

@@ -174,30 +174,6 @@ inline F min(F a, F b) {
 #endif
 }
 inline F abs(F x) { return bits_as<F>(bits_as<U>(x) & 0x7FFFFFFFu); }
-
-// nearest integer, ties either way, for |x| < 2^22
-inline F round_small(F x) {
-#if FASTBERT_X86 == 512
-  return bits_as<F>(_mm512_roundscale_ps(bits_as<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
-#elif FASTBERT_X86 == 256
-  return bits_as<F>(_mm256_round_ps(bits_as<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
-#else
-  // conversion truncates
-  const F half = x < zero() ? set1(-0.5f) : set1(0.5f);
-  return __builtin_convertvector(__builtin_convertvector(x + half, I), F);
-#endif
-}
-
-inline F sqrt(F x) {
-#if FASTBERT_X86 == 512
-  return bits_as<F>(_mm512_sqrt_ps(bits_as<__m512>(x)));
-#elif FASTBERT_X86 == 256
-  return bits_as<F>(_mm256_sqrt_ps(bits_as<__m256>(x)));
-#else
-  for (int i = 0; i < W; ++i) x[i] = __builtin_sqrtf(x[i]);
-  return x;
-#endif
-}
 inline float sqrt1(float x) { return __builtin_sqrtf(x); }
 
 // fold(fold(lower half, upper half), ..) down to one lane
