@@ -129,7 +129,7 @@ def test_two_runs_are_bitwise_equal(dtype: torch.dtype) -> None:
 def test_one_thread_and_two(dtype: torch.dtype, layout: str) -> None:
     """The same bits: our kernels' and, of stock ops, AdamW's, tanh's and the accumulation's, which are elementwise.
 
-    Stock adds up in one place, the losses of the labelled rows; it splits that sum from 32,769 rows on (docs/cpu.md).
+    Stock adds up in one place, the losses of the labelled rows; it splits that sum from 32,768 rows on (docs/cpu.md).
     """
     one, two = bits(dtype, layout, threads=1), bits(dtype, layout, threads=2)
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
