@@ -117,19 +117,11 @@ MODULES = {"fastbert._cpu": ("csrc/cpu", "*.cpp", cpu_toolchain)}
 
 
 def _accepts(compiler: str, flags: list[str]) -> bool:
-    """Whether the compiler can build a shared library with these flags."""
+    """Whether the compiler takes these flags."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
         source.write_text(OPENMP if "-fopenmp" in flags else "int nothing;\n")
-        command = [
-            *shlex.split(compiler),
-            *flags,
-            "-fPIC",
-            "-shared",
-            str(source),
-            "-o",
-            f"{source}.so",
-        ]
+        command = [*shlex.split(compiler), *flags, "-c", str(source), "-o", f"{source}.o"]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
