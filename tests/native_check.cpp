@@ -2,6 +2,7 @@
 // machine has. There is no Python in it: tests/test_cross_build.py builds it for other processors
 // and runs it in an emulator. embed, feed_forward and encoder_infer are left out: they are made of
 // the same parts.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -20,8 +21,7 @@ namespace {
 
 constexpr int kThreads = 2;
 constexpr double kEps = 1e-12;
-// of the largest value expected: rounding made 3.3e-6 and 3.6e-3 of it (aarch64 in qemu,
-// 2026-11-25)
+// of the largest value expected; rounding made 1.2e-6 and 3.6e-3 of it (2026-11-25, x86 and ARM)
 constexpr double kBound[] = {1e-5, 1.0 / 128};
 const char* const kNames[] = {"fp32", "bf16"};
 constexpr i64 kSeed = 0x123456789ABCDEF;
@@ -199,7 +199,7 @@ void check_bias_gelu(int t, i64 N, i64 C, bool tanh) {
 
 // LN of rows z (N, C), and its backward for dy
 struct Norm {
-  Doubles y, mean, rstd, dz, dweight, dbias;
+  Doubles y, dz, dweight, dbias;
 
   Norm(const Doubles& z, const Array& weight, const Array& bias, const Doubles& dy, i64 C)
       : y(z), dz(z), dweight(C), dbias(C) {
@@ -208,7 +208,6 @@ struct Norm {
       for (i64 c = 0; c < C; ++c) m += z[start + c] / C;
       for (i64 c = 0; c < C; ++c) square += (z[start + c] - m) * (z[start + c] - m) / C;
       const double r = 1.0 / std::sqrt(square + kEps);
-      mean.push_back(m), rstd.push_back(r);
       for (i64 c = 0; c < C; ++c) {
         const double xhat = (z[start + c] - m) * r, d = dy[start + c];
         y[start + c] = xhat * weight[c] + bias[c];
@@ -241,8 +240,6 @@ void check_layer_norm(int t, i64 N, i64 C) {
    db.floats(), N, C, kThreads);
   const Norm norm(doubles(x), w, b, doubles(dy), C);
   check("layer_norm_fwd", t, y, norm.y);
-  check("layer_norm_fwd mean", kFloat32, mean, norm.mean);
-  check("layer_norm_fwd rstd", kFloat32, rstd, norm.rstd);
   check("layer_norm_bwd dx", t, dx, norm.dz);
   check("layer_norm_bwd dweight", t, dw, norm.dweight);
   check("layer_norm_bwd dbias", t, db, norm.dbias);
@@ -389,9 +386,12 @@ void check_all(int t) {
 
 }  // namespace
 
-int main() {
+// in the instruction sets that are named, or those that the compiler's runtime finds
+int main(int count, char** words) {
+  const std::vector<std::string> named(words + 1, words + count);
   for (current = 0; current < kCount; ++current) {
-    if (!kIsas[current].runs()) continue;
+    const Isa& isa = kIsas[current];
+    if (named.empty() ? !isa.runs() : !std::count(named.begin(), named.end(), isa.name)) continue;
     check_philox();
     for (int t : {kFloat32, kBFloat16}) check_all(t);
   }

@@ -14,10 +14,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from processor import instruction_sets
 
 import fastbert
 
 pytestmark = pytest.mark.slow
+X86 = pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="needs Linux on x86-64"
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 CROSS = ROOT / "build" / "cross"
@@ -41,19 +45,23 @@ def tools() -> Path:
 
 
 @pytest.fixture
-def build_for(tools, monkeypatch):
-    """`build_for(target)` makes ziglang the compiler and returns the folder for its results."""
+def build_with(tools, monkeypatch):
+    """`build_with(compiler)` is the folder for what it builds: a target of ziglang without a warning, or a command."""
 
-    def choose(target: str) -> Path:
-        compiler = [sys.executable, "-m", "ziglang", "c++", "-target", target]
-        monkeypatch.setenv("CXX", shlex.join(compiler))
+    def choose(compiler: str) -> Path:
+        folder = CROSS / compiler
+        if "-" in compiler:
+            compiler = f"{shlex.quote(sys.executable)} -m ziglang c++ -target {compiler}"
+            monkeypatch.setenv("FASTBERT_CPU_FLAGS", "-Werror")
+        elif shutil.which(compiler) is None:
+            pytest.skip(f"there is no {compiler} here")
+        monkeypatch.setenv("CXX", compiler)
         monkeypatch.setenv("PYTHONPATH", str(tools))
         monkeypatch.syspath_prepend(tools)
         monkeypatch.setenv("ZIG_GLOBAL_CACHE_DIR", str(CROSS / "cache"))
-        monkeypatch.setenv("FASTBERT_BUILD", str(CROSS / target))
+        monkeypatch.setenv("FASTBERT_BUILD", str(folder))
         monkeypatch.setenv("FASTBERT_CPU_EMULATE", "1")
-        monkeypatch.setenv("FASTBERT_CPU_FLAGS", "-Werror")
-        return CROSS / target
+        return folder
 
     return choose
 
@@ -82,31 +90,40 @@ def native_check() -> Path:
 
 
 @pytest.mark.parametrize("target", ["aarch64-linux-gnu", "aarch64-macos"])
-def test_the_kernels_build_without_a_warning(build_for, target):
-    build_for(target)
+def test_the_kernels_build_without_a_warning(build_with, target):
+    build_with(target)
     native_check()
 
 
-@pytest.mark.parametrize("target", ["x86_64-linux-gnu", "aarch64-linux-musl"])
-def test_the_kernels_are_those_of_plain_loops(build_for, target):
-    """Linked with musl a program is static: an emulator needs no other system's libraries."""
-    build_for(target)
-    program, processor = native_check(), target.split("-")[0]
-    here = sys.platform == "linux" and platform.machine() == processor
-    emulator = shutil.which(f"qemu-{processor}")
-    if not here and emulator is None:
-        pytest.skip(f"it was built; to run it qemu-{processor} is needed (Debian: qemu-user)")
-    print(run(program) if here else run(emulator, program))
+@pytest.mark.skipif(shutil.which("qemu-aarch64") is None, reason="needs qemu-user of Debian")
+def test_the_kernels_compute_the_same_on_aarch64(build_with):
+    """Linked with musl a program is static: the emulator needs no other system's libraries."""
+    build_with("aarch64-linux-musl")
+    print(run("qemu-aarch64", native_check()))
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction sets are x86-64's")
-def test_the_module_by_clang_passes_the_op_tests(build_for):
-    """Every instruction set is built, and those that this machine has are tested."""
-    folder = build_for("x86_64-linux-gnu")
+@X86
+def test_the_kernels_compute_the_same_on_x86_64(build_with):
+    """The sets are named: ziglang's runtime has no __builtin_cpu_supports, it always answers no."""
+    build_with("x86_64-linux-gnu")
+    sets = ["baseline", *instruction_sets(), "emulated"]
+    found = run(native_check(), *sets)
+    print(found)
+    assert all(f"{name} philox" in found for name in sets)
+
+
+@X86
+@pytest.mark.parametrize("compiler", ["x86_64-linux-gnu", "clang++"])
+def test_the_module_by_clang_passes_the_op_tests(build_with, compiler):
+    """Without __builtin_cpu_supports only the baseline and the emulated set are tested."""
+    folder = build_with(compiler)
     lib = folder / "lib"
     words = ("-q", "build", "--build-base", folder / "base", "--build-lib", lib)
     run(sys.executable, "setup.py", *words)
     show = "from fastbert import cpu; print(cpu.native.build_info()['compiler'])"
     assert run(sys.executable, "-c", show, cwd=lib).startswith("clang")
-    ops = [ROOT / f"tests/ops/test_{slug}.py" for slug in ("attention", "layer_norm", "linear")]
-    print(run(sys.executable, "-m", "pytest", "-q", "-k", "cpu", *ops, cwd=lib))
+    stems = ["ops/test_attention", "ops/test_layer_norm", "ops/test_linear"]
+    if compiler == "clang++":
+        stems.append("test_cpu_isa")
+    tests = [ROOT / f"tests/{stem}.py" for stem in stems]
+    print(run(sys.executable, "-m", "pytest", "-q", "-k", "cpu", *tests, cwd=lib))
