@@ -70,5 +70,5 @@ bench-peers: $(INSTALLED)
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE)
+	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE) tests/*.cpp
 	$(PY) -m mypy

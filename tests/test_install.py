@@ -151,8 +151,8 @@ def test_editable_install_and_what_is_compiled_again(tmp_path):
         assert seen[name].startswith(str(source)), seen
     assert "no work to do" in pip_install(python, "-e", source, cwd=tmp_path)
     # a header's change reaches the sources that include it, through the depfile, and no other
-    (source / "csrc/cpu/reduce.h").write_text(
-        (source / "csrc/cpu/reduce.h").read_text() + "\n// changed\n"
+    (source / "csrc/cpu/norm.h").write_text(
+        (source / "csrc/cpu/norm.h").read_text() + "\n// changed\n"
     )
     again = pip_install(python, "-e", source, cwd=tmp_path)
     assert "dropout_add_layer_norm.cpp" in again

@@ -10,76 +10,13 @@
 #include <string>
 #include <type_traits>
 
+#include "isas.h"
 #include "runtime.h"
-
-#define FASTBERT_ISA baseline
-#include "entries.h"
-#undef FASTBERT_ISA
-#ifdef FASTBERT_HAS_avx2
-#define FASTBERT_ISA avx2
-#include "entries.h"
-#undef FASTBERT_ISA
-#endif
-#ifdef FASTBERT_HAS_avx512
-#define FASTBERT_ISA avx512
-#include "entries.h"
-#undef FASTBERT_ISA
-#endif
-#ifdef FASTBERT_HAS_avx512_bf16
-#define FASTBERT_ISA avx512_bf16
-#include "entries.h"
-#undef FASTBERT_ISA
-#endif
-#ifdef FASTBERT_HAS_emulated
-#define FASTBERT_ISA emulated
-#include "entries.h"
-#undef FASTBERT_ISA
-#endif
 
 namespace py = pybind11;
 
 namespace fastbert {
 namespace {
-
-struct Isa {
-  const char* name;
-  bool (*runs)();  // whether this machine has it
-};
-
-#ifdef __x86_64__
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("bmi2");
-}
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-#endif
-
-// slowest first; `emulated` is for tests and never picked by itself
-const Isa kIsas[] = {
-    {"baseline", [] { return true; }},
-#ifdef FASTBERT_HAS_avx2
-    {"avx2", has_avx2},
-#endif
-#ifdef FASTBERT_HAS_avx512
-    {"avx512", has_avx512},
-#endif
-#ifdef FASTBERT_HAS_avx512_bf16
-    {"avx512_bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16") != 0; }},
-#endif
-#ifdef FASTBERT_HAS_emulated
-#ifdef FASTBERT_HAS_avx2
-    {"emulated", has_avx2},  // setup.py builds it with AVX2 where there is such a thing
-#else
-    {"emulated", [] { return true; }},
-#endif
-#endif
-};
-constexpr int kCount = sizeof(kIsas) / sizeof(kIsas[0]);
-
-int current = 0;
 
 int best() {
   int found = 0;
@@ -120,46 +57,13 @@ A unwire(Wire<A> value) {
 }
 
 template <typename R, typename... A>
-struct Entry {
-  R (*of[kCount])(A...);
-};
-
-template <typename R, typename... A, typename... Others>
-Entry<R, A...> entry(R (*first)(A...), Others... others) {
-  return {{first, others...}};
-}
-
-template <typename R, typename... A>
 void define(py::module_& m, const char* name, Entry<R, A...> entry) {
   m.def(
-      name, [entry](Wire<A>... args) { return entry.of[current](unwire<A>(args)...); },
+      name, [entry](Wire<A>... args) { return entry(unwire<A>(args)...); },
       py::call_guard<py::gil_scoped_release>());
 }
 
-#ifdef FASTBERT_HAS_avx2
-#define FASTBERT_AVX2(op) , &avx2::op
-#else
-#define FASTBERT_AVX2(op)
-#endif
-#ifdef FASTBERT_HAS_avx512
-#define FASTBERT_AVX512(op) , &avx512::op
-#else
-#define FASTBERT_AVX512(op)
-#endif
-#ifdef FASTBERT_HAS_avx512_bf16
-#define FASTBERT_AVX512_BF16(op) , &avx512_bf16::op
-#else
-#define FASTBERT_AVX512_BF16(op)
-#endif
-#ifdef FASTBERT_HAS_emulated
-#define FASTBERT_EMULATED(op) , &emulated::op
-#else
-#define FASTBERT_EMULATED(op)
-#endif
-#define FASTBERT_DEFINE(op)                                                                 \
-  define(m, #op,                                                                            \
-         entry(&baseline::op FASTBERT_AVX2(op) FASTBERT_AVX512(op) FASTBERT_AVX512_BF16(op) \
-                   FASTBERT_EMULATED(op)))
+#define FASTBERT_DEFINE(op) define(m, #op, FASTBERT_ENTRY(op))
 
 py::dict build_info() {
   py::dict info;

@@ -1,0 +1,400 @@
+// The kernels against plain loops in double, in every instruction set of this build that the
+// machine has. There is no Python in it: tests/test_cross_build.py builds it for other processors
+// and runs it in an emulator. embed, feed_forward and encoder_infer are left out: they are made of
+// the same parts.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../csrc/cpu/isas.h"
+#include "../csrc/cpu/runtime.h"
+
+using namespace fastbert;
+using i64 = int64_t;
+using Doubles = std::vector<double>;
+
+namespace {
+
+constexpr int kThreads = 2;
+constexpr double kEps = 1e-12;
+// of the largest value expected; rounding made 1.2e-6 and 3.6e-3 of it (2026-11-25, x86 and ARM)
+constexpr double kBound[] = {1e-5, 1.0 / 128};
+const char* const kNames[] = {"fp32", "bf16"};
+constexpr i64 kSeed = 0x123456789ABCDEF;
+constexpr uint32_t kSite = 7, kThreshold = uint32_t{1} << 30;  // a quarter is dropped
+constexpr double kKeep = 4.0 / 3.0;
+
+double worst[2] = {};
+bool good = true;
+
+// --- arrays of either dtype: outputs start as NaN, inputs are drawn ---
+
+struct Array {
+  int dtype;
+  std::vector<float> wide;
+  std::vector<uint16_t> narrow;
+
+  Array(int dtype, i64 size)
+      : dtype(dtype), wide(dtype == kFloat32 ? size : 0), narrow(dtype == kFloat32 ? 0 : size) {
+    for (i64 i = 0; i < size; ++i) set(i, NAN);
+  }
+  void* data() { return dtype == kFloat32 ? static_cast<void*>(wide.data()) : narrow.data(); }
+  float* floats() { return wide.data(); }
+  i64 size() const { return static_cast<i64>(wide.size() + narrow.size()); }
+  double operator[](i64 i) const {
+    if (dtype == kFloat32) return wide[i];
+    const uint32_t bits = uint32_t{narrow[i]} << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+  }
+  void set(i64 i, double value) {
+    const float rounded = static_cast<float>(value);
+    if (dtype == kFloat32) {
+      wide[i] = rounded;
+      return;
+    }
+    uint32_t bits;
+    std::memcpy(&bits, &rounded, sizeof(bits));
+    narrow[i] = static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+  }
+};
+
+std::mt19937 generator(1);
+
+Array drawn(int dtype, i64 size, double scale = 1.0) {
+  std::normal_distribution<double> normal(0.0, scale);
+  Array made(dtype, size);
+  for (i64 i = 0; i < size; ++i) made.set(i, normal(generator));
+  return made;
+}
+
+// the bound is that of the dtype which the kernel wrote
+void check(const std::string& name, int dtype, const Array& found, const Doubles& expected) {
+  double error = 0, largest = 0;
+  for (double e : expected) largest = std::fmax(largest, std::fabs(e));
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const double off = std::fabs(found[static_cast<i64>(i)] - expected[i]) / largest;
+    error = std::isnan(off) ? HUGE_VAL : std::fmax(error, off);
+  }
+  const bool fine = error <= kBound[dtype] && found.size() == static_cast<i64>(expected.size());
+  if (!fine) std::printf("WRONG: ");
+  std::printf("%s %s %s %.1e\n", kIsas[current].name, name.c_str(), kNames[dtype], error);
+  worst[dtype] = std::fmax(worst[dtype], error);
+  good = good && fine;
+}
+
+// --- dropout: one word of Philox4x32-10, as philox.h defines it ---
+
+uint32_t philox(i64 seed, const uint32_t counter[4], int word) {
+  uint32_t c[4], low = static_cast<uint32_t>(seed),
+                 high = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
+  std::memcpy(c, counter, sizeof(c));
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t first = uint64_t{0xD2511F53} * c[0], second = uint64_t{0xCD9E8D57} * c[2];
+    c[0] = static_cast<uint32_t>(second >> 32) ^ c[1] ^ low;
+    c[1] = static_cast<uint32_t>(second);
+    c[2] = static_cast<uint32_t>(first >> 32) ^ c[3] ^ high;
+    c[3] = static_cast<uint32_t>(first);
+    low += 0x9E3779B9;
+    high += 0xBB67AE85;
+  }
+  return c[word];
+}
+
+double factor(i64 col, i64 c1, i64 c2, i64 c3) {
+  const uint32_t counter[] = {static_cast<uint32_t>(col / 4), static_cast<uint32_t>(c1),
+                              static_cast<uint32_t>(c2), static_cast<uint32_t>(c3)};
+  return philox(kSeed, counter, col % 4) >= kThreshold ? kKeep : 0.0;
+}
+
+void check_philox() {
+  // the known answer of Random123 for zeros
+  const uint32_t zeros[4] = {}, known[] = {0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8};
+  std::vector<uint32_t> words(128);
+  FASTBERT_ENTRY(philox_row)(words.data(), 128, kSeed, 5, kSite);
+  bool same = true;
+  for (int word = 0; word < 4; ++word) same = same && philox(0, zeros, word) == known[word];
+  for (uint32_t i = 0; i < 128; ++i) {
+    const uint32_t counter[] = {i / 4, 5, kSite, 0};
+    same = same && words[i] == philox(kSeed, counter, i % 4);
+  }
+  std::printf("%s%s philox\n", same ? "" : "WRONG: ", kIsas[current].name);
+  good = good && same;
+}
+
+// --- products ---
+
+// c (M, N) = sum over k of a(m, k) b(n, k)
+template <typename A, typename B>
+Doubles product(i64 M, i64 N, i64 K, const A& a, const B& b) {
+  Doubles c(M * N);
+  for (i64 i = 0; i < M * N; ++i)
+    for (i64 k = 0; k < K; ++k) c[i] += a(i / N, k) * b(i % N, k);
+  return c;
+}
+
+void check_linear(int t, i64 M, i64 N, i64 K) {
+  Array x = drawn(t, M * K), w = drawn(t, N * K), dy = drawn(t, M * N), bias = drawn(kFloat32, N);
+  Array y(t, M * N), again(t, M * N), dx(t, M * K), dw(t, N * K), db(kFloat32, N);
+  void *p = x.data(), *q = w.data(), *d = dy.data();
+  Array packed(kFloat32, FASTBERT_ENTRY(linear_packed_size)(t, N, K));
+  FASTBERT_ENTRY(linear_pack)(t, t, q, q, q, N, packed.floats(), N, K, kThreads);
+  const auto forward = [&](const float* pack, Array& out) {
+    FASTBERT_ENTRY(linear_fwd)
+    (t, t, p, q, q, q, N, pack, bias.floats(), out.data(), M, N, K, kThreads);
+  };
+  forward(nullptr, y), forward(packed.floats(), again);
+  FASTBERT_ENTRY(linear_bwd_dx)(t, t, d, q, q, q, N, 1.0f, dx.data(), M, N, K, kThreads);
+  FASTBERT_ENTRY(linear_bwd_dw)(t, t, d, p, 1.0f, dw.data(), M, N, K, kThreads);
+  FASTBERT_ENTRY(linear_bwd_db)(t, d, 1.0f, db.floats(), M, N, kThreads);
+  const auto at = [](const Array& m, i64 row, i64 col) {
+    return [&m, row, col](i64 i, i64 k) { return m[i * row + k * col]; };
+  };
+  Doubles expected = product(M, N, K, at(x, K, 1), at(w, K, 1)), sums(N);
+  for (i64 i = 0; i < M * N; ++i) expected[i] += bias[i % N], sums[i % N] += dy[i];
+  check("linear_fwd", t, y, expected);
+  check("linear_fwd packed", t, again, expected);
+  check("linear_bwd_dx", t, dx, product(M, K, N, at(dy, N, 1), at(w, 1, K)));
+  check("linear_bwd_dw", t, dw, product(N, K, M, at(dy, 1, N), at(x, 1, K)));
+  check("linear_bwd_db", t, db, sums);
+}
+
+struct Gelu {
+  double value, derivative;
+};
+
+Gelu gelu(double x, bool tanh) {
+  if (!tanh) {
+    const double cdf = 0.5 * std::erfc(-x / std::sqrt(2.0));
+    return {x * cdf, cdf + x * std::exp(-0.5 * x * x) / std::sqrt(8.0 * std::atan(1.0))};
+  }
+  const double slope = std::sqrt(0.5 / std::atan(1.0)),
+               s = 1.0 / (1.0 + std::exp(-2.0 * slope * (x + 0.044715 * x * x * x)));
+  return {x * s, s + x * s * (1.0 - s) * 2.0 * slope * (1.0 + 3.0 * 0.044715 * x * x)};
+}
+
+void check_bias_gelu(int t, i64 N, i64 C, bool tanh) {
+  Array x = drawn(t, N * C, 2.0), bias = drawn(kFloat32, C), dy = drawn(t, N * C);
+  Array y(t, N * C), dx(t, N * C), dbias(kFloat32, C);
+  FASTBERT_ENTRY(bias_gelu_fwd)(t, x.data(), bias.floats(), y.data(), N, C, tanh, kThreads);
+  FASTBERT_ENTRY(bias_gelu_bwd)
+  (t, dy.data(), x.data(), bias.floats(), dx.data(), dbias.floats(), N, C, tanh, kThreads);
+  Doubles value(N * C), gradient(N * C), sums(C);
+  for (i64 i = 0; i < N * C; ++i) {
+    const Gelu g = gelu(x[i] + bias[i % C], tanh);
+    value[i] = g.value, gradient[i] = dy[i] * g.derivative, sums[i % C] += gradient[i];
+  }
+  const std::string form = tanh ? " tanh" : " erf";
+  check("bias_gelu_fwd" + form, t, y, value);
+  check("bias_gelu_bwd dx" + form, t, dx, gradient);
+  check("bias_gelu_bwd dbias" + form, t, dbias, sums);
+}
+
+// --- layer norms ---
+
+// LN of rows z (N, C), and its backward for dy
+struct Norm {
+  Doubles y, dz, dweight, dbias;
+
+  Norm(const Doubles& z, const Array& weight, const Array& bias, const Doubles& dy, i64 C)
+      : y(z), dz(z), dweight(C), dbias(C) {
+    for (size_t start = 0; start < z.size(); start += C) {
+      double m = 0, square = 0, g = 0, gx = 0;
+      for (i64 c = 0; c < C; ++c) m += z[start + c] / C;
+      for (i64 c = 0; c < C; ++c) square += (z[start + c] - m) * (z[start + c] - m) / C;
+      const double r = 1.0 / std::sqrt(square + kEps);
+      for (i64 c = 0; c < C; ++c) {
+        const double xhat = (z[start + c] - m) * r, d = dy[start + c];
+        y[start + c] = xhat * weight[c] + bias[c];
+        dweight[c] += d * xhat, dbias[c] += d;
+        g += d * weight[c] / C, gx += d * weight[c] * xhat / C;
+      }
+      for (i64 c = 0; c < C; ++c) {
+        const double xhat = (z[start + c] - m) * r;
+        dz[start + c] = (dy[start + c] * weight[c] - g - xhat * gx) * r;
+      }
+    }
+  }
+};
+
+Doubles doubles(const Array& a) {
+  Doubles made(a.size());
+  for (i64 i = 0; i < a.size(); ++i) made[i] = a[i];
+  return made;
+}
+
+void check_layer_norm(int t, i64 N, i64 C) {
+  Array x = drawn(t, N * C), w = drawn(kFloat32, C), b = drawn(kFloat32, C), dy = drawn(t, N * C);
+  Array y(t, N * C), dx(t, N * C), mean(kFloat32, N), rstd(kFloat32, N);
+  Array dw(kFloat32, C), db(kFloat32, C);
+  FASTBERT_ENTRY(layer_norm_fwd)
+  (t, x.data(), w.floats(), b.floats(), y.data(), mean.floats(), rstd.floats(), N, C, kEps,
+   kThreads);
+  FASTBERT_ENTRY(layer_norm_bwd)
+  (t, dy.data(), x.data(), w.floats(), mean.floats(), rstd.floats(), dx.data(), dw.floats(),
+   db.floats(), N, C, kThreads);
+  const Norm norm(doubles(x), w, b, doubles(dy), C);
+  check("layer_norm_fwd", t, y, norm.y);
+  check("layer_norm_bwd dx", t, dx, norm.dz);
+  check("layer_norm_bwd dweight", t, dw, norm.dweight);
+  check("layer_norm_bwd dbias", t, db, norm.dbias);
+}
+
+void check_dropout_add_layer_norm(int t, i64 N, i64 C) {
+  Array x = drawn(t, N * C), residual = drawn(t, N * C), dy = drawn(t, N * C);
+  Array w = drawn(kFloat32, C), b = drawn(kFloat32, C);
+  Doubles sum = doubles(residual), mask(N * C);
+  for (i64 i = 0; i < N * C; ++i)
+    mask[i] = factor(i % C, i / C, kSite, 0), sum[i] += mask[i] * x[i];
+  Array y(t, N * C), z(t, N * C), mean(kFloat32, N), rstd(kFloat32, N);
+  Array dx(t, N * C), dresidual(t, N * C), dw(kFloat32, C), db(kFloat32, C);
+  const float scale = static_cast<float>(kKeep);
+  FASTBERT_ENTRY(dropout_add_layer_norm_fwd)
+  (t, x.data(), residual.data(), w.floats(), b.floats(), y.data(), z.data(), mean.floats(),
+   rstd.floats(), N, C, kEps, &kSeed, kSite, kThreshold, scale, nullptr, kThreads);
+  FASTBERT_ENTRY(dropout_add_layer_norm_bwd)
+  (t, dy.data(), z.data(), w.floats(), mean.floats(), rstd.floats(), dx.data(), dresidual.data(),
+   dw.floats(), db.floats(), N, C, &kSeed, kSite, kThreshold, scale, nullptr, kThreads);
+  const Norm norm(sum, w, b, doubles(dy), C);
+  Doubles dropped(N * C);
+  for (i64 i = 0; i < N * C; ++i) dropped[i] = mask[i] * norm.dz[i];
+  check("dropout_add_layer_norm_fwd", t, y, norm.y);
+  check("dropout_add_layer_norm_bwd dx", t, dx, dropped);
+  check("dropout_add_layer_norm_bwd dresidual", t, dresidual, norm.dz);
+  check("dropout_add_layer_norm_bwd dweight", t, dw, norm.dweight);
+  check("dropout_add_layer_norm_bwd dbias", t, db, norm.dbias);
+}
+
+// --- attention, with dropout and rows behind the last sequence ---
+
+struct Attention {
+  const std::vector<int32_t> cu;
+  i64 T, H, D;
+  double scale;
+  bool causal;
+
+  i64 at(i64 row, i64 which, i64 h) const { return ((row * 3 + which) * H + h) * D; }
+
+  // the sum over d of a[i + d] b[j + d]
+  template <typename A, typename B>
+  double dot(const A& a, i64 i, const B& b, i64 j) const {
+    double total = 0;
+    for (i64 d = 0; d < D; ++d) total += a[i + d] * b[j + d];
+    return total;
+  }
+
+  // one row's output and log-sum-exp, and its share of the gradient
+  void row(const Array& qkv, const Array& dout, i64 b, i64 h, i64 i, Doubles& out, Doubles& lse,
+           Doubles& dqkv) const {
+    const i64 start = cu[b], L = causal ? i + 1 : cu[b + 1] - start, me = start + i;
+    Doubles p(L), factors(L), gradients(L);
+    double top = -HUGE_VAL, total = 0, delta = 0;
+    for (i64 j = 0; j < L; ++j) {
+      p[j] = scale * dot(qkv, at(me, 0, h), qkv, at(start + j, 1, h));
+      top = std::fmax(top, p[j]);
+    }
+    for (double& e : p) total += e = std::exp(e - top);
+    lse[h * T + me] = top + std::log(total);
+    for (i64 j = 0; j < L; ++j) {
+      p[j] /= total, factors[j] = factor(j, i, b * H + h, kSite);
+      gradients[j] = factors[j] * dot(dout, (me * H + h) * D, qkv, at(start + j, 2, h));
+      delta += p[j] * gradients[j];
+    }
+    for (i64 j = 0; j < L; ++j) {
+      const i64 q = at(me, 0, h), k = at(start + j, 1, h), v = at(start + j, 2, h);
+      const double ds = scale * p[j] * (gradients[j] - delta), weight = p[j] * factors[j];
+      for (i64 d = 0; d < D; ++d) {
+        out[(me * H + h) * D + d] += weight * qkv[v + d];
+        dqkv[q + d] += ds * qkv[k + d], dqkv[k + d] += ds * qkv[q + d];
+        dqkv[v + d] += weight * dout[(me * H + h) * D + d];
+      }
+    }
+  }
+};
+
+void check_attention(int t, i64 D, bool causal) {
+  const Attention a = {{0, 45, 46, 46, 149}, 152, 3, D, 1.0 / std::sqrt(D), causal};
+  const i64 B = static_cast<i64>(a.cu.size()) - 1, size = a.T * a.H * D;
+  Array qkv = drawn(t, 3 * size), dout = drawn(t, size);
+  // what belongs to no sequence must not be read
+  for (i64 i = a.cu[B] * a.H * D; i < size; ++i) {
+    dout.set(i, NAN);
+    for (i64 k = 0; k < 3; ++k) qkv.set(3 * i + k, NAN);
+  }
+  Array out(t, size), lse(kFloat32, a.H * a.T), dqkv(t, 3 * size);
+  const float scale = static_cast<float>(a.scale), keep = static_cast<float>(kKeep);
+  FASTBERT_ENTRY(attention_fwd)
+  (t, qkv.data(), a.cu.data(), out.data(), lse.floats(), a.T, B, a.H, D, scale, causal, &kSeed,
+   kSite, kThreshold, keep, kThreads);
+  FASTBERT_ENTRY(attention_bwd)
+  (t, dout.data(), qkv.data(), out.data(), a.cu.data(), dqkv.data(), a.T, B, a.H, D, scale, causal,
+   &kSeed, kSite, kThreshold, keep, kThreads);
+  Doubles output(size), sums(a.H * a.T), gradient(3 * size);
+  for (i64 b = 0; b < B; ++b)
+    for (i64 h = 0; h < a.H; ++h)
+      for (i64 i = 0; i < a.cu[b + 1] - a.cu[b]; ++i)
+        a.row(qkv, dout, b, h, i, output, sums, gradient);
+  const std::string form = causal ? " causal" : "";
+  check("attention_fwd" + form, t, out, output);
+  check("attention_fwd lse" + form, kFloat32, lse, sums);
+  check("attention_bwd" + form, t, dqkv, gradient);
+}
+
+void check_cross_entropy(int t, i64 N, i64 V) {
+  Array logits = drawn(t, N * V, 3.0), dloss = drawn(kFloat32, N), inplace = logits;
+  Array loss(kFloat32, N), lse(kFloat32, N), dlogits(t, N * V);
+  std::vector<i64> labels(N);
+  for (i64 i = 0; i < N; ++i) labels[i] = i % 5 == 1 ? -100 : i * 37 % V;
+  FASTBERT_ENTRY(cross_entropy_fwd)
+  (t, logits.data(), labels.data(), loss.floats(), lse.floats(), N, V, -100, kThreads);
+  FASTBERT_ENTRY(cross_entropy_bwd)
+  (t, dloss.floats(), logits.data(), labels.data(), dlogits.data(), N, V, -100, kThreads);
+  Doubles losses(N), sums(N), unscaled(N * V), gradient(N * V);
+  for (i64 i = 0; i < N; ++i) {
+    if (labels[i] < 0) continue;
+    double total = 0;
+    for (i64 v = 0; v < V; ++v) total += std::exp(logits[i * V + v]);
+    sums[i] = std::log(total), losses[i] = sums[i] - logits[i * V + labels[i]];
+    for (i64 v = 0; v < V; ++v) {
+      unscaled[i * V + v] = std::exp(logits[i * V + v]) / total - (v == labels[i]);
+      gradient[i * V + v] = dloss[i] * unscaled[i * V + v];
+    }
+  }
+  check("cross_entropy_fwd", kFloat32, loss, losses);
+  check("cross_entropy_fwd lse", kFloat32, lse, sums);
+  check("cross_entropy_bwd", t, dlogits, gradient);
+  FASTBERT_ENTRY(cross_entropy_inplace)
+  (t, inplace.data(), labels.data(), loss.floats(), lse.floats(), N, V, -100, kThreads);
+  check("cross_entropy_inplace", t, inplace, unscaled);
+  check("cross_entropy_inplace loss", kFloat32, loss, losses);
+}
+
+// sizes: enough for two threads, multiples of no vector, and the smallest
+void check_all(int t) {
+  check_linear(t, 151, 131, 117), check_linear(t, 1, 2, 3), check_linear(t, 5, 37, 3200);
+  check_attention(t, 33, false), check_attention(t, 64, true);
+  check_layer_norm(t, 301, 133), check_layer_norm(t, 2, 7);
+  check_dropout_add_layer_norm(t, 301, 133);
+  check_bias_gelu(t, 301, 133, false), check_bias_gelu(t, 301, 133, true);
+  check_cross_entropy(t, 41, 2053), check_cross_entropy(t, 3, 2);
+}
+
+}  // namespace
+
+// in the instruction sets that are named, or those that the compiler's runtime finds
+int main(int count, char** words) {
+  const std::vector<std::string> named(words + 1, words + count);
+  for (current = 0; current < kCount; ++current) {
+    const Isa& isa = kIsas[current];
+    if (named.empty() ? !isa.runs() : !std::count(named.begin(), named.end(), isa.name)) continue;
+    check_philox();
+    for (int t : {kFloat32, kBFloat16}) check_all(t);
+  }
+  std::printf("worst: fp32 %.1e, bf16 %.1e\n", worst[0], worst[1]);
+  return good ? 0 : 1;
+}
