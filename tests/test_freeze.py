@@ -158,16 +158,19 @@ def _swap(model):
     model.layers[0], model.layers[1] = model.layers[1], model.layers[0]
 
 
-def _approximate(model):
-    model.layers[1].feed_forward.approximate = None
+class Negated(blocks.FeedForward):
+    """Another class with the same parts."""
+
+    def forward(self, x):
+        return -super().forward(x)
 
 
-def _eps(model):
-    model.layers[1].output_norm.eps = 1.0
+def _set(part, name, value):
+    def change(model):
+        setattr(model.layers[1].get_submodule(part), name, value)
 
-
-def _heads(model):
-    model.layers[1].attention.qkv.num_heads = 2
+    change.__name__ = name.strip("_")
+    return change
 
 
 def _forward(model):
@@ -192,9 +195,10 @@ CHANGES = [
     _append,
     _delete,
     _swap,
-    _approximate,
-    _eps,
-    _heads,
+    _set("feed_forward", "approximate", None),
+    _set("feed_forward", "__class__", Negated),
+    _set("output_norm", "eps", 1.0),
+    _set("attention.qkv", "num_heads", 2),
     _forward,
     _widths,
     _fused_adamw,
@@ -265,15 +269,6 @@ def test_a_forced_backend_is_respected():
     assert not model.frozen._packs
 
 
-def test_relu_is_refused_with_a_sentence(caplog):
-    config = BertConfig(**{**vars(CONFIG), "hidden_act": "relu"})
-    model, inputs = BertModel(config), batch()
-    expected = hidden(model, inputs)
-    with caplog.at_level("INFO", "fastbert"):
-        assert torch.equal(hidden(fastbert.freeze(model), inputs), expected)
-    assert "the activation is not GELU" in caplog.text
-
-
 @pytest.fixture
 def log(caplog, monkeypatch):
     """What is logged, also what an earlier test has logged already."""
@@ -282,25 +277,40 @@ def log(caplog, monkeypatch):
     return caplog
 
 
-def test_no_layers():
-    model, inputs = BertModel(BertConfig(**{**vars(CONFIG), "num_hidden_layers": 0})), batch()
-    expected = hidden(model, inputs)
-    assert torch.equal(hidden(fastbert.freeze(model), inputs), expected)
+def changed(**values):
+    return BertModel(BertConfig(**{**vars(CONFIG), **values}))
 
 
-def test_weights_made_in_inference_mode(log):
-    with torch.inference_mode():
-        model = fastbert.freeze(BertModel(CONFIG))
-    inputs = batch()
-    assert torch.equal(hidden(model, inputs), hidden(fastbert.unfreeze(model), inputs))
-    assert "made in inference mode" in log.text
+REFUSED = {
+    "the activation is not GELU": lambda: changed(hidden_act="relu"),
+    "no list of layers, or an empty one": lambda: changed(num_hidden_layers=0),
+    "weight is torch.float16": lambda: BertModel(CONFIG).half(),
+    "weight was made in inference mode": lambda: torch.inference_mode()(BertModel)(CONFIG),
+}
 
 
-def test_half_weights_under_autocast(log):
-    model, inputs = fastbert.freeze(BertModel(CONFIG).half()), batch()
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refused_with_a_sentence(reason, log):
+    model, inputs = REFUSED[reason](), batch()
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(hidden(model, inputs), hidden(fastbert.unfreeze(model), inputs))
-    assert "weight is torch.float16" in log.text
+        expected = hidden(model, inputs)
+        assert torch.equal(hidden(fastbert.freeze(model), inputs), expected)
+    assert reason in log.text
+
+
+def test_the_layers_count_not_the_configuration():
+    model, inputs = fastbert.freeze(BertModel(copy.copy(CONFIG))), batch()
+    expected = hidden(model, inputs)
+    for name, value in (("layer_norm_eps", 1.0), ("intermediate_size", 50)):
+        setattr(model.config, name, value)
+        assert torch.equal(hidden(model, inputs), expected)
+
+
+def test_a_missing_bias_is_not_made_up():
+    model = fastbert.freeze(BertModel(CONFIG))
+    model.layers[1].output_norm.bias = None
+    with pytest.raises(TypeError, match="bias is None"):
+        hidden(model, batch())
 
 
 def test_gradients_are_named_as_the_reason(log):
