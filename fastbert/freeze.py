@@ -1,12 +1,13 @@
 """Packed weights for inference on the CPU: the encoder's layers run in one native call, explicitly frozen only.
 
 A packed copy can't see every change of the weight it was made from, so nothing is packed unless `freeze` says that the
-weights stay as they are, and the copies go as soon as a change can be seen: another module, parameter or address, an
-optimiser's step, an in-place write that bumps the version counter.
+weights stay as they are, and the copies go as soon as a change can be seen: another module, parameter, setting or
+address, an optimiser's step, an in-place write that bumps the version counter.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -22,23 +23,41 @@ from fastbert.packing import Packing
 
 if TYPE_CHECKING:
     from fastbert.bert import BertModel
+    from fastbert.config import BertConfig
 
-_live: weakref.WeakSet[BertModel] = weakref.WeakSet()
+# the parts of a layer that the native code knows, by name
+PARTS: dict[str, type[nn.Module]] = {
+    "": EncoderLayer,
+    "attention": SelfAttention,
+    "attention.qkv": QKVProjection,
+    "attention.out": BlockLinear,
+    "attention_norm": nn.LayerNorm,
+    "feed_forward": FeedForward,
+    "feed_forward.up": BlockLinear,
+    "feed_forward.down": BlockLinear,
+    "output_norm": nn.LayerNorm,
+}
+# a part's attribute and the configuration's, whose value is passed to the native code
+SETTINGS: dict[type[nn.Module], tuple[str, str]] = {
+    nn.LayerNorm: ("eps", "layer_norm_eps"),
+    QKVProjection: ("num_heads", "num_attention_heads"),
+    FeedForward: ("approximate", "approximate"),
+}
+# those that hold copies
+_live: weakref.WeakSet[Frozen] = weakref.WeakSet()
 
 
 def freeze(model: nn.Module) -> nn.Module:
     """Use packed copies of the encoder's weights in inference (CPU, no gradient); returns the model in eval mode.
 
-    The copies are made at the first forward, once per dtype of the activations (fp32, or bf16 under autocast), in
-    addition to the weights: `frozen_bytes` tells their size. They are made again when a weight was written to, loaded,
-    moved, replaced or stepped by an optimiser. Writes that PyTorch does not count (`.data`, memory shared with another
-    process) are not seen: call `freeze` again after them.
-    Raises TypeError for a model without a fastbert encoder.
+    The copies are made at the first forward under torch.no_grad() or torch.inference_mode(), or of a model without
+    trainable weights, once per dtype of the activations (fp32, or bf16 under autocast), in addition to the weights:
+    `frozen_bytes` tells their size. They are made again when a weight was written to, loaded, moved, replaced or
+    stepped by an optimiser. Writes that PyTorch does not count (`.data`, numpy, memory shared with another process)
+    are not seen: call `freeze` again after them. Raises TypeError for a model without a fastbert encoder.
     """
     for encoder in _encoders(model):
         encoder.frozen = Frozen()
-        _live.add(encoder)
-    _watch_optimizers()
     return model.eval()
 
 
@@ -65,14 +84,53 @@ def _encoders(model: nn.Module) -> list[BertModel]:
     return found
 
 
+class Origin:
+    """What the copies were made from, held so that no id or address goes to something else in the meantime."""
+
+    def __init__(self, encoder: BertModel) -> None:
+        self.layers = encoder.layers
+        self.parts = [m for layer in self.layers for m in layer.modules()]
+        self.parameters = [p for layer in self.layers for p in layer.parameters()]
+        self.memory = [p.detach() for p in self.parameters]
+        self.inside = [vars(m) for m in self.parts]
+        # where a forward finds the parts and parameters
+        places = [d[kind] for d in self.inside for kind in ("_modules", "_parameters")]
+        self.places = [(place, name) for place in places for name in place]
+        self.settings = [(vars(m), SETTINGS[type(m)][0]) for m in self.parts if type(m) in SETTINGS]
+        self.state = self.look(encoder.config)
+
+    def unchanged(self, encoder: BertModel) -> bool:
+        """Whether the encoder's layers still consist of what was packed, and run the same code."""
+        return encoder.layers is self.layers and self.look(encoder.config) == self.state
+
+    def look(self, config: BertConfig) -> tuple[object, ...]:
+        """All that the copies and the native call depend on; every forward compares it, so it is flat and cheap."""
+        return (
+            cpu.native.isa(),  # type: ignore[union-attr]
+            config.hidden_size,
+            config.intermediate_size,
+            [getattr(config, name) for _, name in SETTINGS.values()],
+            [d[name] for d, name in self.settings],
+            [id(m) for m in self.layers._modules.values()],
+            [id(place.get(name)) for place, name in self.places],
+            [*map(type, self.parts)],
+            # none: parts that run other code than their class's
+            [
+                d
+                for d in self.inside
+                if d["training"] or d["_forward_hooks"] or d["_forward_pre_hooks"] or "forward" in d
+            ],
+            [p._version for p in self.parameters],
+            [*map(Tensor.data_ptr, self.parameters)],
+        )
+
+
 class Frozen:
-    """An encoder's packed copies, {dtype: table of addresses and the tensors behind them}."""
+    """An encoder's packed copies, {dtype: table of addresses and the copies behind them}."""
 
     def __init__(self) -> None:
         self._packs: dict[torch.dtype, tuple[Tensor, list[Tensor]]] = {}
-        # what the copies were made from, as it was: modules where they hang, parameters with version and address
-        self._modules: list[tuple[dict[str, Any], str, nn.Module, type]] = []
-        self._parameters: list[tuple[dict[str, Any], str, Tensor, int, int]] = []
+        self._origin: Origin | None = None
 
     def __deepcopy__(self, memo: Any) -> Frozen:
         return Frozen()
@@ -87,57 +145,66 @@ class Frozen:
     def drop(self) -> None:
         """Forget the copies; the next forward makes them again."""
         self._packs.clear()
+        self._origin = None
+        _live.discard(self)
+
+    def made_from(self, ids: set[int]) -> bool:
+        """Whether a parameter with one of these ids was packed."""
+        return self._origin is not None and any(id(p) in ids for p in self._origin.parameters)
 
     def serves(self, encoder: BertModel, x: Tensor) -> bool:
         """Whether a forward on embeddings x (T, C) can run on packed copies; makes them if they are missing."""
-        if torch.is_grad_enabled() or encoder.training or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or encoder.training:
             return False
-        if x.device.type != "cpu" or backend.forced() not in (None, "cpu") or x.numel() == 0:
+        if x.device.type != "cpu":
+            # the weights have moved: their copies would stay for nothing
+            self.drop()
             return False
-        if self._packs and not self._current():
+        if backend.forced() not in (None, "cpu") or x.numel() == 0:
+            return False
+        if self._origin is not None and not self._origin.unchanged(encoder):
             log_once("the weights or parts of a frozen model have changed: they are packed again")
             self.drop()
-        if x.dtype not in self._packs:
+        reason = self._recorded(encoder, x)
+        if reason is None and x.dtype not in self._packs:
             reason = cpu.unsupported_dtype("x", x) or _unusual(encoder)
-            if reason is not None:
-                log_once(f"the frozen encoder runs its layers one by one: {reason}")
-                return False
-            self._pack(encoder, x.dtype)
-        return True
+            if reason is None:
+                self._pack(encoder, x.dtype)
+        if reason is None and x.shape[1] != encoder.config.hidden_size:
+            reason = f"the embeddings are {x.shape[1]} wide"
+        if reason is not None:
+            log_once(f"the frozen encoder runs its layers one by one: {reason}")
+        return reason is None
 
-    def _current(self) -> bool:
-        """Whether the encoder's layers still consist of what was packed."""
-        for place, name, m, kind in self._modules:
-            if place.get(name) is not m or type(m) is not kind:
-                return False
-            if m._forward_hooks or m._forward_pre_hooks:
-                return False
-        return all(
-            place.get(name) is p and p._version == version and p.data_ptr() == address
-            for place, name, p, version, address in self._parameters
+    def _recorded(self, encoder: BertModel, x: Tensor) -> str | None:
+        """Why the layers are needed for gradients, or None."""
+        if not torch.is_grad_enabled():
+            return None
+        parameters = (
+            encoder.layers.parameters() if self._origin is None else self._origin.parameters
         )
+        if x.requires_grad or any(p.requires_grad for p in parameters):
+            return "gradients are recorded, call it under torch.no_grad() or torch.inference_mode()"
+        return None
 
     def _pack(self, encoder: BertModel, dtype: torch.dtype) -> None:
+        if self._origin is None:
+            self._origin = Origin(encoder)
         kept: list[Tensor] = []
         rows: list[list[int]] = []
         for layer in encoder.layers:
-            fields = _fields(layer, dtype)  # type: ignore[arg-type]
-            kept += [t for t in fields if t is not None]
+            parameters = dict(layer.named_parameters(remove_duplicate=False))
+            ordered = [parameters[name] for name in _shapes(encoder.config)]
+            fields = [_packed(p, dtype) if p.dim() == 2 else cpu.fp32(p) for p in ordered]
             rows.append([cpu.address(t) for t in fields])
+            # fp32 biases and norms are read where they are
+            kept += [
+                t for t, p in zip(fields, ordered, strict=True) if t is not None and t is not p
+            ]
         self._packs[dtype] = torch.tensor(rows, dtype=torch.int64), kept
-        inside = list(encoder.layers.modules())
-        self._modules = [
-            (m._modules, name, child, type(child))
-            for m in inside
-            for name, child in m._modules.items()
-            if child is not None
-        ]
-        self._parameters = [
-            (m._parameters, name, p, p._version, p.data_ptr())
-            for m in inside
-            for name, p in m._parameters.items()
-            if p is not None
-        ]
+        # here, not in `freeze`: deep copies and unpickled models come by as well
+        _live.add(self)
+        _watch_optimizers()
 
     def encode(
         self,
@@ -175,18 +242,6 @@ class Frozen:
         return y
 
 
-def _fields(layer: EncoderLayer, dtype: torch.dtype) -> list[Tensor | None]:
-    """What encoder.h's Layer points to, in its order."""
-    attention, forward = layer.attention, layer.feed_forward
-    fields: list[Tensor | None] = []
-    for linear in (attention.qkv, attention.out):
-        fields += [_packed(linear.weight, dtype), cpu.fp32(linear.bias)]
-    fields += [cpu.fp32(layer.attention_norm.weight), cpu.fp32(layer.attention_norm.bias)]
-    for linear in (forward.up, forward.down):
-        fields += [_packed(linear.weight, dtype), cpu.fp32(linear.bias)]
-    return [*fields, cpu.fp32(layer.output_norm.weight), cpu.fp32(layer.output_norm.bias)]
-
-
 def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight (N, K) in the GEMM's own order, for inputs of this dtype."""
     assert cpu.native is not None
@@ -208,33 +263,78 @@ def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _unusual(encoder: BertModel) -> str | None:
-    """Why the layers can't be read instead of called: an activation, a replaced or hooked part."""
+    """Why the layers can't be read instead of called, or None: something in them is not as the configuration says."""
     if encoder.config.approximate is None:
         return "the activation is not GELU"
-    expected = {EncoderLayer, SelfAttention, QKVProjection, BlockLinear, FeedForward, nn.LayerNorm}
-    for layer in encoder.layers:
-        for m in layer.modules():
-            if type(m) not in expected:
-                return f"a part of a layer is a {type(m).__name__}"
-            if m._forward_hooks or m._forward_pre_hooks:
-                return f"hooks are attached to a {type(m).__name__}"
+    if type(encoder.layers) is not nn.ModuleList or len(encoder.layers) == 0:
+        return "it has no list of layers, or an empty one"
+    reasons = (
+        _unusual_parts(layer, encoder.config) or _unusual_weights(layer, encoder.config)
+        for layer in encoder.layers
+    )
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _unusual_parts(layer: nn.Module, config: BertConfig) -> str | None:
+    for path, m in layer.named_modules(remove_duplicate=False):
+        kind = type(m).__name__
+        if type(m) is not PARTS.get(path):
+            return f"a part of a layer is a {kind}"
+        if m._forward_hooks or m._forward_pre_hooks:
+            return f"hooks are attached to a {kind}"
+        if "forward" in vars(m):
+            return f"the forward of a {kind} was replaced"
+        if m.training:
+            return f"a {kind} is in training mode, call eval() on the model"
+        if type(m) in SETTINGS:
+            name, configured = SETTINGS[type(m)]
+            ours, theirs = getattr(m, name), getattr(config, configured)
+            if ours != theirs:
+                return f"{name} of a {kind} is {ours}, the configuration says {theirs}"
     return None
 
 
-_watching = False
+def _unusual_weights(layer: nn.Module, config: BertConfig) -> str | None:
+    parameters = dict(layer.named_parameters(remove_duplicate=False))
+    if {name: tuple(p.shape) for name, p in parameters.items()} != _shapes(config):
+        return "a layer's weights do not have the names and shapes that the configuration asks for"
+    for name, p in parameters.items():
+        if p.dtype not in cpu.DTYPES:
+            return cpu.unsupported_dtype(name, p)
+        if p.device.type != "cpu":
+            return f"{name} is on {p.device}"
+        if p.is_inference():
+            return f"{name} was made in inference mode and counts no writes, load the model outside of it"
+    return None
 
 
+def _shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
+    """A layer's parameters and their shapes, in the order of encoder.h's Layer."""
+    C, F = config.hidden_size, config.intermediate_size
+    weights = {
+        "attention.qkv": (3 * C, C),
+        "attention.out": (C, C),
+        "attention_norm": (C,),
+        "feed_forward.up": (F, C),
+        "feed_forward.down": (C, F),
+        "output_norm": (C,),
+    }
+    return {
+        f"{part}.{name}": size
+        for part, shape in weights.items()
+        for name, size in (("weight", shape), ("bias", shape[:1]))
+    }
+
+
+@functools.cache
 def _watch_optimizers() -> None:
     """Drop the copies of weights that an optimiser steps: fused AdamW does not bump their version counters."""
-    global _watching
-    if _watching:
+    register_optimizer_step_post_hook(_stepped)
+
+
+def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if not _live:
         return
-    _watching = True
-
-    def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        changed = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for encoder in _live:
-            if encoder.frozen is not None and any(id(p) in changed for p in encoder.parameters()):
-                encoder.frozen.drop()
-
-    register_optimizer_step_post_hook(stepped)
+    ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for frozen in [f for f in _live if f.made_from(ids)]:
+        frozen.drop()

@@ -1,17 +1,24 @@
 """Packed weights for inference: same results, no stale weight that can be seen, refused where layers are unusual."""
 
 import copy
+import importlib
 import io
+import pickle
+import weakref
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastbert
-from fastbert import cpu
+from fastbert import blocks, cpu
 from fastbert.bert import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
 
 if cpu.native is None:
     pytest.skip(str(cpu.unavailable), allow_module_level=True)
+
+# the function of this name hides the module
+freezing = importlib.import_module("fastbert.freeze")
 
 CONFIG = BertConfig(
     vocab_size=97,
@@ -62,18 +69,33 @@ def test_rows_of_the_last_layer():
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_bytes_are_reported_and_given_back():
-    model = fastbert.freeze(BertModel(CONFIG))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_bytes_of_the_copies_alone(dtype):
+    model = fastbert.freeze(BertModel(CONFIG).to(dtype))
     assert fastbert.frozen_bytes(model) == 0
     hidden(model, batch())
-    weights = sum(p.nbytes for p in model.layers.parameters())
-    assert weights <= fastbert.frozen_bytes(model) <= 1.5 * weights
+    parameters = list(model.layers.parameters())
+    matrices = [p.shape for p in parameters if p.dim() == 2]
+    size = 4 * sum(cpu.native.linear_packed_size(cpu.DTYPES[dtype], *shape) for shape in matrices)
+    if dtype == torch.bfloat16:  # fp32 ones are read where they are
+        size += 4 * sum(p.numel() for p in parameters if p.dim() == 1)
+    assert fastbert.frozen_bytes(model) == size
     assert fastbert.frozen_bytes(fastbert.unfreeze(model)) == 0
 
 
 def _in_place(model):
     with torch.no_grad():
         model.layers[1].feed_forward.up.weight.mul_(1.5)
+
+
+def _in_inference_mode(model):
+    with torch.inference_mode():
+        model.layers[1].feed_forward.up.weight.mul_(1.5)
+
+
+def _data(model):
+    weight = model.layers[1].feed_forward.up.weight
+    weight.data = weight.data * 1.5
 
 
 def _fused_adamw(model):
@@ -116,8 +138,57 @@ def _move(model):
         model.layers[0].attention.out.bias.add_(1.0)
 
 
+def _other_layers(model):
+    model.layers = BertModel(CONFIG).eval().layers[:1]
+
+
+def _append(model):
+    model.layers.append(copy.deepcopy(model.layers[0]))
+
+
+def _delete(model):
+    del model.layers[1]
+
+
+class Negated(blocks.FeedForward):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+def _set(part, name, value):
+    def change(model):
+        setattr(model.layers[1].get_submodule(part), name, value)
+
+    change.__name__ = name.strip("_")
+    return change
+
+
+def _forward(model):
+    layer = model.layers[1]
+    forward = layer.forward
+    layer.forward = lambda *args: forward(*args) * 1.5
+
+
+def _widths(model):
+    # the layer still adds up, but to the native code it is not what the configuration says
+    torch.manual_seed(1)
+    forward = model.layers[1].feed_forward
+    forward.up, forward.down = blocks.Linear(48, 80).eval(), blocks.Linear(80, 48).eval()
+
+
 CHANGES = [
     _in_place,
+    _in_inference_mode,
+    _data,
+    _other_layers,
+    _append,
+    _delete,
+    _set("feed_forward", "approximate", None),
+    _set("feed_forward", "__class__", Negated),
+    _set("output_norm", "eps", 1.0),
+    _set("attention.qkv", "num_heads", 2),
+    _forward,
+    _widths,
     _fused_adamw,
     _load,
     _replace_parameter,
@@ -138,6 +209,38 @@ def test_a_change_is_seen(change):
     torch.testing.assert_close(ours, hidden(fastbert.unfreeze(model), inputs))
 
 
+def test_a_packed_address_is_not_given_away_until_the_next_forward():
+    model, inputs = fastbert.freeze(BertModel(CONFIG)), batch()
+    hidden(model, inputs)
+    weight = model.layers[1].feed_forward.up.weight
+    memory = StorageWeakRef(weight.untyped_storage())
+    weight.data = weight.data * 1.5
+    assert not memory.expired()
+    hidden(model, inputs)
+    assert memory.expired()
+
+
+def test_a_layer_in_training_drops_out():
+    model, inputs = fastbert.freeze(BertModel(CONFIG)), batch()
+    with torch.no_grad():
+        before = model(**inputs).last_hidden_state
+        model.layers[1].train()
+        assert not torch.equal(model(**inputs).last_hidden_state, before)
+        model.layers[1].eval()
+        assert torch.equal(model(**inputs).last_hidden_state, before)
+
+
+def test_the_instruction_set_is_part_of_the_layout():
+    model, inputs, before = fastbert.freeze(BertModel(CONFIG)), batch(), cpu.native.isa()
+    try:
+        for isa in cpu.native.isas():
+            cpu.native.use_isa(isa)
+            ours = hidden(model, inputs)
+            assert torch.equal(ours, hidden(copy.deepcopy(model), inputs))
+    finally:
+        cpu.native.use_isa(before)
+
+
 def test_training_and_hidden_states_run_unfrozen():
     model, inputs = fastbert.freeze(BertForMaskedLM(CONFIG)), batch()
     assert model(**inputs).logits.requires_grad
@@ -154,25 +257,121 @@ def test_a_forced_backend_is_respected():
     assert not model.frozen._packs
 
 
-def test_relu_is_refused_with_a_sentence(caplog):
-    config = BertConfig(**{**vars(CONFIG), "hidden_act": "relu"})
-    model, inputs = BertModel(config), batch()
-    expected = hidden(model, inputs)
-    with caplog.at_level("INFO", "fastbert"):
+@pytest.fixture
+def log(caplog, monkeypatch):
+    """What is logged, also what an earlier test has logged already."""
+    monkeypatch.setattr(blocks, "_logged", set())
+    caplog.set_level("INFO", "fastbert")
+    return caplog
+
+
+def changed(**values):
+    return BertModel(BertConfig(**{**vars(CONFIG), **values}))
+
+
+REFUSED = {
+    "the activation is not GELU": lambda: changed(hidden_act="relu"),
+    "no list of layers, or an empty one": lambda: changed(num_hidden_layers=0),
+    "weight is torch.float16": lambda: BertModel(CONFIG).half(),
+    "weight was made in inference mode": torch.inference_mode()(changed),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refused_with_a_sentence(reason, log):
+    model, inputs = REFUSED[reason](), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = hidden(model, inputs)
         assert torch.equal(hidden(fastbert.freeze(model), inputs), expected)
-    assert "the activation is not GELU" in caplog.text
+    assert reason in log.text
 
 
-def test_copies_and_files_hold_no_addresses():
-    model, inputs = fastbert.freeze(BertModel(CONFIG)), batch()
+@pytest.mark.parametrize(("name", "value"), [("layer_norm_eps", 1.0), ("intermediate_size", 50)])
+def test_the_layers_count_not_the_configuration(name, value):
+    model, inputs = fastbert.freeze(changed()), batch()
     expected = hidden(model, inputs)
-    assert torch.equal(hidden(copy.deepcopy(model), inputs), expected)
+    setattr(model.config, name, value)
+    assert torch.equal(hidden(model, inputs), expected)
+
+
+def test_a_missing_bias_is_not_made_up():
+    model = fastbert.freeze(BertModel(CONFIG))
+    model.layers[1].output_norm.bias = None
+    with pytest.raises(TypeError, match="bias is None"):
+        hidden(model, batch())
+
+
+def test_gradients_are_named_as_the_reason(log):
+    model, inputs = fastbert.freeze(BertModel(CONFIG)), batch()
+    assert model(**inputs).last_hidden_state.requires_grad
+    assert "under torch.no_grad()" in log.text
+
+
+def test_nothing_to_train_needs_no_no_grad():
+    model, inputs = fastbert.freeze(BertModel(CONFIG)).requires_grad_(False), batch()
+    ours = model(**inputs).last_hidden_state
+    assert model.frozen._packs
+    assert torch.equal(ours, hidden(fastbert.unfreeze(model), inputs))
+    # one trainable weight in a packed layer
+    fastbert.freeze(model)(**inputs)
+    model.layers[2].output_norm.bias.requires_grad_()
+    assert model(**inputs).last_hidden_state.requires_grad
+
+
+@torch.no_grad()
+def test_what_does_not_fit_is_not_served():
+    model = fastbert.freeze(BertModel(CONFIG))
+    serves = model.frozen.serves
+    assert serves(model, torch.zeros(3, 48))
+    assert not serves(model, torch.zeros(3, 47))
+    assert not serves(model, torch.zeros(3, 48, device="meta"))
+    assert fastbert.frozen_bytes(model) == 0
+    model.layers.to("meta")
+    assert not serves(model, torch.zeros(3, 48))
+
+
+def saved(model):
+    """The model through torch.save and torch.load."""
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    loaded = torch.load(file, weights_only=False)
-    assert fastbert.frozen_bytes(loaded) == 0
-    assert torch.equal(hidden(loaded, inputs), expected)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, saved, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_has_no_addresses_and_is_watched(way, monkeypatch):
+    model, inputs = fastbert.freeze(BertModel(CONFIG)), batch()
+    expected = hidden(model, inputs)
+    # as in a process that has frozen nothing itself
+    monkeypatch.setattr(freezing, "_live", weakref.WeakSet())
+    copied = way(model)
+    assert fastbert.frozen_bytes(copied) == 0
+    assert torch.equal(hidden(copied, inputs), expected)
+    assert fastbert.frozen_bytes(copied) > 0
+    _fused_adamw(copied)
+    assert torch.equal(hidden(copied, inputs), hidden(fastbert.unfreeze(copied), inputs))
+
+
+def test_optimizers_are_watched_from_the_first_copy_on(monkeypatch):
+    hooks = []
+    monkeypatch.setattr(freezing, "register_optimizer_step_post_hook", hooks.append)
+    freezing._watch_optimizers.cache_clear()
+    model = fastbert.freeze(BertModel(CONFIG))
+    assert not hooks
+    hidden(pickle.loads(pickle.dumps(model)), batch())
+    hidden(model, batch())
+    assert hooks == [freezing._stepped]
+    freezing._watch_optimizers.cache_clear()
+
+
+def test_steps_cost_nothing_where_nothing_is_packed(monkeypatch):
+    monkeypatch.setattr(freezing, "_live", weakref.WeakSet())
+    model = fastbert.freeze(BertModel(CONFIG))
+    hidden(model, batch())
+    with pytest.raises(AttributeError, match="param_groups"):
+        freezing._stepped(object())
+    model.frozen.drop()
+    freezing._stepped(object())
 
 
 def test_only_fastbert_models_can_be_frozen():
