@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -57,7 +58,6 @@ def _load(name: str, slug: str) -> ModuleType | str:
 
 
 _IMPLEMENTATIONS = {name: {slug: _load(name, slug) for slug in SLUGS} for name in BACKENDS}
-_recorder: dict[str, str | None] | None = None
 _forced: str | None = None
 _debug = False
 
@@ -68,6 +68,15 @@ class Unsupported(RuntimeError):
 
 class _Explained(Exception):
     """Ends the call that `explain` makes once its table is recorded."""
+
+
+class _Explaining(threading.local):
+    """The table that `explain` fills in this thread; other threads compute on. Dynamo traces no ContextVar."""
+
+    table: dict[str, str | None] | None = None
+
+
+_explaining = _Explaining()
 
 
 def module(name: str, slug: str) -> Any:
@@ -107,8 +116,9 @@ _CANDIDATES = {kind: {slug: _candidates(slug, kind) for slug in SLUGS} for kind 
 
 def choose(slug: str, device: torch.device, *args: Any) -> str:
     """The backend's name for this call: the forced one, or the first of the device's ORDER that supports it."""
-    if _recorder is not None:
-        _recorder.update((name, _reason(name, slug, device, args)) for name in BACKENDS)
+    table = _explaining.table
+    if table is not None:
+        table.update((name, _reason(name, slug, device, args)) for name in BACKENDS)
         raise _Explained(_order(device))
     if _forced is not None:
         reason = _reason(_forced, slug, device, args)
@@ -189,15 +199,15 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
     if isinstance(op, str) and op not in SLUGS:
         raise ValueError(f"there is no op {op!r}: choose one of {', '.join(SLUGS)}")
     function = getattr(functional, op) if isinstance(op, str) else op
-    global _recorder
-    table = _recorder = {}
+    table: dict[str, str | None] = {}
+    _explaining.table = table
     order: tuple[str, ...] = ()
     try:
         function(*args, **kwargs)
     except _Explained as stop:
         order = stop.args[0]
     finally:
-        _recorder = None
+        _explaining.table = None
     if not table:
         raise ValueError(f"{function!r} made no choice of backend: explain takes one of the ops")
     chosen = next((name for name in order if table[name] is None), None)

@@ -1,5 +1,7 @@
 """What every op owes: schema, autograd of the reference's forward, autocast dtypes, refusals, choice of backend."""
 
+import threading
+
 import pytest
 import torch
 from harness import short, tensors
@@ -190,6 +192,21 @@ def test_explain(slug, capsys):
     assert table["reference"] is None
     assert all(reason is None or len(reason) > 20 for reason in table.values())
     assert "->" in capsys.readouterr().out
+
+
+def test_explain_leaves_other_threads_alone(capsys):
+    x, weight = torch.randn(2, 4), torch.randn(3, 4)
+    found = []
+
+    def op():
+        # while this thread is being explained another one computes
+        thread = threading.Thread(target=lambda: found.append(functional.linear(x, weight)))
+        thread.start()
+        thread.join()
+        return functional.linear(x, weight)
+
+    assert fastbert.explain(op)["torch"] is None
+    assert torch.equal(found[0], functional.linear(x, weight))
 
 
 def test_use_never_falls_back():
