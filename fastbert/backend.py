@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from fastbert import cpu
+
 BACKENDS = ("cpu", "triton", "cuda", "torch", "reference")
 SLUGS = (
     "embed",
@@ -116,6 +118,8 @@ _CANDIDATES = {kind: {slug: _candidates(slug, kind) for slug in SLUGS} for kind 
 
 def choose(slug: str, device: torch.device, *args: Any) -> str:
     """The backend's name for this call: the forced one, or the first of the device's ORDER that supports it."""
+    if misset is not None:
+        raise ValueError(misset)
     table = _explaining.table
     if table is not None:
         table.update((name, _reason(name, slug, device, args)) for name in BACKENDS)
@@ -227,4 +231,9 @@ def matrix() -> dict[str, dict[str, str | None]]:
     }
 
 
-_forced = _validated(os.environ.get("FASTBERT_BACKEND") or None)
+_forced = os.environ.get("FASTBERT_BACKEND") or None
+# why what the environment asks for can't be had. Importing goes on, so that the command line can say it in a sentence;
+# then nothing runs: a typo in a variable that forces something must not pass
+misset = cpu.misset
+if _forced not in (None, *BACKENDS):
+    misset = f"FASTBERT_BACKEND is {_forced!r}: choose one of {', '.join(BACKENDS)}, or unset it"

@@ -1,7 +1,7 @@
 """The native CPU backend: adapters from torch tensors to the raw-pointer kernels in csrc/cpu.
 
 `unavailable` says why there is no native module (None when there is one); `native` is the module. The instruction
-set is the best that the machine has, or FASTBERT_CPU_ISA.
+set is the best that the machine has, or FASTBERT_CPU_ISA; `misset` says why that one can't be had.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 native: ModuleType | None
 unavailable: str | None
+misset: str | None
 
 # numbers of the element types in csrc/cpu/runtime.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -38,19 +39,24 @@ def _share_openmp() -> None:
     ctypes.CDLL(found[1] if found else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
 
 
+_isa = os.environ.get("FASTBERT_CPU_ISA")
 try:
     _share_openmp()
     native = import_module("fastbert._cpu")
-    if isa := os.environ.get("FASTBERT_CPU_ISA"):
-        native.use_isa(isa)
+    if _isa:
+        native.use_isa(_isa)
 except (ImportError, OSError) as error:
     native = None
     unavailable = (
         f"the native module fastbert._cpu is not usable ({error}): install fastbert with a C++ "
         "compiler at hand, `pip install .` in a checkout"
     )
+except ValueError as error:
+    native = None
+    unavailable = str(error)
 else:
     unavailable = None
+misset = f"FASTBERT_CPU_ISA is {_isa!r}: {unavailable}" if _isa and unavailable else None
 
 
 def fresh(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
