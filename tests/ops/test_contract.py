@@ -127,6 +127,27 @@ def test_autocast(slug, dtype):
         assert results[f"d{name}"].dtype == leaf.dtype
 
 
+@pytest.mark.parametrize("name", ["reference", "torch", "cpu"])
+@pytest.mark.parametrize(
+    "slug", ["embed", "linear", "layer_norm", "dropout_add_layer_norm", "feed_forward", "mlm_loss"]
+)
+def test_bias_gradients_are_rounded_to_the_biases_dtype(slug, name):
+    """fp32 biases beside bf16 weights: their gradients are the fp32 sums, with bits that bf16 has not."""
+    if reason := backend.matrix()[slug][name]:
+        pytest.skip(reason)
+    if name == "torch" and "norm" in slug:
+        pytest.skip("native_layer_norm_backward itself adds in bf16")
+    sample = small(slug, torch.bfloat16)[1]
+    kwargs = {k: v.float() if k in ("bias", "b1", "b2") else v for k, v in sample.kwargs.items()}
+    with backend.use(name):
+        found = parity.call(getattr(functional, slug), kwargs, backward=True)
+    keys = {"dbias", "db1", "db2"} & found.keys()
+    assert keys
+    for key in keys:
+        grad = found[key]
+        assert not torch.equal(grad, grad.bfloat16().float()), key
+
+
 @ALL
 def test_no_second_derivative(slug):
     sample = small(slug)[1]
