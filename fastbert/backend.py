@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
+
+from fastbert import cpu
 
 BACKENDS = ("cpu", "triton", "cuda", "torch", "reference")
 SLUGS = (
@@ -57,7 +60,6 @@ def _load(name: str, slug: str) -> ModuleType | str:
 
 
 _IMPLEMENTATIONS = {name: {slug: _load(name, slug) for slug in SLUGS} for name in BACKENDS}
-_recorder: dict[str, str | None] | None = None
 _forced: str | None = None
 _debug = False
 
@@ -68,6 +70,15 @@ class Unsupported(RuntimeError):
 
 class _Explained(Exception):
     """Ends the call that `explain` makes once its table is recorded."""
+
+
+class _Explaining(threading.local):
+    """The table that `explain` fills in this thread; other threads compute on. Dynamo traces no ContextVar."""
+
+    table: dict[str, str | None] | None = None
+
+
+_explaining = _Explaining()
 
 
 def module(name: str, slug: str) -> Any:
@@ -107,8 +118,11 @@ _CANDIDATES = {kind: {slug: _candidates(slug, kind) for slug in SLUGS} for kind 
 
 def choose(slug: str, device: torch.device, *args: Any) -> str:
     """The backend's name for this call: the forced one, or the first of the device's ORDER that supports it."""
-    if _recorder is not None:
-        _recorder.update((name, _reason(name, slug, device, args)) for name in BACKENDS)
+    if misset is not None:
+        raise ValueError(misset)
+    table = _explaining.table
+    if table is not None:
+        table.update((name, _reason(name, slug, device, args)) for name in BACKENDS)
         raise _Explained(_order(device))
     if _forced is not None:
         reason = _reason(_forced, slug, device, args)
@@ -189,15 +203,15 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
     if isinstance(op, str) and op not in SLUGS:
         raise ValueError(f"there is no op {op!r}: choose one of {', '.join(SLUGS)}")
     function = getattr(functional, op) if isinstance(op, str) else op
-    global _recorder
-    table = _recorder = {}
+    table: dict[str, str | None] = {}
+    _explaining.table = table
     order: tuple[str, ...] = ()
     try:
         function(*args, **kwargs)
     except _Explained as stop:
         order = stop.args[0]
     finally:
-        _recorder = None
+        _explaining.table = None
     if not table:
         raise ValueError(f"{function!r} made no choice of backend: explain takes one of the ops")
     chosen = next((name for name in order if table[name] is None), None)
@@ -217,4 +231,9 @@ def matrix() -> dict[str, dict[str, str | None]]:
     }
 
 
-_forced = _validated(os.environ.get("FASTBERT_BACKEND") or None)
+_forced = os.environ.get("FASTBERT_BACKEND") or None
+# why what the environment asks for can't be had. Importing goes on, so that the command line can say it in a sentence;
+# then nothing runs: a typo in a variable that forces something must not pass
+misset = cpu.misset
+if _forced not in (None, *BACKENDS):
+    misset = f"FASTBERT_BACKEND is {_forced!r}: choose one of {', '.join(BACKENDS)}, or unset it"

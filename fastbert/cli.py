@@ -50,6 +50,10 @@ def start(
 
         typer.echo(f"fastbert {__version__}")
         raise typer.Exit
+    from fastbert import backend
+
+    if backend.misset is not None:
+        raise ValueError(backend.misset)
 
 
 @app.command()
@@ -62,7 +66,11 @@ def info(
     from fastbert.testing.machine import machine_info
 
     facts = machine_info()
-    facts["native module"] = {"missing": unavailable} if native is None else native.build_info()
+    if native is None:
+        facts["native module"] = {"missing": unavailable}
+    else:
+        chosen = f"{native.isa()} (of {' '.join(native.isas())})"
+        facts["native module"] = {"instruction set": chosen, **native.build_info()}
     matrix = backend.matrix()
     if as_json:
         typer.echo(json.dumps({**facts, "backends": matrix}, indent=2))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import tiny_run
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
+from fastbert import cpu
 from fastbert.cli import app, main
 from fastbert.train import PretrainConfig, pretrain
 
@@ -155,6 +157,32 @@ def test_user_errors_are_one_sentence_in_a_real_process(tmp_path):
         "pretrain", tmp_path / "none.txt", "--out", tmp_path / "run", "--steps", 1, "--debug"
     )
     assert "Traceback" in process.communicate(timeout=120)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [("FASTBERT_BACKEND", "cpu, triton"), ("FASTBERT_CPU_ISA", "instruction set|native module")],
+)
+def test_a_variable_that_asks_for_what_is_not_there(name, choices):
+    """One sentence from every command, and no op runs on something else meanwhile; help and version still answer."""
+    variables = os.environ | {name: "nonsense"}
+    process = spawn("info", env=variables)
+    output, error = process.communicate(timeout=120)
+    assert (process.returncode, output) == (2, "")
+    assert re.fullmatch(rf"error: {name} is 'nonsense': [^\n]*({choices})[^\n]*\n", error)
+    assert spawn("--help", env=variables).wait(timeout=120) == 0
+    code = "import torch, fastbert; fastbert.functional.bias_gelu(torch.ones(2))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True
+    )
+    assert run.stderr.splitlines()[-1].startswith(f"ValueError: {name} is ")
+
+
+def test_info_names_the_instruction_set_in_force():
+    if cpu.native is None:
+        pytest.skip(str(cpu.unavailable))
+    output, _ = spawn("info", env=os.environ | {"FASTBERT_CPU_ISA": "baseline"}).communicate()
+    assert f"  instruction set        baseline (of {' '.join(cpu.native.isas())})\n" in output
 
 
 def malformed(folder):

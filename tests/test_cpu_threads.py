@@ -106,6 +106,41 @@ def test_the_module_asks_for_no_openmp_runtime_of_its_own():
     assert [name for name in libraries if "omp" in name] == []
 
 
+RUNTIMES = """
+import ctypes, pathlib
+ctypes.CDLL(FOLDER + "/libgomp-first.so.1")
+ctypes.CDLL(FOLDER + "/a folder/libgomp.so.1")  # the name that torch asks for: it is bound to this one
+# builds of torch without libtorch_global_deps do not make their runtime visible themselves
+load, ctypes.CDLL = ctypes.CDLL, lambda path, mode=0: load(path)
+import torch
+ctypes.CDLL = load
+ctypes.CDLL(FOLDER + "/libompitrace.so")
+import fastbert
+assert fastbert.cpu.unavailable is None, fastbert.cpu.unavailable
+address = lambda path: ctypes.cast(ctypes.CDLL(path).omp_get_max_threads, ctypes.c_void_p).value
+print(TORCHS in pathlib.Path("/proc/self/maps").read_text(), address(None) == address(torch._C.__file__))
+"""
+
+
+@LINUX
+def test_the_runtime_that_torch_is_bound_to_is_shared(tmp_path):
+    """Others are loaded before and after it, and its path has a space."""
+    torchs = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
+    if not torchs.is_file():
+        pytest.skip("this torch has no libgomp.so.1 in its folder")
+    (tmp_path / "a folder").mkdir()
+    data = torchs.read_bytes()
+    (tmp_path / "a folder" / "libgomp.so.1").write_bytes(data)
+    for number, name in enumerate(("libgomp-first.so.1", "libompitrace.so")):
+        # a library counts as loaded when one of its name is
+        (tmp_path / name).write_bytes(
+            data.replace(b"libgomp.so.1\0", b"libgomp.so.%d\0" % (8 + number))
+        )
+    code = RUNTIMES.replace("FOLDER", repr(str(tmp_path))).replace("TORCHS", repr(str(torchs)))
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.split() == ["False", "True"], run.stderr
+
+
 def child(code: str, timeout: int = 120) -> str:
     """What a fresh interpreter prints that imports this file as `here`; fails when it hangs or dies."""
     prelude = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"

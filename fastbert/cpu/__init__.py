@@ -1,17 +1,16 @@
 """The native CPU backend: adapters from torch tensors to the raw-pointer kernels in csrc/cpu.
 
 `unavailable` says why there is no native module (None when there is one); `native` is the module. The instruction
-set is the best that the machine has, or FASTBERT_CPU_ISA.
+set is the best that the machine has, or FASTBERT_CPU_ISA; `misset` says why that one can't be had.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import re
+import sys
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 
 # torch first: its OpenMP runtime is then mapped
@@ -20,37 +19,56 @@ from torch import Tensor
 
 native: ModuleType | None
 unavailable: str | None
+misset: str | None
 
 # numbers of the element types in csrc/cpu/runtime.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
+class _Symbol(ctypes.Structure):
+    """What dladdr tells of an address."""
+
+    _fields_ = (
+        ("path", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
 def _share_openmp() -> None:
-    """Make the symbols of the OpenMP runtime that torch has loaded, under whatever name, visible to the native module.
+    """Make the OpenMP runtime that torch is bound to, whatever others are loaded, visible to the native module.
 
     The module is not linked to a runtime of its own: two of them in one process oversubscribe the cores.
     """
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
+    if not sys.platform.startswith("linux"):
         return
-    found = re.search(r"\s(/\S*/lib(?:gomp|omp|iomp)\S*\.so\S*)$", maps, re.MULTILINE)
-    ctypes.CDLL(found[1] if found else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+    # looked up in torch's own dependencies
+    symbol = getattr(ctypes.CDLL(torch._C.__file__), "omp_get_max_threads", None)
+    found = _Symbol(path=b"libgomp.so.1")
+    if symbol is not None:
+        ctypes.CDLL(None).dladdr(symbol, ctypes.byref(found))
+    ctypes.CDLL(os.fsdecode(found.path), mode=ctypes.RTLD_GLOBAL)
 
 
+_isa = os.environ.get("FASTBERT_CPU_ISA")
 try:
     _share_openmp()
     native = import_module("fastbert._cpu")
-    if isa := os.environ.get("FASTBERT_CPU_ISA"):
-        native.use_isa(isa)
+    if _isa:
+        native.use_isa(_isa)
 except (ImportError, OSError) as error:
     native = None
     unavailable = (
         f"the native module fastbert._cpu is not usable ({error}): install fastbert with a C++ "
         "compiler at hand, `pip install .` in a checkout"
     )
+except ValueError as error:
+    native = None
+    unavailable = str(error)
 else:
     unavailable = None
+misset = f"FASTBERT_CPU_ISA is {_isa!r}: {unavailable}" if _isa and unavailable else None
 
 
 def fresh(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -84,11 +84,11 @@ def backward(
     site: int,
     rows: Tensor | None,  # (N,) int64
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx and dresidual (N, C) in z's dtype, dweight and dbias (C,) in weight's dtype."""
+    """dx and dresidual (N, C) in z's dtype, dweight (C,) in weight's and dbias in fp32."""
     count, width = z.shape
     dx, dresidual = fresh(z, *z.shape), fresh(z, *z.shape)
     if z.numel() == 0:
-        return dx, dresidual, torch.zeros_like(weight), torch.zeros_like(weight)
+        return dx, dresidual, torch.zeros_like(weight), mean.new_zeros(width)
     dweight, dbias = (z.new_empty(width, dtype=torch.float32) for _ in range(2))
     weight32, rows = fp32(weight), int64(rows)
     native.dropout_add_layer_norm_bwd(  # type: ignore[union-attr]
@@ -108,4 +108,4 @@ def backward(
         address(rows),
         torch.get_num_threads(),
     )
-    return dx, dresidual, dweight.to(weight.dtype), dbias.to(weight.dtype)
+    return dx, dresidual, dweight.to(weight.dtype), dbias

@@ -137,7 +137,7 @@ def backward(
     if dy.shape[0] == 0:
         for t in (dword, dposition, dtype, dweight, dbias):
             t.zero_()
-        return dword, dposition, dtype, dweight.to(weight.dtype), dbias.to(weight.dtype)
+        return dword, dposition, dtype, dweight.to(weight.dtype), dbias
     weight32 = fp32(weight)
     native.embed_bwd(  # type: ignore[union-attr]
         DTYPES[position.dtype],
@@ -162,4 +162,4 @@ def backward(
         *dropout_args(p, seed, site),
         torch.get_num_threads(),
     )
-    return dword, dposition, dtype, dweight.to(weight.dtype), dbias.to(weight.dtype)
+    return dword, dposition, dtype, dweight.to(weight.dtype), dbias

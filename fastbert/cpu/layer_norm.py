@@ -53,7 +53,7 @@ def backward(
     mean: Tensor,  # (N,) fp32
     rstd: Tensor,  # (N,) fp32
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (N, C) in x's dtype, dweight and dbias (C,) in weight's dtype, which are empty where there is no weight."""
+    """dx (N, C) in x's dtype, dweight (C,) in weight's and dbias in fp32, which are empty where there is no weight."""
     count, width = x.shape
     dx = fresh(x, *x.shape)
     dweight, dbias = (x.new_zeros(width, dtype=torch.float32) for _ in range(2))
@@ -75,4 +75,4 @@ def backward(
         )
     if weight is None:
         return dx, dy.new_empty(0), dy.new_empty(0)
-    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
+    return dx, dweight.to(weight.dtype), dbias

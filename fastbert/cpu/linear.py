@@ -30,7 +30,7 @@ def backward(
     weight: Tensor,  # (N, K)
     needs: Sequence[bool],  # for x, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (T, K), dweight (N, K), dbias (N,); empty where not needed."""
+    """dx (T, K), dweight (N, K), dbias (N,) fp32; empty where not needed."""
     return gradients(dy, x, [weight], needs)
 
 
@@ -62,17 +62,19 @@ def gradients(
     weights: Sequence[Tensor],
     needs: Sequence[bool],  # for x, the weights, the biases
     alpha: float = 1.0,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, and dweight (N, K) and dbias (N,) of all weights together, times alpha; empty where not needed."""
+    """dx, and of all weights together dweight (N, K), in theirs or this dtype, and dbias (N,) fp32, times alpha."""
     T, N = dy.shape
     K, weight, threads = x.shape[1], weights[0], torch.get_num_threads()
-    kinds = DTYPES[dy.dtype], DTYPES[weight.dtype]
+    kind = DTYPES[dy.dtype]
     dx, dweight, dbias = (dy.new_empty(0) for _ in range(3))
     if needs[0]:
         pieces, rows, _ = _pieces(weights)
         dx = fresh(x, *x.shape)
         native.linear_bwd_dx(  # type: ignore[union-attr]
-            *kinds,
+            kind,
+            DTYPES[weight.dtype],
             dy.data_ptr(),
             *(p.data_ptr() for p in pieces),
             rows,
@@ -84,14 +86,22 @@ def gradients(
             threads,
         )
     if needs[1]:
-        dweight = fresh(weight, N, K)
+        dweight = fresh(weight, N, K, dtype=dtype)
         native.linear_bwd_dw(  # type: ignore[union-attr]
-            *kinds, dy.data_ptr(), x.data_ptr(), alpha, dweight.data_ptr(), T, N, K, threads
+            kind,
+            DTYPES[dweight.dtype],
+            dy.data_ptr(),
+            x.data_ptr(),
+            alpha,
+            dweight.data_ptr(),
+            T,
+            N,
+            K,
+            threads,
         )
     if needs[2]:
-        total = dy.new_empty(N, dtype=torch.float32)
-        native.linear_bwd_db(kinds[0], dy.data_ptr(), alpha, total.data_ptr(), T, N, threads)  # type: ignore[union-attr]
-        dbias = total.to(weight.dtype)
+        dbias = dy.new_empty(N, dtype=torch.float32)
+        native.linear_bwd_db(kind, dy.data_ptr(), alpha, dbias.data_ptr(), T, N, threads)  # type: ignore[union-attr]
     return dx, dweight, dbias
 
 

@@ -65,7 +65,7 @@ def backward(
     max_rows: int,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dhidden (T, C), dweight (V, C), dbias (V,), scaled by dloss in the GEMMs; empty where not needed."""
+    """dhidden (T, C), dweight (V, C), dbias (V,) fp32, scaled by dloss in the GEMMs; empty where not needed."""
     h, alpha = _picked(hidden, rows), float(dloss)
     if labels.shape[0] <= max_rows:
         dh, dweight, dbias = linear.gradients(dlogits, h, [weight], needs, alpha)
@@ -89,16 +89,14 @@ def _chunked(
     alpha: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients with the logits built again, max_rows at a time; the weights' are summed in fp32."""
-    parts, dweight, dbias = (
-        [],
-        h.new_zeros(0, dtype=torch.float32),
-        h.new_zeros(0, dtype=torch.float32),
-    )
+    parts = []
+    dweight = h.new_zeros(weight.shape if needs[1] else (0,), dtype=torch.float32)
+    dbias = h.new_zeros(weight.shape[0] if needs[2] else 0, dtype=torch.float32)
     for part, of in zip(h.split(max_rows), labels.split(max_rows), strict=True):
         g = linear.project(part, [weight], bias)
         row_losses(native.cross_entropy_inplace, g, of, ignore_index)  # type: ignore[union-attr]
-        dpart, dw, db = linear.gradients(g, part, [weight], needs, alpha)
+        dpart, dw, db = linear.gradients(g, part, [weight], needs, alpha, torch.float32)
         parts.append(dpart)
-        dweight = dweight + dw if dweight.numel() else dw.float()
-        dbias = dbias + db if dbias.numel() else db.float()
-    return torch.cat(parts), dweight.to(weight.dtype), dbias.to(weight.dtype)
+        dweight += dw
+        dbias += db
+    return torch.cat(parts), dweight.to(weight.dtype), dbias

@@ -146,6 +146,14 @@ def seed_for(p: float, seed: torch.Tensor | None, x: torch.Tensor) -> torch.Tens
     return seed if seed.dim() == 1 else seed.reshape(1)
 
 
+def sums(x: torch.Tensor) -> torch.dtype:
+    """The dtype of statistics and of biases' gradients: fp32, or fp64 where x is.
+
+    The biases may be of another dtype than the weights; autograd rounds what backward returns to the input's.
+    """
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def none_if_empty(grad: torch.Tensor) -> torch.Tensor | None:
     """A registered op returns tensors only, so that a gradient nobody needs comes back with no element."""
     return grad if grad.numel() else None

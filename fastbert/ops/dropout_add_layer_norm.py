@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import as_rows, as_shape, record, register, seed_for, wants_grad
+from fastbert.ops._register import as_rows, as_shape, record, register, seed_for, sums, wants_grad
 from fastbert.ops.layer_norm import row_stats
 
 
@@ -25,7 +25,7 @@ def _bwd_fake(dy: Tensor, z: Tensor, weight: Tensor, *rest: Any) -> Any:
         torch.empty_like(z),
         torch.empty_like(z),
         torch.empty_like(weight),
-        torch.empty_like(weight),
+        torch.empty_like(weight, dtype=sums(z)),
     )
 
 

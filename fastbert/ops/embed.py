@@ -16,6 +16,7 @@ from fastbert.ops._register import (
     record,
     register,
     seed_for,
+    sums,
     wants_grad,
 )
 
@@ -41,8 +42,7 @@ def _fwd_check(
 def _fwd_fake(
     ids: Tensor, positions: Tensor, types: Any, word: Any, position: Tensor, *rest: Any
 ) -> Any:
-    out_dtype, T = rest[-1], ids.shape[0]
-    stat = torch.promote_types(position.dtype, torch.float32)
+    out_dtype, T, stat = rest[-1], ids.shape[0], sums(position)
     y = position.new_empty(T, position.shape[1], dtype=out_dtype)
     return y, position.new_empty(T, dtype=stat), position.new_empty(T, dtype=stat)
 
@@ -64,7 +64,7 @@ def _bwd_fake(
         torch.empty_like(position) if position_grad else dy.new_empty(0),
         dy.new_empty(0) if type_ is None else torch.empty_like(type_),
         torch.empty_like(weight),
-        torch.empty_like(weight),
+        torch.empty_like(weight, dtype=sums(position)),
     )
 
 

@@ -10,13 +10,20 @@ from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import as_rows, as_shape, none_if_empty, record, register, wants_grad
+from fastbert.ops._register import (
+    as_rows,
+    as_shape,
+    none_if_empty,
+    record,
+    register,
+    sums,
+    wants_grad,
+)
 
 
 def row_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Empty mean and rstd of the rows of x (N, C): fp32, or fp64 where x is."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(x.shape[0], dtype=dtype), x.new_empty(x.shape[0], dtype=dtype)
+    return x.new_empty(x.shape[0], dtype=sums(x)), x.new_empty(x.shape[0], dtype=sums(x))
 
 
 def _fwd_fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
@@ -24,8 +31,9 @@ def _fwd_fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float)
 
 
 def _bwd_fake(dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor) -> Any:
-    affine = dy.new_empty(0) if weight is None else torch.empty_like(weight)
-    return torch.empty_like(x), affine, torch.empty_like(affine)
+    if weight is None:
+        return torch.empty_like(x), dy.new_empty(0), dy.new_empty(0)
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight, dtype=sums(x))
 
 
 _fwd = register(

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import as_rows, autocast, record, register, wants_grad
+from fastbert.ops._register import as_rows, autocast, record, register, sums, wants_grad
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
@@ -20,7 +20,7 @@ def _fwd_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
 
 def _bwd_fake(dy: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]) -> Any:
     shapes = (x.shape, weight.shape, weight.shape[:1])
-    dtypes = (x.dtype, weight.dtype, weight.dtype)
+    dtypes = (x.dtype, weight.dtype, sums(x))
     return tuple(
         x.new_empty(s, dtype=d) if need else dy.new_empty(0)
         for s, d, need in zip(shapes, dtypes, needs, strict=True)

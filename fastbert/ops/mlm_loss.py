@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import autocast, record, register, wants_grad
+from fastbert.ops._register import autocast, record, register, sums, wants_grad
 
 # above this many labelled rows the logits are built again in backward, a chunk at a time, instead of being kept
 MAX_ROWS = 8192
@@ -41,7 +41,7 @@ def _fwd_fake(
     max_rows: int,
     save: bool,
 ) -> Any:
-    stat = torch.promote_types(hidden.dtype, torch.float32)
+    stat = sums(hidden)
     kept = labels.shape[0] if save and labels.shape[0] <= max_rows else 0
     lse = hidden.new_empty(labels.shape[0], dtype=stat)
     return hidden.new_empty((), dtype=stat), lse, hidden.new_empty(kept, weight.shape[0])
@@ -53,7 +53,7 @@ def _bwd_fake(dloss: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
     return (
         torch.empty_like(hidden) if needs[0] else empty(0),
         torch.empty_like(weight) if needs[1] else empty(0, dtype=weight.dtype),
-        weight.new_empty(weight.shape[0] if needs[2] else 0),
+        empty(weight.shape[0] if needs[2] else 0, dtype=sums(hidden)),
     )
 
 

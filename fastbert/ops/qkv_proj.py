@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import autocast, record, register, wants_grad
+from fastbert.ops._register import autocast, record, register, sums, wants_grad
 
 
 def _fwd_fake(
@@ -27,7 +27,7 @@ def _bwd_fake(dqkv: Tensor, x: Tensor, weights: Sequence[Tensor], needs: Sequenc
     return (
         torch.empty_like(x) if needs[0] else empty(0),
         x.new_empty(rows, x.shape[1], dtype=dtype) if needs[1] else empty(0),
-        x.new_empty(rows, dtype=dtype) if needs[2] else empty(0),
+        x.new_empty(rows, dtype=sums(x)) if needs[2] else empty(0),
     )
 
 

@@ -54,7 +54,7 @@ def backward(
     mean: Tensor,  # (N,)
     rstd: Tensor,  # (N,)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (N, C), dweight and dbias (C,), which are empty where there is no weight.
+    """dx (N, C), dweight and dbias (C,), the last in fp32, which are empty where there is no weight.
 
     With xhat = (x - mean) rstd and g = dy weight:
         dx = rstd (g - mean(g) - xhat mean(g xhat)),  dweight = sum_n dy xhat,  dbias = sum_n dy
@@ -64,7 +64,7 @@ def backward(
     dweight, dbias = dy.new_empty(0), dy.new_empty(0)
     if weight is not None:
         dweight = (g * xhat).sum(0).to(weight.dtype)
-        dbias = g.sum(0).to(weight.dtype)
+        dbias = g.sum(0)
         g = g * weight.to(mean.dtype)
     dx = rstd[:, None] * (g - g.mean(-1, True) - xhat * (g * xhat).mean(-1, True))
     return dx.to(x.dtype), dweight, dbias

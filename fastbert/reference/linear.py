@@ -34,11 +34,11 @@ def backward(
     weight: Tensor,  # (N, K)
     needs: Sequence[bool],  # for x, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx = dy weight, dweight = dy^T x, dbias = sum_t dy; empty where not needed."""
+    """dx = dy weight, dweight = dy^T x, dbias = sum_t dy, fp32; empty where not needed."""
     g, wide_x, w = widen(dy, x, weight)
     dx = (g @ w).to(x.dtype) if needs[0] else dy.new_empty(0)
     dweight = (g.t() @ wide_x).to(weight.dtype) if needs[1] else dy.new_empty(0)
-    dbias = g.sum(0).to(weight.dtype) if needs[2] else dy.new_empty(0)
+    dbias = g.sum(0) if needs[2] else dy.new_empty(0)
     return dx, dweight, dbias
 
 

@@ -53,7 +53,7 @@ def backward(
     max_rows: int,
     needs: Sequence[bool],  # for hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dhidden (T, C), dweight (V, C), dbias (V,), scaled by dloss after the GEMMs; empty where not needed."""
+    """dhidden (T, C), dweight (V, C), dbias (V,) fp32, scaled by dloss after the GEMMs; empty where not needed."""
     h, w, b, g = widen(_picked(hidden, rows), weight, bias, dlogits)
     if labels.shape[0] > max_rows:
         logits = linear.forward(h, w, b)
@@ -61,7 +61,7 @@ def backward(
     dh, dweight, dbias = (t * dloss for t in linear.backward(g, h, w, needs))
     if needs[0] and rows is not None:
         dh = torch.zeros(hidden.shape, dtype=dh.dtype, device=dh.device).index_add(0, rows, dh)
-    return dh.to(hidden.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)
+    return dh.to(hidden.dtype), dweight.to(weight.dtype), dbias
 
 
 def eager(

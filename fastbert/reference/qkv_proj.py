@@ -37,7 +37,7 @@ def backward(
     weights: Sequence[Tensor],
     needs: Sequence[bool],  # for x, the weights, the biases
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (T, C), dweight (3HD, C), dbias (3HD,); empty where not needed."""
+    """dx (T, C), dweight (3HD, C), dbias (3HD,) fp32; empty where not needed."""
     return linear.backward(dqkv.flatten(1), x, _joined(weights), needs)
 
 

@@ -92,4 +92,4 @@ def backward(
         _scatter(dz, positions, position, position_padding_idx) if position_grad else empty(0)
     )
     dtype = empty(0) if types is None else _scatter(dz, types, type_, None)  # type: ignore[arg-type]
-    return dword, dposition, dtype, dweight.to(weight.dtype), dbias.to(weight.dtype)
+    return dword, dposition, dtype, dweight.to(weight.dtype), dbias

@@ -55,7 +55,7 @@ def backward(
     mean: Tensor,  # (N,)
     rstd: Tensor,  # (N,)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (N, C), dweight and dbias (C,), which are empty where there is no weight."""
+    """dx (N, C), dweight and dbias (C,), the last in fp32, which are empty where there is no weight."""
     w, b = _affine(x, weight, None)
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         dy,
@@ -69,4 +69,4 @@ def backward(
     )
     if weight is None:
         return dx, dy.new_empty(0), dy.new_empty(0)
-    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
+    return dx, dweight.to(weight.dtype), dbias.to(mean.dtype)

@@ -37,9 +37,9 @@ def backward(
     weight: Tensor,  # (N, K)
     needs: Sequence[bool],  # for x, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (T, K), dweight (N, K), dbias (N,); empty where not needed."""
+    """dx (T, K), dweight (N, K), dbias (N,) fp32; empty where not needed."""
     dx = dy @ weight.to(dy.dtype) if needs[0] else dy.new_empty(0)
     dweight = (dy.t() @ x).to(weight.dtype) if needs[1] else dy.new_empty(0)
     wide = torch.promote_types(dy.dtype, torch.float32)
-    dbias = dy.sum(0, dtype=wide).to(weight.dtype) if needs[2] else dy.new_empty(0)
+    dbias = dy.sum(0, dtype=wide) if needs[2] else dy.new_empty(0)
     return dx, dweight, dbias

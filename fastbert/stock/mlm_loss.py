@@ -70,7 +70,7 @@ def backward(
     max_rows: int,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dhidden (T, C), dweight (V, C), dbias (V,), scaled by dloss after the GEMMs; empty where not needed."""
+    """dhidden (T, C), dweight (V, C), dbias (V,) fp32, scaled by dloss after the GEMMs; empty where not needed."""
     h = _picked(hidden, rows)
     w, b = linear.cast(h, weight, bias)
     wide = torch.promote_types(h.dtype, torch.float32)
@@ -93,4 +93,4 @@ def backward(
             dbias += g.sum(0, dtype=wide)
     if needs[0] and rows is not None:
         dh = torch.zeros_like(hidden).index_add_(0, rows, dh)
-    return dh, dweight.mul_(dloss).to(weight.dtype), dbias.mul_(dloss).to(weight.dtype)
+    return dh, dweight.mul_(dloss).to(weight.dtype), dbias.mul_(dloss)

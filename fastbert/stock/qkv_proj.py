@@ -52,5 +52,5 @@ def backward(
     weights: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (T, C), dweight (3HD, C), dbias (3HD,); empty where not needed."""
+    """dx (T, C), dweight (3HD, C), dbias (3HD,) fp32; empty where not needed."""
     return linear.backward(dqkv.flatten(1), x, _joined(weights), needs)

@@ -93,10 +93,15 @@ def gradcheck(slug: str, name: str) -> None:
     assert ran, f"no sample of {slug} is small enough for gradcheck"
 
 
-def compiled(slug: str, name: str, pick: Callable[[str], bool] = lambda _: True) -> None:
-    """fullgraph compilation of the op gives eager's outputs and gradients, in fp32, for the picked samples."""
+def compiled(
+    slug: str,
+    name: str,
+    pick: Callable[[str], bool] = lambda _: True,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """fullgraph compilation of the op gives eager's outputs and gradients for the picked samples."""
     op = getattr(functional, slug)
-    for sample in parity.samples(slug, torch.float32):
+    for sample in parity.samples(slug, dtype):
         if not pick(sample.id):
             continue
         torch._dynamo.reset()
@@ -106,6 +111,7 @@ def compiled(slug: str, name: str, pick: Callable[[str], bool] = lambda _: True)
                 torch.compile(op, fullgraph=True, backend="aot_eager"), sample.kwargs, True
             )
         for key, value in expected.items():
+            assert value.dtype == ours[key].dtype
             assert torch.equal(value.nan_to_num(), ours[key].nan_to_num()), (
                 f"{slug} {sample.id} {key}"
             )

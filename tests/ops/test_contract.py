@@ -1,5 +1,7 @@
 """What every op owes: schema, autograd of the reference's forward, autocast dtypes, refusals, choice of backend."""
 
+import threading
+
 import pytest
 import torch
 from harness import short, tensors
@@ -125,6 +127,27 @@ def test_autocast(slug, dtype):
         assert results[f"d{name}"].dtype == leaf.dtype
 
 
+@pytest.mark.parametrize("name", ["reference", "torch", "cpu"])
+@pytest.mark.parametrize(
+    "slug", ["embed", "linear", "layer_norm", "dropout_add_layer_norm", "feed_forward", "mlm_loss"]
+)
+def test_bias_gradients_are_rounded_to_the_biases_dtype(slug, name):
+    """fp32 biases beside bf16 weights: their gradients are the fp32 sums, with bits that bf16 has not."""
+    if reason := backend.matrix()[slug][name]:
+        pytest.skip(reason)
+    if name == "torch" and "norm" in slug:
+        pytest.skip("native_layer_norm_backward itself adds in bf16")
+    sample = small(slug, torch.bfloat16)[1]
+    kwargs = {k: v.float() if k in ("bias", "b1", "b2") else v for k, v in sample.kwargs.items()}
+    with backend.use(name):
+        found = parity.call(getattr(functional, slug), kwargs, backward=True)
+    keys = {"dbias", "db1", "db2"} & found.keys()
+    assert keys
+    for key in keys:
+        grad = found[key]
+        assert not torch.equal(grad, grad.bfloat16().float()), key
+
+
 @ALL
 def test_no_second_derivative(slug):
     sample = small(slug)[1]
@@ -190,6 +213,21 @@ def test_explain(slug, capsys):
     assert table["reference"] is None
     assert all(reason is None or len(reason) > 20 for reason in table.values())
     assert "->" in capsys.readouterr().out
+
+
+def test_explain_leaves_other_threads_alone(capsys):
+    x, weight = torch.randn(2, 4), torch.randn(3, 4)
+    found = []
+
+    def op():
+        # while this thread is being explained another one computes
+        thread = threading.Thread(target=lambda: found.append(functional.linear(x, weight)))
+        thread.start()
+        thread.join()
+        return functional.linear(x, weight)
+
+    assert fastbert.explain(op)["torch"] is None
+    assert torch.equal(found[0], functional.linear(x, weight))
 
 
 def test_use_never_falls_back():

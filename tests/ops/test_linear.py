@@ -1,5 +1,6 @@
 import pytest
-from harness import check, compiled, gradcheck, parametrize
+import torch
+from harness import check, compiled, gradcheck, parametrize, short
 
 SLUG = "linear"
 
@@ -19,5 +20,6 @@ def test_gradcheck(name):
     gradcheck(SLUG, name)
 
 
-def test_compile():
-    compiled(SLUG, "torch")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_compile(dtype):
+    compiled(SLUG, "torch", dtype=dtype)
