@@ -1,6 +1,7 @@
 """The end-to-end benchmark's own parts: workers and what can happen to them, agreement, ratios, tables."""
 
 import copy
+import importlib
 import json
 import os
 import re
@@ -46,6 +47,7 @@ for line in sys.stdin:
         answer = {
             "load": {"versions": {"python": "3"}},
             "check": {"loss": 1.0},
+            "once": {"seconds": seconds},
             "time": {"seconds": seconds},
             "memory": {"seconds": seconds, "before": 1, "peak": 3},
         }[do]
@@ -81,7 +83,7 @@ def test_rounds_are_interleaved_and_rotate(race):
     assert outcomes["a"].memory == {"before": 1, "peak": 3}
     assert outcomes["a"].versions == {"python": "3"}
     # three shapes are warmed up by each, then the order turns
-    warm = [["load", "None"], ["check", "None"], *(["time", n] for n in "012"), ["memory", "0"]]
+    warm = [["load", "None"], ["check", "None"], *(["once", n] for n in "012"), ["memory", "0"]]
     assert race.asked()[:12] == [[name, *action] for name in "ab" for action in warm]
     timed = race.asked()[12:]
     assert [name for name, _, _ in timed] == ["a", "b", "b", "a", "a", "b", "b", "a"]
@@ -106,6 +108,33 @@ def test_what_fails_is_left_out_with_its_reason(race, name, reason):
     assert re.fullmatch(reason, outcomes[name].reason)
     assert outcomes["good"].samples == [0.25]
     assert not outcomes["good"].reason
+
+
+def test_who_is_too_slow_is_asked_for_single_calls_only(race):
+    race.limits, race.calls, race.memory = Limits(3, 1), 10, False
+    assert race.run(["slow"])["slow"].memory is None
+    assert [action for _, *action in race.asked()[2:]] == [["once", n] for n in "0120"]
+
+
+def test_a_counted_call_follows_one_that_is_not(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "peers"))
+    made = importlib.import_module("worker").Worker("fastbert")
+    clock, calls = [0.0], []
+
+    def call(batch):
+        clock[0] += 1.0 if calls else 60.0
+        calls.append(batch)
+
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    made.call = call
+    for count in (1, 3):
+        calls.clear()
+        assert made.time(batch=1, calls=count) == {"seconds": 1.0}
+        assert calls == [1] * (1 + count)
+    calls.clear()
+    # that step is the only one whose memory is seen
+    assert made.memory(batch=0)["seconds"] == 60.0
+    assert calls == [0]
 
 
 def test_a_waiting_worker_is_stopped(race):
