@@ -72,9 +72,9 @@ def starter(folder: Path) -> Any:
 
 
 def measure(
-    work: Work, peers: list[Peer], options: argparse.Namespace, facts: dict[str, Any]
+    work: Work, peers: list[Peer], options: argparse.Namespace, date: str, before: dict[str, float]
 ) -> tuple[dict[str, Any], dict[str, Outcome]]:
-    """Run one row."""
+    """Run one row; `before` are the peaks measured just now, and their like is measured after it."""
     folder: Path = options.folder
     inputs = make_inputs(folder, work)
     race = Race(
@@ -96,7 +96,9 @@ def measure(
     for peer in PEERS:
         if peer.takes(work) and peer not in peers:
             outcomes[peer.name] = Outcome(reason="not asked for in this run")
-    return row(work, outcomes, inputs, {**facts, "rounds": race.rounds}), outcomes
+    peaks = {"before": before, "after": machine.peaks()}
+    facts = {"date": date, "rounds": race.rounds, "peaks": peaks}
+    return row(work, outcomes, inputs, facts), outcomes
 
 
 def earlier(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +135,8 @@ def run(options: argparse.Namespace) -> None:
         peers = [p for p in peers if any(fnmatch(p.name, pattern) for pattern in options.peers)]
         print(f"{work.name}: {', '.join(p.name for p in peers)}", flush=True)
         started = time.monotonic()
-        new, outcomes = measure(work, peers, options, {"date": facts["date"], "peaks": peaks})
+        new, outcomes = measure(work, peers, options, facts["date"], peaks)
+        peaks = new["peaks"]["after"]
         merge(results, new, outcomes)
         write_text(options.out, json.dumps(results, indent=1) + "\n")
         report(new, time.monotonic() - started)
@@ -154,6 +157,12 @@ def report(new: dict[str, Any], seconds: float) -> None:
         band = f"{s['p20'] * 1e3:9.1f} to {s['p80'] * 1e3:9.1f}"
         peak = f"  {result['of_peak']:.0%} of peak" if "of_peak" in result else ""
         print(f"  {name:18} {s['median'] * 1e3:9.1f} ms ({band})  {close}{peak}")
+    around = (new["peaks"][when][f"gflops_{new['precision']}"] for when in ("before", "after"))
+    print(
+        "  GEMM peak {:.0f} GFLOP/s, measured {:.0f} before and {:.0f} after".format(
+            new["peak_gflops"], *around
+        )
+    )
     if new["ratio"]:
         r = new["ratio"]
         band = f"{r['p20']:.2f} to {r['p80']:.2f}"
