@@ -12,6 +12,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import bench_bert  # noqa: E402
 import readme  # noqa: E402
+import scaling  # noqa: E402
 import tables  # noqa: E402
 from peers.driver import Outcome, Race  # noqa: E402
 
@@ -125,6 +126,38 @@ def test_asking_for_help_writes_nothing(module, flag, monkeypatch, capsys):
         module.main()
     assert left.value.code == (0 if flag == "--help" else 2)
     assert "--check" in "".join(capsys.readouterr())
+
+
+def test_every_script_has_a_target_and_a_description():
+    """pytest's bench_<slug>.py aside, which `make bench` collects."""
+    scripts = [file for file in BENCHMARKS.rglob("*.py") if "__main__" in file.read_text()]
+    make, page = (
+        (BENCHMARKS.parent / name).read_text() for name in ("Makefile", "docs/benchmarks.md")
+    )
+    assert len(scripts) > 4
+    for file in scripts:
+        assert file.name in page, f"docs/benchmarks.md does not name {file.name}"
+        started = file.name in make or file.name == "worker.py"
+        assert started, f"no target runs {file.name}"
+
+
+def test_scaling_draws_and_tells_the_growth(tmp_path):
+    assert scaling.slope([(1, 9.0), (128, 2.0), (256, 8.0)]) == pytest.approx(2.0)
+    taken = {direction: {"median": 0.1} for direction in ("forward", "both")}
+    layer = [
+        {"T": T, "fill": fill, "seconds": {"fastbert": taken, "torch": taken}}
+        for T in (64, 128)
+        for fill in ("real", "full")
+    ]
+    attention = [
+        {"S": S, "p": p, "name": name, "peak_bytes": S, "seconds": taken}
+        for S in (128, 256)
+        for p in (0.0, 0.1)
+        for name in ("fastbert", "sdpa", "written out")
+    ]
+    results = {"machine": MACHINE, "layer": layer, "attention": attention}
+    scaling.plot(results, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_tables_without_results_says_who_makes_them(monkeypatch, tmp_path):
