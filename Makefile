@@ -3,6 +3,7 @@
 #   make test        the default test suite        make test-slow   what takes longer than that
 #   make bench       the benchmarks that need no environment but this one
 #   make bench-peers the end-to-end benchmark against all peers, each in its own environment
+#   make bench-scaling  cost against the number of tokens and the length of a sequence, with a plot; 4 to 6 minutes
 #   make sanitize    the native tests under AddressSanitizer and UBSan: every op on every instruction set (it took 7 min
 #                    to build and 4 to run on one core of an AMD EPYC, 2026-11-25; what was built before is kept)
 #   make lint        ruff, clang-format, mypy
@@ -21,7 +22,7 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-slow sanitize bench bench-peers lint
+.PHONY: install demo test test-slow sanitize bench bench-peers bench-scaling lint
 
 install: $(INSTALLED)
 
@@ -66,6 +67,9 @@ bench-peers: $(INSTALLED)
 	$(PY) benchmarks/peers/install.py --pip-args="$(PIP_ARGS)"
 	$(PY) benchmarks/bench_bert.py $(BENCH_ARGS)
 	$(PY) benchmarks/readme.py
+
+bench-scaling: $(INSTALLED)
+	$(PY) benchmarks/scaling.py $(BENCH_ARGS)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

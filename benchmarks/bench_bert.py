@@ -8,13 +8,13 @@ tells how it is measured.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import os
 import signal
 import sys
 import tempfile
 import time
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ MEASURED = ("cpu", "cores", "threads", "instructions")
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """The command line, its patterns replaced by the names that they match."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", nargs="+", default=["*"], help="patterns, such as 'infer-*-fp32'")
     parser.add_argument("--peers", nargs="+", default=["*"], help="patterns, such as 'fastbert*'")
@@ -45,7 +45,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON that rows are merged into")
     parser.add_argument("--folder", type=Path, help="keeps converted models for the next run")
     parser.add_argument("--list", action="store_true", help="print the rows and peers")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.rounds is not None and options.rounds < 1:
+        parser.error("--rounds has to be at least 1")
+    for flag, everybody in (("rows", WORKS), ("peers", PEERS)):
+        names, found = [one.name for one in everybody], set()
+        for pattern in getattr(options, flag):
+            if not (matching := fnmatch.filter(names, pattern)):
+                parser.error(f"--{flag} {pattern} matches none of {', '.join(names)}")
+            found.update(matching)
+        setattr(options, flag, found)
+    return options
 
 
 def starter(folder: Path) -> Any:
@@ -72,9 +82,9 @@ def starter(folder: Path) -> Any:
 
 
 def measure(
-    work: Work, peers: list[Peer], options: argparse.Namespace, facts: dict[str, Any]
+    work: Work, peers: list[Peer], options: argparse.Namespace, date: str, before: dict[str, float]
 ) -> tuple[dict[str, Any], dict[str, Outcome]]:
-    """Run one row."""
+    """Run one row; `before` are the peaks measured just now, and their like is measured after it."""
     folder: Path = options.folder
     inputs = make_inputs(folder, work)
     race = Race(
@@ -96,12 +106,22 @@ def measure(
     for peer in PEERS:
         if peer.takes(work) and peer not in peers:
             outcomes[peer.name] = Outcome(reason="not asked for in this run")
-    return row(work, outcomes, inputs, {**facts, "rounds": race.rounds}), outcomes
+    peaks = {"before": before, "after": machine.peaks()}
+    facts = {"date": date, "rounds": race.rounds, "peaks": peaks}
+    return row(work, outcomes, inputs, facts), outcomes
 
 
 def earlier(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """The results so far, or none where they are from another machine or in another form."""
-    results = json.loads(out.read_text()) if out.is_file() else {}
+    """The results so far, or none where they are from another machine or in an older form.
+
+    A file that holds no results of this benchmark ends the program: it is somebody's.
+    """
+    try:
+        results = json.loads(out.read_text()) if out.exists() else {}
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{out} can't be read: {error}; move it or choose another --out") from None
+    if results and not (isinstance(results, dict) and {"machine", "rows"} <= results.keys()):
+        raise SystemExit(f"{out} holds no results of this benchmark: choose another --out")
     same = "environments" in results and all(results["machine"][k] == facts[k] for k in MEASURED)
     if results and not same:
         print(f"{out} is from another machine or an older form: it begins anew")
@@ -119,24 +139,30 @@ def merge(results: dict[str, Any], new: dict[str, Any], outcomes: dict[str, Outc
             results["environments"][name] = outcome.versions
 
 
-def run(options: argparse.Namespace) -> None:
-    """Measure the chosen rows, saving after each."""
+def run(options: argparse.Namespace) -> bool:
+    """Measure the chosen rows, saving each that has a measurement; tells whether there was one."""
     facts = machine.machine_info()
     results = earlier(options.out, facts)
     results["machine"] = facts
     peaks = machine.peaks()
     make_models(options.folder)
-    for work in WORKS:
-        if not any(fnmatch(work.name, pattern) for pattern in options.rows):
+    saved = False
+    for work in (work for work in WORKS if work.name in options.rows):
+        peers = [peer for peer in PEERS if peer.name in options.peers and peer.takes(work)]
+        print(f"{work.name}: {', '.join(p.name for p in peers) or 'nobody takes it'}", flush=True)
+        if not peers:
             continue
-        peers = [p for p in PEERS if p.takes(work)]
-        peers = [p for p in peers if any(fnmatch(p.name, pattern) for pattern in options.peers)]
-        print(f"{work.name}: {', '.join(p.name for p in peers)}", flush=True)
         started = time.monotonic()
-        new, outcomes = measure(work, peers, options, {"date": facts["date"], "peaks": peaks})
+        new, outcomes = measure(work, peers, options, facts["date"], peaks)
+        peaks = new["peaks"]["after"]
+        report(new, time.monotonic() - started)
+        if not any("seconds" in result for result in new["results"].values()):
+            print("  nothing was measured: the row stays what it was", flush=True)
+            continue
         merge(results, new, outcomes)
         write_text(options.out, json.dumps(results, indent=1) + "\n")
-        report(new, time.monotonic() - started)
+        saved = True
+    return saved
 
 
 def report(new: dict[str, Any], seconds: float) -> None:
@@ -154,6 +180,12 @@ def report(new: dict[str, Any], seconds: float) -> None:
         band = f"{s['p20'] * 1e3:9.1f} to {s['p80'] * 1e3:9.1f}"
         peak = f"  {result['of_peak']:.0%} of peak" if "of_peak" in result else ""
         print(f"  {name:18} {s['median'] * 1e3:9.1f} ms ({band})  {close}{peak}")
+    around = (new["peaks"][when][f"gflops_{new['precision']}"] for when in ("before", "after"))
+    print(
+        "  GEMM peak {:.0f} GFLOP/s, measured {:.0f} before and {:.0f} after".format(
+            new["peak_gflops"], *around
+        )
+    )
     if new["ratio"]:
         r = new["ratio"]
         band = f"{r['p20']:.2f} to {r['p80']:.2f}"
@@ -166,7 +198,7 @@ def report(new: dict[str, Any], seconds: float) -> None:
 
 
 def main() -> int:
-    """Parse, measure; Ctrl-C ends all workers and keeps the rows that were finished."""
+    """Parse, measure; Ctrl-C ends all workers and keeps the rows that were finished. 1 if nothing was measured."""
     options = arguments()
     if options.list:
         print("rows:")
@@ -179,11 +211,10 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="bench-bert-") as scratch:
             options.folder = options.folder or Path(scratch)
             options.folder.mkdir(parents=True, exist_ok=True)
-            run(options)
+            return int(not run(options))
     except KeyboardInterrupt:
         print("stopped; finished rows are kept", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Writes the measured tables of README.md and docs/benchmarks.md, and the plots, from benchmarks/results/bert.json.
 
-`python benchmarks/readme.py`; with --check it only says by its exit status whether the tables are up to date.
+With --check it only says by its exit status whether the tables are up to date.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -133,9 +134,12 @@ def pages(results: dict[str, Any]) -> dict[Path, str]:
 
 def main() -> int:
     """Rewrite the pages and plots, or check the pages."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args()
     results = json.loads((RESULTS / "bert.json").read_text())
     wanted = pages(results)
-    if "--check" in sys.argv:
+    if options.check:
         return int(any(path.read_text() != text for path, text in wanted.items()))
     from plots import draw
 

@@ -202,7 +202,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for axes in (layer, duration, memory):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, handlelength=4)
         axes.grid(alpha=0.3)
     m = results["machine"]
     figure.suptitle(f"BERT-base, fp32, {m['cpu']}, {m['threads']} threads, {m['date']}", fontsize=9)

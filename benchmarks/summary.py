@@ -60,7 +60,14 @@ def ratio(peer: list[float], ours: list[float]) -> dict[str, float]:
     return percentiles(np.array(peer) / np.array(ours))
 
 
-def result_of(outcome: Outcome, work: Work, peer: Any, inputs: Path, peaks: dict) -> dict[str, Any]:
+def gemm_peak(results: dict[str, Any], peaks: dict[str, Any], precision: str) -> float | None:
+    """GFLOP/s that shares refer to: the most that a GEMM around the row, or anybody in the row, has reached."""
+    measured = [found[f"gflops_{precision}"] for found in peaks.values()]
+    reached = [result["best_gflops"] for result in results.values() if "best_gflops" in result]
+    return max(measured + reached, default=None)
+
+
+def result_of(outcome: Outcome, work: Work, peer: Any, inputs: Path) -> dict[str, Any]:
     """One competitor's entry: numbers, or only the reason why there are none."""
     if outcome.reason:
         return {"reason": outcome.reason}
@@ -72,25 +79,29 @@ def result_of(outcome: Outcome, work: Work, peer: Any, inputs: Path, peaks: dict
     }
     if outcome.memory:
         result["memory"] = outcome.memory
-    if work.kind == "infer":
-        done = flops(list(work.lengths), peer.packs) / result["seconds"]["median"] / 1e9
-        result["gflops"] = done
-        if peaks:
-            result["of_peak"] = done / peaks[f"gflops_{work.precision}"]
+    # of another precision or a wrong result it would say nothing
+    if work.kind == "infer" and not peer.int8 and agrees(result["agreement"], work.precision):
+        done = flops(list(work.lengths), peer.packs) / 1e9
+        result["gflops"] = done / result["seconds"]["median"]
+        result["best_gflops"] = done / min(outcome.samples)
     return result
 
 
 def row(
     work: Work, outcomes: dict[str, Outcome], inputs: Path, facts: dict[str, Any]
 ) -> dict[str, Any]:
-    """A row of the JSON; `facts` are the run's date and machine peaks."""
+    """A row of the JSON; `facts` are the run's date, its rounds and the peaks measured {"before", "after"} it."""
     peers = {peer.name: peer for peer in PEERS}
     results = {
-        name: result_of(outcome, work, peers[name], inputs, facts.get("peaks") or {})
-        for name, outcome in outcomes.items()
+        name: result_of(outcome, work, peers[name], inputs) for name, outcome in outcomes.items()
     }
+    peak = gemm_peak(results, facts["peaks"], work.precision)
+    for result in results.values():
+        if "gflops" in result:
+            result["of_peak"] = result["gflops"] / peak
     keys = ("kind", "fill", "precision", "title")
     made = {"work": work.name, **{key: getattr(work, key) for key in keys}, **facts}
+    made["peak_gflops"] = peak
     made["fill_percent"] = round(100 * _fill(inputs))
     found = compared(results, work.precision)
     return {**made, "results": results, **found, "goals": goals(work, results, found)}

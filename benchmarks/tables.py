@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -199,9 +200,16 @@ def plot(rows: Rows, dtype: str, path: Path) -> None:
 
 def main() -> int:
     """Write the page and the plots; with --check only say whether the page is up to date."""
-    results = json.loads((RESULTS / "ops.json").read_text())
-    text = document(results)
-    if "--check" in sys.argv:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args()
+    file = RESULTS / "ops.json"
+    if not file.exists():
+        raise SystemExit(
+            f"{file} is not there: `python -m pytest benchmarks --benchmark-only` writes it"
+        )
+    text = document(results := json.loads(file.read_text()))
+    if options.check:
         return int(not DOC.exists() or DOC.read_text() != text)
     DOC.write_text(text)
     for dtype in sorted({r["dtype"] for r in results["rows"]}):

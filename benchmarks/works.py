@@ -81,6 +81,7 @@ class Peer:
     trains: bool = False
     counted: bool = True  # may be the best peer
     packs: bool = False  # computes real tokens only
+    int8: bool = False  # its products are not in the work's precision
     precisions: tuple[str, ...] = ("fp32", "bf16")
 
     def takes(self, work: Work) -> bool:
@@ -88,7 +89,7 @@ class Peer:
         return work.precision in self.precisions and (self.trains or work.kind == "infer")
 
 
-INT8 = {"counted": False, "precisions": ("fp32",)}
+INT8 = {"counted": False, "int8": True, "precisions": ("fp32",)}
 PEERS = [
     Peer("fastbert", trains=True, packs=True),
     Peer("fastbert-unfrozen", counted=False, packs=True),

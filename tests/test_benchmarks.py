@@ -1,6 +1,7 @@
 """The end-to-end benchmark's own parts: workers and what can happen to them, agreement, ratios, tables."""
 
 import copy
+import importlib
 import json
 import os
 import re
@@ -46,6 +47,7 @@ for line in sys.stdin:
         answer = {
             "load": {"versions": {"python": "3"}},
             "check": {"loss": 1.0},
+            "once": {"seconds": seconds},
             "time": {"seconds": seconds},
             "memory": {"seconds": seconds, "before": 1, "peak": 3},
         }[do]
@@ -81,7 +83,7 @@ def test_rounds_are_interleaved_and_rotate(race):
     assert outcomes["a"].memory == {"before": 1, "peak": 3}
     assert outcomes["a"].versions == {"python": "3"}
     # three shapes are warmed up by each, then the order turns
-    warm = [["load", "None"], ["check", "None"], *(["time", n] for n in "012"), ["memory", "0"]]
+    warm = [["load", "None"], ["check", "None"], *(["once", n] for n in "012"), ["memory", "0"]]
     assert race.asked()[:12] == [[name, *action] for name in "ab" for action in warm]
     timed = race.asked()[12:]
     assert [name for name, _, _ in timed] == ["a", "b", "b", "a", "a", "b", "b", "a"]
@@ -106,6 +108,33 @@ def test_what_fails_is_left_out_with_its_reason(race, name, reason):
     assert re.fullmatch(reason, outcomes[name].reason)
     assert outcomes["good"].samples == [0.25]
     assert not outcomes["good"].reason
+
+
+def test_who_is_too_slow_is_asked_for_single_calls_only(race):
+    race.limits, race.calls, race.memory = Limits(3, 1), 10, False
+    assert race.run(["slow"])["slow"].memory is None
+    assert [action for _, *action in race.asked()[2:]] == [["once", n] for n in "0120"]
+
+
+def test_a_counted_call_follows_one_that_is_not(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "peers"))
+    made = importlib.import_module("worker").Worker("fastbert")
+    clock, calls = [0.0], []
+
+    def call(batch):
+        clock[0] += 1.0 if calls else 60.0
+        calls.append(batch)
+
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    made.call = call
+    for count in (1, 3):
+        calls.clear()
+        assert made.time(batch=1, calls=count) == {"seconds": 1.0}
+        assert calls == [1] * (1 + count)
+    calls.clear()
+    # that step is the only one whose memory is seen
+    assert made.memory(batch=0)["seconds"] == 60.0
+    assert calls == [0]
 
 
 def test_a_waiting_worker_is_stopped(race):
@@ -185,6 +214,32 @@ def test_flops_of_bert_base():
     assert works.flops([128] * 8, packed=False) == pytest.approx(2 * 84.9e6 * 1024, rel=0.03)
     share = works.flops(list(works.REAL), packed=True) / works.flops(list(works.REAL), packed=False)
     assert 0.38 < share < 0.41
+
+
+@pytest.mark.parametrize(("after", "expected"), [(150, 0.8), (250, 0.64)])
+def test_nobody_is_above_the_peak(tiny, tmp_path, after, expected):
+    """The peak is the best of what GEMMs reach around the row and of the fastest round in it."""
+    work = works.Work("infer", "tiny", "fp32", "tiny", lengths=(5, 9), peak_goal=0.7)
+    check, wrong = {"file": str(tiny / "reference.npy")}, {"file": str(tmp_path / "wrong.npy")}
+    np.save(wrong["file"], np.ones(np.load(check["file"]).shape))
+    packed = works.flops([5, 9], packed=True) / 1e9
+    at = lambda *rates, check=check: Outcome([packed / rate for rate in rates], check)  # noqa: E731
+    outcomes = {
+        "fastbert": at(160, 150, 180),
+        # who agrees and is fast may be the peak, who is wrong or quantised may not
+        "ctranslate2": at(200, 170, 100),
+        "fastbert-unfrozen": at(500, check=wrong),
+        "ctranslate2-int8": at(900),
+    }
+    peaks = {"before": {"gflops_fp32": 120, "gflops_bf16": 900}}
+    peaks["after"] = {"gflops_fp32": after, "gflops_bf16": 900}
+    made = summary.row(work, outcomes, tiny, {"date": "today", "peaks": peaks, "rounds": 3})
+    assert made["peaks"] == peaks
+    assert made["peak_gflops"] == pytest.approx(max(200, after))
+    shares = {n: r["of_peak"] for n, r in made["results"].items() if "of_peak" in r}
+    assert shares == pytest.approx({"fastbert": expected, "ctranslate2": 170 / max(200, after)})
+    (goal,) = (g for g in made["goals"] if g["what"] == "of peak")
+    assert goal == {"what": "of peak", "goal": 0.7, "value": shares["fastbert"], "met": after < 200}
 
 
 def test_names_are_unique_and_every_peer_exists():
@@ -317,7 +372,7 @@ def test_a_real_worker(tiny, tmp_path):
     # autocast is for bf16
     outcomes = race.run(["fastbert", "autocast"])
     assert outcomes["fastbert"].versions["native"] in cpu.native.isas()
-    made = summary.row(work, outcomes, inputs, {"date": "today", "peaks": None, "rounds": 2})
+    made = summary.row(work, outcomes, inputs, {"date": "today", "peaks": {}, "rounds": 2})
     entry = made["results"]["fastbert"]
     assert 1e7 < entry["memory"]["before"] <= entry["memory"]["peak"] < 1e10
     assert entry["agreement"]["cosine"] > 0.99999
@@ -336,7 +391,7 @@ def test_real_workers_train(tiny, tmp_path):
     job |= {"inputs": str(inputs), "threads": 1}
     race = Race(bench_bert.starter(tmp_path), job, rounds=1, memory=True, limits=Limits(120, 60))
     outcomes = race.run(["fastbert", "sdpa"])
-    made = summary.row(work, outcomes, inputs, {"date": "today", "peaks": None, "rounds": 1})
+    made = summary.row(work, outcomes, inputs, {"date": "today", "peaks": {}, "rounds": 1})
     assert made["best_peer"] == "sdpa"
     assert all(r["agreement"]["loss_difference"] < 1e-4 for r in made["results"].values())
     assert 0 < made["memory_ratio"]["peak"] < 2

@@ -157,26 +157,28 @@ class Race:
         return outcomes
 
     def _prepare(self, handle: Handle, outcome: Outcome) -> None:
-        """Load, compare, warm up with every shape and, on the way, measure the memory."""
+        """Load, compare, warm up with every shape and, on the way, measure the memory; each call is made once.
+
+        Whose call takes longer than the limit has cost one call more than there are shapes.
+        """
         started = time.monotonic()
         outcome.versions = handle.ask(self.limits.load, "load", **self.job)["versions"]
         file = handle.log.with_suffix(".npy")
         outcome.check = handle.ask(self.limits.load, "check", file=str(file))
         # the first call of a shape may compile
         for number in range(self.batches):
-            self._time(handle, number, self.limits.load)
-        if self.memory:
-            outcome.memory = handle.ask(self.limits.load, "memory", batch=0)
-            seconds = outcome.memory.pop("seconds")
-        else:
-            seconds = self._time(handle, 0, self.limits.load)
+            handle.ask(self.limits.load, "once", batch=number)
+        answer = handle.ask(self.limits.load, "memory" if self.memory else "once", batch=0)
+        seconds = answer.pop("seconds")
+        outcome.memory = answer or None
         if seconds > self.limits.call:
             raise WorkerError(
                 f"left out: a call took {seconds:.1f} s, the limit is {self.limits.call:g} s"
             )
         self.say(f"  {handle.log.stem}: ready after {time.monotonic() - started:.0f} s")
 
-    def _time(self, handle: Handle, number: int, timeout: float | None = None) -> float:
-        timeout = timeout or (2 + self.calls) * self.limits.call
+    def _time(self, handle: Handle, number: int) -> float:
+        # the call that is not counted may take twice as long
+        timeout = (2 + self.calls) * self.limits.call
         batch = number % self.batches
         return float(handle.ask(timeout, "time", batch=batch, calls=self.calls)["seconds"])

@@ -1,8 +1,8 @@
 """One competitor in a process of its own: `python worker.py PEER`, JSON lines in on stdin, JSON lines out on stdout.
 
 {"do": "load", ...} builds the model and answers with versions; "check" writes the last hidden state, or tells the
-loss without dropout; "time" times calls; "memory" tells what a call needs. Whatever goes wrong is answered as
-{"error": sentence}.
+loss without dropout; "once" is one call; "time" times calls after one that is not counted; "memory" tells what a call
+needs. Whatever goes wrong is answered as {"error": sentence}.
 """
 
 from __future__ import annotations
@@ -81,14 +81,16 @@ class Worker:
         np.save(file, array(self.call(0)))
         return {"file": file}
 
-    def time(self, batch: int, calls: int = 1) -> dict[str, Any]:
-        """Seconds per call; short ones are called several times, after one that is not counted."""
-        if calls > 1:
-            self.call(batch)
+    def once(self, batch: int) -> dict[str, float]:
+        """Seconds of one call."""
         started = time.perf_counter()
-        for _ in range(calls):
-            self.call(batch)
-        return {"seconds": (time.perf_counter() - started) / calls}
+        self.call(batch)
+        return {"seconds": time.perf_counter() - started}
+
+    def time(self, batch: int, calls: int) -> dict[str, float]:
+        """Seconds per call, after one that finds cold caches and pages gone: the process was stopped until now."""
+        self.call(batch)
+        return {"seconds": sum(self.once(batch)["seconds"] for _ in range(calls)) / calls}
 
     def memory(self, batch: int) -> dict[str, Any]:
         """Seconds of one call, and the bytes resident before it and at its peak."""
@@ -97,7 +99,7 @@ class Worker:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = resident()["VmRSS"]
-        seconds = self.time(batch)["seconds"]
+        seconds = self.once(batch)["seconds"]
         return {"seconds": seconds, "before": before, "peak": resident()["VmHWM"]}
 
 
@@ -109,7 +111,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     worker = Worker(sys.argv[1])
-    actions = {name: getattr(worker, name) for name in ("load", "check", "time", "memory")}
+    actions = {name: getattr(worker, name) for name in ("load", "check", "once", "time", "memory")}
     for line in sys.stdin:
         request = json.loads(line)
         try:

@@ -1,0 +1,167 @@
+"""The benchmarks' command lines: what they refuse, and what is kept of a run. Nothing is measured here."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import bench_bert  # noqa: E402
+import readme  # noqa: E402
+import scaling  # noqa: E402
+import tables  # noqa: E402
+from peers.driver import Outcome, Race  # noqa: E402
+
+MACHINE = {"date": "2026-01-02", "cpu": "a CPU", "cores": 2, "threads": 2, "instructions": "AVX2"}
+FAILED = Outcome(reason="no luck")
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """Runs bench_bert with arguments; `outcomes` are what every race ends with, `peaks` counts measurements."""
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    np.savez(inputs / "batch0.npz", attention_mask=np.array([[1, 1], [1, 0]]))
+    (inputs / "reference.json").write_text('{"loss": 1.0}')
+
+    def peaks():
+        run.peaks += 1
+        return {"gflops_fp32": run.peaks, "gflops_bf16": run.peaks}
+
+    def run(*given):
+        command = ["bench_bert.py", "--folder", str(tmp_path), "--out", str(run.out), *given]
+        monkeypatch.setattr(sys, "argv", command)
+        return bench_bert.main()
+
+    run.out, run.peaks, run.outcomes = tmp_path / "out" / "bert.json", 0, {}
+    run.rows = lambda: json.loads(run.out.read_text())["rows"]
+    monkeypatch.setattr(bench_bert.machine, "peaks", peaks)
+    monkeypatch.setattr(bench_bert.machine, "machine_info", lambda: MACHINE)
+    monkeypatch.setattr(bench_bert, "make_models", lambda folder: None)
+    monkeypatch.setattr(bench_bert, "make_inputs", lambda folder, work: inputs)
+    monkeypatch.setattr(Race, "run", lambda race, names: {n: run.outcomes[n] for n in names})
+    return run
+
+
+def test_the_peaks_are_measured_before_and_after_every_row(bench):
+    bench.outcomes = {"sdpa": Outcome([2.0], {"loss": 1.0}), "fastbert": FAILED}
+    assert bench("--rows", "pretrain-*-fp32", "--peers", "fastbert", "sdpa") == 0
+    around = [[row["peaks"][k]["gflops_fp32"] for k in ("before", "after")] for row in bench.rows()]
+    assert around == [[1, 2], [2, 3]]
+    assert [row["peak_gflops"] for row in bench.rows()] == [2, 3]
+    first = bench.rows()[0]["results"]
+    assert first["fastbert"] == {"reason": "no luck"}
+    assert first["compiled"] == {"reason": "not asked for in this run"}
+
+
+def test_a_row_without_a_measurement_is_not_kept(bench, capsys):
+    bench.outcomes = {"fastbert": FAILED}
+    chosen = ("--rows", "pretrain-full-fp32", "--peers", "fastbert")
+    assert bench(*chosen) == 1
+    assert not bench.out.exists()
+    bench.outcomes = {"fastbert": Outcome([2.0], {"loss": 1.0})}
+    assert bench(*chosen) == 0
+    kept = bench.out.read_text()
+    bench.outcomes = {"fastbert": FAILED}
+    assert bench(*chosen) == 1
+    assert bench.out.read_text() == kept
+    assert "nothing was measured: the row stays what it was" in capsys.readouterr().out
+    # nor is one that none of the peers takes, after which there is nothing to measure a peak for
+    bench.peaks = 0
+    assert bench("--rows", "pretrain-full-fp32", "--peers", "openvino") == 1
+    assert bench.out.read_text() == kept
+    assert bench.peaks == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (("--peers", "fastbert", "nonsense"), "--peers nonsense matches none of fastbert, "),
+        (("--rows", "infer-*", "train-*"), "--rows train-* matches none of infer-real-fp32, "),
+        (("--rounds", "0"), "--rounds has to be at least 1"),
+    ],
+)
+def test_what_matches_nothing_is_refused(bench, capsys, given, sentence):
+    with pytest.raises(SystemExit) as refused:
+        bench(*given)
+    assert refused.value.code == 2
+    assert sentence in capsys.readouterr().err
+    assert bench.peaks == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ('{"rows": [', "can't be read: "),
+        ("[1]", "holds no results of this benchmark"),
+        ('{"runs": {}, "rows": []}', "holds no results of this benchmark"),
+        (None, "can't be read: "),
+    ],
+    ids=["cut off", "a list", "ops.json", "a folder"],
+)
+def test_a_file_that_holds_no_results_is_left_alone(bench, content, sentence):
+    if content is None:
+        bench.out.mkdir(parents=True)
+    else:
+        bench.out.parent.mkdir()
+        bench.out.write_text(content)
+    with pytest.raises(SystemExit) as refused:
+        bench()
+    assert sentence in refused.value.code
+    assert "\n" not in refused.value.code
+    assert bench.peaks == 0
+    assert content is None or bench.out.read_text() == content
+
+
+@pytest.mark.parametrize("module", [readme, tables])
+@pytest.mark.parametrize("flag", ["--help", "--chek"])
+def test_asking_for_help_writes_nothing(module, flag, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["it.py", flag])
+    monkeypatch.setattr(Path, "write_text", lambda *_: pytest.fail("it wrote"))
+    with pytest.raises(SystemExit) as left:
+        module.main()
+    assert left.value.code == (0 if flag == "--help" else 2)
+    assert "--check" in "".join(capsys.readouterr())
+
+
+def test_every_script_has_a_target_and_a_description():
+    """pytest's bench_<slug>.py aside, which `make bench` collects."""
+    scripts = [file for file in BENCHMARKS.rglob("*.py") if "__main__" in file.read_text()]
+    make, page = (
+        (BENCHMARKS.parent / name).read_text() for name in ("Makefile", "docs/benchmarks.md")
+    )
+    assert len(scripts) > 4
+    for file in scripts:
+        assert file.name in page, f"docs/benchmarks.md does not name {file.name}"
+        started = file.name in make or file.name == "worker.py"
+        assert started, f"no target runs {file.name}"
+
+
+def test_scaling_draws_and_tells_the_growth(tmp_path):
+    assert scaling.slope([(1, 9.0), (128, 2.0), (256, 8.0)]) == pytest.approx(2.0)
+    taken = {direction: {"median": 0.1} for direction in ("forward", "both")}
+    layer = [
+        {"T": T, "fill": fill, "seconds": {"fastbert": taken, "torch": taken}}
+        for T in (64, 128)
+        for fill in ("real", "full")
+    ]
+    attention = [
+        {"S": S, "p": p, "name": name, "peak_bytes": S, "seconds": taken}
+        for S in (128, 256)
+        for p in (0.0, 0.1)
+        for name in ("fastbert", "sdpa", "written out")
+    ]
+    results = {"machine": MACHINE, "layer": layer, "attention": attention}
+    scaling.plot(results, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_without_results_says_who_makes_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tables.py"])
+    with pytest.raises(SystemExit, match=r"pytest benchmarks --benchmark-only` writes it$"):
+        tables.main()
