@@ -189,7 +189,7 @@ class Gemm {
         const int64_t i1 = imin(i + mc_, m1);
         float* tile = deep() ? c + (i - m) * s_.h * ld + (n - part.n0) * kNR : c;
         // slice by slice: what a block reads of one lies in one piece and stays in the cache
-        for (int64_t u = k; u < to || to == 0; u += kc_) {
+        for (int64_t u = k; u < to || u == 0; u += kc_) {
           const int64_t steps = imin(kc_, to - u);
           const float* rows = a + ((u - k) * (m1 - m) + steps * (i - m)) * s_.h;
           const float* columns = slice(u, n, n1, k, b);
