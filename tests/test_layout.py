@@ -31,7 +31,6 @@ NOT_SLUGS = {
 SHARED_HELPERS = {
     "fastbert/reference/layer_norm.py": {"widen"},
     "fastbert/stock/linear.py": {"cast"},
-    "fastbert/cpu/linear.py": {"gradients", "project"},
 }
 SYNCS = {"fastbert/ops/_check.py": "values are read only where checks_values says so"}
 ENVIRONMENT = {
