@@ -13,6 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+IN_TABLE = ("speed", "of peak")
 BEGIN, END = "<!-- table: python benchmarks/readme.py -->", "<!-- end of table -->"
 
 
@@ -29,6 +30,7 @@ def verdict(goal: dict[str, Any]) -> str:
         "speed": f"{goal['goal']:g}x: {said}",
         "of peak": f"{goal['goal']:.0%} of peak{shown}: {said}",
         "memory": f"goal {goal['goal']:.0%}: {said}",
+        "saved": f"goal {goal['goal']:.0%}: {said}",
     }[goal["what"]]
 
 
@@ -59,7 +61,7 @@ def short_table(results: dict[str, Any]) -> str:
             seconds.get("fastbert", "--"),
             f"{best} {seconds[best]}" if best else "--",
             speedup(row),
-            "; ".join(verdict(g) for g in row["goals"] if g["what"] != "memory") or "--",
+            "; ".join(verdict(g) for g in row["goals"] if g["what"] in IN_TABLE) or "--",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *memory_lines(results), footnote(results)]
@@ -67,14 +69,23 @@ def short_table(results: dict[str, Any]) -> str:
 
 
 def memory_lines(results: dict[str, Any]) -> list[str]:
-    """Peak memory against stock, where a goal is set for it."""
-    return [
-        f"Peak memory, {row['title']}, {row['precision']}: {row['memory_ratio']['peak']:.0%} of stock's process, "
-        f"{row['memory_ratio']['added']:.0%} of what its step adds ({verdict(goal)}).\n"
-        for row in results["rows"]
-        for goal in row["goals"]
-        if goal["what"] == "memory" and row["memory_ratio"]
-    ]
+    """Peak memory and what is saved for backward, against stock, where goals are set for them."""
+    lines = []
+    for row in results["rows"]:
+        work = f"{row['title']}, {row['precision']}"
+        goals = {goal["what"]: goal for goal in row["goals"] if goal["value"] is not None}
+        if goal := goals.get("memory"):
+            lines.append(
+                f"Peak memory, {work}: {row['memory_ratio']['peak']:.0%} of stock's process, "
+                f"{row['memory_ratio']['added']:.0%} of what its step adds ({verdict(goal)}).\n"
+            )
+        if goal := goals.get("saved"):
+            mine, theirs = (row["saved_bytes"][name] / 1e3 for name in ("fastbert", "sdpa"))
+            lines.append(
+                f"Saved for backward per token and layer, {work}: {mine:.1f} KB, {goal['value']:.1%} of "
+                f"stock's {theirs:.1f} KB ({verdict(goal)}).\n"
+            )
+    return lines
 
 
 def footnote(results: dict[str, Any]) -> str:

@@ -90,7 +90,10 @@ def result_of(outcome: Outcome, work: Work, peer: Any, inputs: Path) -> dict[str
 def row(
     work: Work, outcomes: dict[str, Outcome], inputs: Path, facts: dict[str, Any]
 ) -> dict[str, Any]:
-    """A row of the JSON; `facts` are the run's date, its rounds and the peaks measured {"before", "after"} it."""
+    """A row of the JSON; `facts` are the run's date, its rounds, the peaks measured {"before", "after"} it.
+
+    And what saved.against_stock found, where that has a goal.
+    """
     peers = {peer.name: peer for peer in PEERS}
     results = {
         name: result_of(outcome, work, peers[name], inputs) for name, outcome in outcomes.items()
@@ -103,7 +106,8 @@ def row(
     made = {"work": work.name, **{key: getattr(work, key) for key in keys}, **facts}
     made["peak_gflops"] = peak
     made["fill_percent"] = round(100 * _fill(inputs))
-    found = compared(results, work.precision)
+    found, saved = compared(results, work.precision), facts.get("saved_bytes")
+    found["saved_ratio"] = saved[OURS] / saved[STOCK] if saved else None
     return {**made, "results": results, **found, "goals": goals(work, results, found)}
 
 
@@ -116,9 +120,11 @@ def goals(work: Work, results: dict[str, Any], found: dict[str, Any]) -> list[di
         ("speed", work.goal, speed and speed["median"]),
         ("of peak", work.peak_goal, share),
         ("memory", work.memory_goal, memory and memory["peak"]),
+        ("saved", work.saved_goal, found["saved_ratio"]),
     ):
         if goal is not None:
-            reached = value is not None and (value <= goal if what == "memory" else value >= goal)
+            less = what in ("memory", "saved")
+            reached = value is not None and (value <= goal if less else value >= goal)
             made.append({"what": what, "goal": goal, "value": value, "met": reached})
     return made
 

@@ -55,6 +55,7 @@ def test_the_peaks_are_measured_before_and_after_every_row(bench):
     assert [row["peak_gflops"] for row in bench.rows()] == [2, 3]
     first = bench.rows()[0]["results"]
     assert first["fastbert"] == {"reason": "no luck"}
+    assert "saved_bytes" not in bench.rows()[0]
     assert first["compiled"] == {"reason": "not asked for in this run"}
 
 
@@ -75,6 +76,18 @@ def test_a_row_without_a_measurement_is_not_kept(bench, capsys):
     assert bench("--rows", "pretrain-full-fp32", "--peers", "openvino") == 1
     assert bench.out.read_text() == kept
     assert bench.peaks == 1
+
+
+def test_what_is_saved_for_backward_stands_beside_stock(bench, monkeypatch):
+    saved = {"fastbert": 30e3, "sdpa": 75e3}
+    monkeypatch.setattr(bench_bert, "against_stock", lambda lengths, precision: saved)
+    bench.outcomes = {name: Outcome([2.0], {"loss": 1.0}) for name in saved}
+    assert bench("--rows", "pretrain-full-fp32", "--peers", *saved) == 0
+    (row,) = bench.rows()
+    assert row["saved_bytes"] == saved
+    assert row["goals"][-1] == {"what": "saved", "goal": 0.5, "value": 0.4, "met": True}
+    (line,) = readme.memory_lines({"rows": [row]})
+    assert "no padding, fp32: 30.0 KB, 40.0% of stock's 75.0 KB (goal 50%: met)" in line
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastbert.bert import BertConfig, BertModel
 from fastbert.testing.memory import saved_bytes
 
-LENGTHS = [128, 30, 45, 22, 80, 17, 60, 33]  # 41 % of 8 x 128
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from saved import against_stock, ours, per_token_and_layer, theirs
+from works import REAL
+
+BUILDS = {"fastbert": ours, "sdpa": theirs}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -30,51 +34,20 @@ def test_counts_each_storage_once_and_no_parameter() -> None:
     assert saved_bytes(lambda: (x.clone() @ w)[:1] * w[:1], [w]) == 2 * x.nbytes
 
 
-def ours(layers: int) -> nn.Module:
-    return BertModel(BertConfig(vocab_size=100, num_hidden_layers=layers))
-
-
-def theirs(layers: int) -> nn.Module:
-    config = transformers.BertConfig(vocab_size=100, num_hidden_layers=layers)
-    config._attn_implementation = "sdpa"
-    return transformers.BertModel(config)
-
-
-def saved(model: nn.Module, lengths: list[int], dtype: torch.dtype) -> int:
-    """Bytes that a training forward of BERT-base's width saves, dropout on."""
-    mask = (torch.arange(128) < torch.tensor(lengths)[:, None]).long()
-    ids = torch.randint(1, 100, mask.shape) * mask
-
-    def forward() -> Any:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return model(ids, attention_mask=mask)
-
-    return saved_bytes(forward, model.parameters())
-
-
-def per_token_and_layer(build: Any, lengths: list[int], dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes per token of the padded batch: for one more layer, and on average over BERT-base's twelve with embeddings.
-
-    A batch is counted as what doubling it adds: the weights that autocast keeps a cast copy of do not count.
-    """
-    one, two = (
-        saved(model, lengths * 2, dtype) - saved(model, lengths, dtype)
-        for model in (build(1).train(), build(2).train())
-    )
-    tokens = 128 * len(lengths)
-    return (two - one) / tokens, (one + 11 * (two - one)) / 12 / tokens
-
-
 @DTYPES
 def test_saves_at_most_half_of_stock(dtype: torch.dtype) -> None:
     """Counted on two full sequences, since bytes only grow with the batch; pytest -s prints the figures."""
     stock = per_token_and_layer(theirs, [128] * 2, dtype)
     full = per_token_and_layer(ours, [128] * 2, dtype)
-    real = per_token_and_layer(ours, LENGTHS, dtype)
+    real = per_token_and_layer(ours, REAL, dtype)
     for i, what in enumerate(("one more layer", "average of BERT-base")):
         print(
             f"\n{dtype}, {what}, bytes per token: transformers {stock[i]:.0f}, full {full[i]:.0f} "
             f"({full[i] / stock[i]:.2%}), 41 % real {real[i]:.0f} ({real[i] / stock[i]:.2%})"
         )
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    # README's figures, on a batch that costs little
+    few = {name: per_token_and_layer(build, [8], dtype)[1] for name, build in BUILDS.items()}
+    assert against_stock([8], precision) == few
     assert full[1] <= 0.5 * stock[1]
     assert real[1] <= 0.25 * stock[1]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastbert.cpu import DTYPES, address, fp32, fresh, linear, native, unsupported_dtype
+from fastbert.cpu import DTYPES, _gemm, address, fp32, fresh, native, unsupported_dtype
 
 
 def unsupported(
@@ -52,7 +52,7 @@ def forward(
         C,
         torch.get_num_threads(),
     )
-    return linear.project(h, [w2], fp32(b2)), u
+    return _gemm.project(h, [w2], fp32(b2)), u
 
 
 def backward(
@@ -82,5 +82,5 @@ def backward(
         dy.shape[1],
         torch.get_num_threads(),
     )
-    _, dw2, db2 = linear.gradients(dy, h, [w2], [False, *needs[3:]])
-    return *linear.gradients(du, x, [w1], needs[:3]), dw2, db2
+    _, dw2, db2 = _gemm.gradients(dy, h, [w2], [False, *needs[3:]])
+    return *_gemm.gradients(du, x, [w1], needs[:3]), dw2, db2

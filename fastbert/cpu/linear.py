@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from fastbert.cpu import DTYPES, address, fp32, fresh, native, unsupported_dtype
+from fastbert.cpu import _gemm, fp32, unsupported_dtype
 
 
 def unsupported(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -21,7 +20,7 @@ def forward(
     bias: Tensor | None,  # (N,)
 ) -> Tensor:
     """y (T, N) in x's dtype."""
-    return project(x, [weight], fp32(bias))
+    return _gemm.project(x, [weight], fp32(bias))
 
 
 def backward(
@@ -31,84 +30,4 @@ def backward(
     needs: Sequence[bool],  # for x, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (T, K), dweight (N, K), dbias (N,) fp32; empty where not needed."""
-    return gradients(dy, x, [weight], needs)
-
-
-def project(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    """x (T, K) times the weights' rows, one below the other, plus an fp32 bias (N,): (T, N) in x's dtype."""
-    T, K = x.shape
-    pieces, rows, N = _pieces(weights)
-    y = fresh(x, T, N)
-    native.linear_fwd(  # type: ignore[union-attr]
-        DTYPES[x.dtype],
-        DTYPES[pieces[0].dtype],
-        x.data_ptr(),
-        *(p.data_ptr() for p in pieces),
-        rows,
-        0,
-        address(bias),
-        y.data_ptr(),
-        T,
-        N,
-        K,
-        torch.get_num_threads(),
-    )
-    return y
-
-
-def gradients(
-    dy: Tensor,  # (T, N)
-    x: Tensor,  # (T, K)
-    weights: Sequence[Tensor],
-    needs: Sequence[bool],  # for x, the weights, the biases
-    alpha: float = 1.0,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, and of all weights together dweight (N, K), in theirs or this dtype, and dbias (N,) fp32, times alpha."""
-    T, N = dy.shape
-    K, weight, threads = x.shape[1], weights[0], torch.get_num_threads()
-    kind = DTYPES[dy.dtype]
-    dx, dweight, dbias = (dy.new_empty(0) for _ in range(3))
-    if needs[0]:
-        pieces, rows, _ = _pieces(weights)
-        dx = fresh(x, *x.shape)
-        native.linear_bwd_dx(  # type: ignore[union-attr]
-            kind,
-            DTYPES[weight.dtype],
-            dy.data_ptr(),
-            *(p.data_ptr() for p in pieces),
-            rows,
-            alpha,
-            dx.data_ptr(),
-            T,
-            N,
-            K,
-            threads,
-        )
-    if needs[1]:
-        dweight = fresh(weight, N, K, dtype=dtype)
-        native.linear_bwd_dw(  # type: ignore[union-attr]
-            kind,
-            DTYPES[dweight.dtype],
-            dy.data_ptr(),
-            x.data_ptr(),
-            alpha,
-            dweight.data_ptr(),
-            T,
-            N,
-            K,
-            threads,
-        )
-    if needs[2]:
-        dbias = dy.new_empty(N, dtype=torch.float32)
-        native.linear_bwd_db(kind, dy.data_ptr(), alpha, dbias.data_ptr(), T, N, threads)  # type: ignore[union-attr]
-    return dx, dweight, dbias
-
-
-def _pieces(weights: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor, Tensor], int, int]:
-    """Three contiguous pieces (the first again where there is one), the rows of each, and of all."""
-    first = weights[0].contiguous()
-    rest = (
-        (first, first) if len(weights) == 1 else (weights[1].contiguous(), weights[2].contiguous())
-    )
-    return (first, *rest), first.shape[0], first.shape[0] * len(weights)
+    return _gemm.gradients(dy, x, [weight], needs)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastbert.cpu import cross_entropy, fp32, linear, native, row_losses, unsupported_dtype
+from fastbert.cpu import _gemm, cross_entropy, fp32, native, row_losses, unsupported_dtype
 
 
 def unsupported(
@@ -41,12 +41,12 @@ def forward(
     """The summed loss (), lse (R,), both fp32, and p - onehot (R, V), empty without `save` or above max_rows."""
     h, b = _picked(hidden, rows), fp32(bias)
     if save and labels.shape[0] <= max_rows:
-        dlogits = linear.project(h, [weight], b)
+        dlogits = _gemm.project(h, [weight], b)
         loss, lse = row_losses(native.cross_entropy_inplace, dlogits, labels, ignore_index)  # type: ignore[union-attr]
         return loss.sum(), lse, dlogits
     losses, lses = [], []
     for part, of in zip(h.split(max_rows), labels.split(max_rows), strict=True):
-        loss, lse = cross_entropy.forward(linear.project(part, [weight], b), of, ignore_index)
+        loss, lse = cross_entropy.forward(_gemm.project(part, [weight], b), of, ignore_index)
         losses.append(loss)
         lses.append(lse)
     return torch.cat(losses).sum(), torch.cat(lses), hidden.new_empty(0, weight.shape[0])
@@ -68,7 +68,7 @@ def backward(
     """dhidden (T, C), dweight (V, C), dbias (V,) fp32, scaled by dloss in the GEMMs; empty where not needed."""
     h, alpha = _picked(hidden, rows), float(dloss)
     if labels.shape[0] <= max_rows:
-        dh, dweight, dbias = linear.gradients(dlogits, h, [weight], needs, alpha)
+        dh, dweight, dbias = _gemm.gradients(dlogits, h, [weight], needs, alpha)
     else:
         dh, dweight, dbias = _chunked(
             h, weight, fp32(bias), labels, ignore_index, max_rows, needs, alpha
@@ -93,9 +93,9 @@ def _chunked(
     dweight = h.new_zeros(weight.shape if needs[1] else (0,), dtype=torch.float32)
     dbias = h.new_zeros(weight.shape[0] if needs[2] else 0, dtype=torch.float32)
     for part, of in zip(h.split(max_rows), labels.split(max_rows), strict=True):
-        g = linear.project(part, [weight], bias)
+        g = _gemm.project(part, [weight], bias)
         row_losses(native.cross_entropy_inplace, g, of, ignore_index)  # type: ignore[union-attr]
-        dpart, dw, db = linear.gradients(g, part, [weight], needs, alpha, torch.float32)
+        dpart, dw, db = _gemm.gradients(g, part, [weight], needs, alpha, torch.float32)
         parts.append(dpart)
         dweight += dw
         dbias += db

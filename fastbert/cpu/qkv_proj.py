@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastbert.cpu import fp32, linear, unsupported_dtype
+from fastbert.cpu import _gemm, fp32, unsupported_dtype
 
 
 def unsupported(
@@ -27,7 +27,7 @@ def forward(
     bias = None
     if biases:
         bias = fp32(biases[0] if len(biases) == 1 else torch.cat(list(biases)))
-    y = linear.project(x, weights, bias)
+    y = _gemm.project(x, weights, bias)
     return y.view(x.shape[0], 3, num_heads, y.shape[1] // (3 * num_heads))
 
 
@@ -38,4 +38,4 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (T, C), dweight (3HD, C), dbias (3HD,) fp32; empty where not needed."""
-    return linear.gradients(dqkv.flatten(1), x, weights, needs)
+    return _gemm.gradients(dqkv.flatten(1), x, weights, needs)
