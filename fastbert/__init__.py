@@ -3,6 +3,7 @@
 from fastbert import backend, functional
 from fastbert.backend import debug, explain, use
 from fastbert.freeze import freeze, frozen_bytes, unfreeze
+from fastbert.tune import tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "freeze",
     "frozen_bytes",
     "functional",
+    "tune",
     "unfreeze",
     "use",
 ]

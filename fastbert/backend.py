@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import threading
 from collections.abc import Callable
 from types import ModuleType
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastbert import cpu
+from fastbert import cpu, tuned
 
 BACKENDS = ("cpu", "triton", "cuda", "torch", "reference")
 SLUGS = (
@@ -32,6 +33,8 @@ SLUGS = (
 )
 # fastest first; `torch` is last and always answers, `reference` runs by name only
 ORDER = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
+# on a GPU the library's GEMM comes first in ops that are nothing else
+LIBRARY_FIRST = ("linear", "qkv_proj")
 
 _PACKAGES = {
     "cpu": "fastbert.cpu",
@@ -40,7 +43,6 @@ _PACKAGES = {
     "torch": "fastbert.stock",
     "reference": "fastbert.reference",
 }
-_DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 
 def _load(name: str, slug: str) -> ModuleType | str:
@@ -60,8 +62,16 @@ def _load(name: str, slug: str) -> ModuleType | str:
 
 
 _IMPLEMENTATIONS = {name: {slug: _load(name, slug) for slug in SLUGS} for name in BACKENDS}
+# the device type that a backend is bound to; Triton's interpreter takes tensors on the CPU
+_DEVICES = {
+    "cpu": "cpu",
+    "triton": getattr(sys.modules.get("fastbert.kernels"), "device_type", "cuda"),
+    "cuda": "cuda",
+}
 _forced: str | None = None
 _debug = False
+# by device, filled at its first call
+tuned_tables: dict[torch.device, Any] = {}
 
 
 class Unsupported(RuntimeError):
@@ -98,15 +108,23 @@ def _reason(name: str, slug: str, device: torch.device, args: tuple[Any, ...]) -
     return found.unsupported(*args)
 
 
-def _order(device: torch.device) -> tuple[str, ...]:
-    return (_forced,) if _forced is not None else ORDER.get(device.type, ("torch",))
+def _order(slug: str, kind: str) -> tuple[str, ...]:
+    order = ORDER.get(kind, ("torch",))
+    return ("torch", *order[:-1]) if kind == "cuda" and slug in LIBRARY_FIRST else order
+
+
+def _explained_order(slug: str, device: torch.device, args: tuple[Any, ...]) -> tuple[str, ...]:
+    if _forced is not None:
+        return (_forced,)
+    best, order = _tuned(slug, device, args), _order(slug, device.type)
+    return order if best is None else (best, *order)
 
 
 def _candidates(slug: str, kind: str) -> tuple[tuple[str, Any], ...]:
     """(name, its `unsupported`) of the backends that have the op's kernel for a device type, in ORDER."""
     return tuple(
         (name, found.unsupported)
-        for name in ORDER.get(kind, ("torch",))
+        for name in _order(slug, kind)
         if not isinstance(found := _IMPLEMENTATIONS[name][slug], str)
         and _DEVICES.get(name, kind) == kind
     )
@@ -116,14 +134,28 @@ def _candidates(slug: str, kind: str) -> tuple[tuple[str, Any], ...]:
 _CANDIDATES = {kind: {slug: _candidates(slug, kind) for slug in SLUGS} for kind in (*ORDER, "meta")}
 
 
+@torch.compiler.assume_constant_result
+def _tuned_table(device: torch.device) -> Any:
+    """What fastbert.tune() has found for this device, empty without."""
+    if device not in tuned_tables:
+        tuned_tables[device] = tuned.table(device)
+    return tuned_tables[device]
+
+
+def _tuned(slug: str, device: torch.device, args: tuple[Any, ...]) -> str | None:
+    """The backend that fastbert.tune() found fastest for this class of call, None where it has not measured it."""
+    table = _tuned_table(device)
+    return table.get(tuned.key(slug, args)) if table else None
+
+
 def choose(slug: str, device: torch.device, *args: Any) -> str:
-    """The backend's name for this call: the forced one, or the first of the device's ORDER that supports it."""
+    """The backend's name for this call: the forced one, the tuned one, or the first of the ORDER that supports it."""
     if misset is not None:
         raise ValueError(misset)
     table = _explaining.table
     if table is not None:
         table.update((name, _reason(name, slug, device, args)) for name in BACKENDS)
-        raise _Explained(_order(device))
+        raise _Explained(_explained_order(slug, device, args))
     if _forced is not None:
         reason = _reason(_forced, slug, device, args)
         if reason is not None:
@@ -132,8 +164,12 @@ def choose(slug: str, device: torch.device, *args: Any) -> str:
             )
         return _forced
     kind = device.type
-    candidates = _CANDIDATES.get(kind)
-    for name, unsupported in candidates[slug] if candidates else _candidates(slug, kind):
+    table = _CANDIDATES.get(kind)
+    candidates = table[slug] if table else _candidates(slug, kind)
+    if (best := _tuned(slug, device, args)) is not None:
+        # the sort is stable: what can't run the call is passed over
+        candidates = tuple(sorted(candidates, key=lambda c: c[0] != best))
+    for name, unsupported in candidates:
         if name == "torch" or unsupported(*args) is None:
             return name
     raise RuntimeError(f"no backend can run {slug} on {kind}")
@@ -165,6 +201,12 @@ class use:
     def __exit__(self, *exc: object) -> None:
         global _forced
         _forced = self._before
+
+
+def device_of(name: str) -> str | None:
+    """The device type on which a backend's kernels run in this process, None if it has none."""
+    kind = _DEVICES.get(name, "cpu")
+    return None if kind == "cuda" and not torch.cuda.is_available() else kind
 
 
 def forced() -> str | None:

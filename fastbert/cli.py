@@ -1,4 +1,4 @@
-"""The `fastbert` command: pretrain, fill-mask, embed, info. What is slow to import waits until a command needs it."""
+"""The `fastbert` command: pretrain, fill-mask, embed, tune, info. What is slow to import waits until a command needs it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 
 from fastbert.cli_pretrain import pretrain
 from fastbert.cli_text import embed, fill_mask
+from fastbert.cli_tune import tune
 
 app = typer.Typer(
     name="fastbert",
@@ -24,16 +25,17 @@ app = typer.Typer(
 )
 
 
-def _command(name: str, function: Callable[..., None]) -> None:
+def _command(name: str, function: Callable[..., None], bare: bool = False) -> None:
     # typer would keep the source's line breaks inside paragraphs
     text = inspect.cleandoc(function.__doc__ or "")
     paragraphs = [" ".join(p.split()) for p in text.split("\n\n")]
-    app.command(name, help="\n\n".join(paragraphs), no_args_is_help=True)(function)
+    app.command(name, help="\n\n".join(paragraphs), no_args_is_help=not bare)(function)
 
 
 _command("pretrain", pretrain)
 _command("fill-mask", fill_mask)
 _command("embed", embed)
+_command("tune", tune, bare=True)
 
 
 @app.callback(invoke_without_command=True)

@@ -11,6 +11,11 @@ from pathlib import Path
 UNFINISHED = ".unfinished-"
 
 
+def cache_folder() -> Path:
+    """$FASTBERT_CACHE, by default ~/.cache/fastbert."""
+    return Path(os.environ.get("FASTBERT_CACHE") or "~/.cache/fastbert").expanduser()
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, whose file becomes `path` when the block ends well, after it has reached the disk."""

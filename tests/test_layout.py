@@ -29,6 +29,9 @@ NOT_SLUGS = {
 }
 # public functions beside a backend's own: other modules of the same backend call them
 SHARED_HELPERS = {
+    "kernels/bias_gelu.py": {"gradients"},
+    "kernels/cross_entropy.py": {"row_losses"},
+    "kernels/mlm_loss.py": {"padded"},
     "fastbert/reference/layer_norm.py": {"widen"},
     "fastbert/stock/linear.py": {"cast"},
 }
@@ -37,7 +40,7 @@ ENVIRONMENT = {
     "fastbert/backend.py": "FASTBERT_BACKEND, once, at import",
     "fastbert/cpu/__init__.py": "FASTBERT_CPU_ISA, once, at import",
     "fastbert/cli.py": "FASTBERT_DEBUG, where an error is reported",
-    "fastbert/testing/fetch.py": "FASTBERT_CACHE, when a test or the demo fetches data",
+    "fastbert/files.py": "FASTBERT_CACHE, where fetched data and what fastbert.tune() found are kept",
 }
 
 BACKEND_API = {"unsupported", "forward", "backward"}

@@ -47,7 +47,7 @@ def register(
         return run(*inputs)
 
     _lib.impl(name, body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastbert::{name}", lambda *args: fake(*args[:-1]), lib=_lib)
+    torch.library.register_fake(f"fastbert::{name}", fake, lib=_lib)
     registered = getattr(torch.ops.fastbert, name).default
 
     def call(*args: Any) -> Any:

@@ -19,7 +19,7 @@ def _fwd_check(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *_: Any) -> Non
 
 def _fwd_fake(qkv: Tensor, *rest: Any) -> Any:
     T, _, H, D = qkv.shape
-    save = rest[-1]
+    save = rest[-2]
     stat = torch.promote_types(qkv.dtype, torch.float32)
     return qkv.new_empty(T, H, D), qkv.new_empty(H, T if save else 0, dtype=stat)
 

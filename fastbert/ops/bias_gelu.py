@@ -21,11 +21,11 @@ from fastbert.ops._register import (
 )
 
 
-def _fwd_fake(x: Tensor, bias: Tensor | None, approximate: str) -> Any:
+def _fwd_fake(x: Tensor, bias: Tensor | None, *_: Any) -> Any:
     return torch.empty_like(x)
 
 
-def _bwd_fake(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> Any:
+def _bwd_fake(dy: Tensor, x: Tensor, bias: Tensor | None, *_: Any) -> Any:
     return torch.empty_like(x), dy.new_empty(0) if bias is None else torch.empty_like(bias)
 
 

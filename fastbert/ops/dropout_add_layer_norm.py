@@ -15,7 +15,7 @@ from fastbert.ops.layer_norm import row_stats
 
 
 def _fwd_fake(x: Tensor, residual: Tensor, weight: Tensor, *rest: Any) -> Any:
-    save = rest[-1]
+    save = rest[-2]
     z = torch.empty_like(x) if save else x.new_empty(0, x.shape[1])
     return torch.empty_like(x), z, *row_stats(x)
 

@@ -42,7 +42,7 @@ def _fwd_check(
 def _fwd_fake(
     ids: Tensor, positions: Tensor, types: Any, word: Any, position: Tensor, *rest: Any
 ) -> Any:
-    out_dtype, T, stat = rest[-1], ids.shape[0], sums(position)
+    out_dtype, T, stat = rest[-2], ids.shape[0], sums(position)
     y = position.new_empty(T, position.shape[1], dtype=out_dtype)
     return y, position.new_empty(T, dtype=stat), position.new_empty(T, dtype=stat)
 
@@ -58,7 +58,7 @@ def _bwd_fake(
     weight: Tensor,
     *rest: Any,
 ) -> Any:
-    position_grad = rest[-1]
+    position_grad = rest[-2]
     return (
         torch.empty_like(ids if word is None else word),
         torch.empty_like(position) if position_grad else dy.new_empty(0),

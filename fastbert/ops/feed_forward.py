@@ -22,6 +22,7 @@ def _fwd_fake(
     b2: Tensor | None,
     approximate: str,
     save: bool,
+    *_: Any,
 ) -> Any:
     u = x.new_empty(x.shape[0] if save else 0, w1.shape[0])
     return x.new_empty(x.shape[0], w2.shape[0]), u
@@ -35,6 +36,7 @@ def _bwd_fake(
     w2: Tensor,
     approximate: str,
     needs: Sequence[bool],
+    *_: Any,
 ) -> Any:
     shapes = (x.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
     dtypes = (x.dtype, w1.dtype, sums(x), w2.dtype, sums(x))

@@ -40,15 +40,22 @@ def _fwd_fake(
     ignore: int,
     max_rows: int,
     save: bool,
+    backend: str,
 ) -> Any:
     stat = sums(hidden)
     kept = labels.shape[0] if save and labels.shape[0] <= max_rows else 0
     lse = hidden.new_empty(labels.shape[0], dtype=stat)
-    return hidden.new_empty((), dtype=stat), lse, hidden.new_empty(kept, weight.shape[0])
+    return hidden.new_empty((), dtype=stat), lse, hidden.new_empty(kept, _width(weight, backend))
+
+
+def _width(weight: Tensor, backend: str) -> int:
+    """Of p - onehot: V, or where a GPU's library wants aligned rows V rounded up to a multiple of 8."""
+    V = weight.shape[0]
+    return -(-V // 8) * 8 if backend in ("triton", "cuda") else V
 
 
 def _bwd_fake(dloss: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
-    needs: Sequence[bool] = rest[-1]
+    needs: Sequence[bool] = rest[-2]
     empty = hidden.new_empty
     return (
         torch.empty_like(hidden) if needs[0] else empty(0),

@@ -15,13 +15,15 @@ from fastbert.ops._register import autocast, record, register, sums, wants_grad
 
 
 def _fwd_fake(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], num_heads: int
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], num_heads: int, *_: Any
 ) -> Any:
     rows = sum(w.shape[0] for w in weights)
     return x.new_empty(x.shape[0], 3, num_heads, rows // (3 * num_heads))
 
 
-def _bwd_fake(dqkv: Tensor, x: Tensor, weights: Sequence[Tensor], needs: Sequence[bool]) -> Any:
+def _bwd_fake(
+    dqkv: Tensor, x: Tensor, weights: Sequence[Tensor], needs: Sequence[bool], *_: Any
+) -> Any:
     rows, dtype = sum(w.shape[0] for w in weights), weights[0].dtype
     empty = dqkv.new_empty
     return (

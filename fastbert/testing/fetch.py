@@ -5,7 +5,6 @@ the table is unpacked.
 """
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+from fastbert.files import cache_folder
 
 # pip itself retries; a machine without a network should hear so within a minute or two
 DOWNLOAD_TIMEOUT_S = 900
@@ -86,7 +87,7 @@ def fetch(name: str) -> Path:
 
 def cache_dir() -> Path:
     """The folder that holds fetched data: $FASTBERT_CACHE, by default ~/.cache/fastbert."""
-    return Path(os.environ.get("FASTBERT_CACHE") or "~/.cache/fastbert").expanduser() / "data"
+    return cache_folder() / "data"
 
 
 def _install(archive: Archive, home: Path) -> None:

@@ -24,9 +24,9 @@ def samples(slug: str, dtype: torch.dtype, device: str = "cpu") -> list[Sample]:
 
 
 def cases(slug: str, dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, str, torch.dtype]]:
-    """(backend, sample id, dtype) for every backend that has the op's kernel."""
+    """(backend, sample id, dtype) for every backend that has the op's kernel and a device to run it on."""
     for name in backend.BACKENDS:
-        if backend.matrix()[slug][name] is None:
+        if backend.matrix()[slug][name] is None and backend.device_of(name) is not None:
             for dtype in dtypes:
                 for sample in samples(slug, dtype):
                     yield name, sample.id, dtype
@@ -91,8 +91,8 @@ def check(slug: str, name: str, sample_id: str, dtype: torch.dtype, backward: bo
     A backend that does not support the call raises `backend.Unsupported` with its reason, which tests turn into a skip.
     """
     reference = importlib.import_module(f"fastbert.reference.{slug}")
-    op = getattr(functional, slug)
-    kwargs = next(s for s in samples(slug, dtype) if s.id == sample_id).kwargs
+    op, device = getattr(functional, slug), backend.device_of(name) or "cpu"
+    kwargs = next(s for s in samples(slug, dtype, device) if s.id == sample_id).kwargs
     wide = {
         k: tree_map(v, lambda t: t.double() if t.is_floating_point() else t)
         for k, v in kwargs.items()

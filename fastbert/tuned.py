@@ -1,0 +1,114 @@
+"""What `fastbert.tune()` found: the fastest backend, and the Triton kernels' configurations, by shape, dtype and device.
+
+The file is tuned.json in $FASTBERT_CACHE, by default ~/.cache/fastbert. It is read once a process and device; without
+an entry for a call the static order of fastbert/backend.py holds.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastbert.files import cache_folder, write_text
+
+# calls of at most this many rows are tuned apart from longer ones
+FEW_ROWS = 256
+# in an op's arguments, forward and backward: the tensor whose dtype, whose sizes and whose rows make its class
+_PLACES = {
+    "embed": ((4, 4, 0), (5, 5, 0)),
+    "linear": ((0, 1, 0), (0, 2, 0)),
+    "qkv_proj": ((0, 1, 0), (0, 2, 0)),
+    "attention": ((0, 0, 0), (1, 1, 0)),
+    "layer_norm": ((0, 0, 0), (1, 1, 0)),
+    "dropout_add_layer_norm": ((0, 2, 0), (0, 2, 0)),
+    "bias_gelu": ((0, 0, 0), (1, 1, 0)),
+    "feed_forward": ((0, 1, 0), (0, 3, 0)),
+    "cross_entropy": ((0, 0, 0), (1, 1, 0)),
+    "mlm_loss": ((0, 1, 3), (1, 2, 4)),
+}
+# those whose sizes are a row's
+_ROWS = ("attention", "layer_norm", "bias_gelu", "cross_entropy")
+
+Key = tuple[str, torch.dtype, bool, tuple[int, ...]]
+Table = dict[Key, str]
+
+_logger = logging.getLogger("fastbert")
+
+
+def path() -> Path:
+    """Where winners are stored."""
+    return cache_folder() / "tuned.json"
+
+
+def key(slug: str, args: tuple[Any, ...], backward: bool = False) -> Key:
+    """The class of a call, from its forward's or backward's arguments: op, dtype, few rows or many, static sizes."""
+    of, shaped, counted = _PLACES[slug][backward]
+    sized = args[shaped]
+    sizes = tuple((sized[0] if isinstance(sized, (list, tuple)) else sized).shape)
+    sizes = sizes[1:] if slug in _ROWS else sizes
+    return slug, args[of].dtype, args[counted].shape[0] <= FEW_ROWS, sizes
+
+
+def device_name(device: torch.device) -> str:
+    """What entries of a device are filed under."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    from fastbert.testing.machine import cpu_name
+
+    return cpu_name()
+
+
+def _read() -> dict[str, Any]:
+    """{device: {"entries": [...], ...}}; a file that can't be read counts as none and is named once."""
+    try:
+        return json.loads(path().read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        _logger.warning("%s is ignored: %s; run fastbert.tune() again", path(), error)
+        return {}
+
+
+_stored = _read()
+
+
+@functools.cache
+def table(device: torch.device) -> Table:
+    """{class of a call: backend} for a device; the caller may add to it."""
+    entries = _stored.get(device_name(device), {}).get("entries", []) if _stored else []
+    return {
+        (e["op"], getattr(torch, e["dtype"]), e["few_rows"], tuple(e["sizes"])): e["backend"]
+        for e in entries
+    }
+
+
+def store(device: torch.device, results: dict[Key, dict[str, float]], facts: dict[str, Any]) -> Table:
+    """Write the winners among {class: {backend: seconds}} beside older entries, and use them from now on."""
+    found = table(device)
+    known = _read()
+    entries = {_identity(e): e for e in known.get(device_name(device), {}).get("entries", [])}
+    for (slug, dtype, few, sizes), seconds in results.items():
+        winner = min(seconds, key=lambda name: seconds[name])
+        found[(slug, dtype, few, sizes)] = winner
+        entry = {
+            "op": slug,
+            "dtype": str(dtype).removeprefix("torch."),
+            "few_rows": few,
+            "sizes": list(sizes),
+            "backend": winner,
+            "microseconds": {name: round(1e6 * s, 2) for name, s in seconds.items()},
+        }
+        entries[_identity(entry)] = entry
+    known[device_name(device)] = {**facts, "entries": list(entries.values())}
+    path().parent.mkdir(parents=True, exist_ok=True)
+    write_text(path(), json.dumps(known, indent=1) + "\n")
+    return found
+
+
+def _identity(entry: dict[str, Any]) -> tuple[Any, ...]:
+    return entry["op"], entry["dtype"], entry["few_rows"], tuple(entry["sizes"])

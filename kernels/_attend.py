@@ -1,0 +1,143 @@
+"""What the attention kernels share: a sequence's span, its tiles, the softmax step and the products of backward.
+
+Rows and columns i and j count inside the sequence. `drop` is (seed, b H + h, site, threshold), or None without dropout.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastbert.kernels._math import dot, keep
+
+
+@triton.jit
+def span(cu_ptr, b, B, T):
+    """Start and length of sequence b inside T rows, whatever cu holds; for b = B the rows past the last sequence."""
+    start = tl.minimum(tl.maximum(tl.load(cu_ptr + b), 0), T)
+    stop = tl.load(cu_ptr + b + 1, mask=b < B, other=T)
+    return start, tl.minimum(tl.maximum(stop, start), T) - start
+
+
+@triton.jit
+def dropout_of(seed_ptr, bh, site, threshold):
+    """`drop` of one (sequence, head)."""
+    if seed_ptr is None:
+        return None
+    return tl.load(seed_ptr), bh, site, threshold
+
+
+@triton.jit
+def load_tile(base_ptr, i, stride: tl.constexpr, length, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows i (BLOCK,) of a matrix (length, D), zeros outside: (BLOCK, BLOCK_D)."""
+    d = tl.arange(0, BLOCK_D)
+    inside = (i < length)[:, None]
+    if D < BLOCK_D:
+        inside = inside & (d < D)[None, :]
+    return tl.load(base_ptr + i.to(tl.int64)[:, None] * stride + d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(base_ptr, values, i, stride: tl.constexpr, length, D: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """values (BLOCK, BLOCK_D) into rows i of a matrix (length, D)."""
+    d = tl.arange(0, BLOCK_D)
+    inside = (i < length)[:, None]
+    if D < BLOCK_D:
+        inside = inside & (d < D)[None, :]
+    tl.store(base_ptr + i.to(tl.int64)[:, None] * stride + d[None, :], values, mask=inside)
+
+
+@triton.jit
+def zero_tail(base_ptr, stride: tl.constexpr, length, block, BLOCKS, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Zeros into a matrix (length, D), by BLOCKS programs together."""
+    zeros = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for first in range(block * ROWS, length, BLOCKS * ROWS):
+        i = first + tl.arange(0, ROWS)
+        store_tile(base_ptr, zeros, i, stride, length, D, BLOCK_D)
+
+
+@triton.jit
+def seen(i, j, length, CAUSAL: tl.constexpr):
+    """Which keys j a query i may look at, (len(i), len(j))."""
+    inside = (j < length)[None, :]
+    if CAUSAL:
+        inside = inside & (j[None, :] <= i[:, None])
+    return inside
+
+
+@triton.jit
+def kept(drop, i, j0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which weights of queries i and the BLOCK_N keys from j0, a multiple of 4, dropout keeps."""
+    seed, bh, site, threshold = drop
+    quads = j0 // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
+    return keep(seed, quads, i[:, None], bh, site, threshold, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def attend(
+    q,  # (BLOCK_M, BLOCK_D)
+    k,  # (BLOCK_N, BLOCK_D)
+    v,  # (BLOCK_N, BLOCK_D)
+    i,  # (BLOCK_M,)
+    j0,  # the first key's number
+    length,
+    state,  # m, l (BLOCK_M,), acc (BLOCK_M, BLOCK_D)
+    scale,  # in base 2
+    drop,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The running maximum, sum of powers and weighted sum of values with one more tile of keys."""
+    m, l, acc = state
+    j = j0 + tl.arange(0, BLOCK_N)
+    s = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION) * scale
+    s = tl.where(seen(i, j, length, CAUSAL), s, -float("inf"))
+    top = tl.max(s, 1)
+    if not FIRST:
+        top = tl.maximum(m, top)
+        rescale = tl.exp2(m - top)
+        l *= rescale
+        acc *= rescale[:, None]
+    weights = tl.exp2(s - top[:, None])
+    l += tl.sum(weights, 1)
+    if drop is not None:
+        weights = tl.where(kept(drop, i, j0, BLOCK_M, BLOCK_N), weights, 0.0)
+    return top, l, dot(weights.to(v.dtype), v, acc, PRECISION)
+
+
+@triton.jit
+def weights_and_ds(
+    q,  # (BLOCK_M, BLOCK_D)
+    do,  # (BLOCK_M, BLOCK_D)
+    k,  # (BLOCK_N, BLOCK_D)
+    v,  # (BLOCK_N, BLOCK_D)
+    lse,  # (BLOCK_M,) in base 2
+    delta,  # (BLOCK_M,)
+    i,
+    j0,
+    length,
+    scale,  # in base 2
+    drop,
+    keep_scale,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """P M and dS = P (M dO V^T - delta), (BLOCK_M, BLOCK_N) in q's dtype, with M dropout's factor."""
+    j = j0 + tl.arange(0, BLOCK_N)
+    none = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    s = dot(q, tl.trans(k), none, PRECISION) * scale
+    inside = seen(i, j, length, CAUSAL) & (i < length)[:, None]
+    p = tl.exp2(tl.where(inside, s - lse[:, None], -float("inf")))
+    dp = dot(do, tl.trans(v), none, PRECISION)
+    dropped = p
+    if drop is not None:
+        keeps = kept(drop, i, j0, BLOCK_M, BLOCK_N)
+        dropped = tl.where(keeps, p * keep_scale, 0.0)
+        dp = tl.where(keeps, dp * keep_scale, 0.0)
+    ds = p * (dp - delta[:, None])
+    return dropped.to(q.dtype), ds.to(q.dtype)

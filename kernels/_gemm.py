@@ -1,0 +1,117 @@
+"""x times the rows of one or three weights, plus a bias, and gelu of that: a persistent Triton GEMM.
+
+It reads three separate weights where they lie, casts fp32 weights while it reads them, and has gelu in its epilogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert.kernels import _launch, _tiles, dense
+from fastbert.kernels._math import dot, gelu
+
+
+@triton.jit
+def _tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """First row and column of an output tile; GROUP rows of tiles share the columns of w while these are in L2."""
+    height = tl.cdiv(M, BLOCK_M)
+    group = GROUP * tl.cdiv(N, BLOCK_N)
+    top = tile // group * GROUP
+    tall = tl.minimum(height - top, GROUP)
+    return (top + tile % group % tall) * BLOCK_M, tile % group // tall * BLOCK_N
+
+
+@triton.jit(do_not_specialize=["M"])
+def _linear_fwd_kernel(
+    x_ptr,  # (M, K)
+    w0_ptr,  # (PIECE, K)
+    w1_ptr,  # likewise, or None where w0 is all
+    w2_ptr,
+    b0_ptr,  # (PIECE,), or None
+    b1_ptr,
+    b2_ptr,
+    y_ptr,  # (M, N), or None
+    h_ptr,  # (M, N): gelu(y); or None
+    M,
+    N,
+    K,
+    PIECE,
+    TANH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    # y = x w^T + bias,  h = gelu(y); no tile has columns of two pieces
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        m0, n0 = _tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
+        w_ptr, b_ptr, local = w0_ptr, b0_ptr, n0
+        if w1_ptr is not None:
+            piece = n0 // PIECE
+            local = n0 - piece * PIECE
+            w_ptr = tl.where(piece == 0, w0_ptr, tl.where(piece == 1, w1_ptr, w2_ptr))
+            if b0_ptr is not None:
+                b_ptr = tl.where(piece == 0, b0_ptr, tl.where(piece == 1, b1_ptr, b2_ptr))
+        m = m0 + tl.arange(0, BLOCK_M)
+        n = local + tl.arange(0, BLOCK_N)
+        k = tl.arange(0, BLOCK_K)
+        x_at = x_ptr + m.to(tl.int64)[:, None] * K + k[None, :]
+        w_at = w_ptr + n.to(tl.int64)[:, None] * K + k[None, :]
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            left = (k0 + k < K)[None, :]
+            x = tl.load(x_at + k0, mask=(m < M)[:, None] & left, other=0.0)
+            w = tl.load(w_at + k0, mask=(n < PIECE)[:, None] & left, other=0.0)
+            acc = dot(x, tl.trans(w.to(x.dtype)), acc, PRECISION)
+        if b0_ptr is not None:
+            acc += tl.load(b_ptr + n, mask=n < PIECE, other=0.0).to(tl.float32)[None, :]
+        at = m.to(tl.int64)[:, None] * N + (n0 + tl.arange(0, BLOCK_N))[None, :]
+        inside = (m < M)[:, None] & (n < PIECE)[None, :]
+        if y_ptr is not None:
+            tl.store(y_ptr + at, acc, mask=inside)
+        if h_ptr is not None:
+            tl.store(h_ptr + at, gelu(acc, TANH), mask=inside)
+
+
+def project(
+    x: Tensor,  # (T, K)
+    weights: Sequence[Tensor],  # one (N, K), or three (N / 3, K)
+    biases: Sequence[Tensor],  # likewise, or none
+    approximate: str | None = None,
+    product: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """With `product` y (T, N) in x's dtype and, with `approximate`, gelu(y) likewise; else empty."""
+    (T, K), piece = x.shape, weights[0].shape[0]
+    N = piece * len(weights)
+    config = _tiles.gemm(T, N, x.dtype, _launch.arch(x.device))
+    if len(weights) > 1 and piece % config.BLOCK_N:
+        weights, biases = [torch.cat(list(weights))], [torch.cat(list(biases))] if biases else []
+        piece = N
+    y = x.new_empty(T if product else 0, N)
+    h = x.new_empty(T if approximate else 0, N)
+    tiles = triton.cdiv(T, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
+    if tiles > 0:
+        absent = [None] * (3 - len(weights))
+        _linear_fwd_kernel[(min(tiles, _launch.multiprocessors(x.device)),)](
+            x,
+            *map(dense, weights),
+            *absent,
+            *(map(dense, biases) if biases else [None] * len(weights)),
+            *absent,
+            y if product else None,
+            h if approximate else None,
+            T,
+            N,
+            K,
+            piece,
+            TANH=approximate == "tanh",
+            **vars(config),
+        )
+    return y, h

@@ -1,0 +1,74 @@
+"""Device maths shared by the kernels: no loads, no stores, each activation beside its derivative."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+RSQRT_2 = tl.constexpr(0.7071067811865476)
+RSQRT_2PI = tl.constexpr(0.3989422804014327)
+# twice sqrt(2 / pi): tanh is written as 2 sigmoid(2 z) - 1
+TWICE_SQRT_2_PI = tl.constexpr(1.5957691216057308)
+CUBIC = tl.constexpr(0.044715)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in fp32. The interpreter multiplies bf16's bit patterns (Triton 3.9): there it gets fp32."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def gelu(u, TANH: tl.constexpr):
+    """u Phi(u), or u sigmoid(2 sqrt(2 / pi) (u + 0.044715 u^3)), which is the tanh form."""
+    if TANH:
+        cdf = tl.sigmoid(TWICE_SQRT_2_PI * (u + CUBIC * u * u * u))
+    else:
+        cdf = 0.5 + 0.5 * tl.erf(u * RSQRT_2)
+    return u * cdf
+
+
+@triton.jit
+def gelu_and_derivative(u, TANH: tl.constexpr):
+    """gelu(u) and Phi(u) + u phi(u), or those of the tanh form, with s the sigmoid: s + u s (1 - s) 2 z'(u)."""
+    if TANH:
+        cdf = tl.sigmoid(TWICE_SQRT_2_PI * (u + CUBIC * u * u * u))
+        density = cdf * (1.0 - cdf) * TWICE_SQRT_2_PI * (1.0 + 3.0 * CUBIC * u * u)
+    else:
+        cdf = 0.5 + 0.5 * tl.erf(u * RSQRT_2)
+        density = RSQRT_2PI * tl.exp(-0.5 * u * u)
+    return u * cdf, cdf + u * density
+
+
+@triton.jit
+def keep(seed, c0, c1, c2, c3, threshold, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Which elements of a tile (ROWS, COLS) dropout keeps; fastbert/reference/philox.py defines the counter c0 to c3.
+
+    c0 (1, COLS / 4) numbers the quads of columns, c1 (ROWS, 1) the rows; one Philox call serves four elements.
+    """
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
+    least = threshold.to(tl.uint32)
+    even = tl.join(w0 >= least, w2 >= least)
+    odd = tl.join(w1 >= least, w3 >= least)
+    return tl.reshape(tl.join(even, odd), (ROWS, COLS))
+
+
+@triton.jit
+def moments(x, inside, C, eps):
+    """x - mean, 0 outside the row, the mean and 1 / sqrt(variance + eps) of the rows of x (ROWS, BLOCK_C) fp32."""
+    mean = tl.sum(x, 1) / C
+    centred = tl.where(inside, x - mean[:, None], 0.0)
+    return centred, mean, tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)
+
+
+@triton.jit
+def norm_backward(g, xhat, rstd, C):
+    """dx = rstd (g - mean(g) - xhat mean(g xhat)) of rows (ROWS, BLOCK_C), g and xhat 0 outside the row."""
+    along = tl.sum(g * xhat, 1) / C
+    return rstd[:, None] * (g - (tl.sum(g, 1) / C)[:, None] - xhat * along[:, None])

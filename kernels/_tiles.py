@@ -1,0 +1,106 @@
+"""Launch configurations of the matrix kernels: pure functions of the shape's class, the dtype and the architecture."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from fastbert.kernels._launch import Arch
+
+
+@dataclass(frozen=True)
+class Attention:
+    """BLOCK_M queries against BLOCK_N keys at a time, heads padded to BLOCK_D; PRECISION is that of fp32 products."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_D: int
+    PRECISION: str
+    num_warps: int
+    num_stages: int
+
+
+def head_block(D: int) -> int:
+    """The head size padded to what a matrix instruction takes."""
+    return max(16, triton.next_power_of_2(D))
+
+
+def precision(dtype: torch.dtype, arch: Arch) -> str:
+    """fp32 products keep the fp32 budget: three TF32 products on NVIDIA's tensor cores, fp32 ones on AMD."""
+    return "tf32x3" if dtype == torch.float32 and isinstance(arch, int) else "ieee"
+
+
+def _tile(length: int, most: int) -> int:
+    """The smallest tile that holds `length`, between 16 and `most`."""
+    return min(most, max(16, triton.next_power_of_2(length)))
+
+
+@functools.cache
+def attention_fwd(max_seqlen: int, D: int, dtype: torch.dtype, arch: Arch) -> Attention:
+    """Short sequences get one tile of keys, and small tiles of queries, so that nothing is computed for nobody."""
+    block, exact = head_block(D), precision(dtype, arch)
+    if dtype == torch.float32:
+        return Attention(_tile(max_seqlen, 32), _tile(max_seqlen, 32), block, exact, 4, 2)
+    if max_seqlen <= 128:
+        return Attention(_tile(max_seqlen, 64), _tile(max_seqlen, 128), block, exact, 4, 1)
+    return Attention(128, 64, block, exact, 4 if block <= 64 else 8, 3 if block <= 64 else 2)
+
+
+@functools.cache
+def attention_bwd(max_seqlen: int, D: int, dtype: torch.dtype, arch: Arch) -> Attention | None:
+    """Whole sequences at once, where keys, values and both their gradients fit registers and shared memory, or None.
+
+    16-bit: up to 128 tokens at D <= 64, 64 at D <= 128. fp32: up to 64 and 32.
+    """
+    block, exact = head_block(D), precision(dtype, arch)
+    most = (64 if dtype == torch.float32 else 128) * 64 // max(block, 64)
+    if max_seqlen > most:
+        return None
+    return Attention(_tile(max_seqlen, 32), _tile(max_seqlen, most), block, exact, 4, 1)
+
+
+@functools.cache
+def attention_bwd_dkdv(D: int, dtype: torch.dtype, arch: Arch) -> Attention:
+    """BLOCK_N keys stay, queries pass by."""
+    block, exact = head_block(D), precision(dtype, arch)
+    if dtype == torch.float32:
+        return Attention(32, 32, block, exact, 4, 1)
+    return Attention(32, 64, block, exact, 4, 2) if block > 64 else Attention(64, 64, block, exact, 4, 2)
+
+
+@functools.cache
+def attention_bwd_dq(D: int, dtype: torch.dtype, arch: Arch) -> Attention:
+    """BLOCK_M queries stay, keys pass by."""
+    block, exact = head_block(D), precision(dtype, arch)
+    if dtype == torch.float32:
+        return Attention(32, 32, block, exact, 4, 1)
+    return Attention(64, 32, block, exact, 4, 2) if block > 64 else Attention(64, 64, block, exact, 4, 2)
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """Output tiles of BLOCK_M x BLOCK_N, BLOCK_K deep, GROUP rows of them one after the other."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP: int
+    PRECISION: str
+    num_warps: int
+    num_stages: int
+
+
+@functools.cache
+def gemm(M: int, N: int, dtype: torch.dtype, arch: Arch) -> Gemm:
+    """Large tiles where there are enough of them to fill the device, small ones for few tokens."""
+    exact = precision(dtype, arch)
+    if dtype == torch.float32:
+        return Gemm(64, 64, 32, 8, exact, 4, 2)
+    if M <= 64:
+        return Gemm(_tile(M, 64), 64, 64, 8, exact, 4, 4)
+    if M * N <= 1024 * 1024:
+        return Gemm(64, 128, 64, 8, exact, 4, 3)
+    return Gemm(128, 128, 64, 8, exact, 8, 3)

@@ -1,0 +1,218 @@
+"""cross_entropy in Triton: a program holds a row of up to 32768 logits in registers and reads it once; longer ones twice.
+
+backward runs the softmax again instead of reading lse: exp(z - lse) is off by lse's rounding where logits are large.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert.kernels import dense, unsupported_dtype
+
+LARGEST = 32768
+
+
+@dataclass(frozen=True)
+class _Config:
+    """A block of BLOCK_V logits, 64 or fewer to a thread; ONE: it is the whole row."""
+
+    BLOCK_V: int
+    ONE: bool
+    num_warps: int
+
+
+@functools.cache
+def _config(V: int) -> _Config:
+    block = min(LARGEST, max(64, triton.next_power_of_2(V)))
+    return _Config(block, block >= V, min(16, max(1, block // 1024)))
+
+
+@triton.jit
+def _load(row_ptr, bias_ptr, at, V):
+    """Logits at these columns in fp32, with the bias, -inf outside."""
+    z = tl.load(row_ptr + at, mask=at < V, other=-float("inf")).to(tl.float32)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + at, mask=at < V, other=0.0).to(tl.float32)
+    return z
+
+
+@triton.jit
+def _largest_and_sum(row_ptr, bias_ptr, V, BLOCK_V: tl.constexpr):
+    """max and sum exp(z - max) of a row of V logits, online."""
+    cols = tl.arange(0, BLOCK_V)
+    largest = tl.full((BLOCK_V,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_V,), tl.float32)
+    for start in range(0, V, BLOCK_V):
+        z = _load(row_ptr, bias_ptr, start + cols, V)
+        above = tl.maximum(largest, z)
+        # a column that has seen nothing but padding has no maximum to subtract
+        shift = tl.where(above == -float("inf"), 0.0, above)
+        total = total * tl.exp(largest - shift) + tl.exp(z - shift)
+        largest = above
+    top = tl.max(largest, 0)
+    return top, tl.sum(total * tl.exp(largest - top), 0)
+
+
+@triton.jit
+def _store_gradient(
+    row_ptr, bias_ptr, gradient_ptr, label, top, total, factor, V, BLOCK_V: tl.constexpr
+):
+    """(softmax - onehot(label)) factor of a row longer than BLOCK_V, which may overwrite it."""
+    for start in range(0, V, BLOCK_V):
+        at = start + tl.arange(0, BLOCK_V)
+        z = _load(row_ptr, bias_ptr, at, V)
+        p = tl.exp(z - top) / total - tl.where(at == label, 1.0, 0.0)
+        tl.store(gradient_ptr + at, p * factor, mask=at < V)
+
+
+@triton.jit
+def _zero_row(row_ptr, V, BLOCK_V: tl.constexpr):
+    for start in range(0, V, BLOCK_V):
+        at = start + tl.arange(0, BLOCK_V)
+        tl.store(row_ptr + at, tl.zeros((BLOCK_V,), tl.float32), mask=at < V)
+
+
+@triton.jit
+def _cross_entropy_fwd_kernel(
+    logits_ptr,  # (N, stride), V of them used
+    bias_ptr,  # (V,), or None
+    labels_ptr,  # (N,)
+    loss_ptr,  # (N,)
+    lse_ptr,  # (N,)
+    gradient_ptr,  # (N, stride): takes softmax - onehot and may be logits itself; or None
+    V,
+    stride,
+    ignore_index,
+    BLOCK_V: tl.constexpr,
+    ONE: tl.constexpr,
+):
+    # loss = log sum exp(z - max) + max - z[label],  gradient = softmax(z) - onehot(label)
+    row = tl.program_id(0)
+    label = tl.load(labels_ptr + row).to(tl.int64)
+    logits_ptr += row.to(tl.int64) * stride
+    cols = tl.arange(0, BLOCK_V)
+    if gradient_ptr is not None:
+        gradient_ptr += row.to(tl.int64) * stride
+    if label == ignore_index:
+        tl.store(loss_ptr + row, 0.0)
+        tl.store(lse_ptr + row, 0.0)
+        if gradient_ptr is not None:
+            _zero_row(gradient_ptr, V, BLOCK_V)
+        return
+    # memory-safe: a label out of range gives NaN
+    valid = (label >= 0) & (label < V)
+    at_label = _load(logits_ptr, bias_ptr, tl.where(valid, label, 0), V)
+    factor = tl.where(valid, 1.0, float("nan"))
+    if ONE:
+        z = _load(logits_ptr, bias_ptr, cols, V)
+        top = tl.max(z, 0)
+        powers = tl.exp(z - top)
+        total = tl.sum(powers, 0)
+        if gradient_ptr is not None:
+            p = powers / total - tl.where(cols == label, 1.0, 0.0)
+            tl.store(gradient_ptr + cols, p * factor, mask=cols < V)
+    else:
+        top, total = _largest_and_sum(logits_ptr, bias_ptr, V, BLOCK_V)
+        if gradient_ptr is not None:
+            _store_gradient(logits_ptr, bias_ptr, gradient_ptr, label, top, total, factor, V, BLOCK_V)
+    tl.store(loss_ptr + row, tl.log(total) + (top - at_label) * factor)
+    tl.store(lse_ptr + row, top + tl.log(total))
+
+
+@triton.jit
+def _cross_entropy_bwd_kernel(
+    dloss_ptr,  # (N,)
+    logits_ptr,  # (N, V)
+    labels_ptr,  # (N,)
+    dlogits_ptr,  # (N, V)
+    V,
+    ignore_index,
+    BLOCK_V: tl.constexpr,
+    ONE: tl.constexpr,
+):
+    # dlogits = (softmax(z) - onehot(label)) dloss, 0 in ignored rows
+    row = tl.program_id(0)
+    label = tl.load(labels_ptr + row).to(tl.int64)
+    logits_ptr += row.to(tl.int64) * V
+    dlogits_ptr += row.to(tl.int64) * V
+    cols = tl.arange(0, BLOCK_V)
+    if label == ignore_index:
+        _zero_row(dlogits_ptr, V, BLOCK_V)
+        return
+    scale = tl.load(dloss_ptr + row)
+    scale = tl.where((label >= 0) & (label < V), scale, float("nan"))
+    if ONE:
+        z = _load(logits_ptr, None, cols, V)
+        powers = tl.exp(z - tl.max(z, 0))
+        p = powers / tl.sum(powers, 0) - tl.where(cols == label, 1.0, 0.0)
+        tl.store(dlogits_ptr + cols, p * scale, mask=cols < V)
+    else:
+        top, total = _largest_and_sum(logits_ptr, None, V, BLOCK_V)
+        _store_gradient(logits_ptr, None, dlogits_ptr, label, top, total, scale, V, BLOCK_V)
+
+
+def unsupported(
+    logits: Tensor,  # (N, V)
+    labels: Tensor,  # (N,)
+    ignore_index: int,
+) -> str | None:
+    """Why this call can't run here, from metadata only; None if it can."""
+    return unsupported_dtype(logits=logits)
+
+
+def forward(
+    logits: Tensor,  # (N, V)
+    labels: Tensor,  # (N,)
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """The loss of each row, 0 in ignored ones, and lse, (N,) fp32."""
+    return row_losses(logits, None, labels, ignore_index, None)
+
+
+def row_losses(
+    logits: Tensor,  # (N, V), rows any stride apart
+    bias: Tensor | None,  # (V,), added to every row
+    labels: Tensor,  # (N,)
+    ignore_index: int,
+    gradient: Tensor | None,  # like logits, or logits itself
+) -> tuple[Tensor, Tensor]:
+    """The loss of each row and lse, (N,) fp32; `gradient` takes softmax - onehot, 0 in ignored rows."""
+    N, V = logits.shape
+    loss, lse = (logits.new_empty(N, dtype=torch.float32) for _ in range(2))
+    if N > 0:
+        _cross_entropy_fwd_kernel[(N,)](
+            logits,
+            dense(bias),
+            dense(labels),
+            loss,
+            lse,
+            gradient,
+            V,
+            logits.stride(0),
+            ignore_index,
+            **vars(_config(V)),
+        )
+    return loss, lse
+
+
+def backward(
+    dloss: Tensor,  # (N,)
+    logits: Tensor,  # (N, V)
+    labels: Tensor,  # (N,)
+    lse: Tensor,  # (N,)
+    ignore_index: int,
+) -> Tensor:
+    """dlogits (N, V) in logits' dtype, 0 in ignored rows."""
+    N, V = logits.shape
+    dlogits = torch.empty_like(logits)
+    if N > 0:
+        _cross_entropy_bwd_kernel[(N,)](
+            dloss, logits, dense(labels), dlogits, V, ignore_index, **vars(_config(V))
+        )
+    return dlogits

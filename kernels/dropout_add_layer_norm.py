@@ -1,0 +1,225 @@
+"""dropout_add_layer_norm in Triton: one pass each way, the dropout mask replayed from its seed in backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert.kernels import (
+    _launch,
+    dense,
+    dropout_args,
+    unsupported_dropout,
+    unsupported_dtype,
+    unsupported_width,
+)
+from fastbert.kernels._math import keep, moments, norm_backward
+from fastbert.kernels._reduce import sum_partials
+
+
+@triton.jit
+def _keep_rows(
+    seed_ptr, numbers_ptr, rows, N, site, threshold, ROWS: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """The mask (ROWS, BLOCK_C) of these rows, which count by themselves or by numbers[rows]."""
+    if numbers_ptr is None:
+        numbers = rows
+    else:
+        numbers = tl.load(numbers_ptr + rows, mask=rows < N, other=0).to(tl.uint32)
+    quads = tl.arange(0, BLOCK_C // 4)[None, :]
+    return keep(tl.load(seed_ptr), quads, numbers[:, None], site, 0, threshold, ROWS, BLOCK_C)
+
+
+@triton.jit(do_not_specialize=["N", "site", "threshold"])
+def _dropout_add_layer_norm_fwd_kernel(
+    x_ptr,  # (N, C)
+    residual_ptr,  # (N, C)
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,)
+    y_ptr,  # (N, C)
+    z_ptr,  # (N, C), or None
+    mean_ptr,  # (N,)
+    rstd_ptr,  # (N,)
+    seed_ptr,  # (1,), or None
+    numbers_ptr,  # (N,), or None
+    N,
+    C,
+    eps,
+    site,
+    threshold,
+    scale,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # z = residual + dropout(x),  y = (z - mean) rstd weight + bias
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK_C)
+    inside = (rows < N)[:, None] & (cols < C)[None, :]
+    at = rows.to(tl.int64)[:, None] * C + cols[None, :]
+    z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if seed_ptr is not None:
+        kept = _keep_rows(seed_ptr, numbers_ptr, rows, N, site, threshold, ROWS, BLOCK_C)
+        z = tl.where(kept, z * scale, 0.0)
+    z += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if z_ptr is not None:
+        tl.store(z_ptr + at, z, mask=inside)
+    centred, mean, rstd = moments(z, inside, C, eps)
+    weight = tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
+    y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
+    tl.store(y_ptr + at, y, mask=inside)
+    tl.store(mean_ptr + rows, mean, mask=rows < N)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < N)
+
+
+@triton.jit(do_not_specialize=["N", "site", "threshold"])
+def _dropout_add_layer_norm_bwd_kernel(
+    dy_ptr,  # (N, C)
+    z_ptr,  # (N, C)
+    weight_ptr,  # (C,)
+    mean_ptr,  # (N,)
+    rstd_ptr,  # (N,)
+    dx_ptr,  # (N, C)
+    dresidual_ptr,  # (N, C)
+    partial_ptr,  # (2, programs, C) fp32
+    seed_ptr,  # (1,), or None
+    numbers_ptr,  # (N,), or None
+    N,
+    C,
+    site,
+    threshold,
+    scale,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # dresidual is the LayerNorm's dz, dx = dropout(dz); sums of dy xhat and dy as in layer_norm
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    cols = tl.arange(0, BLOCK_C)
+    dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    for first in range(program * ROWS, N, programs * ROWS):
+        rows = first + tl.arange(0, ROWS)
+        inside = (rows < N)[:, None] & (cols < C)[None, :]
+        at = rows.to(tl.int64)[:, None] * C + cols[None, :]
+        z = tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + rows, mask=rows < N, other=0.0)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < N, other=0.0)
+        xhat = tl.where(inside, (z - mean[:, None]) * rstd[:, None], 0.0)
+        dweight += g * xhat
+        dbias += g
+        g *= tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+        dz = norm_backward(g, xhat, rstd, C)
+        tl.store(dresidual_ptr + at, dz, mask=inside)
+        if seed_ptr is not None:
+            kept = _keep_rows(seed_ptr, numbers_ptr, rows, N, site, threshold, ROWS, BLOCK_C)
+            dz = tl.where(kept, dz * scale, 0.0)
+        tl.store(dx_ptr + at, dz, mask=inside)
+    at_partial = partial_ptr + program * C + cols
+    tl.store(at_partial, tl.sum(dweight, 0), mask=cols < C)
+    tl.store(at_partial + programs * C, tl.sum(dbias, 0), mask=cols < C)
+
+
+def unsupported(
+    x: Tensor,  # (N, C)
+    residual: Tensor,  # (N, C)
+    weight: Tensor,  # (C,)
+    bias: Tensor,  # (C,)
+    eps: float,
+    p: float,
+    seed: Tensor | None,  # (1,) int64
+    site: int,
+    rows: Tensor | None,  # (N,) int64
+    save: bool,
+) -> str | None:
+    """Why this call can't run here, from metadata only; None if it can."""
+    return (
+        unsupported_dtype(x=x, weight=weight, bias=bias)
+        or unsupported_width(x.shape[1])
+        or unsupported_dropout(p)
+    )
+
+
+def forward(
+    x: Tensor,  # (N, C)
+    residual: Tensor,  # (N, C)
+    weight: Tensor,  # (C,)
+    bias: Tensor,  # (C,)
+    eps: float,
+    p: float,
+    seed: Tensor | None,  # (1,) int64
+    site: int,
+    rows: Tensor | None,  # (N,) int64
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y (N, C) and z (N, C) in x's dtype, mean and rstd (N,) fp32; z is (0, C) unless `save`."""
+    N, C = x.shape
+    y = torch.empty_like(x)
+    z = torch.empty_like(x) if save else x.new_empty(0, C)
+    mean, rstd = (x.new_empty(N, dtype=torch.float32) for _ in range(2))
+    if N > 0:
+        config = _launch.rows(C)
+        seed, site, threshold, scale = dropout_args(p, seed, site)
+        _dropout_add_layer_norm_fwd_kernel[(triton.cdiv(N, config.ROWS),)](
+            x,
+            residual,
+            dense(weight),
+            dense(bias),
+            y,
+            z if save else None,
+            mean,
+            rstd,
+            seed,
+            dense(rows),
+            N,
+            C,
+            eps,
+            site,
+            threshold,
+            scale,
+            **vars(config),
+        )
+    return y, z, mean, rstd
+
+
+def backward(
+    dy: Tensor,  # (N, C)
+    z: Tensor,  # (N, C)
+    weight: Tensor,  # (C,)
+    mean: Tensor,  # (N,) fp32
+    rstd: Tensor,  # (N,) fp32
+    p: float,
+    seed: Tensor | None,  # (1,) int64
+    site: int,
+    rows: Tensor | None,  # (N,) int64
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx and dresidual (N, C) in z's dtype, dweight (C,) in weight's and dbias in fp32."""
+    N, C = z.shape
+    dx, dresidual = torch.empty_like(z), torch.empty_like(z)
+    if N == 0:
+        return dx, dresidual, torch.zeros_like(weight), z.new_zeros(C, dtype=torch.float32)
+    config = _launch.persistent_rows(C)
+    programs = _launch.programs(N, config, z.device)
+    partial = z.new_empty(2, programs, C, dtype=torch.float32)
+    seed, site, threshold, scale = dropout_args(p, seed, site)
+    _dropout_add_layer_norm_bwd_kernel[(programs,)](
+        dy,
+        z,
+        dense(weight),
+        mean,
+        rstd,
+        dx,
+        dresidual,
+        partial,
+        seed,
+        dense(rows),
+        N,
+        C,
+        site,
+        threshold,
+        scale,
+        **vars(config),
+    )
+    return dx, dresidual, *sum_partials(partial, weight.dtype, torch.float32)

@@ -1,0 +1,408 @@
+"""embed in Triton: gather, add, LayerNorm and dropout in one pass; backward without atomics.
+
+backward writes dz once; each table's gradient is then a sum over segments of equal ids. The ids are sorted (stably, so
+that the order of every sum is fixed); a program walks CHUNK sorted positions, writes the segments that lie inside and
+leaves partial sums of the two that may cross its borders, which a second kernel adds up.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert.kernels import (
+    _launch,
+    dense,
+    dropout_args,
+    unsupported_dropout,
+    unsupported_dtype,
+    unsupported_width,
+)
+from fastbert.kernels._math import keep, moments, norm_backward
+from fastbert.kernels._reduce import sum_partials
+
+_CHUNK = 32
+
+
+@triton.jit
+def _gathered(table_ptr, ids_ptr, rows, size, N, C, cols):
+    """table[ids[rows]] (ROWS, BLOCK_C) fp32, NaN where an id is out of range; rows themselves without ids."""
+    inside = (rows < N)[:, None] & (cols < C)[None, :]
+    if ids_ptr is None:
+        at = rows.to(tl.int64)
+        return tl.load(table_ptr + at[:, None] * C + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    ids = tl.load(ids_ptr + rows, mask=rows < N, other=0).to(tl.int64)
+    known = ((ids >= 0) & (ids < size))[:, None]
+    at = ids[:, None] * C + cols[None, :]
+    found = tl.load(table_ptr + at, mask=inside & known, other=0.0).to(tl.float32)
+    return tl.where(known, found, float("nan"))
+
+
+@triton.jit
+def _total(
+    ids_ptr, positions_ptr, types_ptr, word_ptr, position_ptr, type_ptr, rows, V, P, Y, N, C, cols
+):
+    """word[ids] + position[positions] + type[types], 0 outside."""
+    z = _gathered(word_ptr, ids_ptr, rows, V, N, C, cols)
+    z += _gathered(position_ptr, positions_ptr, rows, P, N, C, cols)
+    if types_ptr is not None:
+        z += _gathered(type_ptr, types_ptr, rows, Y, N, C, cols)
+    return tl.where((rows < N)[:, None] & (cols < C)[None, :], z, 0.0)
+
+
+@triton.jit
+def _dropped(y, seed_ptr, rows, site, threshold, scale, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    if seed_ptr is None:
+        return y
+    quads = tl.arange(0, BLOCK_C // 4)[None, :]
+    kept = keep(tl.load(seed_ptr), quads, rows[:, None], site, 0, threshold, ROWS, BLOCK_C)
+    return tl.where(kept, y * scale, 0.0)
+
+
+@triton.jit(do_not_specialize=["N", "V", "P", "Y", "site", "threshold"])
+def _embed_fwd_kernel(
+    ids_ptr,  # (N,), or None: word is (N, C) then
+    positions_ptr,  # (N,)
+    types_ptr,  # (N,), or None
+    word_ptr,  # (V, C)
+    position_ptr,  # (P, C)
+    type_ptr,  # (Y, C), or None
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,)
+    y_ptr,  # (N, C)
+    mean_ptr,  # (N,)
+    rstd_ptr,  # (N,)
+    seed_ptr,  # (1,), or None
+    N,
+    V,
+    P,
+    Y,
+    C,
+    eps,
+    site,
+    threshold,
+    scale,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # y = dropout(LayerNorm(word[ids] + position[positions] + type[types]))
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK_C)
+    inside = (rows < N)[:, None] & (cols < C)[None, :]
+    z = _total(
+        ids_ptr, positions_ptr, types_ptr, word_ptr, position_ptr, type_ptr, rows, V, P, Y, N, C, cols
+    )  # fmt: skip
+    centred, mean, rstd = moments(z, inside, C, eps)
+    weight = tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
+    y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
+    y = _dropped(y, seed_ptr, rows, site, threshold, scale, ROWS, BLOCK_C)
+    tl.store(y_ptr + rows.to(tl.int64)[:, None] * C + cols[None, :], y, mask=inside)
+    tl.store(mean_ptr + rows, mean, mask=rows < N)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < N)
+
+
+@triton.jit(do_not_specialize=["N", "V", "P", "Y", "site", "threshold"])
+def _embed_bwd_kernel(
+    dy_ptr,  # (N, C)
+    ids_ptr,  # (N,), or None: word is (N, C) then
+    positions_ptr,  # (N,)
+    types_ptr,  # (N,), or None
+    word_ptr,  # (V, C)
+    position_ptr,  # (P, C)
+    type_ptr,  # (Y, C), or None
+    weight_ptr,  # (C,)
+    mean_ptr,  # (N,)
+    rstd_ptr,  # (N,)
+    dz_ptr,  # (N, C)
+    partial_ptr,  # (2, programs, C) fp32
+    seed_ptr,  # (1,), or None
+    N,
+    V,
+    P,
+    Y,
+    C,
+    site,
+    threshold,
+    scale,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # the sum's gradient dz, and this program's sums of g xhat and g with g = dropout(dy)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    cols = tl.arange(0, BLOCK_C)
+    dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    for first in range(program * ROWS, N, programs * ROWS):
+        rows = first + tl.arange(0, ROWS)
+        inside = (rows < N)[:, None] & (cols < C)[None, :]
+        at = rows.to(tl.int64)[:, None] * C + cols[None, :]
+        g = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        g = _dropped(g, seed_ptr, rows, site, threshold, scale, ROWS, BLOCK_C)
+        z = _total(
+            ids_ptr, positions_ptr, types_ptr, word_ptr, position_ptr, type_ptr, rows, V, P, Y, N, C, cols
+        )  # fmt: skip
+        mean = tl.load(mean_ptr + rows, mask=rows < N, other=0.0)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < N, other=0.0)
+        xhat = tl.where(inside, (z - mean[:, None]) * rstd[:, None], 0.0)
+        dweight += g * xhat
+        dbias += g
+        g *= tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+        tl.store(dz_ptr + at, norm_backward(g, xhat, rstd, C), mask=inside)
+    at_partial = partial_ptr + program * C + cols
+    tl.store(at_partial, tl.sum(dweight, 0), mask=cols < C)
+    tl.store(at_partial + programs * C, tl.sum(dbias, 0), mask=cols < C)
+
+
+@triton.jit(do_not_specialize=["N", "V", "padding"])
+def _embed_bwd_segments_kernel(
+    dz_ptr,  # (N, C) fp32
+    ids_ptr,  # (N,) sorted
+    order_ptr,  # (N,) the row of dz at each sorted position
+    grad_ptr,  # (V, C)
+    partial_ptr,  # (chunks, 2, C) fp32: of the segment that came in, and of the one that goes on
+    N,
+    V,
+    padding,
+    C,
+    CHUNK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first, stop = chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, N)
+    before = tl.load(ids_ptr + first - 1, mask=first > 0, other=-1)
+    after = tl.load(ids_ptr + stop, mask=stop < N, other=-1)
+    partial_ptr += chunk.to(tl.int64) * 2 * C
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    # whether this segment started in an earlier chunk
+    came = (first > 0) & (tl.load(ids_ptr + first) == before)
+    for at in range(first, stop):
+        this = tl.load(ids_ptr + at)
+        row = tl.load(order_ptr + at).to(tl.int64)
+        total += tl.load(dz_ptr + row * C + cols, mask=cols < C, other=0.0)
+        follows = tl.load(ids_ptr + at + 1, mask=at + 1 < stop, other=after)
+        goes = (at + 1 < N) & (follows == this)
+        if (at + 1 == stop) | (follows != this):
+            wanted = (cols < C) & (this != padding) & (this >= 0) & (this < V)
+            if came:
+                tl.store(partial_ptr + cols, total, mask=cols < C)
+            elif goes:
+                tl.store(partial_ptr + C + cols, total, mask=cols < C)
+            else:
+                tl.store(grad_ptr + this.to(tl.int64) * C + cols, total, mask=wanted)
+            total = tl.zeros((BLOCK_C,), tl.float32)
+            came = came & False
+
+
+@triton.jit(do_not_specialize=["N", "V", "padding"])
+def _embed_bwd_crossing_kernel(
+    ids_ptr,  # (N,) sorted
+    grad_ptr,  # (V, C)
+    partial_ptr,  # (chunks, 2, C) fp32
+    N,
+    V,
+    padding,
+    C,
+    CHUNK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # the segment that starts in this chunk and goes on: its part here and what later chunks hold of it
+    chunk, chunks = tl.program_id(0), tl.num_programs(0)
+    stop = (chunk + 1) * CHUNK
+    if stop >= N:
+        return
+    this = tl.load(ids_ptr + stop - 1)
+    # it goes on, and it did not come in through the whole of this chunk
+    if tl.load(ids_ptr + stop) != this:
+        return
+    if chunk > 0:
+        if tl.load(ids_ptr + chunk * CHUNK - 1) == this:
+            return
+    if (this == padding) | (this < 0) | (this >= V):
+        return
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    own = partial_ptr + (chunk.to(tl.int64) * 2 + 1) * C + cols
+    total = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+    start = chunk + 1
+    more = True
+    while more:
+        later = start + tl.arange(0, BLOCK_K)
+        ids = tl.load(ids_ptr + later * CHUNK, mask=later < chunks, other=-1)
+        same = (later < chunks) & (ids == this)
+        at = later.to(tl.int64)[:, None] * (2 * C) + cols[None, :]
+        total += tl.load(partial_ptr + at, mask=same[:, None] & (cols < C)[None, :], other=0.0)
+        more = tl.sum(same.to(tl.int32), 0) == BLOCK_K
+        start += BLOCK_K
+    total_row = tl.load(own, mask=cols < C, other=0.0) + tl.sum(total, 0)
+    tl.store(grad_ptr + this.to(tl.int64) * C + cols, total_row, mask=cols < C)
+
+
+def unsupported(
+    ids: Tensor,  # (T,), or (T, C) when word is None
+    positions: Tensor,  # (T,)
+    types: Tensor | None,  # (T,)
+    word: Tensor | None,  # (V, C)
+    position: Tensor,  # (P, C)
+    type_: Tensor | None,  # (Y, C)
+    weight: Tensor,  # (C,)
+    bias: Tensor,  # (C,)
+    eps: float,
+    p: float,
+    seed: Tensor | None,  # (1,) int64
+    site: int,
+    out_dtype: torch.dtype,
+) -> str | None:
+    """Why this call can't run here, from metadata only; None if it can."""
+    tables = {"word": word} if word is not None else {"ids": ids}
+    return (
+        unsupported_dtype(**tables, position=position, type_=type_, weight=weight, bias=bias)
+        or unsupported_width(position.shape[1])
+        or unsupported_dropout(p)
+    )
+
+
+def _tables(
+    ids: Tensor,
+    positions: Tensor,
+    types: Tensor | None,
+    word: Tensor | None,
+    position: Tensor,
+    type_: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The six as the kernels read them: ids (T,) or None, positions, types, word (V, C), position, type_."""
+    six = (None if word is None else ids, positions, types, ids if word is None else word, position, type_)
+    return tuple(map(dense, six))
+
+
+def _sizes(word: Tensor | None, position: Tensor, type_: Tensor | None) -> tuple[int, int, int]:
+    """V, P and Y, 0 where there is no table."""
+    return (
+        0 if word is None else word.shape[0],
+        position.shape[0],
+        0 if type_ is None else type_.shape[0],
+    )
+
+
+def forward(
+    ids: Tensor,  # (T,), or (T, C) when word is None
+    positions: Tensor,  # (T,)
+    types: Tensor | None,  # (T,)
+    word: Tensor | None,  # (V, C)
+    position: Tensor,  # (P, C)
+    type_: Tensor | None,  # (Y, C)
+    weight: Tensor,  # (C,)
+    bias: Tensor,  # (C,)
+    eps: float,
+    p: float,
+    seed: Tensor | None,  # (1,) int64
+    site: int,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (T, C) in out_dtype, mean and rstd (T,) fp32."""
+    N, C = ids.shape[0], position.shape[1]
+    y = position.new_empty(N, C, dtype=out_dtype)
+    mean, rstd = (position.new_empty(N, dtype=torch.float32) for _ in range(2))
+    if N > 0:
+        config = _launch.rows(C)
+        seed, site, threshold, scale = dropout_args(p, seed, site)
+        _embed_fwd_kernel[(triton.cdiv(N, config.ROWS),)](
+            *_tables(ids, positions, types, word, position, type_),
+            dense(weight),
+            dense(bias),
+            y,
+            mean,
+            rstd,
+            seed,
+            N,
+            *_sizes(word, position, type_),
+            C,
+            eps,
+            site,
+            threshold,
+            scale,
+            **vars(config),
+        )
+    return y, mean, rstd
+
+
+def _scatter(dz: Tensor, ids: Tensor, table: Tensor, padding_idx: int | None) -> Tensor:
+    """The gradient of table[ids] for dz (N, C) fp32: rows of equal id summed in order, none for padding_idx."""
+    N, C = dz.shape
+    grad = torch.zeros_like(table, memory_format=torch.contiguous_format)
+    if table.shape[0] == 0:
+        return grad
+    ids, order = torch.sort(ids, stable=True)
+    chunks = triton.cdiv(N, _CHUNK)
+    partial = dz.new_empty(chunks, 2, C)
+    padding = -1 if padding_idx is None else padding_idx
+    block = min(256, triton.next_power_of_2(C))
+    grid = (chunks, triton.cdiv(C, block))
+    last = (N, table.shape[0], padding, C, _CHUNK)
+    _embed_bwd_segments_kernel[grid](dz, ids, order, grad, partial, *last, block, num_warps=2)
+    block = min(64, block)
+    grid = (chunks, triton.cdiv(C, block))
+    _embed_bwd_crossing_kernel[grid](ids, grad, partial, *last, 32, block, num_warps=4)
+    return grad
+
+
+def backward(
+    dy: Tensor,  # (T, C)
+    ids: Tensor,  # (T,), or (T, C) when word is None
+    positions: Tensor,  # (T,)
+    types: Tensor | None,  # (T,)
+    word: Tensor | None,  # (V, C)
+    position: Tensor,  # (P, C)
+    type_: Tensor | None,  # (Y, C)
+    weight: Tensor,  # (C,)
+    mean: Tensor,  # (T,) fp32
+    rstd: Tensor,  # (T,) fp32
+    p: float,
+    seed: Tensor | None,  # (1,) int64
+    site: int,
+    padding_idx: int | None,
+    position_padding_idx: int | None,
+    position_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dword (or the gradient of the ready embeddings), dposition, dtype, dweight, dbias; empty where there is none."""
+    N, C = dy.shape
+    empty = position.new_empty
+    if N == 0:
+        return (
+            torch.zeros_like(ids if word is None else word),
+            torch.zeros_like(position) if position_grad else empty(0),
+            empty(0) if type_ is None else torch.zeros_like(type_),
+            torch.zeros_like(weight),
+            position.new_zeros(C, dtype=torch.float32),
+        )
+    config = _launch.persistent_rows(C)
+    programs = _launch.programs(N, config, dy.device)
+    partial = dy.new_empty(2, programs, C, dtype=torch.float32)
+    # rounded to a table's dtype once, after the sum
+    dz = dy.new_empty(N, C, dtype=torch.float32)
+    seed, site, threshold, scale = dropout_args(p, seed, site)
+    _embed_bwd_kernel[(programs,)](
+        dy,
+        *_tables(ids, positions, types, word, position, type_),
+        dense(weight),
+        mean,
+        rstd,
+        dz,
+        partial,
+        seed,
+        N,
+        *_sizes(word, position, type_),
+        C,
+        site,
+        threshold,
+        scale,
+        **vars(config),
+    )
+    dweight, dbias = sum_partials(partial, weight.dtype, torch.float32)
+    dword = dz.to(ids.dtype) if word is None else _scatter(dz, ids, word, padding_idx)
+    dposition = _scatter(dz, positions, position, position_padding_idx) if position_grad else empty(0)
+    dtype = empty(0) if types is None or type_ is None else _scatter(dz, types, type_, None)
+    return dword, dposition, dtype, dweight, dbias
