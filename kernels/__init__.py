@@ -13,6 +13,8 @@ from torch import Tensor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 device_type = "cpu" if INTERPRETED else "cuda"
+if INTERPRETED:
+    from fastbert.kernels import _interpreter  # noqa: F401 -- mends it
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 16384

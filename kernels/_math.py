@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 RSQRT_2 = tl.constexpr(0.7071067811865476)
@@ -17,10 +16,7 @@ CUBIC = tl.constexpr(0.044715)
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b in fp32. The interpreter multiplies bf16's bit patterns (Triton 3.9): there it gets fp32."""
-    if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
+    """acc + a b in fp32."""
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
@@ -28,7 +24,8 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 def gelu(u, TANH: tl.constexpr):
     """u Phi(u), or u sigmoid(2 sqrt(2 / pi) (u + 0.044715 u^3)), which is the tanh form."""
     if TANH:
-        cdf = tl.sigmoid(TWICE_SQRT_2_PI * (u + CUBIC * u * u * u))
+        z = TWICE_SQRT_2_PI * (u + CUBIC * u * u * u)
+        cdf = 1.0 / (1.0 + tl.exp(0.0 - z))
     else:
         cdf = 0.5 + 0.5 * tl.erf(u * RSQRT_2)
     return u * cdf
@@ -38,7 +35,8 @@ def gelu(u, TANH: tl.constexpr):
 def gelu_and_derivative(u, TANH: tl.constexpr):
     """gelu(u) and Phi(u) + u phi(u), or those of the tanh form, with s the sigmoid: s + u s (1 - s) 2 z'(u)."""
     if TANH:
-        cdf = tl.sigmoid(TWICE_SQRT_2_PI * (u + CUBIC * u * u * u))
+        z = TWICE_SQRT_2_PI * (u + CUBIC * u * u * u)
+        cdf = 1.0 / (1.0 + tl.exp(0.0 - z))
         density = cdf * (1.0 - cdf) * TWICE_SQRT_2_PI * (1.0 + 3.0 * CUBIC * u * u)
     else:
         cdf = 0.5 + 0.5 * tl.erf(u * RSQRT_2)

@@ -186,13 +186,12 @@ def _embed_bwd_segments_kernel(
         follows = tl.load(ids_ptr + at + 1, mask=at + 1 < stop, other=after)
         goes = (at + 1 < N) & (follows == this)
         if (at + 1 == stop) | (follows != this):
-            wanted = (cols < C) & (this != padding) & (this >= 0) & (this < V)
             if came:
                 tl.store(partial_ptr + cols, total, mask=cols < C)
             elif goes:
                 tl.store(partial_ptr + C + cols, total, mask=cols < C)
-            else:
-                tl.store(grad_ptr + this.to(tl.int64) * C + cols, total, mask=wanted)
+            elif (this != padding) & (this >= 0) & (this < V):
+                tl.store(grad_ptr + this.to(tl.int64) * C + cols, total, mask=cols < C)
             total = tl.zeros((BLOCK_C,), tl.float32)
             came = came & False
 
