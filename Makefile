@@ -4,6 +4,7 @@
 #   make bench       the benchmarks that need no environment but this one
 #   make bench-peers the end-to-end benchmark against all peers, each in its own environment
 #   make bench-scaling  cost against the number of tokens and the length of a sequence, with a plot; 4 to 6 minutes
+#   make test-gpu-static  the Triton kernels in every configuration compiled for GPUs that are not here, and inspected
 #   make sanitize    the native tests under AddressSanitizer and UBSan: every op on every instruction set (it took 7 min
 #                    to build and 4 to run on one core of an AMD EPYC, 2026-11-25; what was built before is kept)
 #   make lint        ruff, clang-format, mypy
@@ -22,7 +23,7 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-slow sanitize bench bench-peers bench-scaling lint
+.PHONY: install demo test test-slow test-gpu-static sanitize bench bench-peers bench-scaling lint
 
 install: $(INSTALLED)
 
@@ -35,11 +36,16 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 demo: $(INSTALLED)
 	$(PY) -m fastbert.train.demo --out runs/demo
 
+# the second process has Triton run its kernels on the CPU, which it decides when it is imported
 test: $(INSTALLED)
 	$(PY) -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest -n auto -k triton $(PYTEST_ARGS) tests/ops tests/test_triton.py
 
 test-slow: $(INSTALLED)
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+test-gpu-static: $(INSTALLED)
+	$(PY) -m pytest -m gpu_static -n auto $(PYTEST_ARGS) tests/test_triton_static.py
 
 # a whole second package in a folder of its own, whose module is built with these flags. Python itself leaks, and torch
 # is not instrumented: its tensors' memory is watched because it comes from malloc

@@ -20,14 +20,6 @@ def span(cu_ptr, b, B, T):
 
 
 @triton.jit
-def dropout_of(seed_ptr, bh, site, threshold):
-    """`drop` of one (sequence, head)."""
-    if seed_ptr is None:
-        return None
-    return tl.load(seed_ptr), bh, site, threshold
-
-
-@triton.jit
 def load_tile(base_ptr, i, stride: tl.constexpr, length, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows i (BLOCK,) of a matrix (length, D), zeros outside: (BLOCK, BLOCK_D)."""
     d = tl.arange(0, BLOCK_D)

@@ -17,7 +17,6 @@ from torch import Tensor
 from fastbert.kernels import _launch, _tiles, dropout_args, unsupported_dropout, unsupported_dtype
 from fastbert.kernels._attend import (
     attend,
-    dropout_of,
     load_tile,
     span,
     store_tile,
@@ -69,7 +68,9 @@ def _attention_fwd_kernel(
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     qkv_ptr += row * (3 * H * D) + h * D
     q = load_tile(qkv_ptr, i, 3 * H * D, length, D, BLOCK_D)
-    drop = dropout_of(seed_ptr, bh, site, threshold)
+    drop = None
+    if seed_ptr is not None:
+        drop = (tl.load(seed_ptr), bh, site, threshold)
     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -161,7 +162,9 @@ def _attention_bwd_kernel(
     dout_ptr += row * (H * D) + h * D
     out_ptr += row * (H * D) + h * D
     lse_ptr += h.to(tl.int64) * T + row
-    drop = dropout_of(seed_ptr, tl.program_id(0), site, threshold)
+    drop = None
+    if seed_ptr is not None:
+        drop = (tl.load(seed_ptr), tl.program_id(0), site, threshold)
     j = tl.arange(0, BLOCK_N)
     k = load_tile(qkv_ptr + H * D, j, 3 * H * D, length, D, BLOCK_D)
     v = load_tile(qkv_ptr + 2 * H * D, j, 3 * H * D, length, D, BLOCK_D)
@@ -241,7 +244,9 @@ def _attention_bwd_dkdv_kernel(
     dout_ptr += row * (H * D) + h * D
     lse_ptr += h.to(tl.int64) * T + row
     delta_ptr += h.to(tl.int64) * T + row
-    drop = dropout_of(seed_ptr, bh, site, threshold)
+    drop = None
+    if seed_ptr is not None:
+        drop = (tl.load(seed_ptr), bh, site, threshold)
     j0 = block * BLOCK_N
     j = j0 + tl.arange(0, BLOCK_N)
     k = load_tile(qkv_ptr + H * D, j, 3 * H * D, length, D, BLOCK_D)
@@ -318,7 +323,9 @@ def _attention_bwd_dq_kernel(
         return
     qkv_ptr += row * (3 * H * D) + h * D
     at = h.to(tl.int64) * T + row
-    drop = dropout_of(seed_ptr, bh, site, threshold)
+    drop = None
+    if seed_ptr is not None:
+        drop = (tl.load(seed_ptr), bh, site, threshold)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     q = load_tile(qkv_ptr, i, 3 * H * D, length, D, BLOCK_D)
     do = load_tile(dout_ptr + row * (H * D) + h * D, i, H * D, length, D, BLOCK_D)

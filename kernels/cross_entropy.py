@@ -6,6 +6,7 @@ backward runs the softmax again instead of reading lse: exp(z - lse) is off by l
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,22 +35,22 @@ def _config(V: int) -> _Config:
 
 
 @triton.jit
-def _load(row_ptr, bias_ptr, at, V):
-    """Logits at these columns in fp32, with the bias, -inf outside."""
-    z = tl.load(row_ptr + at, mask=at < V, other=-float("inf")).to(tl.float32)
+def _load(row_ptr, bias_ptr, at, V, width):
+    """Logits at these columns in fp32, with the bias, -inf from V on. A row may be read up to `width`, which is aligned."""
+    z = tl.load(row_ptr + at, mask=at < width, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + at, mask=at < V, other=0.0).to(tl.float32)
-    return z
+    return tl.where(at < V, z, -float("inf"))
 
 
 @triton.jit
-def _largest_and_sum(row_ptr, bias_ptr, V, BLOCK_V: tl.constexpr):
+def _largest_and_sum(row_ptr, bias_ptr, V, width, BLOCK_V: tl.constexpr):
     """max and sum exp(z - max) of a row of V logits, online."""
     cols = tl.arange(0, BLOCK_V)
     largest = tl.full((BLOCK_V,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, V, BLOCK_V):
-        z = _load(row_ptr, bias_ptr, start + cols, V)
+        z = _load(row_ptr, bias_ptr, start + cols, V, width)
         above = tl.maximum(largest, z)
         # a column that has seen nothing but padding has no maximum to subtract
         shift = tl.where(above == -float("inf"), 0.0, above)
@@ -61,66 +62,80 @@ def _largest_and_sum(row_ptr, bias_ptr, V, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def _store_gradient(
-    row_ptr, bias_ptr, gradient_ptr, label, top, total, factor, V, BLOCK_V: tl.constexpr
+    row_ptr,
+    bias_ptr,
+    gradient_ptr,
+    label,
+    top,
+    total,
+    factor,
+    V,
+    width,
+    BLOCK_V: tl.constexpr,
 ):
     """(softmax - onehot(label)) factor of a row longer than BLOCK_V, which may overwrite it."""
     for start in range(0, V, BLOCK_V):
         at = start + tl.arange(0, BLOCK_V)
-        z = _load(row_ptr, bias_ptr, at, V)
-        p = tl.exp(z - top) / total - tl.where(at == label, 1.0, 0.0)
-        tl.store(gradient_ptr + at, p * factor, mask=at < V)
+        z = _load(row_ptr, bias_ptr, at, V, width)
+        p = tl.exp(z - top) * (1.0 / total) - tl.where(at == label, 1.0, 0.0)
+        tl.store(gradient_ptr + at, p * factor, mask=at < width)
 
 
 @triton.jit
-def _zero_row(row_ptr, V, BLOCK_V: tl.constexpr):
-    for start in range(0, V, BLOCK_V):
+def _zero_row(row_ptr, width, BLOCK_V: tl.constexpr):
+    for start in range(0, width, BLOCK_V):
         at = start + tl.arange(0, BLOCK_V)
-        tl.store(row_ptr + at, tl.zeros((BLOCK_V,), tl.float32), mask=at < V)
+        tl.store(row_ptr + at, tl.zeros((BLOCK_V,), tl.float32), mask=at < width)
 
 
 @triton.jit
 def _cross_entropy_fwd_kernel(
-    logits_ptr,  # (N, stride), V of them used
+    logits_ptr,  # (N, width), V of them used
     bias_ptr,  # (V,), or None
     labels_ptr,  # (N,)
     loss_ptr,  # (N,)
     lse_ptr,  # (N,)
-    gradient_ptr,  # (N, stride): takes softmax - onehot and may be logits itself; or None
+    gradient_ptr,  # (N, width): takes softmax - onehot and may be logits itself; or None
     V,
-    stride,
+    units,
     ignore_index,
+    UNIT: tl.constexpr,
     BLOCK_V: tl.constexpr,
     ONE: tl.constexpr,
 ):
     # loss = log sum exp(z - max) + max - z[label],  gradient = softmax(z) - onehot(label)
     row = tl.program_id(0)
     label = tl.load(labels_ptr + row).to(tl.int64)
-    logits_ptr += row.to(tl.int64) * stride
+    # that a row begins at a multiple of UNIT elements lets accesses be as wide
+    width = units * UNIT
+    logits_ptr += row.to(tl.int64) * width
     cols = tl.arange(0, BLOCK_V)
     if gradient_ptr is not None:
-        gradient_ptr += row.to(tl.int64) * stride
+        gradient_ptr += row.to(tl.int64) * width
     if label == ignore_index:
         tl.store(loss_ptr + row, 0.0)
         tl.store(lse_ptr + row, 0.0)
         if gradient_ptr is not None:
-            _zero_row(gradient_ptr, V, BLOCK_V)
+            _zero_row(gradient_ptr, width, BLOCK_V)
         return
     # memory-safe: a label out of range gives NaN
     valid = (label >= 0) & (label < V)
-    at_label = _load(logits_ptr, bias_ptr, tl.where(valid, label, 0), V)
+    at_label = _load(logits_ptr, bias_ptr, tl.where(valid, label, 0), V, width)
     factor = tl.where(valid, 1.0, float("nan"))
     if ONE:
-        z = _load(logits_ptr, bias_ptr, cols, V)
+        z = _load(logits_ptr, bias_ptr, cols, V, width)
         top = tl.max(z, 0)
         powers = tl.exp(z - top)
         total = tl.sum(powers, 0)
         if gradient_ptr is not None:
-            p = powers / total - tl.where(cols == label, 1.0, 0.0)
-            tl.store(gradient_ptr + cols, p * factor, mask=cols < V)
+            p = powers * (1.0 / total) - tl.where(cols == label, 1.0, 0.0)
+            tl.store(gradient_ptr + cols, p * factor, mask=cols < width)
     else:
-        top, total = _largest_and_sum(logits_ptr, bias_ptr, V, BLOCK_V)
+        top, total = _largest_and_sum(logits_ptr, bias_ptr, V, width, BLOCK_V)
         if gradient_ptr is not None:
-            _store_gradient(logits_ptr, bias_ptr, gradient_ptr, label, top, total, factor, V, BLOCK_V)
+            _store_gradient(
+                logits_ptr, bias_ptr, gradient_ptr, label, top, total, factor, V, width, BLOCK_V
+            )
     tl.store(loss_ptr + row, tl.log(total) + (top - at_label) * factor)
     tl.store(lse_ptr + row, top + tl.log(total))
 
@@ -131,30 +146,33 @@ def _cross_entropy_bwd_kernel(
     logits_ptr,  # (N, V)
     labels_ptr,  # (N,)
     dlogits_ptr,  # (N, V)
-    V,
+    units,
     ignore_index,
+    UNIT: tl.constexpr,
     BLOCK_V: tl.constexpr,
     ONE: tl.constexpr,
 ):
     # dlogits = (softmax(z) - onehot(label)) dloss, 0 in ignored rows
     row = tl.program_id(0)
     label = tl.load(labels_ptr + row).to(tl.int64)
-    logits_ptr += row.to(tl.int64) * V
-    dlogits_ptr += row.to(tl.int64) * V
+    width = units * UNIT
+    V = width
+    logits_ptr += row.to(tl.int64) * width
+    dlogits_ptr += row.to(tl.int64) * width
     cols = tl.arange(0, BLOCK_V)
     if label == ignore_index:
-        _zero_row(dlogits_ptr, V, BLOCK_V)
+        _zero_row(dlogits_ptr, width, BLOCK_V)
         return
     scale = tl.load(dloss_ptr + row)
     scale = tl.where((label >= 0) & (label < V), scale, float("nan"))
     if ONE:
-        z = _load(logits_ptr, None, cols, V)
+        z = _load(logits_ptr, None, cols, V, width)
         powers = tl.exp(z - tl.max(z, 0))
-        p = powers / tl.sum(powers, 0) - tl.where(cols == label, 1.0, 0.0)
-        tl.store(dlogits_ptr + cols, p * scale, mask=cols < V)
+        p = powers * (1.0 / tl.sum(powers, 0)) - tl.where(cols == label, 1.0, 0.0)
+        tl.store(dlogits_ptr + cols, p * scale, mask=cols < width)
     else:
-        top, total = _largest_and_sum(logits_ptr, None, V, BLOCK_V)
-        _store_gradient(logits_ptr, None, dlogits_ptr, label, top, total, scale, V, BLOCK_V)
+        top, total = _largest_and_sum(logits_ptr, None, V, width, BLOCK_V)
+        _store_gradient(logits_ptr, None, dlogits_ptr, label, top, total, scale, V, width, BLOCK_V)
 
 
 def unsupported(
@@ -172,20 +190,22 @@ def forward(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
     """The loss of each row, 0 in ignored ones, and lse, (N,) fp32."""
-    return row_losses(logits, None, labels, ignore_index, None)
+    return row_losses(logits, logits.shape[1], None, labels, ignore_index, None)
 
 
 def row_losses(
-    logits: Tensor,  # (N, V), rows any stride apart
+    logits: Tensor,  # (N, width), of which the first V columns count
+    V: int,
     bias: Tensor | None,  # (V,), added to every row
     labels: Tensor,  # (N,)
     ignore_index: int,
     gradient: Tensor | None,  # like logits, or logits itself
 ) -> tuple[Tensor, Tensor]:
     """The loss of each row and lse, (N,) fp32; `gradient` takes softmax - onehot, 0 in ignored rows."""
-    N, V = logits.shape
+    N, width = logits.shape
     loss, lse = (logits.new_empty(N, dtype=torch.float32) for _ in range(2))
     if N > 0:
+        unit = math.gcd(width, 16)
         _cross_entropy_fwd_kernel[(N,)](
             logits,
             dense(bias),
@@ -194,8 +214,9 @@ def row_losses(
             lse,
             gradient,
             V,
-            logits.stride(0),
+            width // unit,
             ignore_index,
+            UNIT=unit,
             **vars(_config(V)),
         )
     return loss, lse
@@ -212,7 +233,15 @@ def backward(
     N, V = logits.shape
     dlogits = torch.empty_like(logits)
     if N > 0:
+        unit = math.gcd(V, 16)
         _cross_entropy_bwd_kernel[(N,)](
-            dloss, logits, dense(labels), dlogits, V, ignore_index, **vars(_config(V))
+            dloss,
+            logits,
+            dense(labels),
+            dlogits,
+            V // unit,
+            ignore_index,
+            UNIT=unit,
+            **vars(_config(V)),
         )
     return dlogits

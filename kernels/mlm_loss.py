@@ -64,7 +64,7 @@ def forward(
     for part, of in zip(h.split(max_rows), labels.split(max_rows), strict=True):
         buffer = _logits(part, weight)
         loss, lse = cross_entropy.row_losses(
-            buffer[:, :V], bias, of, ignore_index, buffer if kept else None
+            buffer, V, bias, of, ignore_index, buffer if kept else None
         )
         losses.append(loss)
         lses.append(lse)
@@ -110,7 +110,7 @@ def _chunked(
     dbias = h.new_zeros(V if needs[2] else 0, dtype=torch.float32)
     for part, of in zip(h.split(max_rows), labels.split(max_rows), strict=True):
         buffer = _logits(part, weight)
-        cross_entropy.row_losses(buffer[:, :V], bias, of, ignore_index, buffer)
+        cross_entropy.row_losses(buffer, V, bias, of, ignore_index, buffer)
         dpart, dw, db = library.backward(buffer[:, :V], part, weight, needs)
         parts.append(dpart)
         dweight += dw

@@ -99,16 +99,13 @@ def recording(arch: _launch.Arch) -> Iterator[list[tuple[JITFunction, Any, dict[
         launches.append((self, result, options))
         return result
 
-    driver.set_active(_Driver(arch))
-    try:
-        with (
-            mock.patch.object(JITFunction, "run", compile_only),
-            mock.patch.object(_launch, "arch", lambda _: arch),
-            mock.patch.object(_launch, "multiprocessors", lambda _: 108),
-        ):
-            yield launches
-    finally:
-        driver.reset_active()
+    with (
+        mock.patch.object(driver, "_active", _Driver(arch)),
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(_launch, "arch", lambda _: arch),
+        mock.patch.object(_launch, "multiprocessors", lambda _: 108),
+    ):
+        yield launches
 
 
 def compiled(arch: _launch.Arch, call: Callable[[], object], dtype: str = "") -> list[Kernel]:
