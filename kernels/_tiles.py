@@ -38,46 +38,70 @@ def _tile(length: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(length)))
 
 
+# What follows was chosen by compiling (benchmarks/gpu_report.py): the largest tiles that spill nothing on any of sm_80,
+# sm_90, sm_100 and gfx942. Replaying dropout takes some 60 registers a thread.
+
+
 @functools.cache
-def attention_fwd(max_seqlen: int, D: int, dtype: torch.dtype, arch: Arch) -> Attention:
+def attention_fwd(max_seqlen: int, D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> Attention:
     """Short sequences get one tile of keys, and small tiles of queries, so that nothing is computed for nobody."""
     block, exact = head_block(D), precision(dtype, arch)
     if dtype == torch.float32:
-        return Attention(_tile(max_seqlen, 32), _tile(max_seqlen, 32), block, exact, 4, 2)
+        warps = 8 if block > 64 else 4
+        return Attention(_tile(max_seqlen, 32), _tile(max_seqlen, 32), block, exact, warps, 1)
+    amd, wide = isinstance(arch, str), block > 64
     if max_seqlen <= 128:
-        return Attention(_tile(max_seqlen, 64), _tile(max_seqlen, 128), block, exact, 4, 1)
-    return Attention(128, 64, block, exact, 4 if block <= 64 else 8, 3 if block <= 64 else 2)
+        # Hopper's and Blackwell's instructions take 64 rows
+        rows = 64 if not amd and (wide or arch in (90, 100)) else 32
+        warps = 8 if wide and not amd else 4
+        return Attention(_tile(max_seqlen, rows), _tile(max_seqlen, 128), block, exact, warps, 1)
+    if amd:
+        return Attention(64 if drop or wide else 128, 32, block, exact, 4, 2)
+    if drop:
+        return Attention(64, 64, block, exact, 4, 2)
+    return Attention(128, 64, block, exact, 8 if wide else 4, 2)
 
 
 @functools.cache
-def attention_bwd(max_seqlen: int, D: int, dtype: torch.dtype, arch: Arch) -> Attention | None:
+def attention_bwd(
+    max_seqlen: int, D: int, dtype: torch.dtype, arch: Arch, drop: bool
+) -> Attention | None:
     """Whole sequences at once, where keys, values and both their gradients fit registers and shared memory, or None.
 
-    16-bit: up to 128 tokens at D <= 64, 64 at D <= 128. fp32: up to 64 and 32.
+    NVIDIA, 16-bit: up to 128 tokens at D <= 64, 64 at D <= 128; a quarter of that in fp32 and on AMD.
     """
     block, exact = head_block(D), precision(dtype, arch)
-    most = (64 if dtype == torch.float32 else 128) * 64 // max(block, 64)
+    most = 128 * 64 // max(block, 64)
+    small = dtype == torch.float32 or isinstance(arch, str)
+    most = most // 4 if small else most
     if max_seqlen > most:
         return None
-    return Attention(_tile(max_seqlen, 32), _tile(max_seqlen, most), block, exact, 4, 1)
+    keys = _tile(max_seqlen, most)
+    if dtype == torch.float32 or (block <= 32 and keys == 128):
+        return Attention(16, keys, block, exact, 4, 1)
+    return Attention(_tile(max_seqlen, 32), keys, block, exact, 4 if keys <= 32 else 8, 1)
 
 
 @functools.cache
-def attention_bwd_dkdv(D: int, dtype: torch.dtype, arch: Arch) -> Attention:
+def attention_bwd_dkdv(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> Attention:
     """BLOCK_N keys stay, queries pass by."""
     block, exact = head_block(D), precision(dtype, arch)
-    if dtype == torch.float32:
-        return Attention(32, 32, block, exact, 4, 1)
-    return Attention(32, 64, block, exact, 4, 2) if block > 64 else Attention(64, 64, block, exact, 4, 2)
+    if dtype == torch.float32 and block > 64:
+        return Attention(16, 32, block, exact, 8, 1)
+    if dtype == torch.float32 or isinstance(arch, str):
+        return Attention(32, 32, block, exact, 8 if block > 64 else 4, 1)
+    return Attention(32 if block > 64 or arch == 100 else 64, 64, block, exact, 8, 1)
 
 
 @functools.cache
-def attention_bwd_dq(D: int, dtype: torch.dtype, arch: Arch) -> Attention:
+def attention_bwd_dq(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> Attention:
     """BLOCK_M queries stay, keys pass by."""
     block, exact = head_block(D), precision(dtype, arch)
-    if dtype == torch.float32:
-        return Attention(32, 32, block, exact, 4, 1)
-    return Attention(64, 32, block, exact, 4, 2) if block > 64 else Attention(64, 64, block, exact, 4, 2)
+    if dtype == torch.float32 and block > 64:
+        return Attention(16, 32, block, exact, 8, 1)
+    if dtype == torch.float32 or isinstance(arch, str):
+        return Attention(32, 32, block, exact, 8 if block > 64 else 4, 1)
+    return Attention(64, 32, block, exact, 8 if block > 64 else 4, 2)
 
 
 @dataclass(frozen=True)

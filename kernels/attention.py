@@ -395,7 +395,7 @@ def forward(
     out = qkv.new_empty(T, H, D)
     lse = qkv.new_empty(H, T if save else 0, dtype=torch.float32)
     if T > 0:
-        config = _tiles.attention_fwd(max_seqlen, D, qkv.dtype, _launch.arch(qkv.device))
+        config = _tiles.attention_fwd(max_seqlen, D, qkv.dtype, _launch.arch(qkv.device), p > 0)
         blocks = max(1, triton.cdiv(max_seqlen, config.BLOCK_M))
         seed, site, threshold, keep_scale = dropout_args(p, seed, site)
         _attention_fwd_kernel[(blocks * H * (B + 1),)](
@@ -439,11 +439,11 @@ def backward(
     dqkv = torch.empty_like(qkv)
     if T == 0:
         return dqkv
-    arch = _launch.arch(qkv.device)
+    kind = (D, qkv.dtype, _launch.arch(qkv.device), p > 0)
     seed, site, threshold, keep_scale = dropout_args(p, seed, site)
     rest = (scale, site, threshold, keep_scale)
     constants: dict[str, Any] = {"H": H, "D": D, "CAUSAL": causal}
-    short = _tiles.attention_bwd(max_seqlen, D, qkv.dtype, arch)
+    short = _tiles.attention_bwd(max_seqlen, *kind)
     if short is not None:
         _attention_bwd_kernel[(H * (B + 1),)](
             dout, qkv, out, lse, cu_seqlens, dqkv, seed, T, B, *rest, **constants, **vars(short)
@@ -455,12 +455,12 @@ def backward(
         dout, out, delta, T * H, T, H=H, D=D, BLOCK_M=64, BLOCK_D=BLOCK_D, num_warps=4
     )
     inputs = (dout, qkv, lse, delta, cu_seqlens, dqkv, seed, T, B)
-    config = _tiles.attention_bwd_dkdv(D, qkv.dtype, arch)
+    config = _tiles.attention_bwd_dkdv(*kind)
     blocks = max(1, triton.cdiv(max_seqlen, config.BLOCK_N))
     _attention_bwd_dkdv_kernel[(blocks * H * (B + 1),)](
         *inputs, blocks, *rest, **constants, **vars(config)
     )
-    config = _tiles.attention_bwd_dq(D, qkv.dtype, arch)
+    config = _tiles.attention_bwd_dq(*kind)
     blocks = max(1, triton.cdiv(max_seqlen, config.BLOCK_M))
     _attention_bwd_dq_kernel[(blocks * H * (B + 1),)](
         *inputs, blocks, *rest, **constants, **vars(config)

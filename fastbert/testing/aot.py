@@ -141,8 +141,9 @@ def _amd(asm: dict[str, Any]) -> tuple[int, int, str]:
     """Vector registers of a lane, bytes that spills take, and the GCN assembly."""
     text = asm["amdgcn"]
     numbers = {key: int(n) for key, n in re.findall(r"\.(\w+_count|\w+_size):\s*(\d+)", text)}
-    spilled = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
-    return numbers["vgpr_count"], 4 * spilled + numbers["private_segment_fixed_size"], text
+    # scalar registers that do not fit lie in lanes of vector registers, not in memory
+    spilled = 4 * numbers["vgpr_spill_count"] + numbers["private_segment_fixed_size"]
+    return numbers["vgpr_count"], spilled, text
 
 
 def _tool(name: str, *arguments: str) -> str:
