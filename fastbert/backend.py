@@ -70,8 +70,8 @@ _DEVICES = {
 }
 _forced: str | None = None
 _debug = False
-# by device, filled at its first call
-tuned_tables: dict[torch.device, Any] = {}
+# by device, what fastbert.tune() found
+tuned_tables: dict[torch.device, Any] = {**tuned.stored()}
 
 
 class Unsupported(RuntimeError):
@@ -134,17 +134,9 @@ def _candidates(slug: str, kind: str) -> tuple[tuple[str, Any], ...]:
 _CANDIDATES = {kind: {slug: _candidates(slug, kind) for slug in SLUGS} for kind in (*ORDER, "meta")}
 
 
-@torch.compiler.assume_constant_result
-def _tuned_table(device: torch.device) -> Any:
-    """What fastbert.tune() has found for this device, empty without."""
-    if device not in tuned_tables:
-        tuned_tables[device] = tuned.table(device)
-    return tuned_tables[device]
-
-
 def _tuned(slug: str, device: torch.device, args: tuple[Any, ...]) -> str | None:
     """The backend that fastbert.tune() found fastest for this class of call, None where it has not measured it."""
-    table = _tuned_table(device)
+    table = tuned_tables.get(device)
     return table.get(tuned.key(slug, args)) if table else None
 
 
@@ -155,7 +147,7 @@ def choose(slug: str, device: torch.device, *args: Any) -> str:
     table = _explaining.table
     if table is not None:
         table.update((name, _reason(name, slug, device, args)) for name in BACKENDS)
-        raise _Explained(_explained_order(slug, device, args))
+        raise _Explained(_explained_order(slug, device, args), _tuned(slug, device, args))
     if _forced is not None:
         reason = _reason(_forced, slug, device, args)
         if reason is not None:
@@ -164,8 +156,8 @@ def choose(slug: str, device: torch.device, *args: Any) -> str:
             )
         return _forced
     kind = device.type
-    table = _CANDIDATES.get(kind)
-    candidates = table[slug] if table else _candidates(slug, kind)
+    known = _CANDIDATES.get(kind)
+    candidates = known[slug] if known else _candidates(slug, kind)
     if (best := _tuned(slug, device, args)) is not None:
         # the sort is stable: what can't run the call is passed over
         candidates = tuple(sorted(candidates, key=lambda c: c[0] != best))
@@ -248,17 +240,19 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
     table: dict[str, str | None] = {}
     _explaining.table = table
     order: tuple[str, ...] = ()
+    fastest: str | None = None
     try:
         function(*args, **kwargs)
     except _Explained as stop:
-        order = stop.args[0]
+        order, fastest = stop.args
     finally:
         _explaining.table = None
     if not table:
         raise ValueError(f"{function!r} made no choice of backend: explain takes one of the ops")
     chosen = next((name for name in order if table[name] is None), None)
     for name, reason in table.items():
-        print(f"{'->' if name == chosen else '  '} {name:<10} {reason or 'can run this call'}")
+        able = "can run this call" + (", the fastest by fastbert.tune()" if name == fastest else "")
+        print(f"{'->' if name == chosen else '  '} {name:<10} {reason or able}")
     return table
 
 

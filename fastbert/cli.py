@@ -1,4 +1,4 @@
-"""The `fastbert` command: pretrain, fill-mask, embed, tune, info. What is slow to import waits until a command needs it."""
+"""The `fastbert` command: pretrain, fill-mask, embed, tune, info; slow imports wait until needed."""
 
 from __future__ import annotations
 

@@ -34,7 +34,9 @@ def tune(
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
-    results = fastbert.tune(_step(model, batch_size, length, layers, dtype, inference), rounds=rounds)
+    results = fastbert.tune(
+        _step(model, batch_size, length, layers, dtype, inference), rounds=rounds
+    )
     if as_json:
         typer.echo(json.dumps(results, indent=1))
         return

@@ -27,7 +27,11 @@ class _Timer(TorchDispatchMode):
         self.seconds: dict[tuple[tuned.Key, str], float] = defaultdict(float)
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func.namespace != "fastbert":
             return func(*args, **(kwargs or {}))
@@ -81,7 +85,9 @@ def tune(
     microseconds}}}. Raises ValueError where `step` calls no op of fastbert or a backend is forced by name.
     """
     if backend.forced() is not None:
-        raise ValueError(f"backend {backend.forced()!r} is forced by name: fastbert.use(None) first")
+        raise ValueError(
+            f"backend {backend.forced()!r} is forced by name: fastbert.use(None) first"
+        )
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}: it must be at least 1")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -98,7 +104,9 @@ def tune(
                 if number >= 0 and ran == name:
                     taken[key][name].append(seconds)
     if not taken:
-        raise ValueError("step() called none of fastbert's ops: does the model use fastbert's modules?")
+        raise ValueError(
+            "step() called none of fastbert's ops: does the model use fastbert's modules?"
+        )
     medians = {
         key: {name: sorted(values)[len(values) // 2] for name, values in by_name.items()}
         for key, by_name in taken.items()

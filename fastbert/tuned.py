@@ -1,12 +1,11 @@
-"""What `fastbert.tune()` found: the fastest backend, and the Triton kernels' configurations, by shape, dtype and device.
+"""What `fastbert.tune()` found: the fastest backend of every op, by shape, dtype and device.
 
-The file is tuned.json in $FASTBERT_CACHE, by default ~/.cache/fastbert. It is read once a process and device; without
+The file is tuned.json in $FASTBERT_CACHE, by default ~/.cache/fastbert. It is read at import; without
 an entry for a call the static order of fastbert/backend.py holds.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 from pathlib import Path
@@ -74,27 +73,31 @@ def _read() -> dict[str, Any]:
         return {}
 
 
-_stored = _read()
-
-
-@functools.cache
-def table(device: torch.device) -> Table:
-    """{class of a call: backend} for a device; the caller may add to it."""
-    entries = _stored.get(device_name(device), {}).get("entries", []) if _stored else []
+def _table(entries: list[dict[str, Any]]) -> Table:
     return {
         (e["op"], getattr(torch, e["dtype"]), e["few_rows"], tuple(e["sizes"])): e["backend"]
         for e in entries
     }
 
 
-def store(device: torch.device, results: dict[Key, dict[str, float]], facts: dict[str, Any]) -> Table:
+def stored() -> dict[torch.device, Table]:
+    """The winners of every device of this process that the file has some of. Looks at GPUs only if there is a file."""
+    known = _read()
+    devices = [torch.device("cpu")] if known else []
+    if known and torch.cuda.is_available():
+        devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    found = {device: known.get(device_name(device), {}).get("entries", []) for device in devices}
+    return {device: _table(entries) for device, entries in found.items() if entries}
+
+
+def store(
+    device: torch.device, results: dict[Key, dict[str, float]], facts: dict[str, Any]
+) -> Table:
     """Write the winners among {class: {backend: seconds}} beside older entries, and use them from now on."""
-    found = table(device)
     known = _read()
     entries = {_identity(e): e for e in known.get(device_name(device), {}).get("entries", [])}
     for (slug, dtype, few, sizes), seconds in results.items():
         winner = min(seconds, key=lambda name: seconds[name])
-        found[(slug, dtype, few, sizes)] = winner
         entry = {
             "op": slug,
             "dtype": str(dtype).removeprefix("torch."),
@@ -107,7 +110,7 @@ def store(device: torch.device, results: dict[Key, dict[str, float]], facts: dic
     known[device_name(device)] = {**facts, "entries": list(entries.values())}
     path().parent.mkdir(parents=True, exist_ok=True)
     write_text(path(), json.dumps(known, indent=1) + "\n")
-    return found
+    return _table(list(entries.values()))
 
 
 def _identity(entry: dict[str, Any]) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ if INTERPRETED:
     from fastbert.kernels import _interpreter  # noqa: F401 -- mends it
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-MAX_WIDTH = 16384
+MAX_WIDTH = 8192
 
 
 def unsupported_dtype(**tensors: Tensor | None) -> str | None:

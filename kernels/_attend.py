@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from fastbert.kernels._math import dot, keep
 
 
@@ -30,7 +29,9 @@ def load_tile(base_ptr, i, stride: tl.constexpr, length, D: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def store_tile(base_ptr, values, i, stride: tl.constexpr, length, D: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def store_tile(
+    base_ptr, values, i, stride: tl.constexpr, length, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """values (BLOCK, BLOCK_D) into rows i of a matrix (length, D)."""
     d = tl.arange(0, BLOCK_D)
     inside = (i < length)[:, None]
@@ -40,7 +41,16 @@ def store_tile(base_ptr, values, i, stride: tl.constexpr, length, D: tl.constexp
 
 
 @triton.jit
-def zero_tail(base_ptr, stride: tl.constexpr, length, block, BLOCKS, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def zero_tail(
+    base_ptr,
+    stride: tl.constexpr,
+    length,
+    block,
+    BLOCKS,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Zeros into a matrix (length, D), by BLOCKS programs together."""
     zeros = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for first in range(block * ROWS, length, BLOCKS * ROWS):
@@ -73,7 +83,7 @@ def attend(
     i,  # (BLOCK_M,)
     j0,  # the first key's number
     length,
-    state,  # m, l (BLOCK_M,), acc (BLOCK_M, BLOCK_D)
+    state,  # m, total (BLOCK_M,), acc (BLOCK_M, BLOCK_D)
     scale,  # in base 2
     drop,
     CAUSAL: tl.constexpr,
@@ -83,7 +93,7 @@ def attend(
     BLOCK_N: tl.constexpr,
 ):
     """The running maximum, sum of powers and weighted sum of values with one more tile of keys."""
-    m, l, acc = state
+    m, total, acc = state
     j = j0 + tl.arange(0, BLOCK_N)
     s = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION) * scale
     s = tl.where(seen(i, j, length, CAUSAL), s, -float("inf"))
@@ -91,13 +101,13 @@ def attend(
     if not FIRST:
         top = tl.maximum(m, top)
         rescale = tl.exp2(m - top)
-        l *= rescale
+        total *= rescale
         acc *= rescale[:, None]
     weights = tl.exp2(s - top[:, None])
-    l += tl.sum(weights, 1)
+    total += tl.sum(weights, 1)
     if drop is not None:
         weights = tl.where(kept(drop, i, j0, BLOCK_M, BLOCK_N), weights, 0.0)
-    return top, l, dot(weights.to(v.dtype), v, acc, PRECISION)
+    return top, total, dot(weights.to(v.dtype), v, acc, PRECISION)
 
 
 @triton.jit

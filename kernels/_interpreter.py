@@ -1,4 +1,4 @@
-"""Mends Triton's interpreter (3.9) where its bf16 is not a GPU's: it truncates on rounding, and `dot` multiplies bit patterns.
+"""Mends the bf16 of Triton's interpreter (3.9): it truncates instead of rounding, and `dot` multiplies bit patterns.
 
 Imported in a process that interprets only, and changes that process's Triton.
 """

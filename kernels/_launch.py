@@ -1,4 +1,4 @@
-"""Launch configurations: pure functions of the shape's class, the dtype's size and the architecture, tested without a GPU.
+"""Launch configurations of the row kernels: pure functions, tested without a GPU.
 
 An architecture is 80, 90, 100 ... (NVIDIA's compute capability times ten) or AMD's name, such as "gfx942".
 """
@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 import triton
-
 from fastbert.kernels import INTERPRETED
 
 Arch = int | str
+# Triton 3.10 turns fused multiply-add off where a launch does not ask for it; every configuration does
+FUSED = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Rows:
     ROWS: int
     BLOCK_C: int
     num_warps: int
+    enable_fp_fusion: bool = True
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Tiles:
     BLOCK_N: int
     num_warps: int
     num_stages: int = 1
+    enable_fp_fusion: bool = True
 
 
 @functools.cache

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastbert.kernels._launch import FUSED
+
 
 @triton.jit
 def _sum_partials_kernel(
@@ -29,9 +31,8 @@ def _sum_partials_kernel(
     total = tl.sum(total, 0)
     if which == 0:
         tl.store(first_ptr + cols, total, mask=cols < C)
-    if second_ptr is not None:
-        if which == 1:
-            tl.store(second_ptr + cols, total, mask=cols < C)
+    elif second_ptr is not None:
+        tl.store(second_ptr + cols, total, mask=cols < C)
 
 
 def sum_partials(partial: Tensor, *dtypes: torch.dtype) -> tuple[Tensor, ...]:
@@ -40,6 +41,6 @@ def sum_partials(partial: Tensor, *dtypes: torch.dtype) -> tuple[Tensor, ...]:
     outs = tuple(partial.new_empty(C, dtype=dtype) for dtype in dtypes)
     second = outs[1] if len(outs) > 1 else None
     _sum_partials_kernel[(triton.cdiv(C, 32), len(outs))](
-        partial, outs[0], second, P, C, BLOCK_P=64, BLOCK_C=32, num_warps=4
+        partial, outs[0], second, P, C, BLOCK_P=64, BLOCK_C=32, num_warps=4, **FUSED
     )
     return outs

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 import triton
-
 from fastbert.kernels._launch import Arch
 
 
@@ -21,6 +20,7 @@ class Attention:
     PRECISION: str
     num_warps: int
     num_stages: int
+    enable_fp_fusion: bool = True
 
 
 def head_block(D: int) -> int:
@@ -115,6 +115,7 @@ class Gemm:
     PRECISION: str
     num_warps: int
     num_stages: int
+    enable_fp_fusion: bool = True
 
 
 @functools.cache
@@ -127,4 +128,4 @@ def gemm(M: int, N: int, dtype: torch.dtype, arch: Arch) -> Gemm:
         return Gemm(_tile(M, 64), 64, 64, 8, exact, 4, 4)
     if M * N <= 1024 * 1024:
         return Gemm(64, 128, 64, 8, exact, 4, 3)
-    return Gemm(128, 128, 64, 8, exact, 8, 3)
+    return Gemm(128, 128, 64, 8, exact, 8, 2 if isinstance(arch, str) else 3)

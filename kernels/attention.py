@@ -1,8 +1,8 @@
 """attention in Triton: packed sequences, exact softmax, dropout replayed by absolute index, tiles past the end skipped.
 
 A program takes BLOCK_M queries of one (sequence, head). Sequence B, one more than there are, stands for the rows past
-cu_seqlens[-1], which are zeroed and never read. backward has no atomics: where the keys of a whole sequence fit a tile
-(_tiles.attention_bwd says where) one kernel makes all five products of a tile once, else dK, dV and dQ take a loop each.
+cu_seqlens[-1], which are zeroed and never read. backward has no atomics: where the keys of a whole sequence fit a
+tile (_tiles.attention_bwd says where) one kernel makes all five products of it, else dK, dV and dQ take a loop each.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastbert.kernels import _launch, _tiles, dropout_args, unsupported_dropout, unsupported_dtype
 from fastbert.kernels._attend import (
     attend,
@@ -24,6 +22,7 @@ from fastbert.kernels._attend import (
     zero_tail,
 )
 from fastbert.kernels._math import LN2, LOG2E, dot
+from torch import Tensor
 
 _VARYING = ["T", "B", "BLOCKS", "site", "threshold"]
 
@@ -51,7 +50,7 @@ def _attention_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # m is the running maximum of the scores in base 2, l the sum of the powers: out = acc / l, lse = ln 2 (m + log2 l)
+    # m: running maximum of the scores in base 2, total: sum of powers; out = acc / total, lse = ln 2 (m + log2 total)
     block, bh = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
     b, h = bh // H, bh % H
     start, length = span(cu_ptr, b, B, T)
@@ -72,7 +71,7 @@ def _attention_fwd_kernel(
     if seed_ptr is not None:
         drop = (tl.load(seed_ptr), bh, site, threshold)
     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     stop = length
     if CAUSAL:
@@ -84,14 +83,14 @@ def _attention_fwd_kernel(
         j = j0 + tl.arange(0, BLOCK_N)
         k = load_tile(qkv_ptr + H * D, j, 3 * H * D, length, D, BLOCK_D)
         v = load_tile(qkv_ptr + 2 * H * D, j, 3 * H * D, length, D, BLOCK_D)
-        m, l, acc = attend(
+        m, total, acc = attend(
             q,
             k,
             v,
             i,
             j0,
             length,
-            (m, l, acc),
+            (m, total, acc),
             scale * LOG2E,
             drop,
             CAUSAL,
@@ -100,10 +99,10 @@ def _attention_fwd_kernel(
             BLOCK_M,
             BLOCK_N,
         )
-    store_tile(out_ptr, acc * (keep_scale / l)[:, None], i, H * D, length, D, BLOCK_D)
+    store_tile(out_ptr, acc * (keep_scale / total)[:, None], i, H * D, length, D, BLOCK_D)
     if lse_ptr is not None:
         lse_ptr += h.to(tl.int64) * T + row
-        tl.store(lse_ptr + i, (m + tl.log2(l)) * LN2, mask=i < length)
+        tl.store(lse_ptr + i, (m + tl.log2(total)) * LN2, mask=i < length)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -452,7 +451,17 @@ def backward(
     delta = torch.empty_like(lse)
     BLOCK_D = _tiles.head_block(D)
     _attention_bwd_delta_kernel[(triton.cdiv(T * H, 64),)](
-        dout, out, delta, T * H, T, H=H, D=D, BLOCK_M=64, BLOCK_D=BLOCK_D, num_warps=4
+        dout,
+        out,
+        delta,
+        T * H,
+        T,
+        H=H,
+        D=D,
+        BLOCK_M=64,
+        BLOCK_D=BLOCK_D,
+        num_warps=4,
+        **_launch.FUSED,
     )
     inputs = (dout, qkv, lse, delta, cu_seqlens, dqkv, seed, T, B)
     config = _tiles.attention_bwd_dkdv(*kind)

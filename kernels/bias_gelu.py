@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastbert.kernels import _launch, dense, unsupported_dtype
 from fastbert.kernels._math import gelu, gelu_and_derivative
 from fastbert.kernels._reduce import sum_partials
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -124,7 +123,7 @@ def gradients(
     sums: torch.dtype | None,
     again: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (N, F), with `again` gelu(x + bias) (N, F), and dx summed over the rows (F,) in the dtype `sums`; else empty."""
+    """dx (N, F), with `again` gelu(x + bias) (N, F), and dx's sum over the rows (F,) in dtype `sums`; or empty."""
     N, F = x.shape
     dx, empty = torch.empty_like(x), x.new_empty(0)
     y = torch.empty_like(x) if again else empty

@@ -1,4 +1,4 @@
-"""cross_entropy in Triton: a program holds a row of up to 32768 logits in registers and reads it once; longer ones twice.
+"""cross_entropy in Triton: a program holds a row of up to 32768 logits and reads it once, a longer one twice.
 
 backward runs the softmax again instead of reading lse: exp(z - lse) is off by lse's rounding where logits are large.
 """
@@ -12,31 +12,34 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastbert.kernels import dense, unsupported_dtype
+from torch import Tensor
 
 LARGEST = 32768
 
 
 @dataclass(frozen=True)
 class _Config:
-    """A block of BLOCK_V logits, 64 or fewer to a thread; ONE: it is the whole row."""
+    """A block of BLOCK_V logits; ONE: it is the whole row."""
 
     BLOCK_V: int
     ONE: bool
     num_warps: int
+    enable_fp_fusion: bool = True
 
 
 @functools.cache
 def _config(V: int) -> _Config:
-    block = min(LARGEST, max(64, triton.next_power_of_2(V)))
-    return _Config(block, block >= V, min(16, max(1, block // 1024)))
+    """At most 64 logits to a thread where they are a row, 32 where blocks of it pass by."""
+    if V > LARGEST:
+        return _Config(8192, False, 8)
+    block = max(64, triton.next_power_of_2(V))
+    return _Config(block, True, min(16, max(1, block // 1024)))
 
 
 @triton.jit
 def _load(row_ptr, bias_ptr, at, V, width):
-    """Logits at these columns in fp32, with the bias, -inf from V on. A row may be read up to `width`, which is aligned."""
+    """Logits at these columns in fp32, with the bias, -inf from V on; a row is readable up to `width`."""
     z = tl.load(row_ptr + at, mask=at < width, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + at, mask=at < V, other=0.0).to(tl.float32)

@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastbert.kernels import (
     _launch,
     dense,
@@ -22,6 +20,7 @@ from fastbert.kernels import (
 )
 from fastbert.kernels._math import keep, moments, norm_backward
 from fastbert.kernels._reduce import sum_partials
+from torch import Tensor
 
 _CHUNK = 32
 
@@ -32,7 +31,9 @@ def _gathered(table_ptr, ids_ptr, rows, size, N, C, cols):
     inside = (rows < N)[:, None] & (cols < C)[None, :]
     if ids_ptr is None:
         at = rows.to(tl.int64)
-        return tl.load(table_ptr + at[:, None] * C + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        return tl.load(table_ptr + at[:, None] * C + cols[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
     ids = tl.load(ids_ptr + rows, mask=rows < N, other=0).to(tl.int64)
     known = ((ids >= 0) & (ids < size))[:, None]
     at = ids[:, None] * C + cols[None, :]
@@ -218,9 +219,9 @@ def _embed_bwd_crossing_kernel(
     # it goes on, and it did not come in through the whole of this chunk
     if tl.load(ids_ptr + stop) != this:
         return
-    if chunk > 0:
-        if tl.load(ids_ptr + chunk * CHUNK - 1) == this:
-            return
+    before = tl.load(ids_ptr + chunk * CHUNK - 1, mask=chunk > 0, other=this + 1)
+    if before == this:
+        return
     if (this == padding) | (this < 0) | (this >= V):
         return
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -273,7 +274,14 @@ def _tables(
     type_: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """The six as the kernels read them: ids (T,) or None, positions, types, word (V, C), position, type_."""
-    six = (None if word is None else ids, positions, types, ids if word is None else word, position, type_)
+    six = (
+        None if word is None else ids,
+        positions,
+        types,
+        ids if word is None else word,
+        position,
+        type_,
+    )
     return tuple(map(dense, six))
 
 
@@ -341,10 +349,14 @@ def _scatter(dz: Tensor, ids: Tensor, table: Tensor, padding_idx: int | None) ->
     block = min(256, triton.next_power_of_2(C))
     grid = (chunks, triton.cdiv(C, block))
     last = (N, table.shape[0], padding, C, _CHUNK)
-    _embed_bwd_segments_kernel[grid](dz, ids, order, grad, partial, *last, block, num_warps=2)
+    _embed_bwd_segments_kernel[grid](
+        dz, ids, order, grad, partial, *last, block, num_warps=2, **_launch.FUSED
+    )
     block = min(64, block)
     grid = (chunks, triton.cdiv(C, block))
-    _embed_bwd_crossing_kernel[grid](ids, grad, partial, *last, 32, block, num_warps=4)
+    _embed_bwd_crossing_kernel[grid](
+        ids, grad, partial, *last, 32, block, num_warps=4, **_launch.FUSED
+    )
     return grad
 
 
@@ -402,6 +414,8 @@ def backward(
     )
     dweight, dbias = sum_partials(partial, weight.dtype, torch.float32)
     dword = dz.to(ids.dtype) if word is None else _scatter(dz, ids, word, padding_idx)
-    dposition = _scatter(dz, positions, position, position_padding_idx) if position_grad else empty(0)
+    dposition = (
+        _scatter(dz, positions, position, position_padding_idx) if position_grad else empty(0)
+    )
     dtype = empty(0) if types is None or type_ is None else _scatter(dz, types, type_, None)
     return dword, dposition, dtype, dweight, dbias

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from fastbert.kernels import cross_entropy, unsupported_dtype
 from torch import Tensor
 
-from fastbert.kernels import cross_entropy, unsupported_dtype
 from fastbert.stock import linear as library
 from fastbert.stock.linear import cast
 

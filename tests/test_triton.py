@@ -41,7 +41,12 @@ def batch():
     mask = (torch.arange(20, device=DEVICE) < torch.tensor([[20], [7], [13]], device=DEVICE)).long()
     labels = torch.where((torch.rand(ids.shape, device=DEVICE) < 0.3) & (mask == 1), ids, -100)
     pairs = torch.tensor([0, 1, 0], device=DEVICE)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "next_sentence_label": pairs}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labels,
+        "next_sentence_label": pairs,
+    }
 
 
 def step(model, inputs, name, dtype=None):
@@ -72,7 +77,7 @@ def test_step_is_the_same_twice():
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("length", [129, 200])
 def test_attention_over_several_tiles(length, causal):
-    """Lengths beyond the tile of the single-kernel backward: the two loops, with dropout, odd tails, an empty sequence."""
+    """Longer than the one-kernel backward takes: two loops, with dropout, odd tails, an empty sequence."""
     lengths = [length, 0, 17, 64]
     T = sum(lengths)
     qkv = torch.randn(T + 5, 3, 2, 24, device=DEVICE)
@@ -80,13 +85,21 @@ def test_attention_over_several_tiles(length, causal):
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32)
     seed = torch.tensor([5], device=DEVICE)
     results = {}
-    for name, dtype in (("triton", torch.float32), ("torch", torch.float32), ("reference", torch.float64)):
+    for name, dtype in (
+        ("triton", torch.float32),
+        ("torch", torch.float32),
+        ("reference", torch.float64),
+    ):
         leaf = qkv.to(dtype).requires_grad_()
         with backend.use(name), poison.outputs():
-            out = functional.attention(leaf, bounds, length, p=0.1, seed=seed, site=2, causal=causal)
+            out = functional.attention(
+                leaf, bounds, length, p=0.1, seed=seed, site=2, causal=causal
+            )
             (grad,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
         results[name] = (out.detach(), grad)
-    for ours, stock, truth in zip(*(results[n] for n in ("triton", "torch", "reference")), strict=True):
+    for ours, stock, truth in zip(
+        *(results[n] for n in ("triton", "torch", "reference")), strict=True
+    ):
         assert_within_budget("attention", ours, truth, stock)
 
 
@@ -130,7 +143,10 @@ def test_values_out_of_range_are_memory_safe():
     logits, labels = torch.randn(4, 9, device=DEVICE), torch.tensor([1, 9, -7, -100], device=DEVICE)
     loss, _ = kernels.cross_entropy.forward(logits, labels, -100)
     assert loss.isnan().tolist() == [False, True, True, False]
-    ids, zero = torch.tensor([2, 11, -1], device=DEVICE), torch.zeros(3, dtype=torch.long, device=DEVICE)
+    ids, zero = (
+        torch.tensor([2, 11, -1], device=DEVICE),
+        torch.zeros(3, dtype=torch.long, device=DEVICE),
+    )
     tables = (torch.randn(11, 8, device=DEVICE), torch.randn(4, 8, device=DEVICE), None)
     ones = torch.ones(8, device=DEVICE)
     y, _, _ = kernels.embed.forward(

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -51,7 +50,11 @@ class Kernel:
     def opcodes(self) -> dict[str, int]:
         """How often each instruction stands in the machine code, by its name up to the first dot."""
         found: dict[str, int] = {}
-        pattern = r"^\s+(\w+)" if self.arch == "gfx942" else r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)"
+        pattern = (
+            r"^\s+(\w+)"
+            if self.arch == "gfx942"
+            else r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)"
+        )
         for full in re.findall(pattern, self.assembly, re.MULTILINE):
             found[full] = found.get(full, 0) + 1
         return found
@@ -102,8 +105,8 @@ def recording(arch: _launch.Arch) -> Iterator[list[tuple[JITFunction, Any, dict[
     with (
         mock.patch.object(driver, "_active", _Driver(arch)),
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(_launch, "arch", lambda _: arch),
-        mock.patch.object(_launch, "multiprocessors", lambda _: 108),
+        mock.patch.object(_launch, "arch", return_value=arch),
+        mock.patch.object(_launch, "multiprocessors", return_value=108),
     ):
         yield launches
 
@@ -119,11 +122,15 @@ def compiled(arch: _launch.Arch, call: Callable[[], object], dtype: str = "") ->
 def _inspect(
     arch: _launch.Arch, dtype: str, function: JITFunction, result: Any, options: dict[str, Any]
 ) -> Kernel:
-    constants = {k: v for k, v in options.items() if k not in ("debug", "num_warps")}
+    constants = {
+        k: v for k, v in options.items() if k not in ("debug", "num_warps", "enable_fp_fusion")
+    }
     read = _amd if isinstance(arch, str) else _nvidia
     registers, spilled, assembly = read(result.asm)
     shared, warps = result.metadata.shared, result.metadata.num_warps
-    return Kernel(function.__name__, arch, dtype, constants, warps, registers, spilled, shared, assembly)
+    return Kernel(
+        function.__name__, arch, dtype, constants, warps, registers, spilled, shared, assembly
+    )
 
 
 def _nvidia(asm: dict[str, Any]) -> tuple[int, int, str]:

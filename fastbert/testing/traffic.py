@@ -1,7 +1,7 @@
 """Bytes that Triton kernels move, counted by the interpreter: what each launch reads and writes at least once.
 
-Bytes that several programs of one launch read count once, since they meet in the second-level cache; what a later launch
-reads again counts again. Needs TRITON_INTERPRET=1.
+Bytes that several programs of one launch read count once, since they meet in the second-level cache; what a later
+launch reads again counts again. Needs TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
