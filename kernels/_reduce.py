@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastbert.kernels._launch import FUSED
+from torch import Tensor
 
 
 @triton.jit

@@ -18,32 +18,31 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 @dataclass
 class Launch:
-    """One kernel's traffic: bytes asked for by all lanes that a mask lets through, and distinct bytes."""
+    """One kernel's traffic: the elements that its programs read and wrote, by size."""
 
     kernel: str
-    _read: list[np.ndarray] = field(default_factory=list)
-    _written: list[np.ndarray] = field(default_factory=list)
+    _read: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    _written: list[tuple[int, np.ndarray]] = field(default_factory=list)
 
     @property
     def moved(self) -> int:
         """Distinct bytes read plus distinct bytes written."""
         return _distinct(self._read) + _distinct(self._written)
 
-    @property
-    def asked(self) -> int:
-        """Bytes of all accesses."""
-        return sum(a.size for a in self._read + self._written)
+
+def _distinct(accesses: list[tuple[int, np.ndarray]]) -> int:
+    """Bytes of the elements, each counted once; a tensor's elements are read in one size."""
+    sizes = {size for size, _ in accesses}
+    return sum(
+        s * np.unique(np.concatenate([a for size, a in accesses if size == s])).size for s in sizes
+    )
 
 
-def _distinct(addresses: list[np.ndarray]) -> int:
-    return np.unique(np.concatenate(addresses)).size if addresses else 0
-
-
-def _bytes(pointers: Any, mask: Any) -> np.ndarray:
-    """The address of every byte that the lanes under the mask touch."""
+def _elements(pointers: Any, mask: Any) -> tuple[int, np.ndarray]:
+    """The size and the addresses of the elements that the lanes under the mask touch."""
     size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
     lanes, inside = np.broadcast_arrays(pointers.data, np.asarray(mask.data, dtype=bool))
-    return (lanes[inside].astype(np.int64)[:, None] + np.arange(size)).ravel()
+    return size, lanes[inside]
 
 
 @contextmanager
@@ -61,11 +60,11 @@ def counted() -> Iterator[list[Launch]]:
         return run(self, *args, **kwargs)
 
     def load_counted(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        launches[-1]._read.append(_bytes(pointers, mask))
+        launches[-1]._read.append(_elements(pointers, mask))
         return load(self, pointers, mask, *rest)
 
     def store_counted(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        launches[-1]._written.append(_bytes(pointers, mask))
+        launches[-1]._written.append(_elements(pointers, mask))
         return store(self, pointers, value, mask, *rest)
 
     with (

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from harness import short, tensors
+from harness import compiled, short, tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbert
@@ -28,6 +28,14 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def skip_absent(slug, name):
+    """Skip, with a sentence, a backend that has not this op or no device in this process."""
+    if reason := backend.matrix()[slug][name]:
+        pytest.skip(reason)
+    if backend.device_of(name) != "cpu":
+        pytest.skip(f"the {name} backend's kernels need a GPU, or TRITON_INTERPRET=1")
+
+
 def small(slug, dtype=torch.float32):
     """The samples that are cheap and finite."""
     picked = []
@@ -39,10 +47,9 @@ def small(slug, dtype=torch.float32):
 
 
 @ALL
-@pytest.mark.parametrize("name", ["torch", "cpu"])
+@pytest.mark.parametrize("name", ["torch", "cpu", "triton"])
 def test_opcheck(slug, name):
-    if reason := backend.matrix()[slug][name]:
-        pytest.skip(reason)
+    skip_absent(slug, name)
     checked = False
     for sample in small(slug):
         with backend.use(name), _Recorder() as recorder:
@@ -127,14 +134,13 @@ def test_autocast(slug, dtype):
         assert results[f"d{name}"].dtype == leaf.dtype
 
 
-@pytest.mark.parametrize("name", ["reference", "torch", "cpu"])
+@pytest.mark.parametrize("name", ["reference", "torch", "cpu", "triton"])
 @pytest.mark.parametrize(
     "slug", ["embed", "linear", "layer_norm", "dropout_add_layer_norm", "feed_forward", "mlm_loss"]
 )
 def test_bias_gradients_are_rounded_to_the_biases_dtype(slug, name):
     """fp32 biases beside bf16 weights: their gradients are the fp32 sums, with bits that bf16 has not."""
-    if reason := backend.matrix()[slug][name]:
-        pytest.skip(reason)
+    skip_absent(slug, name)
     if name == "torch" and "norm" in slug:
         pytest.skip("native_layer_norm_backward itself adds in bf16")
     sample = small(slug, torch.bfloat16)[1]
@@ -146,6 +152,14 @@ def test_bias_gradients_are_rounded_to_the_biases_dtype(slug, name):
     for key in keys:
         grad = found[key]
         assert not torch.equal(grad, grad.bfloat16().float()), key
+
+
+@ALL
+def test_compile_on_triton(slug):
+    """The ops' own tests compile `torch`'s; here allocations follow another rule (rows of logits are aligned)."""
+    skip_absent(slug, "triton")
+    wanted = {"rows"} if slug == "mlm_loss" else {s.id for s in small(slug)[:2]}
+    compiled(slug, "triton", wanted.__contains__)
 
 
 @ALL
