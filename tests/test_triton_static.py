@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton backend needs the package triton")
 
-from fastbert.kernels import _tiles
+from fastbert.kernels import _launch, _tiles
 
 from fastbert import kernels
 from fastbert.testing import aot
@@ -94,6 +94,45 @@ def test_the_calls_reach_every_kernel():
         r"^def (_\w+_kernel)\(", "\n".join(p.read_text() for p in folder.glob("*.py")), re.M
     )
     assert set(defined) == KERNELS
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", aot.ARCHS)
+def test_configurations(arch, dtype):
+    """Pure functions: every tile is one that a matrix instruction takes, and holds what it says that it holds."""
+    for D in (1, 24, 64, 80, 128):
+        for drop in (False, True):
+            kind = (D, DTYPES[dtype], arch, drop)
+            for S in (0, 1, 16, 17, 32, 33, 64, 100, 128, 129, 512, 4096):
+                forward, short = _tiles.attention_fwd(S, *kind), _tiles.attention_bwd(S, *kind)
+                assert short is None or short.BLOCK_N >= S
+                assert (short is None) == (_tiles.attention_bwd(S + 1, *kind) is None) or S in (
+                    32,
+                    16,
+                    64,
+                    128,
+                )
+                loops = (_tiles.attention_bwd_dkdv(*kind), _tiles.attention_bwd_dq(*kind))
+                for config in filter(None, (forward, short, *loops)):
+                    assert max(16, D) <= config.BLOCK_D
+                    assert (
+                        "tf32x3" if dtype == "fp32" and arch != "gfx942" else "ieee"
+                    ) == config.PRECISION
+                    assert all(
+                        b >= 16 and b & (b - 1) == 0 for b in (config.BLOCK_M, config.BLOCK_N)
+                    )
+    # no dropout, 16 bit: what the pages say
+    if dtype != "fp32" and arch != "gfx942":
+        assert _tiles.attention_bwd(128, 64, DTYPES[dtype], arch, False) is not None
+        assert _tiles.attention_bwd(65, 128, DTYPES[dtype], arch, False) is None
+
+
+@pytest.mark.parametrize("width", [1, 100, 768, 1024, 1025, 8192])
+def test_row_configurations(width):
+    for config in (_launch.rows(width), _launch.persistent_rows(width)):
+        assert width <= config.BLOCK_C
+        # a thread keeps at most 32 elements of a row
+        assert 32 * 32 * config.num_warps >= config.ROWS * config.BLOCK_C
 
 
 def test_a_spill_is_seen():
