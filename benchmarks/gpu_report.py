@@ -82,7 +82,6 @@ def traffic(tokens: int) -> list[dict[str, Any]]:
     from unittest import mock
 
     from fastbert.kernels import _launch
-
     from fastbert.testing.traffic import counted
 
     rows = []

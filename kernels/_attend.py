@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from fastbert.kernels._math import dot, keep
+
+# arguments that change from call to call, which no kernel is compiled anew for
+VARYING = ["T", "B", "BLOCKS", "site", "threshold"]
 
 
 @triton.jit

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastbert.kernels import _launch, _tiles, dense
 from fastbert.kernels._math import dot, gelu
-from torch import Tensor
 
 
 @triton.jit

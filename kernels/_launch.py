@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import triton
+
 from fastbert.kernels import INTERPRETED
 
 Arch = int | str

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastbert.kernels._launch import FUSED
 from torch import Tensor
+
+from fastbert.kernels._launch import FUSED
 
 
 @triton.jit

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import triton
+
 from fastbert.kernels._launch import Arch
 
 

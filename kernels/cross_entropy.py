@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from fastbert.kernels import dense, unsupported_dtype
 from torch import Tensor
+
+from fastbert.kernels import dense, unsupported_dtype
 
 LARGEST = 32768
 

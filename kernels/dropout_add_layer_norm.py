@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastbert.kernels import (
     _launch,
     dense,
@@ -15,7 +17,6 @@ from fastbert.kernels import (
 )
 from fastbert.kernels._math import keep, moments, norm_backward
 from fastbert.kernels._reduce import sum_partials
-from torch import Tensor
 
 
 @triton.jit

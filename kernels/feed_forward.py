@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from fastbert.kernels import _gemm, bias_gelu, unsupported_dtype
 from torch import Tensor
 
+from fastbert.kernels import _gemm, bias_gelu, unsupported_dtype
 from fastbert.stock import linear as library
 
 FEW = 64

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastbert.kernels import _launch, dense, unsupported_dtype, unsupported_width
 from fastbert.kernels._math import moments, norm_backward
 from fastbert.kernels._reduce import sum_partials
-from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["N"])

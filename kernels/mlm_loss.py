@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from fastbert.kernels import cross_entropy, unsupported_dtype
 from torch import Tensor
 
+from fastbert.kernels import cross_entropy, unsupported_dtype
 from fastbert.stock import linear as library
 from fastbert.stock.linear import cast
 
 
-def padded(V: int) -> int:
+def _padded(V: int) -> int:
     """The width of a row of V logits in memory; fastbert/ops/mlm_loss.py allocates by the same rule for tracers."""
     return -(-V // 8) * 8
 
@@ -42,7 +42,7 @@ def unsupported(
 def _logits(h: Tensor, weight: Tensor) -> Tensor:
     """h weight^T (R, V) without the bias, as the left part of a buffer whose rows are aligned."""
     V = weight.shape[0]
-    buffer = h.new_empty(h.shape[0], padded(V))
+    buffer = h.new_empty(h.shape[0], _padded(V))
     torch.mm(h, cast(h, weight, None)[0].t(), out=buffer[:, :V])
     return buffer
 
@@ -60,7 +60,7 @@ def forward(
     """The summed loss (), lse (R,), both fp32, and p - onehot (R, padded V), empty without `save` or above max_rows."""
     h, V = _picked(hidden, rows), weight.shape[0]
     kept = save and labels.shape[0] <= max_rows
-    losses, lses, buffer = [], [], hidden.new_empty(0, padded(V))
+    losses, lses, buffer = [], [], hidden.new_empty(0, _padded(V))
     for part, of in zip(h.split(max_rows), labels.split(max_rows), strict=True):
         buffer = _logits(part, weight)
         loss, lse = cross_entropy.row_losses(

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastbert.kernels import _gemm, unsupported_dtype
 from torch import Tensor
 
+from fastbert.kernels import _gemm, unsupported_dtype
 from fastbert.stock import qkv_proj as library
 
 

@@ -12,9 +12,8 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton backend needs the package triton")
 
-from fastbert.kernels import _launch, _tiles
-
 from fastbert import kernels
+from fastbert.kernels import _launch, _tiles
 from fastbert.testing import aot
 from fastbert.testing.launches import calls
 

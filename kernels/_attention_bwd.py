@@ -1,0 +1,271 @@
+"""The backward kernels of attention: a whole sequence at once, or a loop for dK and dV and one for dQ."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastbert.kernels._attend import (
+    VARYING,
+    load_tile,
+    span,
+    store_tile,
+    weights_and_ds,
+    zero_tail,
+)
+from fastbert.kernels._math import LOG2E, dot
+
+
+@triton.jit(do_not_specialize=["N"])
+def _attention_bwd_delta_kernel(
+    dout_ptr,  # (T, H, D)
+    out_ptr,  # (T, H, D)
+    delta_ptr,  # (H, T)
+    N,  # T H
+    T,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # delta = rowsum(dO O)
+    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    do = load_tile(dout_ptr, i, D, N, D, BLOCK_D).to(tl.float32)
+    o = load_tile(out_ptr, i, D, N, D, BLOCK_D).to(tl.float32)
+    at = (i % H).to(tl.int64) * T + i // H
+    tl.store(delta_ptr + at, tl.sum(do * o, 1), mask=i < N)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _attention_bwd_kernel(
+    dout_ptr,  # (T, H, D)
+    qkv_ptr,  # (T, 3, H, D)
+    out_ptr,  # (T, H, D)
+    lse_ptr,  # (H, T)
+    cu_ptr,  # (B + 1,)
+    dqkv_ptr,  # (T, 3, H, D)
+    seed_ptr,  # (1,), or None
+    T,
+    B,
+    scale,
+    site,
+    threshold,
+    keep_scale,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # a whole sequence of at most BLOCK_N tokens: dV += (P M)^T dO, dK += dS^T Q stay here, dQ = dS K leaves complete
+    b, h = tl.program_id(0) // H, tl.program_id(0) % H
+    start, length = span(cu_ptr, b, B, T)
+    row = start.to(tl.int64)
+    dqkv_ptr += row * (3 * H * D) + h * D
+    if b == B:
+        for part in tl.static_range(3):
+            zero_tail(dqkv_ptr + part * H * D, 3 * H * D, length, 0, 1, BLOCK_M, D, BLOCK_D)
+        return
+    qkv_ptr += row * (3 * H * D) + h * D
+    dout_ptr += row * (H * D) + h * D
+    out_ptr += row * (H * D) + h * D
+    lse_ptr += h.to(tl.int64) * T + row
+    drop = None
+    if seed_ptr is not None:
+        drop = (tl.load(seed_ptr), tl.program_id(0), site, threshold)
+    j = tl.arange(0, BLOCK_N)
+    k = load_tile(qkv_ptr + H * D, j, 3 * H * D, length, D, BLOCK_D)
+    v = load_tile(qkv_ptr + 2 * H * D, j, 3 * H * D, length, D, BLOCK_D)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for i0 in range(0, length, BLOCK_M):
+        i = i0 + tl.arange(0, BLOCK_M)
+        q = load_tile(qkv_ptr, i, 3 * H * D, length, D, BLOCK_D)
+        do = load_tile(dout_ptr, i, H * D, length, D, BLOCK_D)
+        o = load_tile(out_ptr, i, H * D, length, D, BLOCK_D)
+        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+        lse = tl.load(lse_ptr + i, mask=i < length, other=0.0) * LOG2E
+        dropped, ds = weights_and_ds(
+            q,
+            do,
+            k,
+            v,
+            lse,
+            delta,
+            i,
+            0,
+            length,
+            scale * LOG2E,
+            drop,
+            keep_scale,
+            CAUSAL,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_N,
+        )
+        dv = dot(tl.trans(dropped), do, dv, PRECISION)
+        dk = dot(tl.trans(ds), q, dk, PRECISION)
+        dq = dot(ds, k, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PRECISION)
+        store_tile(dqkv_ptr, dq * scale, i, 3 * H * D, length, D, BLOCK_D)
+    store_tile(dqkv_ptr + H * D, dk * scale, j, 3 * H * D, length, D, BLOCK_D)
+    store_tile(dqkv_ptr + 2 * H * D, dv, j, 3 * H * D, length, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _attention_bwd_dkdv_kernel(
+    dout_ptr,  # (T, H, D)
+    qkv_ptr,  # (T, 3, H, D)
+    lse_ptr,  # (H, T)
+    delta_ptr,  # (H, T)
+    cu_ptr,  # (B + 1,)
+    dqkv_ptr,  # (T, 3, H, D)
+    seed_ptr,  # (1,), or None
+    T,
+    B,
+    BLOCKS,
+    scale,
+    site,
+    threshold,
+    keep_scale,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # BLOCK_N keys against every tile of queries: dV = (P M)^T dO,  dK = scale dS^T Q
+    block, bh = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
+    b, h = bh // H, bh % H
+    start, length = span(cu_ptr, b, B, T)
+    row = start.to(tl.int64)
+    dqkv_ptr += row * (3 * H * D) + h * D
+    if b == B:
+        for part in tl.static_range(1, 3):
+            base_ptr = dqkv_ptr + part * H * D
+            zero_tail(base_ptr, 3 * H * D, length, block, BLOCKS, BLOCK_N, D, BLOCK_D)
+        return
+    if block * BLOCK_N >= length:
+        return
+    qkv_ptr += row * (3 * H * D) + h * D
+    dout_ptr += row * (H * D) + h * D
+    lse_ptr += h.to(tl.int64) * T + row
+    delta_ptr += h.to(tl.int64) * T + row
+    drop = None
+    if seed_ptr is not None:
+        drop = (tl.load(seed_ptr), bh, site, threshold)
+    j0 = block * BLOCK_N
+    j = j0 + tl.arange(0, BLOCK_N)
+    k = load_tile(qkv_ptr + H * D, j, 3 * H * D, length, D, BLOCK_D)
+    v = load_tile(qkv_ptr + 2 * H * D, j, 3 * H * D, length, D, BLOCK_D)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    begin = 0
+    if CAUSAL:
+        begin = (j0 // BLOCK_M) * BLOCK_M
+    for i0 in range(begin, length, BLOCK_M):
+        i = i0 + tl.arange(0, BLOCK_M)
+        q = load_tile(qkv_ptr, i, 3 * H * D, length, D, BLOCK_D)
+        do = load_tile(dout_ptr, i, H * D, length, D, BLOCK_D)
+        lse = tl.load(lse_ptr + i, mask=i < length, other=0.0) * LOG2E
+        delta = tl.load(delta_ptr + i, mask=i < length, other=0.0)
+        dropped, ds = weights_and_ds(
+            q,
+            do,
+            k,
+            v,
+            lse,
+            delta,
+            i,
+            j0,
+            length,
+            scale * LOG2E,
+            drop,
+            keep_scale,
+            CAUSAL,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_N,
+        )
+        dv = dot(tl.trans(dropped), do, dv, PRECISION)
+        dk = dot(tl.trans(ds), q, dk, PRECISION)
+    store_tile(dqkv_ptr + H * D, dk * scale, j, 3 * H * D, length, D, BLOCK_D)
+    store_tile(dqkv_ptr + 2 * H * D, dv, j, 3 * H * D, length, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _attention_bwd_dq_kernel(
+    dout_ptr,  # (T, H, D)
+    qkv_ptr,  # (T, 3, H, D)
+    lse_ptr,  # (H, T)
+    delta_ptr,  # (H, T)
+    cu_ptr,  # (B + 1,)
+    dqkv_ptr,  # (T, 3, H, D)
+    seed_ptr,  # (1,), or None
+    T,
+    B,
+    BLOCKS,
+    scale,
+    site,
+    threshold,
+    keep_scale,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # BLOCK_M queries against every tile of keys: dQ = scale dS K
+    block, bh = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
+    b, h = bh // H, bh % H
+    start, length = span(cu_ptr, b, B, T)
+    row = start.to(tl.int64)
+    dqkv_ptr += row * (3 * H * D) + h * D
+    if b == B:
+        zero_tail(dqkv_ptr, 3 * H * D, length, block, BLOCKS, BLOCK_M, D, BLOCK_D)
+        return
+    if block * BLOCK_M >= length:
+        return
+    qkv_ptr += row * (3 * H * D) + h * D
+    at = h.to(tl.int64) * T + row
+    drop = None
+    if seed_ptr is not None:
+        drop = (tl.load(seed_ptr), bh, site, threshold)
+    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    q = load_tile(qkv_ptr, i, 3 * H * D, length, D, BLOCK_D)
+    do = load_tile(dout_ptr + row * (H * D) + h * D, i, H * D, length, D, BLOCK_D)
+    lse = tl.load(lse_ptr + at + i, mask=i < length, other=0.0) * LOG2E
+    delta = tl.load(delta_ptr + at + i, mask=i < length, other=0.0)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    stop = length
+    if CAUSAL:
+        stop = tl.minimum(length, (block + 1) * BLOCK_M)
+    for j0 in range(0, stop, BLOCK_N):
+        j = j0 + tl.arange(0, BLOCK_N)
+        k = load_tile(qkv_ptr + H * D, j, 3 * H * D, length, D, BLOCK_D)
+        v = load_tile(qkv_ptr + 2 * H * D, j, 3 * H * D, length, D, BLOCK_D)
+        _, ds = weights_and_ds(
+            q,
+            do,
+            k,
+            v,
+            lse,
+            delta,
+            i,
+            j0,
+            length,
+            scale * LOG2E,
+            drop,
+            keep_scale,
+            CAUSAL,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_N,
+        )
+        dq = dot(ds, k, dq, PRECISION)
+    store_tile(dqkv_ptr, dq * scale, i, 3 * H * D, length, D, BLOCK_D)
