@@ -23,6 +23,7 @@ from fastbert.blocks import (
     log_once,
     sinusoidal_positions,
 )
+from fastbert.graphs import InferenceRunner
 from fastbert.ops._register import seed_for
 from fastbert.packing import Packing
 from fastbert.reference.philox import dropout
@@ -33,6 +34,7 @@ __all__ = [
     "Embeddings",
     "EncoderLayer",
     "FeedForward",
+    "InferenceRunner",
     "LayerNorm",
     "Linear",
     "MLMHead",

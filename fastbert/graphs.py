@@ -1,0 +1,144 @@
+"""Inference of small batches by CUDA graphs: the whole model in one launch, tokens padded to a few sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.config import BertConfig
+from fastbert.ops._register import autocast_dtype
+from fastbert.packing import Inputs, Packing, prepare
+
+# tokens beyond which a launch no longer costs what the work does
+MAX_TOKENS = 4096
+
+
+@dataclasses.dataclass
+class _Entry:
+    """The inputs that a graph reads, what it writes, and the graph, None on a CPU."""
+
+    inputs: dict[str, Any]
+    outputs: Any
+    graph: Any
+
+
+class InferenceRunner:
+    """Calls a model of fastbert without gradients, on a GPU by replaying a CUDA graph for the batch's size.
+
+    `InferenceRunner(model)(input_ids, attention_mask, token_type_ids)` returns what `model` returns for the same padded
+    batch (B, S) in eval mode, as new tensors. Tokens are packed, then padded to a power of two and at least 16, the
+    number of sequences and the longest length likewise, so that few graphs serve all batches: the last `max_graphs`
+    used are kept. Batches above `max_tokens` tokens run without a graph. Weights may be changed in place, not replaced.
+    On a CPU the same padded call runs without graphs. One host sync a call, for the number of tokens. Raises TypeError
+    for a model without a configuration, ValueError for what the model itself refuses.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, max_tokens: int = MAX_TOKENS, max_graphs: int = 32
+    ) -> None:
+        config = getattr(model, "config", None)
+        if not isinstance(config, BertConfig):
+            raise TypeError(
+                f"{type(model).__name__} is no model of fastbert.bert: pass one, such as BertModel"
+            )
+        if max_graphs < 1:
+            raise ValueError(f"max_graphs is {max_graphs}: it must be at least 1")
+        self.config = config
+        self.model, self.max_tokens, self.max_graphs = model, max_tokens, max_graphs
+        self._entries: OrderedDict[tuple[Any, ...], _Entry] = OrderedDict()
+        self._pool: Any = None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        input_ids: Tensor,  # (B, S) int64
+        attention_mask: Tensor | None = None,  # (B, S), 1 at tokens
+        token_type_ids: Tensor | None = None,  # (B, S) int64
+    ) -> Any:
+        """The model's output for a padded batch."""
+        self.model.eval()
+        given = (input_ids, attention_mask, token_type_ids)
+        if input_ids.dim() != 2 or input_ids.numel() > self.max_tokens or input_ids.numel() == 0:
+            return self.model(*given)
+        batch = prepare(self.config, *given)
+        sizes = self._sizes(batch.ids.shape[0], batch.packing)
+        device, types = input_ids.device, batch.types is not None
+        key = (*sizes, types, device, autocast_dtype(device.type))
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._entries[key] = self._prepare(sizes, types, device)
+        self._entries.move_to_end(key)
+        while len(self._entries) > self.max_graphs:
+            self._entries.popitem(last=False)
+        self._fill(entry.inputs, batch)
+        if entry.graph is None:
+            entry.outputs = self.model(**entry.inputs)
+        else:
+            entry.graph.replay()
+        return self._cut(entry.outputs, batch, sizes)
+
+    def _sizes(self, tokens: int, packing: Packing) -> tuple[int, int, int]:
+        """Tokens, sequences and longest length of the graph that serves this batch."""
+        # one sequence more, an odd number that no number of tokens equals; it is empty
+        sequences = _power(packing.batch, 1) + 1
+        longest = min(_power(packing.max_seqlen, 16), self.config.max_length)
+        return _power(tokens, 16), sequences, longest
+
+    def _prepare(self, sizes: tuple[int, int, int], types: bool, device: torch.device) -> _Entry:
+        tokens, sequences, longest = sizes
+        inputs: dict[str, Any] = {
+            "input_ids": torch.zeros(tokens, dtype=torch.int64, device=device),
+            "position_ids": torch.zeros(tokens, dtype=torch.int64, device=device),
+            "cu_seqlens": torch.zeros(sequences + 1, dtype=torch.int32, device=device),
+            "max_seqlen": longest,
+        }
+        if types:
+            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+        if device.type != "cuda":
+            return _Entry(inputs, None, None)
+        # kernels are compiled and libraries set up before the capture, on a stream of its own
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.model(**inputs)
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            outputs = self.model(**inputs)
+        self._pool = self._pool or graph.pool()
+        return _Entry(inputs, outputs, graph)
+
+    @staticmethod
+    def _fill(inputs: dict[str, Any], batch: Inputs) -> None:
+        """Copy a batch in front of each input; what an earlier one left behind it belongs to no sequence."""
+        tokens = batch.ids.shape[0]
+        inputs["input_ids"][:tokens] = batch.ids
+        inputs["position_ids"][:tokens] = batch.positions
+        if batch.types is not None:
+            inputs["token_type_ids"][:tokens] = batch.types
+        bounds, given = inputs["cu_seqlens"], batch.packing.cu_seqlens
+        bounds[: given.shape[0]] = given
+        bounds[given.shape[0] :] = given[-1]
+
+    @staticmethod
+    def _cut(outputs: Any, batch: Inputs, sizes: tuple[int, int, int]) -> Any:
+        """The part of each output that is the batch's: tokens back in (B, S), sequences without the extra ones."""
+        packing, cut = batch.packing, {}
+        for field in dataclasses.fields(outputs):
+            value = getattr(outputs, field.name)
+            if isinstance(value, Tensor) and value.dim() and value.shape[0] == sizes[0]:
+                value = packing.pad(value[: batch.ids.shape[0]])
+            elif isinstance(value, Tensor) and value.dim() and value.shape[0] == sizes[1]:
+                value = value[: packing.batch]
+            cut[field.name] = value.clone() if isinstance(value, Tensor) else value
+        return type(outputs)(**cut)
+
+
+def _power(count: int, least: int) -> int:
+    """The smallest power of two that is at least both."""
+    return max(least, 1 << max(count - 1, 0).bit_length())

@@ -1,0 +1,115 @@
+"""InferenceRunner: what the model returns, by inputs padded to a few sizes; graphs themselves need a GPU."""
+
+import pytest
+import torch
+
+from fastbert import bert
+from fastbert.config import BertConfig
+from fastbert.nn import InferenceRunner
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def model(cls=bert.BertModel, **options):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(
+        vocab_size=60, intermediate_size=64, max_position_embeddings=40, **sizes, **options
+    )
+    return cls(config).to(DEVICE).eval()
+
+
+def batch(lengths, left=False):
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    mask = mask.flip(1) if left else mask
+    ids = torch.randint(2, 60, mask.shape).where(mask, 1)
+    return ids.to(DEVICE), mask.long().to(DEVICE), torch.randint(2, mask.shape).to(DEVICE)
+
+
+def same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in theirs.keys():  # noqa: SIM118 -- an Output iterates over values
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "cls", [bert.BertModel, bert.BertForSequenceClassification, bert.BertForTokenClassification]
+)
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_the_model_s_own_output(cls, kind):
+    """Right and left padding, none, one token, in turn: nothing of the last batch is left."""
+    options = {"model_type": kind, "type_vocab_size": 2, "pad_token_id": 1}
+    net = model(cls, **options)
+    runner = InferenceRunner(net)
+    for lengths, left in (
+        ((9, 3, 7), False),
+        ((9, 3, 7), True),
+        ((2, 1, 5), False),
+        ((4,), False),
+        ((1,), False),
+    ):
+        ids, mask, types = batch(lengths, left)
+        with torch.no_grad():
+            same(runner(ids, mask, types), net(ids, attention_mask=mask, token_type_ids=types))
+            same(runner(ids, mask), net(ids, attention_mask=mask))
+            same(runner(ids), net(ids))
+
+
+def test_results_are_the_caller_s():
+    runner = InferenceRunner(model())
+    first = runner(*batch((5, 2))[:2]).last_hidden_state
+    kept = first.clone()
+    runner(*batch((4, 3))[:2])
+    assert torch.equal(first, kept)
+
+
+def test_few_sizes_serve_many_batches():
+    runner = InferenceRunner(model(), max_graphs=2)
+    for tokens in range(1, 17):
+        runner(torch.randint(60, (1, tokens), device=DEVICE))
+    assert len(runner._entries) == 1
+    for shape in ((1, 20), (2, 20), (4, 30)):
+        runner(torch.randint(60, shape, device=DEVICE))
+    assert len(runner._entries) == 2
+
+
+def test_large_and_empty_batches_run_without():
+    net = model()
+    runner = InferenceRunner(net, max_tokens=10)
+    ids = torch.randint(60, (3, 4), device=DEVICE)
+    with torch.no_grad():
+        same(runner(ids), net(ids))
+        assert runner(ids[:0]).last_hidden_state.shape == (0, 4, 32)
+    assert not runner._entries
+
+
+def test_weights_changed_in_place_count():
+    net = model()
+    runner = InferenceRunner(net)
+    ids = torch.randint(60, (2, 6), device=DEVICE)
+    before = runner(ids).last_hidden_state
+    with torch.no_grad():
+        next(net.parameters()).mul_(2.0)
+        same(runner(ids), net(ids))
+    assert not torch.equal(before, runner(ids).last_hidden_state)
+
+
+def test_refusals():
+    with pytest.raises(TypeError, match="no model of fastbert"):
+        InferenceRunner(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="max_graphs is 0"):
+        InferenceRunner(model(), max_graphs=0)
+    with pytest.raises(ValueError, match="41 tokens long"):
+        InferenceRunner(model())(torch.zeros(1, 41, dtype=torch.long, device=DEVICE))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+def test_a_graph_is_captured_and_replayed():
+    net = model()
+    runner = InferenceRunner(net)
+    ids, mask, _ = batch((9, 3, 7))
+    runner(ids, mask)
+    (entry,) = runner._entries.values()
+    assert entry.graph is not None
+    with torch.no_grad():
+        same(runner(ids, mask), net(ids, attention_mask=mask))
