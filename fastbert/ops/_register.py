@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ def register(
     def body(*args: Any) -> Any:
         *inputs, chosen = args
         run = getattr(backend.module(chosen, slug), direction)
+        if chosen in ("triton", "cuda"):
+            run = partial(_on_device, run)
         if check is None and not torch._C._is_any_autocast_enabled():
             return run(*inputs)
         device = next(a.device for a in inputs if isinstance(a, torch.Tensor))
@@ -54,6 +57,15 @@ def register(
         return registered(*args) if _observed(args) else body(*args)
 
     return call
+
+
+def _on_device(run: Callable[..., Any], *inputs: Any) -> Any:
+    """run(*inputs) with their GPU as the current one: unlike torch's, kernels of ours start on the current device."""
+    device = next(a.device for a in inputs if isinstance(a, torch.Tensor))
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return run(*inputs)
+    with torch.cuda.device(device):
+        return run(*inputs)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

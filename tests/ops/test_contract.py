@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbert
 from fastbert import backend, functional
+from fastbert.ops import _register
 from fastbert.testing import parity
 from fastbert.testing.budget import excess
 
@@ -287,3 +288,28 @@ def test_budget_allows_nothing_where_stock_fails():
     assert excess(ones, ones.double(), infinite) is None
     assert "max error" in excess(torch.tensor([99.0, 1, 1, 1]), ones.double(), infinite)
     assert "NaN" in excess(torch.tensor([float("nan"), 1, 1, 1]), ones.double(), ones)
+
+
+def test_gpu_kernels_start_on_their_tensors_device(monkeypatch):
+    """Whatever the current device is; torch's own ops do that by themselves."""
+    entered = []
+
+    class Fake(torch.Tensor):
+        device = torch.device("cuda", 1)
+
+    class Device:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *exc):
+            entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    for current, expected in ((1, []), (0, [torch.device("cuda", 1), "left"])):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        entered.clear()
+        assert _register._on_device(lambda x, n: n, Fake(), 7) == 7
+        assert entered == expected
