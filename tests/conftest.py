@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastbert import backend
 from fastbert.testing.fetch import FetchError, fetch
 
 # stock GEMMs add in an order that depends on it, and recorded losses must come back on every machine; small tensors
@@ -20,10 +21,13 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    """Every test draws the same numbers, alone or in the suite."""
+    """Every test draws the same numbers, alone or in the suite, and leaves no backend forced."""
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 -- libraries under test use the global generator
     torch.manual_seed(0)
+    before = backend.forced()
+    yield
+    assert backend.forced() == before, "the test left a backend forced by name"
 
 
 @pytest.fixture(scope="session")

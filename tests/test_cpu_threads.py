@@ -54,9 +54,8 @@ def calls(dtype: torch.dtype) -> dict[str, dict]:
 
 
 def run(slug: str, kwargs: dict) -> parity.Results:
-    """Outputs and gradients on the native backend."""
-    with backend.use("cpu"):
-        return parity.call(getattr(functional, slug), kwargs, backward=True)
+    """Outputs and gradients on the native backend, which `_restore` forces."""
+    return parity.call(getattr(functional, slug), kwargs, backward=True)
 
 
 def same(a: parity.Results, b: parity.Results) -> list[str]:
@@ -66,9 +65,10 @@ def same(a: parity.Results, b: parity.Results) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _restore():
-    """Leave the number of threads and the instruction set as they were."""
+    """Force the native backend, for all threads; leave their number and the instruction set as they were."""
     before = torch.get_num_threads(), cpu.native.isa()
-    yield
+    with backend.use("cpu"):
+        yield
     torch.set_num_threads(before[0])
     cpu.native.use_isa(before[1])
 
