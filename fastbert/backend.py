@@ -108,23 +108,24 @@ def _reason(name: str, slug: str, device: torch.device, args: tuple[Any, ...]) -
     return found.unsupported(*args)
 
 
-def _order(slug: str, kind: str) -> tuple[str, ...]:
-    order = ORDER.get(kind, ("torch",))
-    return ("torch", *order[:-1]) if kind == "cuda" and slug in LIBRARY_FIRST else order
+def order(slug: str, kind: str) -> tuple[str, ...]:
+    """The backends of a device type that are tried for an op, in turn."""
+    names = ORDER.get(kind, ("torch",))
+    return ("torch", *names[:-1]) if kind == "cuda" and slug in LIBRARY_FIRST else names
 
 
 def _explained_order(slug: str, device: torch.device, args: tuple[Any, ...]) -> tuple[str, ...]:
     if _forced is not None:
         return (_forced,)
-    best, order = _tuned(slug, device, args), _order(slug, device.type)
-    return order if best is None else (best, *order)
+    best, names = _tuned(slug, device, args), order(slug, device.type)
+    return names if best is None else (best, *names)
 
 
 def _candidates(slug: str, kind: str) -> tuple[tuple[str, Any], ...]:
     """(name, its `unsupported`) of the backends that have the op's kernel for a device type, in ORDER."""
     return tuple(
         (name, found.unsupported)
-        for name in _order(slug, kind)
+        for name in order(slug, kind)
         if not isinstance(found := _IMPLEMENTATIONS[name][slug], str)
         and _DEVICES.get(name, kind) == kind
     )
@@ -239,17 +240,17 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
     function = getattr(functional, op) if isinstance(op, str) else op
     table: dict[str, str | None] = {}
     _explaining.table = table
-    order: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
     fastest: str | None = None
     try:
         function(*args, **kwargs)
     except _Explained as stop:
-        order, fastest = stop.args
+        names, fastest = stop.args
     finally:
         _explaining.table = None
     if not table:
         raise ValueError(f"{function!r} made no choice of backend: explain takes one of the ops")
-    chosen = next((name for name in order if table[name] is None), None)
+    chosen = next((name for name in names if table[name] is None), None)
     for name, reason in table.items():
         able = "can run this call" + (", the fastest by fastbert.tune()" if name == fastest else "")
         print(f"{'->' if name == chosen else '  '} {name:<10} {reason or able}")

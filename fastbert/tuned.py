@@ -113,5 +113,15 @@ def store(
     return _table(list(entries.values()))
 
 
+def winners(tables: dict[torch.device, Any], kind: str) -> dict[str, str]:
+    """{class of a call in words: backend} of the devices of a type, for a run's manifest."""
+    return {
+        f"{slug} {'x'.join(map(str, sizes))} {dtype} {'few' if few else 'many'} rows": name
+        for device, table in tables.items()
+        if device.type == kind
+        for (slug, dtype, few, sizes), name in sorted(table.items(), key=str)
+    }
+
+
 def _identity(entry: dict[str, Any]) -> tuple[Any, ...]:
     return entry["op"], entry["dtype"], entry["few_rows"], tuple(entry["sizes"])

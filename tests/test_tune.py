@@ -161,3 +161,13 @@ def test_command(tmp_path):
     assert tuned.path().exists()
     refused = CliRunner().invoke(app, ["tune", "--dtype", "int8"])
     assert "choose one of fp32, bf16, fp16" in str(refused.exception)
+
+
+def test_a_run_s_manifest_names_the_winners(monkeypatch):
+    """A resumed run must not compute by other backends than it began with."""
+    from fastbert.train.run import backends
+
+    before = backends("cpu")
+    winner("layer_norm", "torch", monkeypatch, torch.randn(5, 24))
+    assert backends("cpu") == {**before, "layer_norm 24 torch.float32 few rows": "torch"}
+    assert backends("cuda")["linear"] == "torch"

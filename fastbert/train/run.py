@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import fastbert
-from fastbert import backend
+from fastbert import backend, tuned
 from fastbert.data import save_tokenizer
 from fastbert.train import store
 from fastbert.train.build import build_model, check_model
@@ -266,13 +266,17 @@ def _identity(config: PretrainConfig, feed: Feed) -> dict[str, Any]:
 
 
 def backends(device: str) -> dict[str, str]:
-    """The first backend in each op's order on a device that this machine has, or the one in force by name."""
-    order = backend.ORDER.get(torch.device(device).type, ("torch",))
-    forced = backend.forced()
-    return {
-        slug: forced or next(name for name in order if reasons[name] is None)
+    """The first backend in each op's order on a device that this machine has, or the one in force by name.
+
+    With what fastbert.tune() has found for the device, which comes before the order.
+    """
+    kind, forced = torch.device(device).type, backend.forced()
+    found = {
+        slug: forced or next(name for name in backend.order(slug, kind) if reasons[name] is None)
         for slug, reasons in backend.matrix().items()
     }
+    winners = {} if forced else tuned.winners(backend.tuned_tables, kind)
+    return {**found, **winners}
 
 
 def _check_space(model: torch.nn.Module, config: PretrainConfig, out: Path) -> None:
