@@ -5,6 +5,7 @@
 #   make bench-peers the end-to-end benchmark against all peers, each in its own environment
 #   make bench-scaling  cost against the number of tokens and the length of a sequence, with a plot; 4 to 6 minutes
 #   make test-gpu-static  the Triton kernels in every configuration compiled for GPUs that are not here, and inspected
+#   make gpu         on a machine with a GPU: parity, memory and race checks, timings, into benchmarks/results/gpu.json
 #   make gpu-report  what those compilations and counted bytes say, as docs/gpu_report.md
 #   make sanitize    the native tests under AddressSanitizer and UBSan: every op on every instruction set (it took 7 min
 #                    to build and 4 to run on one core of an AMD EPYC, 2026-11-25; what was built before is kept)
@@ -24,7 +25,7 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-slow test-gpu-static gpu-report sanitize bench bench-peers bench-scaling lint
+.PHONY: install demo test test-slow test-gpu-static gpu gpu-report sanitize bench bench-peers bench-scaling lint
 
 install: $(INSTALLED)
 
@@ -47,6 +48,9 @@ test-slow: $(INSTALLED)
 
 test-gpu-static: $(INSTALLED)
 	$(PY) -m pytest -m gpu_static -n auto $(PYTEST_ARGS) tests/test_triton_static.py
+
+gpu: $(INSTALLED)
+	$(PY) benchmarks/gpu.py $(BENCH_ARGS)
 
 gpu-report: $(INSTALLED)
 	$(PY) benchmarks/gpu_report.py

@@ -1,0 +1,328 @@
+"""`make gpu`: everything that a machine with a GPU can say of the kernels, in one command, into results/gpu.json.
+
+Parity tests, memory and race checks where compute-sanitizer is there, every op and whole training and inference steps
+against PyTorch eager, compiled and what else is installed. `--rehearse` does the same on a CPU with tiny shapes, where
+Triton interprets the kernels: times mean nothing then, and the file says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
+TESTS = ["tests/ops", "tests/test_triton.py", "tests/test_graphs.py"]
+# small enough for a sanitizer, which slows kernels down a hundredfold
+SANITIZED = "triton and bf16 and (S5 or S33 or T7 or N7 or T13)"
+LENGTHS = (128, 30, 45, 22, 80, 17, 60, 33)
+
+Call = Callable[[], Any]
+Pair = tuple[Call, Callable[[Any], object]]
+
+
+def run(*command: str, **env: str) -> dict[str, Any]:
+    """One command's exit code and last lines."""
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, check=False
+    )
+    return {"command": " ".join(command), "code": done.returncode, "tail": done.stdout[-2000:]}
+
+
+def parity(rehearsal: bool) -> dict[str, Any]:
+    """The tests of every op on the Triton backend; a rehearsal takes one op's smallest."""
+    tests, picked = TESTS, "triton or graph"
+    if rehearsal:
+        tests, picked = ["tests/ops/test_layer_norm.py"], "triton and nobias"
+    # -m: those that need a GPU are wanted
+    return run(sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", picked, *tests)
+
+
+def sanitized() -> list[dict[str, Any]] | str:
+    """compute-sanitizer's memory and race checks, or why there are none."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return "compute-sanitizer is not on PATH: it comes with the CUDA toolkit"
+    test = (sys.executable, "-m", "pytest", "-q", "-x", "-k", SANITIZED, "tests/ops")
+    return [
+        run(tool, "--tool", kind, "--error-exitcode", "9", *test)
+        for kind in ("memcheck", "racecheck")
+    ]
+
+
+def clocks() -> str:
+    """What nvidia-smi says of the device's clocks and power, or why it says nothing."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "nvidia-smi is not on PATH"
+    query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+    return run(tool, f"--query-gpu={query}", "--format=csv,noheader")["tail"].strip()
+
+
+def peaks(device: str, rehearsal: bool) -> dict[str, float]:
+    """Measured: GB/s of a copy (read + written), TFLOP/s of a bf16 product."""
+    from fastbert.testing.timing import interleave
+
+    n, m = (2**16, 64) if rehearsal else (2**28, 8192)
+    source = torch.ones(n, device=device)
+    target = torch.empty_like(source)
+    a = torch.randn(m, m, device=device, dtype=torch.bfloat16)
+    times = interleave({"copy": lambda: target.copy_(source), "product": lambda: a @ a}, rounds=10)
+    return {
+        "copy_gb_per_s": 8 * n / times["copy"].median / 1e9,
+        "bf16_tflops": 2 * m**3 / times["product"].median / 1e12,
+    }
+
+
+def op_cases(device: str, rehearsal: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(op, arguments) at BERT-base's shapes with 16,384 tokens in bf16; tiny ones in a rehearsal."""
+    from fastbert.testing.samples import Draw
+
+    T, C, H, V = (64, 32, 2, 200) if rehearsal else (16384, 768, 12, 30522)
+    draw = Draw(torch.bfloat16, device)
+    weight, bias, drop = draw.normal(C), draw.normal(C), {"p": 0.1, "seed": draw.seed()}
+    x = draw.normal(T, C)
+    yield "layer_norm", {"x": x, "weight": weight, "bias": bias}
+    norm = {"x": x, "residual": draw.normal(T, C), "weight": weight, "bias": bias}
+    yield "dropout_add_layer_norm", {**norm, **drop}
+    yield "bias_gelu", {"x": draw.normal(T, 4 * C), "bias": draw.normal(4 * C)}
+    tables = {"word": draw.normal(V, C), "position": draw.normal(64, C), "type_": draw.normal(2, C)}
+    ids = {"ids": draw.ids(V, T), "positions": draw.ids(64, T), "types": draw.ids(2, T)}
+    yield "embed", {**ids, **tables, "weight": weight, "bias": bias, **drop}
+    for S in (16,) if rehearsal else (128, 512):
+        packed = {
+            "qkv": draw.normal(T, 3, H, C // H),
+            "cu_seqlens": draw.cu_seqlens(*[S] * (T // S)),
+        }
+        yield "attention", {**packed, "max_seqlen": S, **drop}
+    three = [draw.normal(C, C, scale=C**-0.5) for _ in range(3)]
+    yield (
+        "qkv_proj",
+        {"x": x, "weights": three, "biases": [draw.normal(C) for _ in range(3)], "num_heads": H},
+    )
+    w1, w2 = draw.normal(4 * C, C, scale=C**-0.5), draw.normal(C, 4 * C, scale=C**-0.5)
+    yield "feed_forward", {"x": x, "w1": w1, "b1": draw.normal(4 * C), "w2": w2, "b2": bias}
+    labels = draw.labels(V, T, 0.15)
+    yield (
+        "mlm_loss",
+        {"hidden": x, "weight": tables["word"], "bias": draw.normal(V), "labels": labels},
+    )
+    yield "cross_entropy", {"logits": draw.normal(T // 8, V), "labels": draw.ids(V, T // 8)}
+
+
+def ops(device: str, rehearsal: bool, measured: dict[str, float]) -> list[dict[str, Any]]:
+    """Every op on Triton, on stock ops, and the eager specification compiled; a wrong kernel is not timed."""
+    import importlib
+
+    from fastbert import backend, functional
+    from fastbert.testing.timing import interleave_training
+
+    rows = []
+    for slug, arguments in op_cases(device, rehearsal):
+        op, reference = (
+            getattr(functional, slug),
+            importlib.import_module(f"fastbert.reference.{slug}"),
+        )
+        _agree(slug, op, reference.eager, arguments)
+        competitors: dict[str, Pair] = {}
+        for name in ("triton", "torch"):
+            competitors[name] = _pair(_forced(backend, name, op), arguments)
+        if not rehearsal:
+            compiled = torch.compile(reference.eager, dynamic=False)
+            competitors["compiled eager"] = _pair(compiled, arguments)
+        for forward, backward in competitors.values():
+            backward(forward())
+        times = interleave_training(competitors, 0.1 if rehearsal else 3.0)
+        kept = {k: v for k, v in arguments.items() if k not in ("p", "seed")}
+        cost = reference.cost(**kept)
+        for direction, moved, flops in (
+            ("forward", cost.forward_bytes, cost.forward_flops),
+            ("backward", cost.backward_bytes, cost.backward_flops),
+        ):
+            seconds = {name: t[direction] for name, t in times.items()}
+            ours = seconds["triton"].median
+            rows.append(
+                {
+                    "op": slug,
+                    "direction": direction,
+                    "microseconds": {n: 1e6 * t.median for n, t in seconds.items()},
+                    "p20_p80": {n: [1e6 * t.p20, 1e6 * t.p80] for n, t in seconds.items()},
+                    "percent_of_bandwidth": 100 * moved / ours / 1e9 / measured["copy_gb_per_s"],
+                    "percent_of_matrix_peak": 100 * flops / ours / 1e12 / measured["bf16_tflops"],
+                }
+            )
+    return rows
+
+
+def _forced(backend: Any, name: str, op: Callable[..., Any]) -> Callable[..., Any]:
+    def call(**arguments: Any) -> Any:
+        with backend.use(name):
+            return op(**arguments)
+
+    return call
+
+
+def _pair(op: Callable[..., Any], arguments: dict[str, Any]) -> Pair:
+    """The forward, with every float input wanting a gradient, and the backward of what it returns."""
+    from fastbert.testing.parity import detached, leaves_of
+
+    leaves = detached(arguments)
+    wanted = [t for _, t in leaves_of(leaves)]
+    return lambda: op(**leaves), lambda y: torch.autograd.grad(y, wanted, torch.ones_like(y))
+
+
+def _agree(slug: str, op: Any, eager: Any, arguments: dict[str, Any]) -> None:
+    """Triton's outputs and gradients within 3 % of stock's, by norm."""
+    from fastbert import backend
+    from fastbert.testing.parity import call
+
+    with backend.use("triton"):
+        ours = call(op, arguments, backward=True)
+    for name, stock in call(eager, arguments, backward=True).items():
+        a, b = ours[name].float(), stock.float()
+        if not float((a - b).norm()) <= 3e-2 * float(b.norm()) + 1e-6:
+            raise AssertionError(f"{slug} {name} is wrong on the triton backend: not timed")
+
+
+def models(device: str, rehearsal: bool) -> list[dict[str, Any]]:
+    """Whole steps of BERT-base under bf16 autocast, 41 % real tokens: training, and inference of B = 1 and 8."""
+    from fastbert import bert
+    from fastbert.config import BertConfig
+    from fastbert.nn import InferenceRunner
+    from fastbert.testing.timing import interleave
+
+    sizes = (
+        {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2} if rehearsal else {}
+    )
+    config = BertConfig(vocab_size=200 if rehearsal else 30522, **sizes)
+    lengths = torch.tensor([9, 4] if rehearsal else LENGTHS, device=device)
+    mask = (torch.arange(int(lengths.max()), device=device) < lengths[:, None]).long()
+    ids = torch.randint(config.vocab_size, mask.shape, device=device)
+    labels = ids.where((torch.rand(ids.shape, device=device) < 0.15) & (mask == 1), -100)
+    ours, stock = bert.BertForPreTraining(config).to(device), _stock(config, device)
+    encoder = bert.BertModel(config).to(device).eval()
+    batch = {"input_ids": ids, "attention_mask": mask}
+    training = {**batch, "labels": labels, "next_sentence_label": torch.zeros_like(lengths)}
+    low = torch.autocast(device, torch.bfloat16)
+
+    def step(model: Any) -> Call:
+        def call() -> None:
+            model.zero_grad()
+            with low:
+                loss = model(**training).loss
+            loss.backward()
+
+        return call
+
+    def infer(call: Callable[..., Any], **inputs: Any) -> Call:
+        def wrapped() -> None:
+            with torch.no_grad(), low:
+                call(**inputs)
+
+        return wrapped
+
+    one = {"input_ids": ids[:1], "attention_mask": torch.ones_like(mask[:1])}
+    works: dict[str, dict[str, Call]] = {
+        "training step": {"fastbert": step(ours), **{n: step(m) for n, m in stock.items()}},
+        "inference B=1": {
+            "fastbert": infer(encoder, **one),
+            "fastbert, graph": infer(InferenceRunner(encoder), **one),
+            **{n: infer(m.bert, **one) for n, m in stock.items()},
+        },
+        "inference B=8": {
+            "fastbert": infer(encoder, **batch),
+            **{n: infer(m.bert, **batch) for n, m in stock.items()},
+        },
+    }
+    rows = []
+    for name, calls in works.items():
+        times = interleave(calls, *((1, 1) if rehearsal else (20, 3)))
+        rows.append(
+            {
+                "work": name,
+                "milliseconds": {
+                    n: [1e3 * v for v in (t.median, t.p20, t.p80)] for n, t in times.items()
+                },
+            }
+        )
+    return rows
+
+
+def _stock(config: Any, device: str) -> dict[str, Any]:
+    """transformers' model of the same size: eager, SDPA, and on a GPU compiled."""
+    import transformers
+
+    fields = ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads")
+    same = transformers.BertConfig(**{name: getattr(config, name) for name in fields})
+    found = {}
+    for attention in ("eager", "sdpa"):
+        model = transformers.BertForPreTraining._from_config(same, attn_implementation=attention)
+        found[attention] = model.to(device)
+    if device == "cuda":
+        compiled = transformers.BertForPreTraining._from_config(same, attn_implementation="sdpa")
+        compiled = compiled.to(device)
+        compiled.compile()
+        found["compiled"] = compiled
+    return found
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.rehearse and os.environ.get("TRITON_INTERPRET") != "1":
+        # Triton reads it when it is imported
+        command = [sys.executable, __file__, *sys.argv[1:]]
+        sys.exit(
+            subprocess.run(
+                command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False
+            ).returncode
+        )
+    if not options.rehearse and not torch.cuda.is_available():
+        parser.error(
+            "there is no GPU that torch can use: --rehearse runs this on a CPU with tiny shapes"
+        )
+    import fastbert
+    from fastbert.files import write_text
+    from fastbert.testing.machine import machine_info
+
+    device = "cpu" if options.rehearse else "cuda"
+    # on a CPU the order has not got it
+    forced = fastbert.use("triton" if options.rehearse else None)
+    report: dict[str, Any] = {
+        "rehearsal": options.rehearse,
+        "machine": machine_info(),
+        "clocks": clocks(),
+    }
+    # each part is written when it is there, so that a failure keeps what came before
+    parts: dict[str, Callable[[], Any]] = {
+        "parity": lambda: parity(options.rehearse),
+        "sanitizer": sanitized,
+        "peaks": lambda: peaks(device, options.rehearse),
+        "ops": lambda: ops(device, options.rehearse, report["peaks"]),
+        "models": lambda: models(device, options.rehearse),
+    }
+    with forced:
+        for name, part in parts.items():
+            print(f"{name} ...", flush=True)
+            report[name] = part()
+            write_text(options.out, json.dumps(report, indent=1) + "\n")
+    print(f"written to {options.out}")
+    if report["parity"]["code"]:
+        print(report["parity"]["tail"])
+        sys.exit("parity tests failed: the figures above are of wrong kernels")
+
+
+if __name__ == "__main__":
+    main()

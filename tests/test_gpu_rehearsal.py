@@ -1,0 +1,38 @@
+"""`make gpu` from its first line to its last, on a CPU with tiny shapes, so that it does not fail on a GPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the Triton backend needs the package triton")
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.py"
+
+
+def test_the_whole_command(tmp_path):
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, str(SCRIPT), "--rehearse", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(out.read_text())
+    assert report["rehearsal"] is True
+    assert report["parity"]["code"] == 0
+    assert "passed" in report["parity"]["tail"]
+    ops = {row["op"] for row in report["ops"]}
+    assert ops >= {"attention", "embed", "feed_forward", "mlm_loss", "qkv_proj", "layer_norm"}
+    works = {row["work"]: row["milliseconds"] for row in report["models"]}
+    assert works.keys() == {"training step", "inference B=1", "inference B=8"}
+    assert works["inference B=1"].keys() == {"fastbert", "fastbert, graph", "eager", "sdpa"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_what_to_do():
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "--rehearse" in done.stderr
