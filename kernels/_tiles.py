@@ -87,9 +87,13 @@ def attention_bwd(
 def attention_bwd_dkdv(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> Attention:
     """BLOCK_N keys stay, queries pass by."""
     block, exact = head_block(D), precision(dtype, arch)
-    if dtype == torch.float32 and block > 64:
-        return Attention(16, 32, block, exact, 8, 1)
-    if dtype == torch.float32 or isinstance(arch, str):
+    if dtype == torch.float32:
+        return (
+            Attention(16, 16, block, exact, 8, 1)
+            if block > 64
+            else Attention(16, 32, block, exact, 4, 1)
+        )
+    if isinstance(arch, str):
         return Attention(32, 32, block, exact, 8 if block > 64 else 4, 1)
     return Attention(32 if block > 64 or arch == 100 else 64, 64, block, exact, 8, 1)
 
@@ -98,9 +102,13 @@ def attention_bwd_dkdv(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> At
 def attention_bwd_dq(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> Attention:
     """BLOCK_M queries stay, keys pass by."""
     block, exact = head_block(D), precision(dtype, arch)
-    if dtype == torch.float32 and block > 64:
-        return Attention(16, 32, block, exact, 8, 1)
-    if dtype == torch.float32 or isinstance(arch, str):
+    if dtype == torch.float32:
+        return (
+            Attention(16, 16, block, exact, 8, 1)
+            if block > 64
+            else Attention(16, 32, block, exact, 4, 1)
+        )
+    if isinstance(arch, str):
         return Attention(32, 32, block, exact, 8 if block > 64 else 4, 1)
     return Attention(64, 32, block, exact, 8 if block > 64 else 4, 2)
 
