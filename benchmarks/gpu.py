@@ -198,7 +198,6 @@ def models(device: str, rehearsal: bool) -> list[dict[str, Any]]:
     from fastbert import bert
     from fastbert.config import BertConfig
     from fastbert.nn import InferenceRunner
-    from fastbert.testing.timing import interleave
 
     sizes = (
         {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2} if rehearsal else {}
@@ -243,18 +242,16 @@ def models(device: str, rehearsal: bool) -> list[dict[str, Any]]:
             **{n: infer(m.bert, **batch) for n, m in stock.items()},
         },
     }
-    rows = []
-    for name, calls in works.items():
-        times = interleave(calls, *((1, 1) if rehearsal else (20, 3)))
-        rows.append(
-            {
-                "work": name,
-                "milliseconds": {
-                    n: [1e3 * v for v in (t.median, t.p20, t.p80)] for n, t in times.items()
-                },
-            }
-        )
-    return rows
+    return [_timed(name, calls, rehearsal) for name, calls in works.items()]
+
+
+def _timed(name: str, calls: dict[str, Call], rehearsal: bool) -> dict[str, Any]:
+    """A row: median, p20 and p80 of each competitor, interleaved."""
+    from fastbert.testing.timing import interleave
+
+    times = interleave(calls, *((1, 1) if rehearsal else (20, 3)))
+    spread = {n: [1e3 * v for v in (t.median, t.p20, t.p80)] for n, t in times.items()}
+    return {"work": name, "milliseconds": spread}
 
 
 def _stock(config: Any, device: str) -> dict[str, Any]:
