@@ -15,21 +15,18 @@ from fastbert.kernels import (
     unsupported_dtype,
     unsupported_width,
 )
-from fastbert.kernels._math import keep, moments, norm_backward
+from fastbert.kernels._math import moments
 from fastbert.kernels._reduce import sum_partials
+from fastbert.kernels._rows import drop_rows, load_vector, row_gradient, store_sums
 
 
 @triton.jit
-def _keep_rows(
-    seed_ptr, numbers_ptr, rows, N, site, threshold, ROWS: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """The mask (ROWS, BLOCK_C) of these rows, which count by themselves or by numbers[rows]."""
-    if numbers_ptr is None:
-        numbers = rows
-    else:
+def _numbers(numbers_ptr, rows, N):
+    """What dropout counts these rows by: themselves, or numbers[rows]."""
+    numbers = rows.to(tl.uint32)
+    if numbers_ptr is not None:
         numbers = tl.load(numbers_ptr + rows, mask=rows < N, other=0).to(tl.uint32)
-    quads = tl.arange(0, BLOCK_C // 4)[None, :]
-    return keep(tl.load(seed_ptr), quads, numbers[:, None], site, 0, threshold, ROWS, BLOCK_C)
+    return numbers
 
 
 @triton.jit(do_not_specialize=["N", "site", "threshold"])
@@ -59,16 +56,13 @@ def _dropout_add_layer_norm_fwd_kernel(
     inside = (rows < N)[:, None] & (cols < C)[None, :]
     at = rows.to(tl.int64)[:, None] * C + cols[None, :]
     z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if seed_ptr is not None:
-        kept = _keep_rows(seed_ptr, numbers_ptr, rows, N, site, threshold, ROWS, BLOCK_C)
-        z = tl.where(kept, z * scale, 0.0)
+    numbers = _numbers(numbers_ptr, rows, N)
+    z = drop_rows(z, seed_ptr, numbers, site, threshold, scale, ROWS, BLOCK_C)
     z += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if z_ptr is not None:
         tl.store(z_ptr + at, z, mask=inside)
     centred, mean, rstd = moments(z, inside, C, eps)
-    weight = tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
-    y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
+    y = centred * rstd[:, None] * load_vector(weight_ptr, cols, C) + load_vector(bias_ptr, cols, C)
     tl.store(y_ptr + at, y, mask=inside)
     tl.store(mean_ptr + rows, mean, mask=rows < N)
     tl.store(rstd_ptr + rows, rstd, mask=rows < N)
@@ -105,21 +99,14 @@ def _dropout_add_layer_norm_bwd_kernel(
         at = rows.to(tl.int64)[:, None] * C + cols[None, :]
         z = tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + rows, mask=rows < N, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, mask=rows < N, other=0.0)
-        xhat = tl.where(inside, (z - mean[:, None]) * rstd[:, None], 0.0)
+        dz, xhat = row_gradient(g, z, weight_ptr, mean_ptr, rstd_ptr, rows, cols, inside, N, C)
         dweight += g * xhat
         dbias += g
-        g *= tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
-        dz = norm_backward(g, xhat, rstd, C)
         tl.store(dresidual_ptr + at, dz, mask=inside)
-        if seed_ptr is not None:
-            kept = _keep_rows(seed_ptr, numbers_ptr, rows, N, site, threshold, ROWS, BLOCK_C)
-            dz = tl.where(kept, dz * scale, 0.0)
+        numbers = _numbers(numbers_ptr, rows, N)
+        dz = drop_rows(dz, seed_ptr, numbers, site, threshold, scale, ROWS, BLOCK_C)
         tl.store(dx_ptr + at, dz, mask=inside)
-    at_partial = partial_ptr + program * C + cols
-    tl.store(at_partial, tl.sum(dweight, 0), mask=cols < C)
-    tl.store(at_partial + programs * C, tl.sum(dbias, 0), mask=cols < C)
+    store_sums(partial_ptr, dweight, dbias, cols, C)
 
 
 def unsupported(

@@ -19,24 +19,22 @@ from fastbert.kernels import (
     unsupported_width,
 )
 from fastbert.kernels._embed_bwd import scatter
-from fastbert.kernels._math import keep, moments, norm_backward
+from fastbert.kernels._math import moments
 from fastbert.kernels._reduce import sum_partials
+from fastbert.kernels._rows import drop_rows, load_vector, row_gradient, store_sums
 
 
 @triton.jit
 def _gathered(table_ptr, ids_ptr, rows, size, N, C, cols):
     """table[ids[rows]] (ROWS, BLOCK_C) fp32, NaN where an id is out of range; rows themselves without ids."""
-    inside = (rows < N)[:, None] & (cols < C)[None, :]
-    if ids_ptr is None:
-        at = rows.to(tl.int64)
-        return tl.load(table_ptr + at[:, None] * C + cols[None, :], mask=inside, other=0.0).to(
-            tl.float32
-        )
-    ids = tl.load(ids_ptr + rows, mask=rows < N, other=0).to(tl.int64)
-    known = ((ids >= 0) & (ids < size))[:, None]
-    at = ids[:, None] * C + cols[None, :]
-    found = tl.load(table_ptr + at, mask=inside & known, other=0.0).to(tl.float32)
-    return tl.where(known, found, float("nan"))
+    ids = rows.to(tl.int64)
+    known = rows < N
+    if ids_ptr is not None:
+        ids = tl.load(ids_ptr + rows, mask=rows < N, other=0).to(tl.int64)
+        known = (ids >= 0) & (ids < size)
+    inside = ((rows < N) & known)[:, None] & (cols < C)[None, :]
+    found = tl.load(table_ptr + ids[:, None] * C + cols[None, :], mask=inside, other=0.0)
+    return tl.where(known[:, None], found.to(tl.float32), float("nan"))
 
 
 @triton.jit
@@ -49,15 +47,6 @@ def _total(
     if types_ptr is not None:
         z += _gathered(type_ptr, types_ptr, rows, Y, N, C, cols)
     return tl.where((rows < N)[:, None] & (cols < C)[None, :], z, 0.0)
-
-
-@triton.jit
-def _dropped(y, seed_ptr, rows, site, threshold, scale, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    if seed_ptr is None:
-        return y
-    quads = tl.arange(0, BLOCK_C // 4)[None, :]
-    kept = keep(tl.load(seed_ptr), quads, rows[:, None], site, 0, threshold, ROWS, BLOCK_C)
-    return tl.where(kept, y * scale, 0.0)
 
 
 @triton.jit(do_not_specialize=["N", "V", "P", "Y", "site", "threshold"])
@@ -94,10 +83,8 @@ def _embed_fwd_kernel(
         ids_ptr, positions_ptr, types_ptr, word_ptr, position_ptr, type_ptr, rows, V, P, Y, N, C, cols
     )  # fmt: skip
     centred, mean, rstd = moments(z, inside, C, eps)
-    weight = tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
-    y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
-    y = _dropped(y, seed_ptr, rows, site, threshold, scale, ROWS, BLOCK_C)
+    y = centred * rstd[:, None] * load_vector(weight_ptr, cols, C) + load_vector(bias_ptr, cols, C)
+    y = drop_rows(y, seed_ptr, rows, site, threshold, scale, ROWS, BLOCK_C)
     tl.store(y_ptr + rows.to(tl.int64)[:, None] * C + cols[None, :], y, mask=inside)
     tl.store(mean_ptr + rows, mean, mask=rows < N)
     tl.store(rstd_ptr + rows, rstd, mask=rows < N)
@@ -139,20 +126,15 @@ def _embed_bwd_kernel(
         inside = (rows < N)[:, None] & (cols < C)[None, :]
         at = rows.to(tl.int64)[:, None] * C + cols[None, :]
         g = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        g = _dropped(g, seed_ptr, rows, site, threshold, scale, ROWS, BLOCK_C)
+        g = drop_rows(g, seed_ptr, rows, site, threshold, scale, ROWS, BLOCK_C)
         z = _total(
             ids_ptr, positions_ptr, types_ptr, word_ptr, position_ptr, type_ptr, rows, V, P, Y, N, C, cols
         )  # fmt: skip
-        mean = tl.load(mean_ptr + rows, mask=rows < N, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, mask=rows < N, other=0.0)
-        xhat = tl.where(inside, (z - mean[:, None]) * rstd[:, None], 0.0)
+        dz, xhat = row_gradient(g, z, weight_ptr, mean_ptr, rstd_ptr, rows, cols, inside, N, C)
+        tl.store(dz_ptr + at, dz, mask=inside)
         dweight += g * xhat
         dbias += g
-        g *= tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
-        tl.store(dz_ptr + at, norm_backward(g, xhat, rstd, C), mask=inside)
-    at_partial = partial_ptr + program * C + cols
-    tl.store(at_partial, tl.sum(dweight, 0), mask=cols < C)
-    tl.store(at_partial + programs * C, tl.sum(dbias, 0), mask=cols < C)
+    store_sums(partial_ptr, dweight, dbias, cols, C)
 
 
 def unsupported(

@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import _launch, dense, unsupported_dtype, unsupported_width
-from fastbert.kernels._math import moments, norm_backward
+from fastbert.kernels._math import moments
 from fastbert.kernels._reduce import sum_partials
+from fastbert.kernels._rows import load_vector, row_gradient, store_sums
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -35,9 +36,9 @@ def _layer_norm_fwd_kernel(
     centred, mean, rstd = moments(x, inside, C, eps)
     y = centred * rstd[:, None]
     if weight_ptr is not None:
-        y *= tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+        y *= load_vector(weight_ptr, cols, C)
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+        y += load_vector(bias_ptr, cols, C)
     tl.store(y_ptr + at, y, mask=inside)
     tl.store(mean_ptr + rows, mean, mask=rows < N)
     tl.store(rstd_ptr + rows, rstd, mask=rows < N)
@@ -68,18 +69,12 @@ def _layer_norm_bwd_kernel(
         at = rows.to(tl.int64)[:, None] * C + cols[None, :]
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + rows, mask=rows < N, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, mask=rows < N, other=0.0)
-        xhat = tl.where(inside, (x - mean[:, None]) * rstd[:, None], 0.0)
-        if weight_ptr is not None:
-            dweight += g * xhat
-            dbias += g
-            g *= tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
-        tl.store(dx_ptr + at, norm_backward(g, xhat, rstd, C), mask=inside)
+        dx, xhat = row_gradient(g, x, weight_ptr, mean_ptr, rstd_ptr, rows, cols, inside, N, C)
+        tl.store(dx_ptr + at, dx, mask=inside)
+        dweight += g * xhat
+        dbias += g
     if partial_ptr is not None:
-        at_partial = partial_ptr + program * C + cols
-        tl.store(at_partial, tl.sum(dweight, 0), mask=cols < C)
-        tl.store(at_partial + programs * C, tl.sum(dbias, 0), mask=cols < C)
+        store_sums(partial_ptr, dweight, dbias, cols, C)
 
 
 def unsupported(

@@ -48,6 +48,8 @@ def calls(dtype: torch.dtype, full: bool) -> Iterator[Call]:
     yield from _losses(dtype, (2, 1000, 30522, 30528, 50265) if full else (30528,))
     yield from _embeddings(dtype, (384, 768, 1024) if full else (768,))
     yield from _products(dtype, (1, 64, 512, 8192) if full else (8192,), full)
+    if full or dtype == torch.bfloat16:
+        yield from _optional(dtype)
     # AMD's whole-sequence backward goes up to 32 tokens
     lengths = (16, 32, 64, 128, 512) if full else (32, 512)
     for D in (32, 64, 128) if full else (64,):
@@ -70,6 +72,43 @@ def _norms(dtype: torch.dtype, widths: tuple[int, ...], full: bool) -> Iterator[
             backward = partial(fused.backward, x, x, w, mean, mean, p, seed, 3, None)
             yield f"dropout_add_layer_norm fwd {label}", forward
             yield f"dropout_add_layer_norm bwd {label}", backward
+
+
+def _optional(dtype: torch.dtype) -> Iterator[Call]:
+    """What may be absent: dropout, weights, biases, ids, types, numbers of rows, anything saved for backward."""
+    x, w, ids, seed, mean = _meta(_T, 768, dtype=dtype), _stats(768), _ids(_T), _ids(1), _stats(_T)
+    word, position, type_ = _stats(30522, 768), _stats(512, 768), _stats(2, 768)
+    yield "layer_norm fwd plain", partial(layer_norm.forward, x, None, None, 1e-12)
+    yield "layer_norm bwd plain", partial(layer_norm.backward, x, x, None, mean, mean)
+    fused = dropout_add_layer_norm
+    for p, rows in ((0.0, None), (0.1, ids)):
+        label, drop = f"p{p}{' rows' if p else ''}", (p, seed, 3, rows)
+        yield (
+            f"dropout_add_layer_norm fwd {label}",
+            partial(fused.forward, x, x, w, w, 1e-12, *drop, False),
+        )
+        yield (
+            f"dropout_add_layer_norm bwd {label}",
+            partial(fused.backward, x, x, w, mean, mean, *drop),
+        )
+    yield "bias_gelu bwd no bias", partial(bias_gelu.backward, x, x, None, "none")
+    tables = (ids, ids, ids, word, position, type_)
+    ready = (_stats(_T, 768), ids, None, None, position, None)
+    for name, inputs, p in (("p0.0", tables, 0.0), ("ready", ready, 0.1)):
+        forward = partial(embed.forward, *inputs, w, w, 1e-12, p, seed, 0, dtype)
+        yield f"embed fwd {name}", forward
+        backward = partial(embed.backward, x, *inputs, w, mean, mean, p, seed, 0, None, None, True)
+        yield f"embed bwd {name}", backward
+    loss = partial(mlm_loss.forward, x, word, None, ids, None, -100, 8192, False)
+    yield "mlm_loss fwd unsaved", loss
+    few, w1, w2 = _meta(64, 768, dtype=dtype), _stats(3072, 768), _stats(768, 3072)
+    unsaved = partial(feed_forward.forward, few, w1, None, w2, None, "none", False)
+    yield "feed_forward fwd few unsaved", unsaved
+    qkv, cu = _meta(_T, 3, 12, 64, dtype=dtype), _ids(9, dtype=torch.int32)
+    yield (
+        "attention fwd unsaved",
+        partial(attention.forward, qkv, cu, 128, 0.125, 0.0, None, 0, True, False),
+    )
 
 
 def _activations(dtype: torch.dtype, widths: tuple[int, ...], full: bool) -> Iterator[Call]:
