@@ -131,10 +131,12 @@ class Gemm:
 def gemm(M: int, N: int, dtype: torch.dtype, arch: Arch) -> Gemm:
     """Large tiles where there are enough of them to fill the device, small ones for few tokens."""
     exact = precision(dtype, arch)
+    # AMD has 64 KB of shared memory
+    most = 2 if isinstance(arch, str) else 4
     if dtype == torch.float32:
         return Gemm(64, 64, 32, 8, exact, 4, 2)
     if M <= 64:
-        return Gemm(_tile(M, 64), 64, 64, 8, exact, 4, 4)
+        return Gemm(_tile(M, 64), 64, 64, 8, exact, 4, most)
     if M * N <= 1024 * 1024:
-        return Gemm(64, 128, 64, 8, exact, 4, 3)
-    return Gemm(128, 128, 64, 8, exact, 8, 2 if isinstance(arch, str) else 3)
+        return Gemm(64, 128, 64, 8, exact, 4, min(most, 3))
+    return Gemm(128, 128, 64, 8, exact, 8, min(most, 3))
