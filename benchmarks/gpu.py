@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from opbench import cost_of, gate, pair, reference_of
+from works import REAL
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 TESTS = ["tests/ops", "tests/test_triton.py", "tests/test_graphs.py"]
 # small enough for a sanitizer, which slows kernels down a hundredfold
 SANITIZED = "triton and bf16 and (S5 or S33 or T7 or N7 or T13)"
-LENGTHS = (128, 30, 45, 22, 80, 17, 60, 33)
 
 Call = Callable[[], Any]
-Pair = tuple[Call, Callable[[Any], object]]
 
 
 def run(*command: str, **env: str) -> dict[str, Any]:
@@ -121,29 +121,24 @@ def op_cases(device: str, rehearsal: bool) -> Iterator[tuple[str, dict[str, Any]
 
 def ops(device: str, rehearsal: bool, measured: dict[str, float]) -> list[dict[str, Any]]:
     """Every op on Triton, on stock ops, and the eager specification compiled; a wrong kernel is not timed."""
-    import importlib
-
     from fastbert import backend, functional
     from fastbert.testing.timing import interleave_training
 
     rows = []
     for slug, arguments in op_cases(device, rehearsal):
-        op, reference = (
-            getattr(functional, slug),
-            importlib.import_module(f"fastbert.reference.{slug}"),
-        )
-        _agree(slug, op, reference.eager, arguments)
-        competitors: dict[str, Pair] = {}
+        op, reference = getattr(functional, slug), reference_of(slug)
+        cost = cost_of(slug, arguments)
+        with backend.use("triton"):
+            gate(slug, arguments, cost)
+        competitors: dict[str, tuple[Callable, Callable]] = {}
         for name in ("triton", "torch"):
-            competitors[name] = _pair(_forced(backend, name, op), arguments)
+            competitors[name] = pair(_forced(backend, name, op), arguments)
         if not rehearsal:
             compiled = torch.compile(reference.eager, dynamic=False)
-            competitors["compiled eager"] = _pair(compiled, arguments)
+            competitors["compiled eager"] = pair(compiled, arguments)
         for forward, backward in competitors.values():
             backward(forward())
         times = interleave_training(competitors, 0.1 if rehearsal else 3.0)
-        kept = {k: v for k, v in arguments.items() if k not in ("p", "seed")}
-        cost = reference.cost(**kept)
         for direction, moved, flops in (
             ("forward", cost.forward_bytes, cost.forward_flops),
             ("backward", cost.backward_bytes, cost.backward_flops),
@@ -171,28 +166,6 @@ def _forced(backend: Any, name: str, op: Callable[..., Any]) -> Callable[..., An
     return call
 
 
-def _pair(op: Callable[..., Any], arguments: dict[str, Any]) -> Pair:
-    """The forward, with every float input wanting a gradient, and the backward of what it returns."""
-    from fastbert.testing.parity import detached, leaves_of
-
-    leaves = detached(arguments)
-    wanted = [t for _, t in leaves_of(leaves)]
-    return lambda: op(**leaves), lambda y: torch.autograd.grad(y, wanted, torch.ones_like(y))
-
-
-def _agree(slug: str, op: Any, eager: Any, arguments: dict[str, Any]) -> None:
-    """Triton's outputs and gradients within 3 % of stock's, by norm."""
-    from fastbert import backend
-    from fastbert.testing.parity import call
-
-    with backend.use("triton"):
-        ours = call(op, arguments, backward=True)
-    for name, stock in call(eager, arguments, backward=True).items():
-        a, b = ours[name].float(), stock.float()
-        if not float((a - b).norm()) <= 3e-2 * float(b.norm()) + 1e-6:
-            raise AssertionError(f"{slug} {name} is wrong on the triton backend: not timed")
-
-
 def models(device: str, rehearsal: bool) -> list[dict[str, Any]]:
     """Whole steps of BERT-base under bf16 autocast, 41 % real tokens: training, and inference of B = 1 and 8."""
     from fastbert import bert
@@ -203,7 +176,7 @@ def models(device: str, rehearsal: bool) -> list[dict[str, Any]]:
         {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2} if rehearsal else {}
     )
     config = BertConfig(vocab_size=200 if rehearsal else 30522, **sizes)
-    lengths = torch.tensor([9, 4] if rehearsal else LENGTHS, device=device)
+    lengths = torch.tensor([9, 4] if rehearsal else REAL, device=device)
     mask = (torch.arange(int(lengths.max()), device=device) < lengths[:, None]).long()
     ids = torch.randint(config.vocab_size, mask.shape, device=device)
     labels = ids.where((torch.rand(ids.shape, device=device) < 0.15) & (mask == 1), -100)

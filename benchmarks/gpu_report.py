@@ -7,7 +7,6 @@ minimum, counted in Triton's interpreter by a second process. Nothing here is a 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import subprocess
@@ -17,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from opbench import cost_of, pair
 
 from fastbert import backend, functional
 from fastbert.files import write_text
-from fastbert.testing import parity
 from fastbert.testing.machine import machine_info
 from fastbert.testing.samples import Draw
 
@@ -30,8 +29,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # tokens of the calls whose bytes are counted, and the multiprocessors that share them: a ninth of an A100's 108 with a
 # ninth of the tokens, since what programs add to the bytes grows with their number
 TOKENS, MULTIPROCESSORS = 1820, 12
-MATRIX = r"(HMMA|HGMMA|UTC\w*MMA)\b.*|v_mfma_.*"
-WIDE = r"(LDG|STG)\.E\.128.*|(global|buffer)_(load|store)_dwordx4"
 GLOBAL = r"(LDG|STG)\b.*|(global|buffer)_(load|store)_.*"
 SHARED = r"(LDS|STS|LDSM)\b.*|ds_(read|write)_.*"
 
@@ -56,8 +53,8 @@ def compiled(full: bool) -> Iterator[dict[str, Any]]:
                         "spilled": kernel.spilled,
                         "shared": kernel.shared,
                         "occupancy": None if isinstance(arch, str) else kernel.occupancy,
-                        "matrix": kernel.count(MATRIX),
-                        "wide": kernel.count(WIDE),
+                        "matrix": kernel.count(aot.MATRIX),
+                        "wide": kernel.count(aot.WIDE),
                         "global": kernel.count(GLOBAL),
                         "shared_accesses": kernel.count(SHARED),
                         "instructions": sum(kernel.opcodes.values()),
@@ -88,15 +85,12 @@ def traffic(tokens: int) -> list[dict[str, Any]]:
     with mock.patch.object(_launch, "multiprocessors", return_value=MULTIPROCESSORS):
         for name, dtype in DTYPES.items():
             for slug, arguments in cases(dtype, tokens):
-                reference = importlib.import_module(f"fastbert.reference.{slug}")
-                options = ("p", "seed")
-                cost = reference.cost(**{k: v for k, v in arguments.items() if k not in options})
+                cost = cost_of(slug, arguments)
+                forward, backward = pair(getattr(functional, slug), arguments)
                 with backend.use("triton"), counted() as launches:
-                    leaves = parity.detached(arguments)
-                    y = getattr(functional, slug)(**leaves)
+                    y = forward()
                     split = len(launches)
-                    wanted = [t for _, t in parity.leaves_of(leaves)]
-                    torch.autograd.grad(y, wanted, torch.randn_like(y))
+                    backward(y)
                 for direction, part, least in (
                     ("forward", launches[:split], cost.forward_bytes),
                     ("backward", launches[split:], cost.backward_bytes),

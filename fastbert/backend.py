@@ -71,7 +71,7 @@ _DEVICES = {
 _forced: str | None = None
 _debug = False
 # by device, what fastbert.tune() found
-tuned_tables: dict[torch.device, Any] = {**tuned.stored()}
+tuned_tables: dict[torch.device, Any] = tuned.stored()
 
 
 class Unsupported(RuntimeError):
@@ -159,7 +159,7 @@ def choose(slug: str, device: torch.device, *args: Any) -> str:
     kind = device.type
     known = _CANDIDATES.get(kind)
     candidates = known[slug] if known else _candidates(slug, kind)
-    if (best := _tuned(slug, device, args)) is not None:
+    if tuned_tables and (best := _tuned(slug, device, args)) is not None:
         # the sort is stable: what can't run the call is passed over
         candidates = tuple(sorted(candidates, key=lambda c: c[0] != best))
     for name, unsupported in candidates:

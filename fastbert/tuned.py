@@ -73,11 +73,12 @@ def _read() -> dict[str, Any]:
         return {}
 
 
+def _class(entry: dict[str, Any]) -> Key:
+    return entry["op"], getattr(torch, entry["dtype"]), entry["few_rows"], tuple(entry["sizes"])
+
+
 def _table(entries: list[dict[str, Any]]) -> Table:
-    return {
-        (e["op"], getattr(torch, e["dtype"]), e["few_rows"], tuple(e["sizes"])): e["backend"]
-        for e in entries
-    }
+    return {_class(e): e["backend"] for e in entries}
 
 
 def stored() -> dict[torch.device, Table]:
@@ -95,7 +96,7 @@ def store(
 ) -> Table:
     """Write the winners among {class: {backend: seconds}} beside older entries, and use them from now on."""
     known = _read()
-    entries = {_identity(e): e for e in known.get(device_name(device), {}).get("entries", [])}
+    entries = {_class(e): e for e in known.get(device_name(device), {}).get("entries", [])}
     for (slug, dtype, few, sizes), seconds in results.items():
         winner = min(seconds, key=lambda name: seconds[name])
         entry = {
@@ -106,7 +107,7 @@ def store(
             "backend": winner,
             "microseconds": {name: round(1e6 * s, 2) for name, s in seconds.items()},
         }
-        entries[_identity(entry)] = entry
+        entries[(slug, dtype, few, sizes)] = entry
     known[device_name(device)] = {**facts, "entries": list(entries.values())}
     path().parent.mkdir(parents=True, exist_ok=True)
     write_text(path(), json.dumps(known, indent=1) + "\n")
@@ -121,7 +122,3 @@ def winners(tables: dict[torch.device, Any], kind: str) -> dict[str, str]:
         if device.type == kind
         for (slug, dtype, few, sizes), name in sorted(table.items(), key=str)
     }
-
-
-def _identity(entry: dict[str, Any]) -> tuple[Any, ...]:
-    return entry["op"], entry["dtype"], entry["few_rows"], tuple(entry["sizes"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastbert.kernels._math import dot, keep
+from fastbert.kernels._math import keep
 
 # arguments that change from call to call, which no kernel is compiled anew for
 VARYING = ["T", "B", "BLOCKS", "site", "threshold"]
@@ -99,7 +99,10 @@ def attend(
     """The running maximum, sum of powers and weighted sum of values with one more tile of keys."""
     m, total, acc = state
     j = j0 + tl.arange(0, BLOCK_N)
-    s = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION) * scale
+    s = (
+        tl.dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), input_precision=PRECISION)
+        * scale
+    )
     s = tl.where(seen(i, j, length, CAUSAL), s, -float("inf"))
     top = tl.max(s, 1)
     if not FIRST:
@@ -111,7 +114,7 @@ def attend(
     total += tl.sum(weights, 1)
     if drop is not None:
         weights = tl.where(kept(drop, i, j0, BLOCK_M, BLOCK_N), weights, 0.0)
-    return top, total, dot(weights.to(v.dtype), v, acc, PRECISION)
+    return top, total, tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -136,10 +139,10 @@ def weights_and_ds(
     """P M and dS = P (M dO V^T - delta), (BLOCK_M, BLOCK_N) in q's dtype, with M dropout's factor."""
     j = j0 + tl.arange(0, BLOCK_N)
     none = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    s = dot(q, tl.trans(k), none, PRECISION) * scale
+    s = tl.dot(q, tl.trans(k), none, input_precision=PRECISION) * scale
     inside = seen(i, j, length, CAUSAL) & (i < length)[:, None]
     p = tl.exp2(tl.where(inside, s - lse[:, None], -float("inf")))
-    dp = dot(do, tl.trans(v), none, PRECISION)
+    dp = tl.dot(do, tl.trans(v), none, input_precision=PRECISION)
     dropped = p
     if drop is not None:
         keeps = kept(drop, i, j0, BLOCK_M, BLOCK_N)

@@ -13,7 +13,7 @@ from fastbert.kernels._attend import (
     weights_and_ds,
     zero_tail,
 )
-from fastbert.kernels._math import LOG2E, dot
+from fastbert.kernels._math import LOG2E
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -105,9 +105,9 @@ def _attention_bwd_kernel(
             BLOCK_M,
             BLOCK_N,
         )
-        dv = dot(tl.trans(dropped), do, dv, PRECISION)
-        dk = dot(tl.trans(ds), q, dk, PRECISION)
-        dq = dot(ds, k, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PRECISION)
+        dv = tl.dot(tl.trans(dropped), do, dv, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
+        dq = tl.dot(ds, k, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), input_precision=PRECISION)
         store_tile(dqkv_ptr, dq * scale, i, 3 * H * D, length, D, BLOCK_D)
     store_tile(dqkv_ptr + H * D, dk * scale, j, 3 * H * D, length, D, BLOCK_D)
     store_tile(dqkv_ptr + 2 * H * D, dv, j, 3 * H * D, length, D, BLOCK_D)
@@ -190,8 +190,8 @@ def _attention_bwd_dkdv_kernel(
             BLOCK_M,
             BLOCK_N,
         )
-        dv = dot(tl.trans(dropped), do, dv, PRECISION)
-        dk = dot(tl.trans(ds), q, dk, PRECISION)
+        dv = tl.dot(tl.trans(dropped), do, dv, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
     store_tile(dqkv_ptr + H * D, dk * scale, j, 3 * H * D, length, D, BLOCK_D)
     store_tile(dqkv_ptr + 2 * H * D, dv, j, 3 * H * D, length, D, BLOCK_D)
 
@@ -267,5 +267,5 @@ def _attention_bwd_dq_kernel(
             BLOCK_M,
             BLOCK_N,
         )
-        dq = dot(ds, k, dq, PRECISION)
+        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
     store_tile(dqkv_ptr, dq * scale, i, 3 * H * D, length, D, BLOCK_D)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import _launch, _tiles, dense
-from fastbert.kernels._math import dot, gelu
+from fastbert.kernels._math import gelu_and_derivative
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def _linear_fwd_kernel(
             left = (k0 + k < K)[None, :]
             x = tl.load(x_at + k0, mask=(m < M)[:, None] & left, other=0.0)
             w = tl.load(w_at + k0, mask=(n < PIECE)[:, None] & left, other=0.0)
-            acc = dot(x, tl.trans(w.to(x.dtype)), acc, PRECISION)
+            acc = tl.dot(x, tl.trans(w.to(x.dtype)), acc, input_precision=PRECISION)
         if b0_ptr is not None:
             acc += tl.load(b_ptr + n, mask=n < PIECE, other=0.0).to(tl.float32)[None, :]
         at = m.to(tl.int64)[:, None] * N + (n0 + tl.arange(0, BLOCK_N))[None, :]
@@ -77,7 +77,8 @@ def _linear_fwd_kernel(
         if y_ptr is not None:
             tl.store(y_ptr + at, acc, mask=inside)
         if h_ptr is not None:
-            tl.store(h_ptr + at, gelu(acc, TANH), mask=inside)
+            h, _ = gelu_and_derivative(acc, TANH)
+            tl.store(h_ptr + at, h, mask=inside)
 
 
 def project(

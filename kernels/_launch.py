@@ -30,12 +30,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Tiles:
-    """BLOCK_M x BLOCK_N elements, or a product of such tiles with BLOCK_K in between."""
+    """BLOCK_M x BLOCK_N elements."""
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
-    num_stages: int = 1
     enable_fp_fusion: bool = True
 
 

@@ -15,23 +15,6 @@ CUBIC = tl.constexpr(0.044715)
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b in fp32."""
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def gelu(u, TANH: tl.constexpr):
-    """u Phi(u), or u sigmoid(2 sqrt(2 / pi) (u + 0.044715 u^3)), which is the tanh form."""
-    if TANH:
-        z = TWICE_SQRT_2_PI * (u + CUBIC * u * u * u)
-        cdf = 1.0 / (1.0 + tl.exp(0.0 - z))
-    else:
-        cdf = 0.5 + 0.5 * tl.erf(u * RSQRT_2)
-    return u * cdf
-
-
-@triton.jit
 def gelu_and_derivative(u, TANH: tl.constexpr):
     """gelu(u) and Phi(u) + u phi(u), or those of the tanh form, with s the sigmoid: s + u s (1 - s) 2 z'(u)."""
     if TANH:

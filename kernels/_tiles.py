@@ -83,34 +83,31 @@ def attention_bwd(
     return Attention(_tile(max_seqlen, 32), keys, block, exact, 4 if keys <= 32 else 8, 1)
 
 
+def _loop(D: int, dtype: torch.dtype, arch: Arch) -> Attention | None:
+    """Tiles of either loop where registers end early, in fp32 and on AMD; None elsewhere."""
+    block, exact = head_block(D), precision(dtype, arch)
+    wide = block > 64
+    if dtype == torch.float32:
+        return Attention(16, 16 if wide else 32, block, exact, 8 if wide else 4, 1)
+    if isinstance(arch, str):
+        return Attention(32, 32, block, exact, 8 if wide else 4, 1)
+    return None
+
+
 @functools.cache
 def attention_bwd_dkdv(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> Attention:
     """BLOCK_N keys stay, queries pass by."""
-    block, exact = head_block(D), precision(dtype, arch)
-    if dtype == torch.float32:
-        return (
-            Attention(16, 16, block, exact, 8, 1)
-            if block > 64
-            else Attention(16, 32, block, exact, 4, 1)
-        )
-    if isinstance(arch, str):
-        return Attention(32, 32, block, exact, 8 if block > 64 else 4, 1)
-    return Attention(32 if block > 64 or arch == 100 else 64, 64, block, exact, 8, 1)
+    block = head_block(D)
+    rows = 32 if block > 64 or arch == 100 else 64
+    return _loop(D, dtype, arch) or Attention(rows, 64, block, "ieee", 8, 1)
 
 
 @functools.cache
 def attention_bwd_dq(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> Attention:
     """BLOCK_M queries stay, keys pass by."""
-    block, exact = head_block(D), precision(dtype, arch)
-    if dtype == torch.float32:
-        return (
-            Attention(16, 16, block, exact, 8, 1)
-            if block > 64
-            else Attention(16, 32, block, exact, 4, 1)
-        )
-    if isinstance(arch, str):
-        return Attention(32, 32, block, exact, 8 if block > 64 else 4, 1)
-    return Attention(64, 32, block, exact, 8 if block > 64 else 4, 2)
+    block = head_block(D)
+    warps = 8 if block > 64 else 4
+    return _loop(D, dtype, arch) or Attention(64, 32, block, "ieee", warps, 2)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import _launch, dense, unsupported_dtype
-from fastbert.kernels._math import gelu, gelu_and_derivative
+from fastbert.kernels._math import gelu_and_derivative
 from fastbert.kernels._reduce import sum_partials
 
 
@@ -30,7 +30,8 @@ def _bias_gelu_fwd_kernel(
     u = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         u += tl.load(bias_ptr + cols, mask=cols < F, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + at, gelu(u, TANH), mask=inside)
+    y, _ = gelu_and_derivative(u, TANH)
+    tl.store(y_ptr + at, y, mask=inside)
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -46,9 +46,6 @@ KERNELS = {
 # kernels whose time is memory's, and accesses of less than 4 bytes a lane on NVIDIA
 MEMORY = r"_(layer_norm|dropout_add_layer_norm|bias_gelu|embed|cross_entropy)_(fwd|bwd)_kernel"
 NARROW = r"(LDG|STG)\.E\.[US](8|16)\b.*"
-WIDE = r"(LDG|STG)\.E\.128.*|(global|buffer)_(load|store)_dwordx4"
-# what multiplies matrices: Ampere's, Hopper's and Blackwell's tensor cores, CDNA's matrix cores
-TENSOR_CORES = r"(HMMA|HGMMA|UTC\w*MMA)\b.*|v_mfma_.*"
 
 
 # tiles of 64 rows and more get the instructions of their generation
@@ -64,10 +61,10 @@ def problems(kernel: aot.Kernel, aligned: bool) -> list[str]:
         found.append(f"{kernel.shared} bytes of shared memory, of {aot.SHARED[kernel.arch]}")
     if re.fullmatch(MATRIX, kernel.name) and kernel.dtype != "fp32":
         large = kernel.constants["BLOCK_M"] >= 64 and kernel.arch in GENERATION
-        if not kernel.count(GENERATION[kernel.arch] if large else TENSOR_CORES):
+        if not kernel.count(GENERATION[kernel.arch] if large else aot.MATRIX):
             found.append("no tensor-core instruction")
     if aligned and re.fullmatch(MEMORY, kernel.name):
-        if not kernel.count(WIDE):
+        if not kernel.count(aot.WIDE):
             found.append("no access of 16 bytes")
         # cross_entropy reads the label's logit alone
         if (narrow := kernel.count(NARROW)) > kernel.name.startswith("_cross_entropy"):

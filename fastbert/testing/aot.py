@@ -29,6 +29,10 @@ ARCHS: tuple[_launch.Arch, ...] = (80, 90, 100, "gfx942")
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448, "gfx942": 65_536}
 # registers of a multiprocessor and of a thread, and threads it holds
 REGISTERS, THREADS = 65_536, 2_048
+# names of instructions: products of matrices on Ampere's, Hopper's and Blackwell's tensor cores and CDNA's matrix
+# cores; accesses of 16 bytes a lane
+MATRIX = r"(HMMA|HGMMA|UTC\w*MMA)\b.*|v_mfma_.*"
+WIDE = r"(LDG|STG)\.E\.128.*|(global|buffer)_(load|store)_dwordx4"
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -48,7 +52,7 @@ class Kernel:
 
     @cached_property
     def opcodes(self) -> dict[str, int]:
-        """How often each instruction stands in the machine code, by its name up to the first dot."""
+        """How often each instruction stands in the machine code, by its whole name."""
         found: dict[str, int] = {}
         pattern = (
             r"^\s+(\w+)"
