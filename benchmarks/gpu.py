@@ -27,6 +27,8 @@ TESTS = ["tests/ops", "tests/test_triton.py", "tests/test_graphs.py"]
 # small enough for a sanitizer, which slows kernels down a hundredfold
 SANITIZED = "triton and bf16 and (S5 or S33 or T7 or N7 or T13)"
 
+PARTS = ("parity", "sanitizer", "ops", "models")
+
 Call = Callable[[], Any]
 
 
@@ -43,8 +45,10 @@ def parity(rehearsal: bool) -> dict[str, Any]:
     tests, picked = TESTS, "triton or graph"
     if rehearsal:
         tests, picked = ["tests/ops/test_layer_norm.py"], "triton and nobias"
-    # -m: those that need a GPU are wanted
-    return run(sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", picked, *tests)
+    # -m: those that need a GPU are wanted; their kernels compile side by side
+    at_once = [] if rehearsal else ["-n", str(min(12, os.cpu_count() or 1))]
+    command = ["-m", "pytest", "-q", "-m", "not slow", *at_once, "-k", picked, *tests]
+    return run(sys.executable, *command)
 
 
 def sanitized() -> list[dict[str, Any]] | str:
@@ -104,6 +108,7 @@ def op_cases(device: str, rehearsal: bool) -> Iterator[tuple[str, dict[str, Any]
             "cu_seqlens": draw.cu_seqlens(*[S] * (T // S)),
         }
         yield "attention", {**packed, "max_seqlen": S, **drop}
+        yield "attention", {**packed, "max_seqlen": S}
     three = [draw.normal(C, C, scale=C**-0.5) for _ in range(3)]
     yield (
         "qkv_proj",
@@ -119,12 +124,12 @@ def op_cases(device: str, rehearsal: bool) -> Iterator[tuple[str, dict[str, Any]
     yield "cross_entropy", {"logits": draw.normal(T // 8, V), "labels": draw.ids(V, T // 8)}
 
 
-def ops(device: str, rehearsal: bool, measured: dict[str, float]) -> list[dict[str, Any]]:
+def ops(device: str, rehearsal: bool) -> dict[str, Any]:
     """Every op on Triton, on stock ops, and the eager specification compiled; a wrong kernel is not timed."""
     from fastbert import backend, functional
     from fastbert.testing.timing import interleave_training
 
-    rows = []
+    rows, measured = [], peaks(device, rehearsal)
     for slug, arguments in op_cases(device, rehearsal):
         op, reference = getattr(functional, slug), reference_of(slug)
         cost = cost_of(slug, arguments)
@@ -133,7 +138,9 @@ def ops(device: str, rehearsal: bool, measured: dict[str, float]) -> list[dict[s
         competitors: dict[str, tuple[Callable, Callable]] = {}
         for name in ("triton", "torch"):
             competitors[name] = pair(_forced(backend, name, op), arguments)
-        if not rehearsal:
+        if slug == "attention":
+            competitors["sdpa"] = pair(_sdpa, arguments)
+        elif not rehearsal:
             compiled = torch.compile(reference.eager, dynamic=False)
             competitors["compiled eager"] = pair(compiled, arguments)
         for forward, backward in competitors.values():
@@ -148,6 +155,9 @@ def ops(device: str, rehearsal: bool, measured: dict[str, float]) -> list[dict[s
             rows.append(
                 {
                     "op": slug,
+                    "options": {
+                        k: v for k, v in arguments.items() if k in ("max_seqlen", "p") and v
+                    },
                     "direction": direction,
                     "microseconds": {n: 1e6 * t.median for n, t in seconds.items()},
                     "p20_p80": {n: [1e6 * t.p20, 1e6 * t.p80] for n, t in seconds.items()},
@@ -155,7 +165,15 @@ def ops(device: str, rehearsal: bool, measured: dict[str, float]) -> list[dict[s
                     "percent_of_matrix_peak": 100 * flops / ours / 1e12 / measured["bf16_tflops"],
                 }
             )
-    return rows
+            print(rows[-1], flush=True)
+    return {"peaks": measured, "rows": rows}
+
+
+def _sdpa(qkv: Any, max_seqlen: int, p: float = 0.0, **rest: Any) -> Any:
+    """What a user of stock torch calls, for sequences that are all of one length."""
+    q, k, v = qkv.unflatten(0, (-1, max_seqlen)).permute(2, 0, 3, 1, 4)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=p)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def _forced(backend: Any, name: str, op: Callable[..., Any]) -> Callable[..., Any]:
@@ -166,8 +184,21 @@ def _forced(backend: Any, name: str, op: Callable[..., Any]) -> Callable[..., An
     return call
 
 
+def works(rehearsal: bool) -> Iterator[tuple[str, list[int], bool]]:
+    """(name, lengths of the sentences, training?): 41 % of the tokens real, or none padded."""
+    if rehearsal:
+        yield from (("training step", [9, 4], True), ("inference B=1", [9], False))
+        return
+    yield "training step B=8, 41 % real", REAL, True
+    yield "training step B=256, 41 % real", REAL * 32, True
+    yield "training step B=64, S=512, full", [512] * 64, True
+    yield "inference B=1, S=128", [128], False
+    yield "inference B=8, 41 % real", REAL, False
+    yield "inference B=256, 41 % real", REAL * 32, False
+
+
 def models(device: str, rehearsal: bool) -> list[dict[str, Any]]:
-    """Whole steps of BERT-base under bf16 autocast, 41 % real tokens: training, and inference of B = 1 and 8."""
+    """Whole steps of BERT-base under bf16 autocast: pretraining with dropout, and the encoder's inference."""
     from fastbert import bert
     from fastbert.config import BertConfig
     from fastbert.nn import InferenceRunner
@@ -176,46 +207,52 @@ def models(device: str, rehearsal: bool) -> list[dict[str, Any]]:
         {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2} if rehearsal else {}
     )
     config = BertConfig(vocab_size=200 if rehearsal else 30522, **sizes)
-    lengths = torch.tensor([9, 4] if rehearsal else REAL, device=device)
-    mask = (torch.arange(int(lengths.max()), device=device) < lengths[:, None]).long()
-    ids = torch.randint(config.vocab_size, mask.shape, device=device)
+    ours = bert.BertForPreTraining(config).to(device)
+    stock = _stock(config, device)
+    rows = []
+    for name, given, training in works(rehearsal):
+        batch = _batch(given, config.vocab_size, device)
+        calls = {
+            n: _call(m, batch, training, device) for n, m in {"fastbert": ours, **stock}.items()
+        }
+        if not training and len(given) == 1:
+            runner = InferenceRunner(ours.bert)
+            calls["fastbert, graph"] = _call(runner, batch, False, device)
+        rows.append(_timed(name, calls, rehearsal))
+        print(name, {n: round(t[0], 3) for n, t in rows[-1]["milliseconds"].items()}, flush=True)
+    return rows
+
+
+def _batch(lengths: list[int], vocab: int, device: str) -> dict[str, Any]:
+    """A pretraining batch of random ids, 15 % of the real ones labelled."""
+    size = torch.tensor(lengths, device=device)
+    mask = (torch.arange(max(lengths), device=device) < size[:, None]).long()
+    ids = torch.randint(vocab, mask.shape, device=device)
     labels = ids.where((torch.rand(ids.shape, device=device) < 0.15) & (mask == 1), -100)
-    ours, stock = bert.BertForPreTraining(config).to(device), _stock(config, device)
-    encoder = bert.BertModel(config).to(device).eval()
-    batch = {"input_ids": ids, "attention_mask": mask}
-    training = {**batch, "labels": labels, "next_sentence_label": torch.zeros_like(lengths)}
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return {**inputs, "labels": labels, "next_sentence_label": torch.zeros_like(size)}
+
+
+def _call(model: Any, batch: dict[str, Any], training: bool, device: str) -> Call:
+    """One training step without the optimiser's, or one inference of the encoder."""
     low = torch.autocast(device, torch.bfloat16)
 
-    def step(model: Any) -> Call:
-        def call() -> None:
-            model.zero_grad()
-            with low:
-                loss = model(**training).loss
-            loss.backward()
+    def step() -> None:
+        model.train().zero_grad()
+        with low:
+            loss = model(**batch).loss
+        loss.backward()
 
-        return call
+    def infer() -> None:
+        with torch.no_grad(), low:
+            encoder(batch["input_ids"], batch["attention_mask"])
 
-    def infer(call: Callable[..., Any], **inputs: Any) -> Call:
-        def wrapped() -> None:
-            with torch.no_grad(), low:
-                call(**inputs)
-
-        return wrapped
-
-    one = {"input_ids": ids[:1], "attention_mask": torch.ones_like(mask[:1])}
-    works: dict[str, dict[str, Call]] = {
-        "training step": {"fastbert": step(ours), **{n: step(m) for n, m in stock.items()}},
-        "inference B=1": {
-            "fastbert": infer(encoder, **one),
-            "fastbert, graph": infer(InferenceRunner(encoder), **one),
-            **{n: infer(m.bert, **one) for n, m in stock.items()},
-        },
-        "inference B=8": {
-            "fastbert": infer(encoder, **batch),
-            **{n: infer(m.bert, **batch) for n, m in stock.items()},
-        },
-    }
-    return [_timed(name, calls, rehearsal) for name, calls in works.items()]
+    if training:
+        return step
+    encoder = getattr(model, "bert", model)
+    if isinstance(encoder, torch.nn.Module):
+        encoder.eval()
+    return infer
 
 
 def _timed(name: str, calls: dict[str, Call], rehearsal: bool) -> dict[str, Any]:
@@ -240,7 +277,9 @@ def _stock(config: Any, device: str) -> dict[str, Any]:
     if device == "cuda":
         compiled = transformers.BertForPreTraining._from_config(same, attn_implementation="sdpa")
         compiled = compiled.to(device)
-        compiled.compile()
+        # a Module compiles only its own call, and inference calls the encoder within
+        for module in (compiled, compiled.bert):
+            module.compile(dynamic=False)
         found["compiled"] = compiled
     return found
 
@@ -250,6 +289,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="what to do: everything"
+    )
     options = parser.parse_args()
     if options.rehearse and os.environ.get("TRITON_INTERPRET") != "1":
         # Triton reads it when it is imported
@@ -279,17 +321,16 @@ def main() -> None:
     parts: dict[str, Callable[[], Any]] = {
         "parity": lambda: parity(options.rehearse),
         "sanitizer": sanitized,
-        "peaks": lambda: peaks(device, options.rehearse),
-        "ops": lambda: ops(device, options.rehearse, report["peaks"]),
+        "ops": lambda: ops(device, options.rehearse),
         "models": lambda: models(device, options.rehearse),
     }
     with forced:
-        for name, part in parts.items():
+        for name in options.parts:
             print(f"{name} ...", flush=True)
-            report[name] = part()
+            report[name] = parts[name]()
             write_text(options.out, json.dumps(report, indent=1) + "\n")
     print(f"written to {options.out}")
-    if report["parity"]["code"]:
+    if report.get("parity", {}).get("code"):
         print(report["parity"]["tail"])
         sys.exit("parity tests failed: the figures above are of wrong kernels")
 
