@@ -63,15 +63,6 @@ def zero_tail(
 
 
 @triton.jit
-def seen(i, j, length, CAUSAL: tl.constexpr):
-    """Which keys j a query i may look at, (len(i), len(j))."""
-    inside = (j < length)[None, :]
-    if CAUSAL:
-        inside = inside & (j[None, :] <= i[:, None])
-    return inside
-
-
-@triton.jit
 def kept(drop, i, j0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which weights of queries i and the BLOCK_N keys from j0, a multiple of 4, dropout keeps."""
     seed, bh, site, threshold = drop
@@ -80,37 +71,51 @@ def kept(drop, i, j0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def hide(s, i, j, length, MASKED: tl.constexpr, CAUSAL: tl.constexpr):
+    """Scores s (len(i), len(j)), -inf past the last key and, with CAUSAL, where key j comes after query i."""
+    if MASKED:
+        s = tl.where((j < length)[None, :], s, -float("inf"))
+        if CAUSAL:
+            s = tl.where(j[None, :] <= i[:, None], s, -float("inf"))
+    return s
+
+
+@triton.jit
 def attend(
     q,  # (BLOCK_M, BLOCK_D)
-    k,  # (BLOCK_N, BLOCK_D)
-    v,  # (BLOCK_N, BLOCK_D)
+    qkv_ptr,  # this sequence and head
     i,  # (BLOCK_M,)
     j0,  # the first key's number
     length,
     state,  # m, total (BLOCK_M,), acc (BLOCK_M, BLOCK_D)
-    scale,  # in base 2
+    scale,  # in base 2, positive
     drop,
+    MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
     FIRST: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """The running maximum, sum of powers and weighted sum of values with one more tile of keys."""
     m, total, acc = state
     j = j0 + tl.arange(0, BLOCK_N)
-    s = (
-        tl.dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), input_precision=PRECISION)
-        * scale
+    k = load_tile(qkv_ptr + H * D, j, 3 * H * D, length, D, BLOCK_D)
+    v = load_tile(qkv_ptr + 2 * H * D, j, 3 * H * D, length, D, BLOCK_D)
+    s = tl.dot(
+        q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), input_precision=PRECISION
     )
-    s = tl.where(seen(i, j, length, CAUSAL), s, -float("inf"))
-    top = tl.max(s, 1)
+    s = hide(s, i, j, length, MASKED, CAUSAL)
+    top = tl.max(s, 1) * scale
     if not FIRST:
         top = tl.maximum(m, top)
         rescale = tl.exp2(m - top)
         total *= rescale
         acc *= rescale[:, None]
-    weights = tl.exp2(s - top[:, None])
+    weights = tl.exp2(s * scale - top[:, None])
     total += tl.sum(weights, 1)
     if drop is not None:
         weights = tl.where(kept(drop, i, j0, BLOCK_M, BLOCK_N), weights, 0.0)
@@ -124,29 +129,34 @@ def weights_and_ds(
     k,  # (BLOCK_N, BLOCK_D)
     v,  # (BLOCK_N, BLOCK_D)
     lse,  # (BLOCK_M,) in base 2
-    delta,  # (BLOCK_M,)
+    delta,  # (BLOCK_M,), or None where these are all keys
     i,
     j0,
     length,
     scale,  # in base 2
     drop,
     keep_scale,
+    MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """P M and dS = P (M dO V^T - delta), (BLOCK_M, BLOCK_N) in q's dtype, with M dropout's factor."""
-    j = j0 + tl.arange(0, BLOCK_N)
+    """P M and dS = P (M dO V^T - delta), (BLOCK_M, BLOCK_N) in q's dtype, with M dropout's factor.
+
+    Rows past the last query come out as zeros times something finite if q, dO, lse and delta are zeros there.
+    """
     none = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    s = tl.dot(q, tl.trans(k), none, input_precision=PRECISION) * scale
-    inside = seen(i, j, length, CAUSAL) & (i < length)[:, None]
-    p = tl.exp2(tl.where(inside, s - lse[:, None], -float("inf")))
+    s = tl.dot(q, tl.trans(k), none, input_precision=PRECISION)
+    s = hide(s, i, j0 + tl.arange(0, BLOCK_N), length, MASKED, CAUSAL)
+    p = tl.exp2(s * scale - lse[:, None])
     dp = tl.dot(do, tl.trans(v), none, input_precision=PRECISION)
     dropped = p
     if drop is not None:
         keeps = kept(drop, i, j0, BLOCK_M, BLOCK_N)
         dropped = tl.where(keeps, p * keep_scale, 0.0)
         dp = tl.where(keeps, dp * keep_scale, 0.0)
+    if delta is None:
+        delta = tl.sum(p * dp, 1)
     ds = p * (dp - delta[:, None])
     return dropped.to(q.dtype), ds.to(q.dtype)

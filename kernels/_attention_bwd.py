@@ -15,6 +15,9 @@ from fastbert.kernels._attend import (
 )
 from fastbert.kernels._math import LOG2E
 
+# keys of the smallest tile that a sequence gets where longer ones are allowed for
+SMALLEST = tl.constexpr(32)
+
 
 @triton.jit(do_not_specialize=["N"])
 def _attention_bwd_delta_kernel(
@@ -36,11 +39,66 @@ def _attention_bwd_delta_kernel(
     tl.store(delta_ptr + at, tl.sum(do * o, 1), mask=i < N)
 
 
+@triton.jit
+def _whole(
+    dout_ptr,  # these four: this sequence and head
+    qkv_ptr,
+    lse_ptr,
+    dqkv_ptr,
+    length,
+    scale,
+    drop,
+    keep_scale,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """At most BLOCK_N tokens: dV += (P M)^T dO and dK += dS^T Q stay here, each block of dQ = dS K leaves complete."""
+    j = tl.arange(0, BLOCK_N)
+    k = load_tile(qkv_ptr + H * D, j, 3 * H * D, length, D, BLOCK_D)
+    v = load_tile(qkv_ptr + 2 * H * D, j, 3 * H * D, length, D, BLOCK_D)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for i0 in range(0, length, BLOCK_M):
+        i = i0 + tl.arange(0, BLOCK_M)
+        q = load_tile(qkv_ptr, i, 3 * H * D, length, D, BLOCK_D)
+        do = load_tile(dout_ptr, i, H * D, length, D, BLOCK_D)
+        lse = tl.load(lse_ptr + i, mask=i < length, other=0.0) * LOG2E
+        dropped, ds = weights_and_ds(
+            q,
+            do,
+            k,
+            v,
+            lse,
+            None,
+            i,
+            0,
+            length,
+            scale * LOG2E,
+            drop,
+            keep_scale,
+            True,
+            CAUSAL,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_N,
+        )
+        dv = tl.dot(tl.trans(dropped), do, dv, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
+        dq = tl.dot(ds, k, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), input_precision=PRECISION)
+        store_tile(dqkv_ptr, dq * scale, i, 3 * H * D, length, D, BLOCK_D)
+    store_tile(dqkv_ptr + H * D, dk * scale, j, 3 * H * D, length, D, BLOCK_D)
+    store_tile(dqkv_ptr + 2 * H * D, dv, j, 3 * H * D, length, D, BLOCK_D)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def _attention_bwd_kernel(
     dout_ptr,  # (T, H, D)
     qkv_ptr,  # (T, 3, H, D)
-    out_ptr,  # (T, H, D)
     lse_ptr,  # (H, T)
     cu_ptr,  # (B + 1,)
     dqkv_ptr,  # (T, 3, H, D)
@@ -59,7 +117,7 @@ def _attention_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # a whole sequence of at most BLOCK_N tokens: dV += (P M)^T dO, dK += dS^T Q stay here, dQ = dS K leaves complete
+    # a whole sequence of at most BLOCK_N tokens, in the smallest tile of keys that holds it
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
     start, length = span(cu_ptr, b, B, T)
     row = start.to(tl.int64)
@@ -70,47 +128,33 @@ def _attention_bwd_kernel(
         return
     qkv_ptr += row * (3 * H * D) + h * D
     dout_ptr += row * (H * D) + h * D
-    out_ptr += row * (H * D) + h * D
     lse_ptr += h.to(tl.int64) * T + row
     drop = None
     if seed_ptr is not None:
         drop = (tl.load(seed_ptr), tl.program_id(0), site, threshold)
-    j = tl.arange(0, BLOCK_N)
-    k = load_tile(qkv_ptr + H * D, j, 3 * H * D, length, D, BLOCK_D)
-    v = load_tile(qkv_ptr + 2 * H * D, j, 3 * H * D, length, D, BLOCK_D)
-    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for i0 in range(0, length, BLOCK_M):
-        i = i0 + tl.arange(0, BLOCK_M)
-        q = load_tile(qkv_ptr, i, 3 * H * D, length, D, BLOCK_D)
-        do = load_tile(dout_ptr, i, H * D, length, D, BLOCK_D)
-        o = load_tile(out_ptr, i, H * D, length, D, BLOCK_D)
-        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-        lse = tl.load(lse_ptr + i, mask=i < length, other=0.0) * LOG2E
-        dropped, ds = weights_and_ds(
-            q,
-            do,
-            k,
-            v,
-            lse,
-            delta,
-            i,
-            0,
-            length,
-            scale * LOG2E,
-            drop,
-            keep_scale,
-            CAUSAL,
-            PRECISION,
-            BLOCK_M,
-            BLOCK_N,
-        )
-        dv = tl.dot(tl.trans(dropped), do, dv, input_precision=PRECISION)
-        dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
-        dq = tl.dot(ds, k, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), input_precision=PRECISION)
-        store_tile(dqkv_ptr, dq * scale, i, 3 * H * D, length, D, BLOCK_D)
-    store_tile(dqkv_ptr + H * D, dk * scale, j, 3 * H * D, length, D, BLOCK_D)
-    store_tile(dqkv_ptr + 2 * H * D, dv, j, 3 * H * D, length, D, BLOCK_D)
+    for halvings in tl.static_range(3):
+        if BLOCK_N >> halvings >= SMALLEST or halvings == 0:
+            # the last of them takes what is left
+            more = halvings < 2 and BLOCK_N >> halvings >= 2 * SMALLEST
+            least = BLOCK_N >> halvings + 1 if more else -1
+            if (length <= BLOCK_N >> halvings) & (length > least):
+                _whole(
+                    dout_ptr,
+                    qkv_ptr,
+                    lse_ptr,
+                    dqkv_ptr,
+                    length,
+                    scale,
+                    drop,
+                    keep_scale,
+                    H,
+                    D,
+                    CAUSAL,
+                    PRECISION,
+                    BLOCK_M,
+                    BLOCK_N >> halvings,
+                    BLOCK_D,
+                )
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -185,6 +229,7 @@ def _attention_bwd_dkdv_kernel(
             scale * LOG2E,
             drop,
             keep_scale,
+            CAUSAL,
             CAUSAL,
             PRECISION,
             BLOCK_M,
@@ -262,6 +307,7 @@ def _attention_bwd_dq_kernel(
             scale * LOG2E,
             drop,
             keep_scale,
+            True,
             CAUSAL,
             PRECISION,
             BLOCK_M,

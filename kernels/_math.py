@@ -28,12 +28,34 @@ def gelu_and_derivative(u, TANH: tl.constexpr):
 
 
 @triton.jit
+def _wide(a: tl.constexpr, c):
+    """Both halves of a 32 x 32-bit product in one instruction, where tl.umulhi and a product take two."""
+    product = c.to(tl.uint64) * a
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@triton.jit
+def philox(seed, c0, c1, c2, c3):
+    """Philox4x32-10 of uint32 counters that broadcast against each other, the key an int64."""
+    k0, k1 = seed.to(tl.uint32), (seed.to(tl.uint64) >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        high0, low0 = _wide(0xD2511F53, c0)
+        high1, low1 = _wide(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
 def keep(seed, c0, c1, c2, c3, threshold, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Which elements of a tile (ROWS, COLS) dropout keeps; fastbert/reference/philox.py defines the counter c0 to c3.
 
     c0 (1, COLS / 4) numbers the quads of columns, c1 (ROWS, 1) the rows; one Philox call serves four elements.
     """
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
+    zero = tl.zeros((1, 1), tl.uint32)
+    c2, c3 = (zero + c2).to(tl.uint32), (zero + c3).to(tl.uint32)
+    w0, w1, w2, w3 = philox(seed, c0.to(tl.uint32), c1.to(tl.uint32), c2, c3)
     least = threshold.to(tl.uint32)
     even = tl.join(w0 >= least, w2 >= least)
     odd = tl.join(w1 >= least, w3 >= least)

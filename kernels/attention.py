@@ -71,31 +71,54 @@ def _attention_fwd_kernel(
     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    stop = length
+    # first the tiles that every query of this block sees whole, then the others
+    whole, stop = length // BLOCK_N * BLOCK_N, length
     if CAUSAL:
+        whole = block * BLOCK_M // BLOCK_N * BLOCK_N
         stop = tl.minimum(length, (block + 1) * BLOCK_M)
     if ONE:
         # all keys are in one tile: no running maximum
-        stop = 1
-    for j0 in range(0, stop, BLOCK_N):
-        j = j0 + tl.arange(0, BLOCK_N)
-        k = load_tile(qkv_ptr + H * D, j, 3 * H * D, length, D, BLOCK_D)
-        v = load_tile(qkv_ptr + 2 * H * D, j, 3 * H * D, length, D, BLOCK_D)
+        whole, stop = 0, 1
+    else:
+        for j0 in range(0, whole, BLOCK_N):
+            m, total, acc = attend(
+                q,
+                qkv_ptr,
+                i,
+                j0,
+                length,
+                (m, total, acc),
+                scale * LOG2E,
+                drop,
+                False,
+                CAUSAL,
+                PRECISION,
+                ONE,
+                H,
+                D,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+            )
+    for j0 in range(whole, stop, BLOCK_N):
         m, total, acc = attend(
             q,
-            k,
-            v,
+            qkv_ptr,
             i,
             j0,
             length,
             (m, total, acc),
             scale * LOG2E,
             drop,
+            True,
             CAUSAL,
             PRECISION,
             ONE,
+            H,
+            D,
             BLOCK_M,
             BLOCK_N,
+            BLOCK_D,
         )
     store_tile(out_ptr, acc * (keep_scale / total)[:, None], i, H * D, length, D, BLOCK_D)
     if lse_ptr is not None:
@@ -117,6 +140,8 @@ def unsupported(
     """Why this call can't run here, from metadata only; None if it can."""
     if qkv.shape[3] > 128:
         return f"the head size is {qkv.shape[3]} and the triton kernel goes up to 128: use the torch backend"
+    if not scale > 0:
+        return f"the scale is {scale} and the triton kernel wants a positive one: use the torch backend"
     return unsupported_dtype(qkv=qkv) or unsupported_dropout(p)
 
 
@@ -188,7 +213,7 @@ def backward(
     short = _tiles.attention_bwd(max_seqlen, *kind)
     if short is not None:
         _attention_bwd_kernel[(H * (B + 1),)](
-            dout, qkv, out, lse, cu_seqlens, dqkv, seed, T, B, *rest, **constants, **vars(short)
+            dout, qkv, lse, cu_seqlens, dqkv, seed, T, B, *rest, **constants, **vars(short)
         )
         return dqkv
     delta = torch.empty_like(lse)

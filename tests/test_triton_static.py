@@ -41,6 +41,7 @@ KERNELS = {
     "_embed_bwd_segments_kernel",
     "_embed_bwd_crossing_kernel",
     "_linear_fwd_kernel",
+    "_mlm_loss_bwd_scale_kernel",
     "_sum_partials_kernel",
 }
 # kernels whose time is memory's, and accesses of less than 4 bytes a lane on NVIDIA

@@ -59,6 +59,9 @@ def forward(
 
 def _scatter(dz: Tensor, ids: Tensor, table: Tensor, padding_idx: int | None) -> Tensor:
     padding = -1 if padding_idx is None else padding_idx
+    if ids.device.type != "cpu":
+        outside = (ids < 0) | (ids >= table.shape[0])
+        ids, dz = ids.masked_fill(outside, 0), dz.masked_fill(outside[:, None], 0.0)
     return torch.ops.aten.embedding_dense_backward(dz, ids, table.shape[0], padding, False).to(
         table.dtype
     )

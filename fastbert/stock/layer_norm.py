@@ -56,7 +56,8 @@ def backward(
     rstd: Tensor,  # (N,)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (N, C), dweight and dbias (C,), the last in fp32, which are empty where there is no weight."""
-    w, b = _affine(x, weight, None)
+    # the bias has no part in its gradients, but CUDA's kernel takes dbias's shape from it
+    w, b = _affine(x, weight, weight)
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         dy,
         x,

@@ -133,6 +133,8 @@ def _losses(dtype: torch.dtype, sizes: tuple[int, ...]) -> Iterator[Call]:
             f"mlm_loss fwd V{V}",
             partial(mlm_loss.forward, h, w, b, labels, None, -100, 8192, True),
         )
+        inputs = (_stats(), h, w, b, labels, None, row, _meta(_T, -(-V // 8) * 8, dtype=dtype))
+        yield f"mlm_loss bwd V{V}", partial(mlm_loss.backward, *inputs, -100, 8192, [True] * 3)
 
 
 def _embeddings(dtype: torch.dtype, widths: tuple[int, ...]) -> Iterator[Call]:

@@ -290,6 +290,16 @@ def test_budget_allows_nothing_where_stock_fails():
     assert "NaN" in excess(torch.tensor([float("nan"), 1, 1, 1]), ones.double(), ones)
 
 
+def test_budget_of_a_number_that_stock_rounds_by_luck():
+    """Stock's bf16 loss hits the truth by chance: an fp32 loss may be off by a quarter of bf16's spacing, no more."""
+    truth = torch.tensor(3.28125, dtype=torch.float64)
+    lucky, spacing = truth.bfloat16(), 2.0**-6
+    assert excess((truth + 0.24 * spacing).float(), truth, lucky) is None
+    assert "max error" in excess((truth + 0.5 * spacing).float(), truth, lucky)
+    # in one dtype nothing is added
+    assert "max error" in excess((truth + 0.24 * spacing).float(), truth, truth.float())
+
+
 def test_gpu_kernels_start_on_their_tensors_device(monkeypatch):
     """Whatever the current device is; torch's own ops do that by themselves."""
     entered = []
