@@ -19,7 +19,7 @@ from fastbert.stock import linear as library
 from fastbert.stock.linear import cast
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
 def _mlm_loss_bwd_scale_kernel(
     x_ptr,  # (count,)
     scale_ptr,  # (), fp32
@@ -50,7 +50,7 @@ def _padded(V: int) -> int:
 def _operand(h: Tensor, weight: Tensor) -> Tensor:
     """The weight in h's dtype, its rows padded by zeros (padded V, C)."""
     V, C = weight.shape
-    if V == _padded(V):
+    if _padded(V) == V:
         return cast(h, weight, None)[0]
     operand = h.new_empty(_padded(V), C)
     operand[:V].copy_(weight)

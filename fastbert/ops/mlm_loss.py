@@ -116,9 +116,10 @@ def mlm_loss(
     """Cross-entropy of hidden weight^T + bias against labels, computed for the labelled rows only -> fp32 scalar.
 
     `rows` are the labelled rows, each once, if the caller knows them, which saves the host sync of finding them;
-    `compacted` says that hidden and labels hold labelled rows already. reduction: "mean" over the labelled rows, 0 and connected to the
-    graph if there is none, or "sum". Saves hidden, weight, lse and p - onehot of the labelled rows (the last only up
-    to `max_rows` rows, default MAX_ROWS; above it, it is built again by chunks). Under autocast hidden is cast.
+    `compacted` says that hidden and labels hold labelled rows already. reduction: "mean" over the labelled rows, 0 and
+    connected to the graph if there is none, or "sum". Saves hidden, weight, lse and p - onehot of the labelled rows
+    (the last only up to `max_rows` rows, default MAX_ROWS; above it, it is built again by chunks). Under autocast
+    hidden is cast.
     Refuses shapes that don't fit, and on the CPU labels and rows out of range (IndexError). Devlin et al. 2018.
     """
     _check.floating(hidden=hidden, weight=weight, bias=bias)
