@@ -56,15 +56,16 @@ def backward(
     w2: Tensor,
     approximate: str,
     needs: Sequence[bool],  # for x, w1, b1, w2, b2
+    dtype: torch.dtype,  # of dw1 and dw2
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dw1, db1, dw2, db2, empty where not needed; gelu(u) is built again from u."""
     dx = dw1 = db1 = x.new_empty(0)
-    dh, _, db2 = library.backward(dy, u, w2, [any(needs[:3]), False, needs[4]])
+    dh, _, db2 = library.backward(dy, u, w2, [any(needs[:3]), False, needs[4]], dtype)
     if any(needs[:3]):
         sums = torch.float32 if needs[2] else None
         du, h, db1 = bias_gelu.gradients(dh, u, None, approximate, sums, again=needs[3])
-        dx, dw1, _ = library.backward(du, x, w1, [*needs[:2], False])
+        dx, dw1, _ = library.backward(du, x, w1, [*needs[:2], False], dtype)
     else:
         h = bias_gelu.forward(u, None, approximate)
-    _, dw2, _ = library.backward(dy, h, w2, [False, needs[3], False])
+    _, dw2, _ = library.backward(dy, h, w2, [False, needs[3], False], dtype)
     return dx, dw1, db1, dw2, db2

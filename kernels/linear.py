@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fastbert.kernels import _gemm, unsupported_dtype
@@ -36,6 +37,7 @@ def backward(
     x: Tensor,  # (T, K)
     weight: Tensor,  # (N, K)
     needs: Sequence[bool],  # for x, weight, bias
+    dtype: torch.dtype,  # of dweight
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (T, K), dweight (N, K), dbias (N,) fp32; empty where not needed."""
-    return library.backward(dy, x, weight, needs)
+    return library.backward(dy, x, weight, needs, dtype)

@@ -118,7 +118,7 @@ def backward(
     h, V = _picked(hidden, rows), weight.shape[0]
     operand = _operand(h, weight)
     if labels.shape[0] <= max_rows:
-        dh, dweight, dbias = library.backward(dlogits, h, operand, needs)
+        dh, dweight, dbias = library.backward(dlogits, h, operand, needs, h.dtype)
     else:
         dh, dweight, dbias = _chunked(h, operand, V, bias, labels, ignore_index, max_rows, needs)
     dh = _scaled(dh, dloss, dh.dtype)
@@ -144,7 +144,7 @@ def _chunked(
     for part, of in zip(h.split(max_rows), labels.split(max_rows), strict=True):
         logits = part @ operand.t()
         cross_entropy.row_losses(logits, V, bias, of, ignore_index, logits)
-        dpart, dw, db = library.backward(logits, part, operand, needs)
+        dpart, dw, db = library.backward(logits, part, operand, needs, h.dtype)
         parts.append(dpart)
         dweight += dw
         dbias += db

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fastbert.kernels import _gemm, unsupported_dtype
@@ -39,6 +40,7 @@ def backward(
     x: Tensor,  # (T, C)
     weights: Sequence[Tensor],
     needs: Sequence[bool],  # for x, the weights, the biases
+    dtype: torch.dtype,  # of dweight
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (T, C), dweight (3HD, C), dbias (3HD,) fp32; empty where not needed."""
-    return library.backward(dqkv, x, weights, needs)
+    return library.backward(dqkv, x, weights, needs, dtype)

@@ -63,6 +63,7 @@ def backward(
     w2: Tensor,
     approximate: str,
     needs: Sequence[bool],  # for x, w1, b1, w2, b2
+    dtype: torch.dtype,  # of dw1 and dw2
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dw1, db1, dw2, db2, empty where not needed; gelu(u) and its derivative come from one evaluation."""
     T, F = u.shape

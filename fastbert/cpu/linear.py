@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fastbert.cpu import _gemm, fp32, unsupported_dtype
@@ -28,6 +29,7 @@ def backward(
     x: Tensor,  # (T, K)
     weight: Tensor,  # (N, K)
     needs: Sequence[bool],  # for x, weight, bias
+    dtype: torch.dtype,  # of dweight
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (T, K), dweight (N, K), dbias (N,) fp32; empty where not needed."""
     return _gemm.gradients(dy, x, [weight], needs)

@@ -132,6 +132,21 @@ def autocast(x: torch.Tensor) -> torch.Tensor:
     return x.to(dtype) if dtype is not None and x.dtype != torch.float64 else x
 
 
+def shared(x: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The weights, of one dtype, as forward and backward read them: on a GPU one cast to x's dtype serves both.
+
+    Several of one shape lie side by side in it. Native kernels on a CPU take weights as they are.
+    """
+    if not x.is_cuda or weights[0].dtype == x.dtype:
+        return weights
+    if len(weights) == 1:
+        return [weights[0].to(x.dtype)]
+    joined = x.new_empty(len(weights), *weights[0].shape)
+    for part, weight in zip(joined, weights, strict=True):
+        part.copy_(weight)
+    return list(joined)
+
+
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """x (..., C) as contiguous rows (N, C): x itself where it is that already."""
     if not torch.compiler.is_compiling() and x.dim() == 2 and x.is_contiguous():

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import as_rows, autocast, record, register, sums, wants_grad
+from fastbert.ops._register import as_rows, autocast, record, register, shared, sums, wants_grad
 
 
 def _fwd_fake(
@@ -36,10 +36,11 @@ def _bwd_fake(
     w2: Tensor,
     approximate: str,
     needs: Sequence[bool],
+    dtype: torch.dtype,
     *_: Any,
 ) -> Any:
     shapes = (x.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
-    dtypes = (x.dtype, w1.dtype, sums(x), w2.dtype, sums(x))
+    dtypes = (x.dtype, dtype, sums(x), dtype, sums(x))
     return tuple(
         x.new_empty(s, dtype=d) if need else dy.new_empty(0)
         for s, d, need in zip(shapes, dtypes, needs, strict=True)
@@ -55,8 +56,8 @@ _fwd = register(
 _bwd = register(
     "feed_forward",
     "backward",
-    "(Tensor dy, Tensor x, Tensor u, Tensor w1, Tensor w2, str approximate, bool[] needs) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor x, Tensor u, Tensor w1, Tensor w2, str approximate, bool[] needs, "
+    "ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
 )
 
@@ -73,6 +74,8 @@ class _FeedForward(torch.autograd.Function):
         approximate: str,
         backend: str,
     ) -> Tensor:
+        ctx.dtype = w1.dtype
+        (w1,), (w2,) = shared(x, [w1]), shared(x, [w2])
         y, u = _fwd(x, w1, b1, w2, b2, approximate, True, backend)
         ctx.save_for_backward(x, u, w1, w2)
         ctx.approximate, ctx.backend = approximate, backend
@@ -82,7 +85,8 @@ class _FeedForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         needs = list(ctx.needs_input_grad[:5])
-        grads = _bwd(dy.contiguous(), *ctx.saved_tensors, ctx.approximate, needs, ctx.backend)
+        last = (ctx.approximate, needs, ctx.dtype, ctx.backend)
+        grads = _bwd(dy.contiguous(), *ctx.saved_tensors, *last)
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
@@ -96,8 +100,8 @@ def feed_forward(
 ) -> Tensor:
     """gelu(x w1^T + b1) w2^T + b2 -> (..., C) in x's dtype, or autocast's.
 
-    Saves x and the pre-activation (T, F) for backward, which builds gelu again. Refuses shapes that don't fit, integer
-    tensors. Vaswani et al. 2017, section 3.3.
+    Saves x, the pre-activation (T, F) and the weights, on a GPU in x's dtype, for backward, which builds gelu again.
+    Refuses shapes that don't fit, integer tensors. Vaswani et al. 2017, section 3.3.
     """
     _check.floating(x=x, w1=w1, b1=b1, w2=w2, b2=b2)
     _check.has_rows(x)

@@ -11,16 +11,18 @@ from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import as_rows, autocast, record, register, sums, wants_grad
+from fastbert.ops._register import as_rows, autocast, record, register, shared, sums, wants_grad
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, *_: Any) -> Any:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def _bwd_fake(dy: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool], *_: Any) -> Any:
+def _bwd_fake(
+    dy: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool], dtype: torch.dtype, *_: Any
+) -> Any:
     shapes = (x.shape, weight.shape, weight.shape[:1])
-    dtypes = (x.dtype, weight.dtype, sums(x))
+    dtypes = (x.dtype, dtype, sums(x))
     return tuple(
         x.new_empty(s, dtype=d) if need else dy.new_empty(0)
         for s, d, need in zip(shapes, dtypes, needs, strict=True)
@@ -31,7 +33,7 @@ _fwd = register("linear", "forward", "(Tensor x, Tensor weight, Tensor? bias) ->
 _bwd = register(
     "linear",
     "backward",
-    "(Tensor dy, Tensor x, Tensor weight, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor x, Tensor weight, bool[] needs, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
 )
 
@@ -39,16 +41,17 @@ _bwd = register(
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.backend = backend
-        return _fwd(x, weight, bias, backend)
+        (copy,) = shared(x, [weight])
+        ctx.save_for_backward(x, copy)
+        ctx.dtype, ctx.backend = weight.dtype, backend
+        return _fwd(x, copy, bias, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-        grads = _bwd(dy.contiguous(), x, weight, needs, ctx.backend)
+        grads = _bwd(dy.contiguous(), x, weight, needs, ctx.dtype, ctx.backend)
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
 
 
@@ -59,8 +62,8 @@ def linear(
 ) -> Tensor:
     """x weight^T + bias -> (..., N) in x's dtype, or autocast's; the weights may be of another dtype.
 
-    Saves x and weight for backward and computes the gradients that are wanted only. Refuses shapes that don't fit and
-    integer tensors.
+    Saves x and weight, on a GPU in x's dtype, for backward and computes the gradients that are wanted only. Refuses
+    shapes that don't fit and integer tensors.
     """
     _check.floating(x=x, weight=weight, bias=bias)
     _check.has_rows(x)

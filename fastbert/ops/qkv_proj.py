@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import autocast, record, register, sums, wants_grad
+from fastbert.ops._register import autocast, record, register, shared, sums, wants_grad
 
 
 def _fwd_fake(
@@ -22,9 +22,14 @@ def _fwd_fake(
 
 
 def _bwd_fake(
-    dqkv: Tensor, x: Tensor, weights: Sequence[Tensor], needs: Sequence[bool], *_: Any
+    dqkv: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    needs: Sequence[bool],
+    dtype: torch.dtype,
+    *_: Any,
 ) -> Any:
-    rows, dtype = sum(w.shape[0] for w in weights), weights[0].dtype
+    rows = sum(w.shape[0] for w in weights)
     empty = dqkv.new_empty
     return (
         torch.empty_like(x) if needs[0] else empty(0),
@@ -42,7 +47,7 @@ _fwd = register(
 _bwd = register(
     "qkv_proj",
     "backward",
-    "(Tensor dqkv, Tensor x, Tensor[] weights, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    "(Tensor dqkv, Tensor x, Tensor[] weights, bool[] needs, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
 )
 
@@ -53,9 +58,10 @@ class _QKVProj(torch.autograd.Function):
         ctx: Any, x: Tensor, num_heads: int, parts: int, backend: str, *tensors: Tensor
     ) -> Tensor:
         weights, biases = list(tensors[:parts]), list(tensors[parts:])
-        ctx.save_for_backward(x, *weights)
-        ctx.parts, ctx.backend = parts, backend
-        return _fwd(x, weights, biases, num_heads, backend)
+        copies = shared(x, weights)
+        ctx.save_for_backward(x, *copies)
+        ctx.parts, ctx.dtype, ctx.backend = parts, weights[0].dtype, backend
+        return _fwd(x, copies, biases, num_heads, backend)
 
     @staticmethod
     @once_differentiable
@@ -64,7 +70,7 @@ class _QKVProj(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         of_weights, of_biases = wanted[4 : 4 + ctx.parts], wanted[4 + ctx.parts :]
         needs = [wanted[0], any(of_weights), any(of_biases)]
-        dx, dweight, dbias = _bwd(dqkv.contiguous(), x, weights, needs, ctx.backend)
+        dx, dweight, dbias = _bwd(dqkv.contiguous(), x, weights, needs, ctx.dtype, ctx.backend)
         rows = weights[0].shape[0]
         grads: list[Tensor | None] = []
         for whole, each in ((dweight, of_weights), (dbias, of_biases)):
@@ -112,8 +118,9 @@ def qkv_proj(
 ) -> Tensor:
     """Query, key and value of packed tokens in one GEMM -> (T, 3, H, D) in x's dtype, or autocast's.
 
-    Three weights that lie side by side in memory are used without a copy. Saves x and the weights. Refuses
-    any other number of weights, rows that the heads do not divide, mixed weight dtypes. Vaswani et al. 2017.
+    Three weights that lie side by side in memory are used without a copy. Saves x and the weights, on a GPU in x's
+    dtype. Refuses any other number of weights, rows that the heads do not divide, mixed weight dtypes. Vaswani et al.
+    2017.
     """
     biases = [] if biases is None else list(biases)
     weights = list(weights)

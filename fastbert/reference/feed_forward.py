@@ -41,14 +41,15 @@ def backward(
     w2: Tensor,
     approximate: str,
     needs: Sequence[bool],  # for x, w1, b1, w2, b2
+    dtype: torch.dtype,  # of dw1 and dw2
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dw1, db1, dw2, db2, empty where not needed; gelu(u) is built again from u."""
     g, wide_u = widen(dy, u)
     h = bias_gelu.forward(wide_u, None, approximate)
-    dh, dw2, db2 = linear.backward(g, h, w2, [True, *needs[3:]])
+    dh, dw2, db2 = linear.backward(g, h, w2, [True, *needs[3:]], dtype)
     du, _ = bias_gelu.backward(dh, wide_u, None, approximate)
     (wide_x,) = widen(x)
-    dx, dw1, db1 = linear.backward(du, wide_x, w1, needs[:3])
+    dx, dw1, db1 = linear.backward(du, wide_x, w1, needs[:3], dtype)
     return dx.to(x.dtype), dw1, db1, dw2, db2
 
 

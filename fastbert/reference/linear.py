@@ -33,11 +33,12 @@ def backward(
     x: Tensor,  # (T, K)
     weight: Tensor,  # (N, K)
     needs: Sequence[bool],  # for x, weight, bias
+    dtype: torch.dtype,  # of dweight
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx = dy weight, dweight = dy^T x, dbias = sum_t dy, fp32; empty where not needed."""
     g, wide_x, w = widen(dy, x, weight)
     dx = (g @ w).to(x.dtype) if needs[0] else dy.new_empty(0)
-    dweight = (g.t() @ wide_x).to(weight.dtype) if needs[1] else dy.new_empty(0)
+    dweight = (g.t() @ wide_x).to(dtype) if needs[1] else dy.new_empty(0)
     dbias = g.sum(0) if needs[2] else dy.new_empty(0)
     return dx, dweight, dbias
 

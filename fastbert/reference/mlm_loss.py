@@ -58,7 +58,7 @@ def backward(
     if labels.shape[0] > max_rows:
         logits = linear.forward(h, w, b)
         g = cross_entropy.backward(torch.ones_like(lse), logits, labels, lse, ignore_index)
-    dh, dweight, dbias = (t * dloss for t in linear.backward(g, h, w, needs))
+    dh, dweight, dbias = (t * dloss for t in linear.backward(g, h, w, needs, w.dtype))
     if needs[0] and rows is not None:
         dh = torch.zeros(hidden.shape, dtype=dh.dtype, device=dh.device).index_add(0, rows, dh)
     return dh.to(hidden.dtype), dweight.to(weight.dtype), dbias

@@ -38,11 +38,12 @@ def backward(
     w2: Tensor,
     approximate: str,
     needs: Sequence[bool],  # for x, w1, b1, w2, b2
+    dtype: torch.dtype,  # of dw1 and dw2
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dw1, db1, dw2, db2, empty where not needed; gelu(u) is built again from u."""
     h = torch.nn.functional.gelu(u, approximate=approximate) if needs[3] else u
-    dh, dw2, db2 = linear.backward(dy, h, w2, [any(needs[:3]), *needs[3:]])
+    dh, dw2, db2 = linear.backward(dy, h, w2, [any(needs[:3]), *needs[3:]], dtype)
     if not any(needs[:3]):
         return dy.new_empty(0), dy.new_empty(0), dy.new_empty(0), dw2, db2
     du, _ = bias_gelu.backward(dh, u, None, approximate)
-    return *linear.backward(du, x, w1, needs[:3]), dw2, db2
+    return *linear.backward(du, x, w1, needs[:3], dtype), dw2, db2

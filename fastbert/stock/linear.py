@@ -22,6 +22,18 @@ def cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
     return weight, bias
 
 
+# CUDA's library stores its fp32 sums as fp32 from torch 2.8 on
+_WIDE = torch.version.cuda is not None and "dtype" in torch.ops.aten.mm.overloads()
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in this dtype, rounded once where the library can."""
+    low = a.dtype in (torch.bfloat16, torch.float16)
+    if _WIDE and a.is_cuda and low and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
+
+
 def forward(
     x: Tensor,  # (T, K)
     weight: Tensor,  # (N, K)
@@ -36,10 +48,11 @@ def backward(
     x: Tensor,  # (T, K)
     weight: Tensor,  # (N, K)
     needs: Sequence[bool],  # for x, weight, bias
+    dtype: torch.dtype,  # of dweight
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (T, K), dweight (N, K), dbias (N,) fp32; empty where not needed."""
     dx = dy @ weight.to(dy.dtype) if needs[0] else dy.new_empty(0)
-    dweight = (dy.t() @ x).to(weight.dtype) if needs[1] else dy.new_empty(0)
+    dweight = _product(dy.t(), x, dtype) if needs[1] else dy.new_empty(0)
     wide = torch.promote_types(dy.dtype, torch.float32)
     dbias = dy.sum(0, dtype=wide) if needs[2] else dy.new_empty(0)
     return dx, dweight, dbias

@@ -51,6 +51,7 @@ def backward(
     x: Tensor,  # (T, C)
     weights: Sequence[Tensor],
     needs: Sequence[bool],
+    dtype: torch.dtype,  # of dweight
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (T, C), dweight (3HD, C), dbias (3HD,) fp32; empty where not needed."""
-    return linear.backward(dqkv.flatten(1), x, _joined(weights), needs)
+    return linear.backward(dqkv.flatten(1), x, _joined(weights), needs, dtype)

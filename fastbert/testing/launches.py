@@ -163,7 +163,7 @@ def _products(dtype: torch.dtype, rows: tuple[int, ...], full: bool) -> Iterator
         )
         yield (
             f"feed_forward bwd T{T}",
-            partial(feed_forward.backward, x, x, u, w1, w2, "none", [True] * 5),
+            partial(feed_forward.backward, x, x, u, w1, w2, "none", [True] * 5, w1.dtype),
         )
 
 
