@@ -1,6 +1,8 @@
 """What every op owes: schema, autograd of the reference's forward, autocast dtypes, refusals, choice of backend."""
 
+import importlib
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -323,3 +325,23 @@ def test_gpu_kernels_start_on_their_tensors_device(monkeypatch):
         entered.clear()
         assert _register._on_device(lambda x, n: n, Fake(), 7) == 7
         assert entered == expected
+
+
+@pytest.mark.parametrize("slug", ["linear", "qkv_proj", "feed_forward"])
+def test_a_cast_weight_serves_forward_and_backward(slug, monkeypatch):
+    """On a GPU the copy in x's dtype is saved, and gradients still come back in the weight's own dtype."""
+    ops = importlib.import_module(f"fastbert.ops.{slug}")
+    share = ops.shared
+
+    def on_gpu(x, weights):
+        return share(SimpleNamespace(is_cuda=True, dtype=x.dtype, new_empty=x.new_empty), weights)
+
+    op, found = getattr(functional, slug), parity.samples(slug, torch.bfloat16)
+    (mixed,) = (sample for sample in found if sample.id == "mixed")
+    with backend.use("torch"):
+        expected = parity.call(op, mixed.kwargs, True)
+        monkeypatch.setattr(ops, "shared", on_gpu)
+        ours = parity.call(op, mixed.kwargs, True)
+    for key, value in expected.items():
+        assert value.dtype == ours[key].dtype
+        assert torch.equal(value, ours[key]), key
