@@ -201,7 +201,7 @@ def models(device: str, rehearsal: bool) -> list[dict[str, Any]]:
     """Whole steps of BERT-base under bf16 autocast: pretraining with dropout, and the encoder's inference."""
     from fastbert import bert
     from fastbert.config import BertConfig
-    from fastbert.nn import InferenceRunner
+    from fastbert.nn import InferenceRunner, TrainingRunner
 
     sizes = (
         {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2} if rehearsal else {}
@@ -212,12 +212,9 @@ def models(device: str, rehearsal: bool) -> list[dict[str, Any]]:
     rows = []
     for name, given, training in works(rehearsal):
         batch = _batch(given, config.vocab_size, device)
-        calls = {
-            n: _call(m, batch, training, device) for n, m in {"fastbert": ours, **stock}.items()
-        }
-        if not training and len(given) == 1:
-            runner = InferenceRunner(ours.bert)
-            calls["fastbert, graph"] = _call(runner, batch, False, device)
+        graph = TrainingRunner(ours) if training else InferenceRunner(ours.bert)
+        models = {"fastbert": ours, "fastbert, graph": graph, **stock}
+        calls = {n: _call(m, batch, training, device) for n, m in models.items()}
         rows.append(_timed(name, calls, rehearsal))
         print(name, {n: round(t[0], 3) for n, t in rows[-1]["milliseconds"].items()}, flush=True)
     return rows
@@ -235,24 +232,26 @@ def _batch(lengths: list[int], vocab: int, device: str) -> dict[str, Any]:
 
 def _call(model: Any, batch: dict[str, Any], training: bool, device: str) -> Call:
     """One training step without the optimiser's, or one inference of the encoder."""
+    from fastbert.nn import TrainingRunner
+
     low = torch.autocast(device, torch.bfloat16)
+    module = model if isinstance(model, torch.nn.Module) else model.model
+    module.train(training)
+    parameters, encoder = list(module.parameters()), getattr(model, "bert", model)
 
     def step() -> None:
-        model.train().zero_grad()
+        for p in parameters:
+            p.grad = None
         with low:
-            loss = model(**batch).loss
-        loss.backward()
+            out = model(**batch)
+        if not isinstance(model, TrainingRunner):
+            out.loss.backward()
 
     def infer() -> None:
         with torch.no_grad(), low:
             encoder(batch["input_ids"], batch["attention_mask"])
 
-    if training:
-        return step
-    encoder = getattr(model, "bert", model)
-    if isinstance(encoder, torch.nn.Module):
-        encoder.eval()
-    return infer
+    return step if training else infer
 
 
 def _timed(name: str, calls: dict[str, Call], rehearsal: bool) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from fastbert.blocks import (
     log_once,
     sinusoidal_positions,
 )
-from fastbert.graphs import InferenceRunner
+from fastbert.graphs import InferenceRunner, TrainingRunner
 from fastbert.ops._register import seed_for
 from fastbert.packing import Packing
 from fastbert.reference.philox import dropout
@@ -43,6 +43,7 @@ __all__ = [
     "Packing",
     "QKVProjection",
     "SelfAttention",
+    "TrainingRunner",
     "TransformerEncoder",
     "TransformerEncoderLayer",
     "sinusoidal_positions",

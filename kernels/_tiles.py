@@ -51,6 +51,12 @@ def attention_fwd(max_seqlen: int, D: int, dtype: torch.dtype, arch: Arch, drop:
         warps = 8 if block > 64 else 4
         return Attention(_tile(max_seqlen, 32), _tile(max_seqlen, 32), block, exact, warps, 1)
     amd, wide = isinstance(arch, str), block > 64
+    if arch == 90 and not wide:
+        # measured (docs/triton.md): with dropout, 32 keys at a time leave the registers that replaying it takes
+        if max_seqlen > 128:
+            return Attention(64, 32 if drop else 64, block, exact, 4, 3)
+        keys = _tile(max_seqlen, 32 if drop else 128)
+        return Attention(_tile(max_seqlen, 64), keys, block, exact, 4, 2 if drop else 1)
     if max_seqlen <= 128:
         # Hopper's and Blackwell's instructions take 64 rows
         rows = 64 if not amd and (wide or arch in (90, 100)) else 32
@@ -78,6 +84,8 @@ def attention_bwd(
     if max_seqlen > most:
         return None
     keys = _tile(max_seqlen, most)
+    if arch == 90 and block == 64 and keys > 32 and dtype != torch.float32:
+        return Attention(32, keys, block, exact, 4, 1)
     if dtype == torch.float32 or (block <= 32 and keys == 128):
         return Attention(16, keys, block, exact, 4, 1)
     return Attention(_tile(max_seqlen, 32), keys, block, exact, 4 if keys <= 32 else 8, 1)
@@ -98,6 +106,8 @@ def _loop(D: int, dtype: torch.dtype, arch: Arch) -> Attention | None:
 def attention_bwd_dkdv(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> Attention:
     """BLOCK_N keys stay, queries pass by."""
     block = head_block(D)
+    if arch == 90 and block <= 64 and dtype != torch.float32:
+        return Attention(64, 64, block, "ieee", 4, 3)
     rows = 32 if block > 64 or arch == 100 else 64
     return _loop(D, dtype, arch) or Attention(rows, 64, block, "ieee", 8, 1)
 
@@ -107,7 +117,8 @@ def attention_bwd_dq(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> Atte
     """BLOCK_M queries stay, keys pass by."""
     block = head_block(D)
     warps = 8 if block > 64 else 4
-    return _loop(D, dtype, arch) or Attention(64, 32, block, "ieee", warps, 2)
+    stages = 3 if arch == 90 and block <= 64 else 2
+    return _loop(D, dtype, arch) or Attention(64, 32, block, "ieee", warps, stages)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""InferenceRunner: what the model returns, by inputs padded to a few sizes; graphs themselves need a GPU."""
+"""InferenceRunner and TrainingRunner: what the model returns, by inputs padded to a few sizes; graphs need a GPU."""
 
 import pytest
 import torch
 
 from fastbert import bert
 from fastbert.config import BertConfig
-from fastbert.nn import InferenceRunner
+from fastbert.nn import InferenceRunner, TrainingRunner
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -113,3 +113,109 @@ def test_a_graph_is_captured_and_replayed():
     assert entry.graph is not None
     with torch.no_grad():
         same(runner(ids, mask), net(ids, attention_mask=mask))
+
+
+PLAIN = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+HEADS = {
+    bert.BertForPreTraining: True,
+    bert.BertForMaskedLM: True,
+    bert.BertForSequenceClassification: False,
+    bert.BertForTokenClassification: True,
+}
+
+
+def labelled(cls, lengths):
+    """Arguments of one training step, a label for a third of the tokens or for every sequence."""
+    ids, mask, types = batch(lengths)
+    args = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+    classes = 60 if hasattr(cls, "_masked_lm") else 2
+    if HEADS[cls]:
+        labels = torch.randint(classes, ids.shape, device=DEVICE)
+        args["labels"] = labels.where(
+            (torch.rand(ids.shape, device=DEVICE) < 0.3) & (mask == 1), -100
+        )
+    else:
+        args["labels"] = torch.randint(2, ids.shape[:1], device=DEVICE)
+    if cls is bert.BertForPreTraining:
+        args["next_sentence_label"] = torch.randint(2, ids.shape[:1], device=DEVICE)
+    return args
+
+
+def gradients(net):
+    return {n: p.grad for n, p in net.named_parameters()}
+
+
+def close(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, grad in theirs.items():
+        if grad is None:
+            assert ours[name] is None, name
+        else:
+            torch.testing.assert_close(ours[name], grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("cls", HEADS)
+def test_a_training_step_s_loss_and_gradients(cls):
+    """Batches of one size and of others in turn; gradients of two steps add up, and those set to None start anew."""
+    net = model(cls, **PLAIN).train()
+    twin = cls(net.config).to(DEVICE).train()
+    twin.load_state_dict(net.state_dict())
+    runner = TrainingRunner(net)
+    for round_, lengths in enumerate(((9, 3, 7), (8, 5, 7), (30, 28, 31), (2, 1, 1), (9, 3, 7))):
+        args = labelled(cls, lengths)
+        expected = twin(**args).loss
+        expected.backward()
+        torch.testing.assert_close(runner(**args), expected.detach(), rtol=1e-5, atol=1e-5)
+        close(gradients(net), gradients(twin))
+        if round_ % 2:
+            for p in (*net.parameters(), *twin.parameters()):
+                p.grad = None
+    assert len(runner._entries) < 4
+
+
+def test_packed_batches_of_the_caller():
+    net = model(bert.BertForMaskedLM, **PLAIN).train()
+    runner = TrainingRunner(net)
+    ids = torch.randint(60, (12,), device=DEVICE)
+    labels = ids.where(torch.arange(12, device=DEVICE) % 4 == 1, -100)
+    cu = torch.tensor([0, 5, 12], dtype=torch.int32, device=DEVICE)
+    rows = torch.tensor([1, 5, 9], device=DEVICE)
+    given = {"labels": labels, "cu_seqlens": cu, "max_seqlen": 7, "label_rows": rows}
+    torch.testing.assert_close(runner(ids, **given), net(ids, **given).loss.detach())
+
+
+def test_training_refusals():
+    net = model(bert.BertForMaskedLM)
+    ids = torch.randint(60, (2, 6), device=DEVICE)
+    with pytest.raises(ValueError, match="eval mode"):
+        TrainingRunner(net)(ids, labels=ids)
+    net.train()
+    with pytest.raises(ValueError, match="pass labels"):
+        TrainingRunner(net)(ids)
+    with torch.autocast(DEVICE, torch.float16), pytest.raises(ValueError, match="bfloat16"):
+        TrainingRunner(net)(ids, labels=ids)
+    with pytest.raises(TypeError, match="no model of fastbert"):
+        TrainingRunner(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("low", [False, True])
+def test_a_training_graph_trains(low):
+    """Captured, replayed, with new masks every time, frozen parameters left alone, and the loss falls."""
+    net = model(bert.BertForPreTraining).train()
+    net.bert.embeddings.position.weight.requires_grad_(False)
+    runner = TrainingRunner(net)
+    args = labelled(bert.BertForPreTraining, (9, 3, 7, 30))
+    optimiser = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 3e-3)
+    losses = []
+    for _ in range(40):
+        optimiser.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=low):
+            losses.append(float(runner(**args)))
+        optimiser.step()
+    (entry,) = runner._entries.values()
+    assert entry.graph is not None
+    assert net.bert.embeddings.position.weight.grad is None
+    assert losses[0] != losses[1]
+    assert losses[-1] < 0.7 * losses[0]

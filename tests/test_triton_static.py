@@ -53,10 +53,14 @@ NARROW = r"(LDG|STG)\.E\.[US](8|16)\b.*"
 GENERATION = {90: r"HGMMA\b.*", 100: r"UTC\w*MMA\b.*"}
 
 
+# measured faster with these few bytes spilled than any tile without (docs/triton.md): kernel, architecture -> bytes
+SPILLS = {("_attention_bwd_kernel", 90): 128}
+
+
 def problems(kernel: aot.Kernel, aligned: bool) -> list[str]:
     """What is wrong with a compiled kernel, in sentences; `aligned`: its rows are multiples of 16 elements."""
     found = []
-    if kernel.spilled:
+    if kernel.spilled > SPILLS.get((kernel.name, kernel.arch), 0):
         found.append(f"{kernel.spilled} bytes spilled")
     if kernel.shared > aot.SHARED[kernel.arch]:
         found.append(f"{kernel.shared} bytes of shared memory, of {aot.SHARED[kernel.arch]}")
