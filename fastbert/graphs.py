@@ -217,20 +217,23 @@ class TrainingRunner:
     ) -> _Step:
         tokens, sequences, longest, labelled = sizes
         device = batch.ids.device
-        zeros = {"dtype": torch.int64, "device": device}
+
+        def integers(count: int) -> Tensor:
+            return torch.zeros(count, dtype=torch.int64, device=device)
+
         inputs: dict[str, Any] = {
-            "input_ids": torch.zeros(tokens, **zeros),
-            "position_ids": torch.zeros(tokens, **zeros),
-            "cu_seqlens": torch.zeros(sequences + 1, dtype=torch.int32, device=device),
+            "input_ids": integers(tokens),
+            "position_ids": integers(tokens),
+            "cu_seqlens": integers(sequences + 1).int(),
             "max_seqlen": longest,
             **{n: v.clone() if isinstance(v, Tensor) else v for n, v in targets.items()},
         }
         if batch.types is not None:
-            inputs["token_type_ids"] = torch.zeros(tokens, **zeros)
+            inputs["token_type_ids"] = integers(tokens)
         if batch.labels is not None:
-            inputs["labels"] = torch.full((tokens,), -100, **zeros)
+            inputs["labels"] = integers(tokens)
         if batch.label_rows is not None:
-            inputs["label_rows"] = torch.zeros(labelled, **zeros)
+            inputs["label_rows"] = integers(labelled)
         if device.type != "cuda":
             return _Step(inputs, [], None, None)
         self._fill(inputs, batch, targets)
@@ -242,7 +245,7 @@ class TrainingRunner:
         self._step(inputs)
         used = [p for p in self._parameters if p.grad is not None]
         for p in used:
-            p.grad = self._gradients.setdefault(p, p.grad)
+            p.grad = self._gradients.setdefault(p, p.grad)  # type: ignore[arg-type]
         graph, loss = _captured(lambda: self._step(inputs), device, self._pool)
         self._pool = self._pool or graph.pool()
         for p, gradient in zip(self._parameters, before, strict=True):
