@@ -33,8 +33,6 @@ SLUGS = (
 )
 # fastest first; `torch` is last and always answers, `reference` runs by name only
 ORDER = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
-# on a GPU the library's GEMM comes first in ops that are nothing else
-LIBRARY_FIRST = ("linear", "qkv_proj")
 
 _PACKAGES = {
     "cpu": "fastbert.cpu",
@@ -110,8 +108,7 @@ def _reason(name: str, slug: str, device: torch.device, args: tuple[Any, ...]) -
 
 def order(slug: str, kind: str) -> tuple[str, ...]:
     """The backends of a device type that are tried for an op, in turn."""
-    names = ORDER.get(kind, ("torch",))
-    return ("torch", *names[:-1]) if kind == "cuda" and slug in LIBRARY_FIRST else names
+    return ORDER.get(kind, ("torch",))
 
 
 def _explained_order(slug: str, device: torch.device, args: tuple[Any, ...]) -> tuple[str, ...]:

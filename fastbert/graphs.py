@@ -311,7 +311,7 @@ def _touch(entries: OrderedDict[tuple[Any, ...], Any], key: tuple[Any, ...], mos
 
 
 def _captured(call: Callable[[], Any], device: torch.device, pool: Any) -> tuple[Any, Any]:
-    """(graph, what call() returns), captured after two calls on a stream aside that compile kernels and set up libraries."""
+    """(graph, what call() returns), captured after two calls aside that compile kernels and set up libraries."""
     low = contextlib.nullcontext()
     if (kind := autocast_dtype(device.type)) is not None:
         # copies of weights that autocast keeps would be the graph's memory

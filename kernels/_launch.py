@@ -29,6 +29,17 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class PersistentRows:
+    """As Rows, of a program that goes on to other rows, whose loads run STAGES - 1 steps ahead."""
+
+    ROWS: int
+    BLOCK_C: int
+    STAGES: int
+    num_warps: int
+    enable_fp_fusion: bool = True
+
+
+@dataclass(frozen=True)
 class Tiles:
     """BLOCK_M x BLOCK_N elements."""
 
@@ -56,24 +67,26 @@ def multiprocessors(device: torch.device) -> int:
     return 2 if INTERPRETED else _properties(device.index)[1]
 
 
-@functools.cache
-def rows(width: int) -> Rows:
-    """16 to 32 elements in a thread's registers: a warp for a row of 768 or 1024, more of them for wider ones."""
-    block = max(16, triton.next_power_of_2(width))
-    if block <= 1024:
-        return Rows(min(32, 4096 // block), block, 4)
-    return Rows(1, block, min(16, block // 512))
+def _warps(width: int, most: int, arch: Arch) -> int:
+    """The fewest warps for a row at `most` elements a thread: one sums it up without a barrier."""
+    lanes = 64 if isinstance(arch, str) else 32
+    return min(16, triton.next_power_of_2(triton.cdiv(width, lanes * most)))
 
 
 @functools.cache
-def persistent_rows(width: int) -> Rows:
-    """As `rows`, at 16 elements a thread: a backward keeps sums of two gradients beside the rows."""
-    block = max(16, triton.next_power_of_2(width))
-    if block <= 1024:
-        return Rows(min(32, 4096 // block), block, 8)
-    return Rows(1, block, min(16, block // 256))
+def rows(width: int, arch: Arch) -> Rows:
+    """A warp for a row of up to 1024, more of them for wider ones."""
+    return Rows(1, max(16, triton.next_power_of_2(width)), _warps(width, 32, arch))
 
 
-def programs(count: int, config: Rows, device: torch.device) -> int:
-    """How many programs of a persistent kernel share `count` rows: at most two per multiprocessor."""
-    return max(1, min(triton.cdiv(count, config.ROWS), 2 * multiprocessors(device)))
+@functools.cache
+def persistent_rows(width: int, arch: Arch) -> PersistentRows:
+    """A warp for a row of up to 768: a backward keeps sums of two gradients beside the row."""
+    block, ahead = max(16, triton.next_power_of_2(width)), 2
+    return PersistentRows(1, block, ahead, _warps(width, 24, arch))
+
+
+def programs(count: int, config: PersistentRows, device: torch.device) -> int:
+    """How many programs share `count` rows, two or more each: 12 warps of them fit a multiprocessor's registers."""
+    most = max(1, 12 // config.num_warps) * multiprocessors(device)
+    return max(1, min(triton.cdiv(count, 2 * config.ROWS), most))

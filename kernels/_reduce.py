@@ -1,4 +1,4 @@
-"""The second half of a deterministic sum over rows: programs left partial sums, one for each, in fp32."""
+"""Deterministic sums over rows: programs leave partial sums, one for each, in fp32, which a second kernel adds up."""
 
 from __future__ import annotations
 
@@ -7,7 +7,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels._launch import FUSED
+from fastbert.kernels import _launch, dense
+
+# what a program of `sum_rows` reads at a time, and how many programs a multiprocessor has
+_TILE, _PROGRAMS = _launch.Tiles(16, 256, 4), 8
+
+
+@triton.jit(do_not_specialize=["N"])
+def _sum_rows_kernel(
+    x_ptr,  # (N, C)
+    partial_ptr,  # (1, programs, C) fp32
+    N,
+    C,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # a program's rows lie one after the other, as many as any other's
+    program, share = tl.program_id(0), tl.cdiv(N, tl.num_programs(0))
+    stop = tl.minimum((program + 1) * share, N)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(program * share, stop, BLOCK_M):
+        rows = first + tl.arange(0, BLOCK_M)
+        inside = (rows < stop)[:, None] & (cols < C)[None, :]
+        at = rows.to(tl.int64)[:, None] * C + cols[None, :]
+        total += tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(partial_ptr + program * C + cols, tl.sum(total, 0), mask=cols < C)
 
 
 @triton.jit
@@ -40,7 +65,20 @@ def sum_partials(partial: Tensor, *dtypes: torch.dtype) -> tuple[Tensor, ...]:
     _, P, C = partial.shape
     outs = tuple(partial.new_empty(C, dtype=dtype) for dtype in dtypes)
     second = outs[1] if len(outs) > 1 else None
-    _sum_partials_kernel[(triton.cdiv(C, 32), len(outs))](
-        partial, outs[0], second, P, C, BLOCK_P=64, BLOCK_C=32, num_warps=4, **FUSED
+    _sum_partials_kernel[(triton.cdiv(C, 16), len(outs))](
+        partial, outs[0], second, P, C, BLOCK_P=256, BLOCK_C=16, num_warps=8, **_launch.FUSED
     )
     return outs
+
+
+def sum_rows(x: Tensor) -> Tensor:
+    """Sum over the rows of x (N, C), (C,) fp32: what a bias gets of the gradient behind it."""
+    N, C = x.shape
+    if x.numel() == 0:
+        return x.new_zeros(C, dtype=torch.float32)
+    columns = triton.cdiv(C, _TILE.BLOCK_N)
+    most = max(1, _PROGRAMS * _launch.multiprocessors(x.device) // columns)
+    programs = min(triton.cdiv(N, _TILE.BLOCK_M), most)
+    partial = x.new_empty(1, programs, C, dtype=torch.float32)
+    _sum_rows_kernel[(programs, columns)](dense(x), partial, N, C, **vars(_TILE))
+    return sum_partials(partial, torch.float32)[0]

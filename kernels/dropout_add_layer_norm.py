@@ -42,7 +42,7 @@ def _dropout_add_layer_norm_fwd_kernel(
     seed_ptr,  # (1,), or None
     numbers_ptr,  # (N,), or None
     N,
-    C,
+    C: tl.constexpr,
     eps,
     site,
     threshold,
@@ -57,7 +57,8 @@ def _dropout_add_layer_norm_fwd_kernel(
     at = rows.to(tl.int64)[:, None] * C + cols[None, :]
     z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     numbers = _numbers(numbers_ptr, rows, N)
-    z = drop_rows(z, seed_ptr, numbers, site, threshold, scale, ROWS, BLOCK_C)
+    wide: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    z = drop_rows(z, inside, seed_ptr, numbers, site, threshold, scale, ROWS, BLOCK_C, wide)
     z += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if z_ptr is not None:
         tl.store(z_ptr + at, z, mask=inside)
@@ -81,30 +82,33 @@ def _dropout_add_layer_norm_bwd_kernel(
     seed_ptr,  # (1,), or None
     numbers_ptr,  # (N,), or None
     N,
-    C,
+    C: tl.constexpr,
     site,
     threshold,
     scale,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     # dresidual is the LayerNorm's dz, dx = dropout(dz); sums of dy xhat and dy as in layer_norm
     program, programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK_C)
     dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    for first in range(program * ROWS, N, programs * ROWS):
+    weight = load_vector(weight_ptr, cols, C)
+    wide: tl.constexpr = z_ptr.dtype.element_ty.primitive_bitwidth == 16
+    for first in tl.range(program * ROWS, N, programs * ROWS, num_stages=STAGES):
         rows = first + tl.arange(0, ROWS)
         inside = (rows < N)[:, None] & (cols < C)[None, :]
         at = rows.to(tl.int64)[:, None] * C + cols[None, :]
         z = tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dz, xhat = row_gradient(g, z, weight_ptr, mean_ptr, rstd_ptr, rows, cols, inside, N, C)
+        dz, xhat = row_gradient(g, z, weight, mean_ptr, rstd_ptr, rows, inside, N, C)
         dweight += g * xhat
         dbias += g
         tl.store(dresidual_ptr + at, dz, mask=inside)
         numbers = _numbers(numbers_ptr, rows, N)
-        dz = drop_rows(dz, seed_ptr, numbers, site, threshold, scale, ROWS, BLOCK_C)
+        dz = drop_rows(dz, inside, seed_ptr, numbers, site, threshold, scale, ROWS, BLOCK_C, wide)
         tl.store(dx_ptr + at, dz, mask=inside)
     store_sums(partial_ptr, dweight, dbias, cols, C)
 
@@ -147,7 +151,7 @@ def forward(
     z = torch.empty_like(x) if save else x.new_empty(0, C)
     mean, rstd = (x.new_empty(N, dtype=torch.float32) for _ in range(2))
     if N > 0:
-        config = _launch.rows(C)
+        config = _launch.rows(C, _launch.arch(x.device))
         seed, site, threshold, scale = dropout_args(p, seed, site)
         _dropout_add_layer_norm_fwd_kernel[(triton.cdiv(N, config.ROWS),)](
             x,
@@ -187,7 +191,7 @@ def backward(
     dx, dresidual = torch.empty_like(z), torch.empty_like(z)
     if N == 0:
         return dx, dresidual, torch.zeros_like(weight), z.new_zeros(C, dtype=torch.float32)
-    config = _launch.persistent_rows(C)
+    config = _launch.persistent_rows(C, _launch.arch(z.device))
     programs = _launch.programs(N, config, z.device)
     partial = z.new_empty(2, programs, C, dtype=torch.float32)
     seed, site, threshold, scale = dropout_args(p, seed, site)

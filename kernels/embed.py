@@ -67,7 +67,7 @@ def _embed_fwd_kernel(
     V,
     P,
     Y,
-    C,
+    C: tl.constexpr,
     eps,
     site,
     threshold,
@@ -84,7 +84,8 @@ def _embed_fwd_kernel(
     )  # fmt: skip
     centred, mean, rstd = moments(z, inside, C, eps)
     y = centred * rstd[:, None] * load_vector(weight_ptr, cols, C) + load_vector(bias_ptr, cols, C)
-    y = drop_rows(y, seed_ptr, rows, site, threshold, scale, ROWS, BLOCK_C)
+    wide: tl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth == 16
+    y = drop_rows(y, inside, seed_ptr, rows, site, threshold, scale, ROWS, BLOCK_C, wide)
     tl.store(y_ptr + rows.to(tl.int64)[:, None] * C + cols[None, :], y, mask=inside)
     tl.store(mean_ptr + rows, mean, mask=rows < N)
     tl.store(rstd_ptr + rows, rstd, mask=rows < N)
@@ -109,28 +110,31 @@ def _embed_bwd_kernel(
     V,
     P,
     Y,
-    C,
+    C: tl.constexpr,
     site,
     threshold,
     scale,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     # the sum's gradient dz, and this program's sums of g xhat and g with g = dropout(dy)
     program, programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK_C)
     dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    for first in range(program * ROWS, N, programs * ROWS):
+    weight = load_vector(weight_ptr, cols, C)
+    wide: tl.constexpr = dy_ptr.dtype.element_ty.primitive_bitwidth == 16
+    for first in tl.range(program * ROWS, N, programs * ROWS, num_stages=STAGES):
         rows = first + tl.arange(0, ROWS)
         inside = (rows < N)[:, None] & (cols < C)[None, :]
         at = rows.to(tl.int64)[:, None] * C + cols[None, :]
         g = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        g = drop_rows(g, seed_ptr, rows, site, threshold, scale, ROWS, BLOCK_C)
+        g = drop_rows(g, inside, seed_ptr, rows, site, threshold, scale, ROWS, BLOCK_C, wide)
         z = _total(
             ids_ptr, positions_ptr, types_ptr, word_ptr, position_ptr, type_ptr, rows, V, P, Y, N, C, cols
         )  # fmt: skip
-        dz, xhat = row_gradient(g, z, weight_ptr, mean_ptr, rstd_ptr, rows, cols, inside, N, C)
+        dz, xhat = row_gradient(g, z, weight, mean_ptr, rstd_ptr, rows, inside, N, C)
         tl.store(dz_ptr + at, dz, mask=inside)
         dweight += g * xhat
         dbias += g
@@ -210,7 +214,7 @@ def forward(
     y = position.new_empty(N, C, dtype=out_dtype)
     mean, rstd = (position.new_empty(N, dtype=torch.float32) for _ in range(2))
     if N > 0:
-        config = _launch.rows(C)
+        config = _launch.rows(C, _launch.arch(y.device))
         seed, site, threshold, scale = dropout_args(p, seed, site)
         _embed_fwd_kernel[(triton.cdiv(N, config.ROWS),)](
             *_tables(ids, positions, types, word, position, type_),
@@ -261,7 +265,7 @@ def backward(
             torch.zeros_like(weight),
             position.new_zeros(C, dtype=torch.float32),
         )
-    config = _launch.persistent_rows(C)
+    config = _launch.persistent_rows(C, _launch.arch(dy.device))
     programs = _launch.programs(N, config, dy.device)
     partial = dy.new_empty(2, programs, C, dtype=torch.float32)
     # rounded to a table's dtype once, after the sum

@@ -22,7 +22,7 @@ def _layer_norm_fwd_kernel(
     mean_ptr,  # (N,)
     rstd_ptr,  # (N,)
     N,
-    C,
+    C: tl.constexpr,
     eps,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -54,22 +54,24 @@ def _layer_norm_bwd_kernel(
     dx_ptr,  # (N, C)
     partial_ptr,  # (2, programs, C) fp32, or None
     N,
-    C,
+    C: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     # each program takes every programs-th group of rows and leaves its sums of dy xhat and dy
     program, programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK_C)
     dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    for first in range(program * ROWS, N, programs * ROWS):
+    weight = load_vector(weight_ptr, cols, C) if weight_ptr is not None else 1.0
+    for first in tl.range(program * ROWS, N, programs * ROWS, num_stages=STAGES):
         rows = first + tl.arange(0, ROWS)
         inside = (rows < N)[:, None] & (cols < C)[None, :]
         at = rows.to(tl.int64)[:, None] * C + cols[None, :]
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dx, xhat = row_gradient(g, x, weight_ptr, mean_ptr, rstd_ptr, rows, cols, inside, N, C)
+        dx, xhat = row_gradient(g, x, weight, mean_ptr, rstd_ptr, rows, inside, N, C)
         tl.store(dx_ptr + at, dx, mask=inside)
         dweight += g * xhat
         dbias += g
@@ -98,7 +100,7 @@ def forward(
     y = torch.empty_like(x)
     mean, rstd = (x.new_empty(N, dtype=torch.float32) for _ in range(2))
     if N > 0:
-        config = _launch.rows(C)
+        config = _launch.rows(C, _launch.arch(x.device))
         _layer_norm_fwd_kernel[(triton.cdiv(N, config.ROWS),)](
             x, dense(weight), dense(bias), y, mean, rstd, N, C, eps, **vars(config)
         )
@@ -119,7 +121,7 @@ def backward(
         if weight is None:
             return dx, dy.new_empty(0), dy.new_empty(0)
         return dx, torch.zeros_like(weight), x.new_zeros(C, dtype=torch.float32)
-    config = _launch.persistent_rows(C)
+    config = _launch.persistent_rows(C, _launch.arch(x.device))
     programs = _launch.programs(N, config, x.device)
     partial = None if weight is None else x.new_empty(2, programs, C, dtype=torch.float32)
     _layer_norm_bwd_kernel[(programs,)](

@@ -1,7 +1,4 @@
-"""qkv_proj in Triton, forward, which reads three separate weights where they lie; its backward is the library's.
-
-On a GPU the `torch` backend comes first in this op's order.
-"""
+"""qkv_proj in Triton: our GEMM for few tokens, which reads three weights where they lie; else as `linear`."""
 
 from __future__ import annotations
 
@@ -11,6 +8,8 @@ import torch
 from torch import Tensor
 
 from fastbert.kernels import _gemm, unsupported_dtype
+from fastbert.kernels._reduce import sum_rows
+from fastbert.kernels.linear import FEW
 from fastbert.stock import qkv_proj as library
 
 
@@ -31,6 +30,8 @@ def forward(
     num_heads: int,
 ) -> Tensor:
     """qkv (T, 3, H, D) in x's dtype."""
+    if x.shape[0] > FEW:
+        return library.forward(x, weights, biases, num_heads)
     y, _ = _gemm.project(x, weights, biases)
     return y.view(x.shape[0], 3, num_heads, y.shape[1] // (3 * num_heads))
 
@@ -43,4 +44,5 @@ def backward(
     dtype: torch.dtype,  # of dweight
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (T, C), dweight (3HD, C), dbias (3HD,) fp32; empty where not needed."""
-    return library.backward(dqkv, x, weights, needs, dtype)
+    dx, dweight, dbias = library.backward(dqkv, x, weights, [*needs[:2], False], dtype)
+    return dx, dweight, sum_rows(dqkv.flatten(1)) if needs[2] else dbias

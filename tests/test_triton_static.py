@@ -43,6 +43,7 @@ KERNELS = {
     "_linear_fwd_kernel",
     "_mlm_loss_bwd_scale_kernel",
     "_sum_partials_kernel",
+    "_sum_rows_kernel",
 }
 # kernels whose time is memory's, and accesses of less than 4 bytes a lane on NVIDIA
 MEMORY = r"_(layer_norm|dropout_add_layer_norm|bias_gelu|embed|cross_entropy)_(fwd|bwd)_kernel"
@@ -124,12 +125,17 @@ def test_configurations(arch, dtype):
         assert _tiles.attention_bwd(65, 128, DTYPES[dtype], arch, False) is None
 
 
+@pytest.mark.parametrize("arch", aot.ARCHS)
 @pytest.mark.parametrize("width", [1, 100, 768, 1024, 1025, 8192])
-def test_row_configurations(width):
-    for config in (_launch.rows(width), _launch.persistent_rows(width)):
+def test_row_configurations(width, arch):
+    lanes = 64 if arch == "gfx942" else 32
+    for config, most in (
+        (_launch.rows(width, arch), 32),
+        (_launch.persistent_rows(width, arch), 24),
+    ):
         assert width <= config.BLOCK_C
-        # a thread keeps at most 32 elements of a row
-        assert 32 * 32 * config.num_warps >= config.ROWS * config.BLOCK_C
+        # what a thread keeps of a row
+        assert lanes * most * config.num_warps >= config.ROWS * width
 
 
 def test_a_spill_is_seen():

@@ -47,7 +47,7 @@ def calls(dtype: torch.dtype, full: bool) -> Iterator[Call]:
     yield from _activations(dtype, (8, 384, 3072) if full else (3072,), full)
     yield from _losses(dtype, (2, 1000, 30522, 30528, 50265) if full else (30528,))
     yield from _embeddings(dtype, (384, 768, 1024) if full else (768,))
-    yield from _products(dtype, (1, 64, 512, 8192) if full else (8192,), full)
+    yield from _products(dtype, (1, 64, 512, 8192) if full else (64,), full)
     if full or dtype == torch.bfloat16:
         yield from _optional(dtype)
     # AMD's whole-sequence backward goes up to 32 tokens
@@ -154,6 +154,8 @@ def _products(dtype: torch.dtype, rows: tuple[int, ...], full: bool) -> Iterator
     for T in rows:
         x, u = _meta(T, 768, dtype=dtype), _meta(T, 3072, dtype=dtype)
         yield f"qkv_proj fwd T{T}", partial(qkv_proj.forward, x, weights, biases, 12)
+        needs = [True] * 3
+        yield f"linear bwd T{T}", partial(linear.backward, x, x, weights[0], needs, dtype)
         if not full:
             continue
         yield f"linear fwd T{T}", partial(linear.forward, x, weights[0], biases[0])
