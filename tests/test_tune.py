@@ -170,4 +170,4 @@ def test_a_run_s_manifest_names_the_winners(monkeypatch):
     before = backends("cpu")
     winner("layer_norm", "torch", monkeypatch, torch.randn(5, 24))
     assert backends("cpu") == {**before, "layer_norm 24 torch.float32 few rows": "torch"}
-    assert backends("cuda")["linear"] == "torch"
+    assert backends("cuda")["linear"] == "triton"
