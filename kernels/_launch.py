@@ -80,13 +80,13 @@ def rows(width: int, arch: Arch) -> Rows:
 
 
 @functools.cache
-def persistent_rows(width: int, arch: Arch) -> PersistentRows:
+def persistent_rows(width: int, arch: Arch, stages: int = 3) -> PersistentRows:
     """A warp for a row of up to 768: a backward keeps sums of two gradients beside the row."""
-    block, ahead = max(16, triton.next_power_of_2(width)), 2
-    return PersistentRows(1, block, ahead, _warps(width, 24, arch))
+    block, warps = max(16, triton.next_power_of_2(width)), _warps(width, 24, arch)
+    return PersistentRows(2 if warps == 2 and arch == 90 else 1, block, stages, warps)
 
 
-def programs(count: int, config: PersistentRows, device: torch.device) -> int:
-    """How many programs share `count` rows, two or more each: 12 warps of them fit a multiprocessor's registers."""
-    most = max(1, 12 // config.num_warps) * multiprocessors(device)
+def programs(count: int, config: PersistentRows, device: torch.device, warps: int = 8) -> int:
+    """How many programs share `count` rows, two or more each, `warps` of them on a multiprocessor at a time."""
+    most = max(1, warps // config.num_warps) * multiprocessors(device)
     return max(1, min(triton.cdiv(count, 2 * config.ROWS), most))

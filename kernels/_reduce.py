@@ -10,7 +10,8 @@ from torch import Tensor
 from fastbert.kernels import _launch, dense
 
 # what a program of `sum_rows` reads at a time, and how many programs a multiprocessor has
-_TILE, _PROGRAMS = _launch.Tiles(16, 256, 4), 8
+_FEW = 512
+_TILE, _PROGRAMS = _launch.Tiles(32, 64, 4), 8
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -65,8 +66,8 @@ def sum_partials(partial: Tensor, *dtypes: torch.dtype) -> tuple[Tensor, ...]:
     _, P, C = partial.shape
     outs = tuple(partial.new_empty(C, dtype=dtype) for dtype in dtypes)
     second = outs[1] if len(outs) > 1 else None
-    _sum_partials_kernel[(triton.cdiv(C, 16), len(outs))](
-        partial, outs[0], second, P, C, BLOCK_P=256, BLOCK_C=16, num_warps=8, **_launch.FUSED
+    _sum_partials_kernel[(triton.cdiv(C, 8), len(outs))](
+        partial, outs[0], second, P, C, BLOCK_P=1024, BLOCK_C=8, num_warps=16, **_launch.FUSED
     )
     return outs
 
@@ -79,6 +80,8 @@ def sum_rows(x: Tensor) -> Tensor:
     columns = triton.cdiv(C, _TILE.BLOCK_N)
     most = max(1, _PROGRAMS * _launch.multiprocessors(x.device) // columns)
     programs = min(triton.cdiv(N, _TILE.BLOCK_M), most)
+    # few rows are not worth a second launch
+    programs = 1 if N <= _FEW else programs
     partial = x.new_empty(1, programs, C, dtype=torch.float32)
     _sum_rows_kernel[(programs, columns)](dense(x), partial, N, C, **vars(_TILE))
-    return sum_partials(partial, torch.float32)[0]
+    return partial[0, 0] if programs == 1 else sum_partials(partial, torch.float32)[0]

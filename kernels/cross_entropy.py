@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastbert.kernels import dense, unsupported_dtype
 
-LARGEST = 32768
+LARGEST = 16384
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class _Config:
 
 @functools.cache
 def _config(V: int) -> _Config:
-    """At most 64 logits to a thread where they are a row, 32 where blocks of it pass by."""
+    """At most 64 logits to a thread where they are a row; longer rows pass by in blocks, the second time from L2."""
     if V > LARGEST:
-        return _Config(8192, False, 8)
+        return _Config(2048, False, 16)
     block = max(64, triton.next_power_of_2(V))
     return _Config(block, True, min(16, max(1, block // 1024)))
 
