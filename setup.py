@@ -166,7 +166,8 @@ def cuda_toolchain(version: str) -> Toolchain:
     ]
     # the wheels of PyPI have lib where nvcc looks into lib64; the runtime is linked in, so that no driver is needed
     libraries = Path(compiler).resolve().parent.parent / "lib"
-    return Toolchain(compiler, flags, ["-shared", "-cudart=static", f"-L{libraries}"], {"": []}, ())
+    link = ["-shared", "-cudart=static", *targets, f"-L{libraries}"]
+    return Toolchain(compiler, flags, link, {"": []}, ())
 
 
 # module -> (folder of its sources, their pattern, its toolchain)

@@ -16,6 +16,8 @@ __global__ void __launch_bounds__(32 * kColumnThreads)
   using C = Columns<T>;
   const int col = C::col();
   const int64_t step = C::step();
+  // rows may be aligned although their length is not: then the last pack alone is cut
+  const bool whole = wide && col + C::kV <= F;
   float sums[C::kV] = {};
   for (int64_t first = C::first_row(); first < N; first += kBatch * step) {
     Pack<T, C::kV> packs[kBatch];
@@ -23,7 +25,7 @@ __global__ void __launch_bounds__(32 * kColumnThreads)
     for (int r = 0; r < kBatch; ++r) {
       const int64_t row = first + r * step;
       // past the last row: columns beyond the end are zeros
-      packs[r] = load_pack<C::kV>(dy + (row < N ? row : 0) * stride, col, row < N ? F : 0, wide);
+      packs[r] = load_pack<C::kV>(dy + (row < N ? row : 0) * stride, col, row < N ? F : 0, whole);
     }
 #pragma unroll
     for (int r = 0; r < kBatch; ++r)
@@ -41,7 +43,7 @@ void linear_bwd_db(int dtype, const void* dy, int64_t stride, float* partial, fl
   by_dtype(dtype, [&](auto t) {
     using E = decltype(t);
     using C = Columns<E>;
-    const bool wide = aligned(N, C::kV, dy) && stride % C::kV == 0;
+    const bool wide = aligned(stride, C::kV, dy);
     linear_bwd_db_kernel<E><<<C::grid(blocks, N), C::block(), 0, stream>>>(
         static_cast<const E*>(dy), partial, T, static_cast<int>(N), stride, wide);
   });
