@@ -105,7 +105,9 @@ def _reason(name: str, slug: str, device: torch.device, args: tuple[Any, ...]) -
         return found
     if _DEVICES.get(name, device.type) != device.type:
         lacking = "" if device_of(name) else ", of which torch finds none on this machine"
-        return f"the tensors are on {device.type} and this backend runs on {_DEVICES[name]}{lacking}"
+        return (
+            f"the tensors are on {device.type} and this backend runs on {_DEVICES[name]}{lacking}"
+        )
     return found.unsupported(*args)
 
 

@@ -117,15 +117,15 @@ __device__ inline void join(Softmax& mine, float (&z)[N], bool keep) {
   }
 }
 
-// PACKS of a thread are the whole row; with none they pass by
-template <int THREADS, int PACKS_OF_16_BIT>
+// PACKS of a thread are the whole row; with none they pass by. BLOCKS fit on a multiprocessor
+template <int THREADS, int PACKS_OF_16_BIT, int BLOCKS>
 struct Block {
-  static constexpr int kThreads = THREADS, kElements = 8 * PACKS_OF_16_BIT;
+  static constexpr int kThreads = THREADS, kElements = 8 * PACKS_OF_16_BIT, kBlocks = BLOCKS;
 };
 
 // loss = log sum exp(z - max) + max - z[label],  gradient = (softmax(z) - onehot(label)) dloss
 template <typename T, typename B>
-__global__ void __launch_bounds__(B::kThreads)
+__global__ void __launch_bounds__(B::kThreads, B::kBlocks)
     cross_entropy_kernel(const T* logits,        // (N, width), V of them used
                          Table bias,             // (V,), or null
                          const int64_t* labels,  // (N,)
@@ -197,13 +197,13 @@ __global__ void __launch_bounds__(B::kThreads)
 template <typename F>
 void by_columns(int64_t width, F run) {
   if (width <= 1016)
-    run(Block<128, 1>{});
+    run(Block<128, 1, 8>{});
   else if (width <= 8184)
-    run(Block<256, 4>{});
+    run(Block<256, 4, 2>{});
   else if (width <= 32760)
-    run(Block<1024, 4>{});
+    run(Block<1024, 4, 1>{});
   else
-    run(Block<512, 0>{});
+    run(Block<512, 0, 2>{});
 }
 
 }  // namespace

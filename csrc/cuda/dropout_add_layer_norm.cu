@@ -73,7 +73,7 @@ void dropout_add_layer_norm_fwd(int dtype, const void* x, const void* residual, 
   by_dtype(dtype, [&](auto t) {
     using T = decltype(t);
     const bool wide = aligned(C, kVec<T>, x, residual, weight, bias, y, z);
-    by_width(C, [&](auto s) {
+    by_width<T>(C, [&](auto s) {
       using S = decltype(s);
       dropout_add_layer_norm_fwd_kernel<T, S>
           <<<cdiv(N, S::kForwardRows), S::kForwardBlock, 0, stream>>>(
@@ -96,7 +96,7 @@ void dropout_add_layer_norm_bwd(int dtype, const void* dy, const void* z, const 
   by_dtype(dtype, [&](auto t) {
     using T = decltype(t);
     const bool wide = aligned(C, kVec<T>, dy, z, weight, dx, dresidual, partial);
-    by_width(C, [&](auto s) {
+    by_width<T>(C, [&](auto s) {
       using S = decltype(s);
       dropout_add_layer_norm_bwd_kernel<T, S>
           <<<blocks, S::kBackwardBlock, backward_shared<S>(C), stream>>>(

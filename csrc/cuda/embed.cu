@@ -185,7 +185,7 @@ void embed_fwd(int dtype, const int64_t* ids, const int64_t* positions, const in
   by_dtype(dtype, [&](auto t) {
     using T = decltype(t);
     const bool wide = aligned(C, kVec<T>, word, position, type, weight, bias, y);
-    by_width(C, [&](auto s) {
+    by_width<T>(C, [&](auto s) {
       using S = decltype(s);
       embed_fwd_kernel<T, S><<<cdiv(N, S::kForwardRows), S::kForwardBlock, 0, stream>>>(
           from, {weight, weight_dtype}, {bias, bias_dtype}, static_cast<T*>(y), mean, rstd, dropout,
@@ -210,7 +210,7 @@ void embed_bwd(int dtype, const void* dy, const int64_t* ids, const int64_t* pos
   by_dtype(dtype, [&](auto t) {
     using T = decltype(t);
     const bool wide = aligned(C, kVec<T>, dy, word, position, type, weight, dz, partial);
-    by_width(C, [&](auto s) {
+    by_width<T>(C, [&](auto s) {
       using S = decltype(s);
       embed_bwd_kernel<T, S><<<blocks, S::kBackwardBlock, backward_shared<S>(C), stream>>>(
           static_cast<const T*>(dy), from, {weight, weight_dtype}, mean, rstd, dz, partial, dropout,

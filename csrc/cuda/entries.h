@@ -13,7 +13,7 @@
 namespace fastbert {
 
 // blocks whose partial sums (2, blocks, C) a backward over N rows of C elements leaves
-int row_blocks(int64_t N, int64_t C, int multiprocessors);
+int row_blocks(int64_t N, int64_t C, int dtype, int multiprocessors);
 
 void layer_norm_fwd(int dtype,
                     const void* x,                         // (N, C)

@@ -63,7 +63,7 @@ void layer_norm_fwd(int dtype, const void* x, const void* weight, int weight_dty
   by_dtype(dtype, [&](auto t) {
     using T = decltype(t);
     const bool wide = aligned(C, kVec<T>, x, weight, bias, y);
-    by_width(C, [&](auto s) {
+    by_width<T>(C, [&](auto s) {
       using S = decltype(s);
       layer_norm_fwd_kernel<T, S><<<cdiv(N, S::kForwardRows), S::kForwardBlock, 0, stream>>>(
           static_cast<const T*>(x), {weight, weight_dtype}, {bias, bias_dtype}, static_cast<T*>(y),
@@ -81,7 +81,7 @@ void layer_norm_bwd(int dtype, const void* dy, const void* x, const void* weight
   by_dtype(dtype, [&](auto t) {
     using T = decltype(t);
     const bool wide = aligned(C, kVec<T>, dy, x, weight, dx, partial);
-    by_width(C, [&](auto s) {
+    by_width<T>(C, [&](auto s) {
       using S = decltype(s);
       layer_norm_bwd_kernel<T, S><<<blocks, S::kBackwardBlock, backward_shared<S>(C), stream>>>(
           static_cast<const T*>(dy), static_cast<const T*>(x), {weight, weight_dtype}, mean, rstd,
@@ -94,14 +94,15 @@ void layer_norm_bwd(int dtype, const void* dy, const void* x, const void* weight
                  {dbias, kFloat32});
 }
 
-int row_blocks(int64_t N, int64_t C, int multiprocessors) {
-  int blocks = 0;
-  by_width(C, [&](auto s) {
-    using S = decltype(s);
-    blocks = static_cast<int>(
-        std::min<int64_t>(cdiv(N, S::kBackwardRows), S::kBackwardBlocks * multiprocessors));
+int row_blocks(int64_t N, int64_t C, int dtype, int multiprocessors) {
+  int64_t blocks = 0;
+  by_dtype(dtype, [&](auto t) {
+    by_width<decltype(t)>(C, [&](auto s) {
+      using S = decltype(s);
+      blocks = std::min<int64_t>(cdiv(N, S::kBackwardRows), S::kBackwardBlocks * multiprocessors);
+    });
   });
-  return blocks;
+  return static_cast<int>(blocks);
 }
 
 }  // namespace fastbert

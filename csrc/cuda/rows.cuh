@@ -1,5 +1,5 @@
-// Whole rows in registers, for the ops that normalise: a warp holds a row of up to 768 elements, a
-// block one of up to 8192.
+// Whole rows in registers, for the ops that normalise: a warp holds a row of up to 768 elements in
+// 16 bit, a block one of up to 8192.
 #pragma once
 
 #include "partials.cuh"
@@ -20,17 +20,15 @@ struct Shape {
   static constexpr int kBackwardRows = WIDTH / THREADS;
 };
 
-// the template budget of every op of rows: these shapes times three element types
-template <typename F>
+// the template budget of every op of rows: these shapes for each element type
+template <typename T, typename F>
 void by_width(int64_t C, F run) {
-  if (C <= 256)
-    run(Shape<32, 8, 384, 2>{});
-  else if (C <= 768)
-    run(Shape<32, 24, 384, 1>{});
-  else if (C <= 1024)
-    run(Shape<128, 8, 128, 5>{});
-  else
-    run(Shape<512, 16, 512, 1>{});
+  if (C <= 256) return run(Shape<32, 8, 384, 2>{});
+  // in fp32 a warp's share of 768 columns would spill in a backward
+  if constexpr (sizeof(T) == 2)
+    if (C <= 768) return run(Shape<32, 24, 384, 1>{});
+  if (C <= 1024) return run(Shape<128, 8, 128, 5>{});
+  run(Shape<512, 16, 512, 1>{});
 }
 
 // What a thread holds of a row: chunk k is kVec columns from `col(k)` on, side by side with those

@@ -57,7 +57,10 @@ def unsupported_dtype(**tensors: Tensor | None) -> str | None:
                 f"{name} is {t.dtype} and the cuda kernels take float32, bfloat16 and float16: "
                 "cast it, or use the torch backend"
             )
-        if t.is_cuda and _capability(t.get_device()) < OLDEST:
+        # a tracer must not ask the device
+        if torch.compiler.is_compiling() or not t.is_cuda:
+            continue
+        if _capability(t.get_device()) < OLDEST:
             return (
                 f"{name} is on a GPU of compute capability {_capability(t.get_device())} and the cuda kernels need "
                 f"{OLDEST} or later: use the torch backend"
@@ -122,7 +125,8 @@ def place(t: Tensor) -> tuple[int, int]:
 def row_partials(x: Tensor) -> Tensor:
     """Memory for the two sums (2, blocks, C) fp32 that the blocks of a backward over x (N, C) leave."""
     N, C = x.shape
-    blocks = native.row_blocks(N, C, multiprocessors(x.get_device()))  # type: ignore[union-attr]
+    count = multiprocessors(x.get_device())
+    blocks = native.row_blocks(N, C, DTYPES[x.dtype], count)  # type: ignore[union-attr]
     return x.new_empty(2, blocks, C, dtype=torch.float32)
 
 
