@@ -83,4 +83,6 @@ PYBIND11_MODULE(_cuda, m) {
   FASTBERT_DEFINE(embed_chunk);
   FASTBERT_DEFINE(embed_scatter);
   FASTBERT_DEFINE(cross_entropy);
+  FASTBERT_DEFINE(attention_fwd);
+  FASTBERT_DEFINE(attention_bwd);
 }

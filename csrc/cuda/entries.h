@@ -154,4 +154,29 @@ void cross_entropy(int dtype,
                    int64_t ignore_index, int64_t N, int64_t V, int64_t width, int device,
                    cudaStream_t stream);
 
+// out = dropout(softmax(scale Q K^T)) V inside each packed sequence; rows past the last sequence
+// are not read and become zeros
+void attention_fwd(int dtype,
+                   const void* qkv,            // (T, 3, H, D)
+                   const int32_t* cu_seqlens,  // (B + 1,)
+                   void* out,                  // (T, H, D)
+                   float* lse,                 // (H, T), or null
+                   int64_t T, int64_t B, int64_t H, int64_t D, int64_t max_seqlen, float scale,
+                   bool causal,
+                   const int64_t* seed,  // (1,), or null: no dropout
+                   int64_t site, int64_t threshold, float keep, int device, cudaStream_t stream);
+
+void attention_bwd(int dtype,
+                   const void* dout,           // (T, H, D)
+                   const void* qkv,            // (T, 3, H, D)
+                   const void* out,            // (T, H, D)
+                   const float* lse,           // (H, T)
+                   const int32_t* cu_seqlens,  // (B + 1,)
+                   float* delta,               // (H, T), for what this call computes
+                   void* dqkv,                 // (T, 3, H, D)
+                   int64_t T, int64_t B, int64_t H, int64_t D, int64_t max_seqlen, float scale,
+                   bool causal,
+                   const int64_t* seed,  // (1,), or null: no dropout
+                   int64_t site, int64_t threshold, float keep, int device, cudaStream_t stream);
+
 }  // namespace fastbert
