@@ -66,7 +66,7 @@ sanitize: RUN = PYTHONPATH=$(SANITIZED)/lib ASAN_OPTIONS=detect_leaks=0 UBSAN_OP
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)"
 sanitize: $(INSTALLED)
 	$(PINNED) $(PY) -m pip install -q $(PIP_ARGS) pybind11 ninja setuptools
-	CXX="$(CXX)" FASTBERT_BUILD=$(SANITIZED) FASTBERT_CPU_EMULATE=1 FASTBERT_CPU_FLAGS="$(SANITIZERS)" \
+	CXX="$(CXX)" FASTBERT_BUILD=$(SANITIZED) FASTBERT_CUDA=0 FASTBERT_CPU_EMULATE=1 FASTBERT_CPU_FLAGS="$(SANITIZERS)" \
 		$(PY) setup.py -q build --build-base $(SANITIZED)/base --build-lib $(SANITIZED)/lib
 	$(RUN) $(PY) -P -c "from fastbert import cpu; assert 'fsanitize' in cpu.native.build_info()['flags'], cpu.unavailable"
 	$(RUN) $(VENV)/bin/pytest --capture=sys -x tests/ops -k cpu $(PYTEST_ARGS)

@@ -6,6 +6,7 @@ nothing of torch, so torch is not needed here.
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -112,8 +113,68 @@ def cpu_variants(compiler: str) -> dict[str, list[str]]:
     return {"baseline": [], **found}
 
 
+# every later GPU runs code written for sm_80, so that one front-end pass serves all targets; "ptx" is for GPUs
+# newer than any here. FASTBERT_CUDA_ARCHS is such a list; "90a" and the like get a pass of their own
+CUDA_ARCHS = "80,90,100,ptx"
+
+
+def cuda_compiler() -> str | None:
+    """nvcc: from PATH, $CUDA_HOME, or the wheel nvidia-cuda-nvcc; None if there is none."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    wheels = [folder for path in sys.path for folder in Path(path or ".").glob("nvidia/*/bin")]
+    folders = [*os.environ.get("PATH", "").split(os.pathsep), f"{home}/bin", *map(str, wheels)]
+    return shutil.which("nvcc", path=os.pathsep.join(folders))
+
+
+def cuda_targets(compiler: str) -> list[str]:
+    """nvcc's -gencode flags for FASTBERT_CUDA_ARCHS; what this nvcc does not know is left out, with a sentence."""
+    listed = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True)
+    known = set(re.findall(r"sm_(\w+)", listed.stdout))
+    wanted = re.split(r"[\s,;]+", os.environ.get("FASTBERT_CUDA_ARCHS") or CUDA_ARCHS)
+    wanted = [arch for arch in wanted if arch]
+    missing = [arch for arch in wanted if arch != "ptx" and arch not in known]
+    if missing:
+        print(f"fastbert: {compiler} does not know {', '.join(missing)}: left out")
+    found = [arch for arch in wanted if arch not in missing]
+    shared = ["compute_80" if arch == "ptx" else f"sm_{arch}" for arch in found if arch[-1] != "a"]
+    flags = [f"-gencode=arch=compute_80,code=[{','.join(shared)}]"] if shared else []
+    flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in found if a[-1] == "a"]
+    if not flags:
+        raise PlatformError(
+            f"{compiler} knows none of the architectures {', '.join(wanted)}: "
+            f"set FASTBERT_CUDA_ARCHS to some of {', '.join(sorted(known))}, or FASTBERT_CUDA=0"
+        )
+    return flags
+
+
+def cuda_toolchain(version: str) -> Toolchain:
+    """nvcc and its flags; FASTBERT_CUDA_FLAGS adds to them, such as -Xptxas=-v for what kernels take."""
+    compiler = cuda_compiler()
+    if compiler is None:
+        raise PlatformError(
+            "fastbert's CUDA module needs nvcc, which is neither on PATH nor in $CUDA_HOME/bin: install the CUDA "
+            "toolkit or pip install nvidia-cuda-nvcc, or leave FASTBERT_CUDA unset to install without it"
+        )
+    targets = cuda_targets(compiler)
+    flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", *targets]
+    flags += shlex.split(os.environ.get("FASTBERT_CUDA_FLAGS", ""))
+    flags += [
+        f'-DFASTBERT_VERSION="{version}"',
+        f'-DFASTBERT_TARGETS="{" ".join(targets)}"',
+        f"-isystem={sysconfig.get_path('include')}",
+        f"-isystem={_pybind11_include()}",
+    ]
+    # the wheels of PyPI have lib where nvcc looks into lib64; the runtime is linked in, so that no driver is needed
+    libraries = Path(compiler).resolve().parent.parent / "lib"
+    link = ["-shared", "-cudart=static", *targets, f"-L{libraries}"]
+    return Toolchain(compiler, flags, link, {"": []}, ())
+
+
 # module -> (folder of its sources, their pattern, its toolchain)
-MODULES = {"fastbert._cpu": ("csrc/cpu", "*.cpp", cpu_toolchain)}
+MODULES = {
+    "fastbert._cpu": ("csrc/cpu", "*.cpp", cpu_toolchain),
+    "fastbert._cuda": ("csrc/cuda", "*.cu", cuda_toolchain),
+}
 
 
 def _accepts(compiler: str, flags: list[str]) -> bool:
@@ -189,8 +250,9 @@ class BuildNative(build_ext):
         try:
             subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True)
         except subprocess.CalledProcessError as error:
+            rest = "; fastbert is installed without it" if ext.optional else ""
             raise PlatformError(
-                f"{ext.name} did not compile: the compiler's message is above"
+                f"{ext.name} did not compile: the compiler's message is above{rest}"
             ) from error
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(target, destination)
@@ -206,15 +268,32 @@ class BuildPython(build_py):
         super().run()
 
 
+def wanted(name: str) -> bool:
+    """Whether to build a module: FASTBERT_CPU=0 and FASTBERT_CUDA=0 leave theirs out, as does a lack of nvcc."""
+    if name == "fastbert._cpu":
+        return os.environ.get("FASTBERT_CPU") != "0"
+    asked = os.environ.get("FASTBERT_CUDA", "auto")
+    if asked not in ("auto", "0", "1"):
+        raise PlatformError(f"FASTBERT_CUDA is {asked!r}: choose one of auto, 0, 1")
+    if asked == "auto" and cuda_compiler() is None:
+        print("fastbert: no nvcc was found, so that fastbert._cuda is not built")
+        return False
+    return asked != "0"
+
+
 def extensions() -> list[Extension]:
-    """The modules that have sources here and are wanted."""
-    if os.environ.get("FASTBERT_CPU") == "0":
-        return []
+    """The modules that have sources here and are wanted; without FASTBERT_CUDA=1 its failure fails no install."""
     found = {
         name: sorted(str(p.relative_to(ROOT)) for p in (ROOT / folder).glob(pattern))
         for name, (folder, pattern, _) in MODULES.items()
+        if wanted(name)
     }
-    return [Extension(name, sources) for name, sources in found.items() if sources]
+    forced = os.environ.get("FASTBERT_CUDA") == "1"
+    return [
+        Extension(name, sources, optional=name == "fastbert._cuda" and not forced)
+        for name, sources in found.items()
+        if sources
+    ]
 
 
 if __name__ == "__main__":

@@ -102,7 +102,10 @@ def _reason(name: str, slug: str, device: torch.device, args: tuple[Any, ...]) -
     if isinstance(found, str):
         return found
     if _DEVICES.get(name, device.type) != device.type:
-        return f"the tensors are on {device.type} and this backend runs on {_DEVICES[name]}"
+        lacking = "" if device_of(name) else ", of which torch finds none on this machine"
+        return (
+            f"the tensors are on {device.type} and this backend runs on {_DEVICES[name]}{lacking}"
+        )
     return found.unsupported(*args)
 
 

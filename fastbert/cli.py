@@ -62,17 +62,20 @@ def start(
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print versions, the machine, how the native module was built, and which kernel backends are there."""
-    from fastbert import backend
-    from fastbert.cpu import native, unavailable
+    """Print versions, the machine, how the native modules were built, and which kernel backends are there."""
+    from fastbert import backend, cpu, cuda
     from fastbert.testing.machine import machine_info
 
     facts = machine_info()
-    if native is None:
-        facts["native module"] = {"missing": unavailable}
+    if cpu.native is None:
+        facts["native module"] = {"missing": cpu.unavailable}
     else:
-        chosen = f"{native.isa()} (of {' '.join(native.isas())})"
-        facts["native module"] = {"instruction set": chosen, **native.build_info()}
+        chosen = f"{cpu.native.isa()} (of {' '.join(cpu.native.isas())})"
+        facts["native module"] = {"instruction set": chosen, **cpu.native.build_info()}
+    if cuda.native is None:
+        facts["cuda module"] = {"missing": cuda.unavailable}
+    else:
+        facts["cuda module"] = {"devices": cuda.native.devices(), **cuda.native.build_info()}
     matrix = backend.matrix()
     if as_json:
         typer.echo(json.dumps({**facts, "backends": matrix}, indent=2))

@@ -23,12 +23,16 @@ LONG_FUNCTIONS: dict[str, str] = {}
 NOT_SLUGS = {
     "fastbert/reference/philox.py": "the definition of the dropout bits, shared by the slugs",
     "csrc/cpu/bindings.cpp": "the module's entry, for all slugs",
+    "csrc/cuda/bindings.cu": "the module's entry, for all slugs",
     "csrc/cpu/peak.cpp": "what the arithmetic units can do, which percentages refer to",
     "csrc/cpu/encoder.cpp": "whole layers for inference, made of the slugs' kernels",
     "csrc/cpu/runtime.cpp": "memory and threads, compiled once for all instruction sets",
 }
 # public functions beside a backend's own: other modules of the same backend call them
 SHARED_HELPERS = {
+    "fastbert/cuda/bias_gelu.py": {"gradients"},
+    "fastbert/cuda/cross_entropy.py": {"row_losses"},
+    "fastbert/cuda/linear.py": {"row_sum"},
     "kernels/bias_gelu.py": {"gradients"},
     "kernels/cross_entropy.py": {"row_losses"},
     "fastbert/reference/layer_norm.py": {"widen"},

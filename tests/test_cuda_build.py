@@ -1,0 +1,147 @@
+"""The CUDA module as nvcc built it, read without a GPU: it imports, nothing spills, accesses are of 16 bytes."""
+
+import functools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastbert import backend, cuda
+
+ROOT = Path(__file__).resolve().parents[1]
+if cuda.native is None:
+    pytest.skip(str(cuda.unavailable), allow_module_level=True)
+
+# what a multiprocessor and a thread of it have; blocks get 48 KB of shared memory without asking for more
+REGISTERS, THREAD_REGISTERS, SHARED = 65_536, 255, 49_152
+# kernel -> the most registers of a thread in any instantiation. Blocks of 384 threads leave 168 to each
+LIMITS = {
+    "layer_norm_fwd_kernel": 80,
+    "layer_norm_bwd_kernel": 168,
+    "dropout_add_layer_norm_fwd_kernel": 96,
+    "dropout_add_layer_norm_bwd_kernel": 168,
+    "bias_gelu_fwd_kernel": 64,
+    "bias_gelu_bwd_kernel": 128,
+    "cross_entropy_kernel": 96,
+    "embed_fwd_kernel": 96,
+    "embed_bwd_kernel": 168,
+    "embed_bwd_segments_kernel": 64,
+    "embed_bwd_crossing_kernel": 64,
+    "linear_bwd_db_kernel": 64,
+    "sum_partials_kernel": 64,
+}
+# 4 bytes a thread are a whole line of partial sums already
+NARROW = {"sum_partials_kernel"}
+
+
+def tool() -> str:
+    """cuobjdump: of the toolkit, or the one that Triton brings."""
+    found = shutil.which("cuobjdump")
+    spec = None if found else find_spec("triton")
+    if spec is not None and spec.origin:
+        found = shutil.which(
+            "cuobjdump", path=str(Path(spec.origin).parent / "backends" / "nvidia" / "bin")
+        )
+    return found or pytest.skip("there is no cuobjdump: install the CUDA toolkit, or triton")
+
+
+@functools.cache
+def dump(*arguments: str) -> str:
+    """What cuobjdump says of the module."""
+    command = [tool(), *arguments, cuda.native.__file__]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def kernel(mangled: str) -> str:
+    """The kernel's own name, which follows its length and is followed by template arguments or the end of a scope."""
+    return re.search(r"(?<=\d)[a-z_]+_kernel(?=[IE])", mangled)[0]
+
+
+def resources() -> list[tuple[str, str, dict[str, int]]]:
+    """(architecture, mangled name, what it takes) of each kernel."""
+    found, arch = [], ""
+    pattern = r"arch = (\w+)|Function (\S+):\s+((?:\S+:\d+\s?)+)"
+    for match in re.finditer(pattern, dump("-res-usage")):
+        arch = match[1] or arch
+        if match[2]:
+            numbers = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", match[3])
+            found.append((arch, match[2], {key: int(n) for key, n in numbers}))
+    return found
+
+
+def own(name: str) -> bool:
+    """Whether a kernel is one of those in LIMITS; attention's have a test of their own."""
+    return not name.startswith("attention")
+
+
+def test_registers_spills_and_shared_memory_are_bounded():
+    found = [(arch, kernel(name), numbers) for arch, name, numbers in resources()]
+    assert {name for _, name, _ in found if own(name)} == LIMITS.keys()
+    problems = []
+    for arch, name, numbers in found:
+        limit = LIMITS.get(name, THREAD_REGISTERS)
+        if numbers["STACK"] + numbers["LOCAL"]:
+            problems.append(f"{name} {arch}: spills, or an array in local memory: {numbers}")
+        if numbers["REG"] > limit:
+            problems.append(f"{name} {arch}: {numbers['REG']} registers, of {limit}")
+        if numbers["SHARED"] > SHARED:
+            problems.append(f"{name} {arch}: {numbers['SHARED']} bytes of shared memory")
+    assert not problems, "\n".join(problems)
+
+
+def test_the_template_budget():
+    """Instantiations of a kernel on one architecture: three element types times four shapes, or two forms."""
+    arch = resources()[0][0]
+    names = [kernel(name) for found, name, _ in resources() if found == arch]
+    many = {name: names.count(name) for name in names if own(name) and name not in NARROW}
+    assert max(many.values()) <= 12, many
+
+
+def test_accesses_are_of_16_bytes():
+    arch = resources()[0][0]
+    wide, name = {}, ""
+    pattern = r"Function : (\S+)|\b(?:LDG|STG)\.E\.128\b"
+    for match in re.finditer(pattern, dump("-sass", "-arch", arch)):
+        name = match[1] or name
+        wide[name] = wide.get(name, 0) + (match[1] is None)
+    narrow = {kernel(name) for name, count in wide.items() if own(kernel(name)) and not count}
+    assert narrow == NARROW
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_imports_and_says_so():
+    assert cuda.native.devices().startswith("no GPU: ")
+    command = [sys.executable, "-m", "fastbert", "info", "--json"]
+    facts = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert facts["cuda module"]["devices"].startswith("no GPU: ")
+    x = torch.ones(2, 8)
+    with backend.use("cuda"), pytest.raises(backend.Unsupported, match="torch finds none"):
+        backend.choose("layer_norm", x.device, x, None, None, 1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_launch_that_fails_names_op_shape_and_device():
+    with pytest.raises(RuntimeError, match=r"linear_bwd_db on \(1000, 768\) .* on cuda:0: \w+"):
+        cuda.native.linear_bwd_db(1, 16, 768, 16, 16, 8, 1000, 768, 0, 0)
+
+
+def test_partitions_do_not_outgrow_the_device():
+    """Blocks that leave partial sums: pure functions, at least one, no more than there are rows or the GPU holds."""
+    for dtype in (0, 1, 2):
+        for C in (1, 100, 256, 257, 768, 1024, 1025, 8192):
+            assert cuda.native.row_blocks(1, C, dtype, 108) == 1
+            assert cuda.native.row_blocks(10**6, C, dtype, 108) in (108, 2 * 108, 5 * 108)
+        assert cuda.native.column_blocks(1, 3072, dtype, 108) == 1
+        assert cuda.native.column_blocks(10**6, 10**6, dtype, 108) == 1
+        assert 1 < cuda.native.column_blocks(10**6, 3072, dtype, 108) <= 4 * 108
+
+
+def test_an_unknown_element_type_is_refused():
+    with pytest.raises(ValueError, match="no element type has the number 7"):
+        cuda.native.column_blocks(1, 1, 7, 108)
