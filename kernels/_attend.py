@@ -105,9 +105,7 @@ def attend(
     j = j0 + tl.arange(0, BLOCK_N)
     k = load_tile(qkv_ptr + H * D, j, 3 * H * D, length, D, BLOCK_D)
     v = load_tile(qkv_ptr + 2 * H * D, j, 3 * H * D, length, D, BLOCK_D)
-    s = tl.dot(
-        q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), input_precision=PRECISION
-    )
+    s = tl.dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), input_precision=PRECISION)
     s = hide(s, i, j, length, MASKED, CAUSAL)
     top = tl.max(s, 1) * scale
     if not FIRST:

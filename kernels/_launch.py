@@ -80,8 +80,12 @@ def rows(width: int, arch: Arch) -> Rows:
 
 
 @functools.cache
-def persistent_rows(width: int, arch: Arch, stages: int = 3) -> PersistentRows:
-    """A warp for a row of up to 768: a backward keeps sums of two gradients beside the row."""
+def persistent_rows(width: int, arch: Arch, gathers: bool = False) -> PersistentRows:
+    """A warp for a row of up to 768: a backward keeps sums of two gradients beside the row.
+
+    Loads that wait for ids gain little from running ahead, and on Hopper nothing.
+    """
+    stages = 3 if not gathers else 1 if arch == 90 else 2
     block, warps = max(16, triton.next_power_of_2(width)), _warps(width, 24, arch)
     return PersistentRows(2 if warps == 2 and arch == 90 else 1, block, stages, warps)
 

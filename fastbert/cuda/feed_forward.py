@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.cuda import bias_gelu, linear, unsupported_dtype
+from fastbert.stock import _feed_forward
 
 
 def unsupported(
@@ -46,15 +47,8 @@ def backward(
     w2: Tensor,
     approximate: str,
     needs: Sequence[bool],  # for x, w1, b1, w2, b2
+    dtype: torch.dtype,  # of dw1 and dw2
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dw1, db1, dw2, db2, empty where not needed; gelu(u) is built again from u."""
-    dx = dw1 = db1 = x.new_empty(0)
-    dh, _, db2 = linear.backward(dy, u, w2, [any(needs[:3]), False, needs[4]])
-    if any(needs[:3]):
-        sums = torch.float32 if needs[2] else None
-        du, h, db1 = bias_gelu.gradients(dh, u, None, approximate, sums, again=needs[3])
-        dx, dw1, _ = linear.backward(du, x, w1, [*needs[:2], False])
-    else:
-        h = bias_gelu.forward(u, None, approximate)
-    _, dw2, _ = linear.backward(dy, h, w2, [False, needs[3], False])
-    return dx, dw1, db1, dw2, db2
+    args = (dy, x, u, w1, w2, approximate, needs, dtype)
+    return _feed_forward.backward(linear.backward, bias_gelu.gradients, *args)

@@ -37,9 +37,10 @@ def backward(
     x: Tensor,  # (T, K)
     weight: Tensor,  # (N, K)
     needs: Sequence[bool],  # for x, weight, bias
+    dtype: torch.dtype,  # of dweight
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (T, K), dweight (N, K), dbias (N,) fp32; empty where not needed."""
-    dx, dweight, dbias = library.backward(dy, x, weight, [*needs[:2], False])
+    dx, dweight, dbias = library.backward(dy, x, weight, [*needs[:2], False], dtype)
     return dx, dweight, row_sum(dy) if needs[2] else dbias
 
 

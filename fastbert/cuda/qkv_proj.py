@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fastbert.cuda import linear, unsupported_dtype
@@ -38,7 +39,8 @@ def backward(
     x: Tensor,  # (T, C)
     weights: Sequence[Tensor],
     needs: Sequence[bool],  # for x, the weights, the biases
+    dtype: torch.dtype,  # of dweight
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (T, C), dweight (3HD, C), dbias (3HD,) fp32; empty where not needed."""
-    dx, dweight, dbias = library.backward(dqkv, x, weights, [*needs[:2], False])
+    dx, dweight, dbias = library.backward(dqkv, x, weights, [*needs[:2], False], dtype)
     return dx, dweight, linear.row_sum(dqkv.flatten(1)) if needs[2] else dbias
