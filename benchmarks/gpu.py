@@ -25,8 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 TESTS = ["tests/ops", "tests/test_triton.py", "tests/test_graphs.py"]
 # small enough for a sanitizer, which slows kernels down a hundredfold
-SANITIZED = "triton and bf16 and (S5 or S33 or T7 or N7 or T13)"
+SANITIZED = "(triton or cuda) and bf16 and (S5 or S33 or T7 or N7 or T13)"
 
+GPU_BACKENDS = ("triton", "cuda", "torch")
 PARTS = ("parity", "sanitizer", "ops", "models")
 
 Call = Callable[[], Any]
@@ -42,7 +43,7 @@ def run(*command: str, **env: str) -> dict[str, Any]:
 
 def parity(rehearsal: bool) -> dict[str, Any]:
     """The tests of every op on the Triton backend; a rehearsal takes one op's smallest."""
-    tests, picked = TESTS, "triton or graph"
+    tests, picked = TESTS, "triton or cuda or graph or training"
     if rehearsal:
         tests, picked = ["tests/ops/test_layer_norm.py"], "triton and nobias"
     # -m: those that need a GPU are wanted; their kernels compile side by side
@@ -125,7 +126,7 @@ def op_cases(device: str, rehearsal: bool) -> Iterator[tuple[str, dict[str, Any]
 
 
 def ops(device: str, rehearsal: bool) -> dict[str, Any]:
-    """Every op on Triton, on stock ops, and the eager specification compiled; a wrong kernel is not timed."""
+    """Every op on each backend of a GPU, and the eager specification compiled; a wrong kernel is not timed."""
     from fastbert import backend, functional
     from fastbert.testing.timing import interleave_training
 
@@ -133,10 +134,12 @@ def ops(device: str, rehearsal: bool) -> dict[str, Any]:
     for slug, arguments in op_cases(device, rehearsal):
         op, reference = getattr(functional, slug), reference_of(slug)
         cost = cost_of(slug, arguments)
-        with backend.use("triton"):
-            gate(slug, arguments, cost)
         competitors: dict[str, tuple[Callable, Callable]] = {}
-        for name in ("triton", "torch"):
+        for name in GPU_BACKENDS:
+            if backend.matrix()[slug][name] is not None or backend.device_of(name) is None:
+                continue
+            with backend.use(name):
+                gate(slug, arguments, cost)
             competitors[name] = pair(_forced(backend, name, op), arguments)
         if slug == "attention":
             competitors["sdpa"] = pair(_sdpa, arguments)

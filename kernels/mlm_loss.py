@@ -1,4 +1,4 @@
-"""mlm_loss: the library's GEMMs on labelled rows, and Triton's softmax that makes the gradient in place of the logits."""
+"""mlm_loss: the library's GEMMs on labelled rows, and Triton's softmax that makes logits their gradient in place."""
 
 from __future__ import annotations
 
