@@ -77,7 +77,7 @@ def _linear_fwd_kernel(
         if y_ptr is not None:
             tl.store(y_ptr + at, acc, mask=inside)
         if h_ptr is not None:
-            h, _ = gelu_and_derivative(acc, TANH)
+            h, _ = gelu_and_derivative(acc, TANH, x_ptr.dtype.element_ty.primitive_bitwidth == 16)
             tl.store(h_ptr + at, h, mask=inside)
 
 

@@ -230,9 +230,14 @@ __device__ inline void mma(float (&c)[4], const FragmentA<float>& a, const Fragm
     for (int i = 0; i < 4; ++i) split(a.word[4 * j + i], high_a[i], low_a[i]);
 #pragma unroll
     for (int i = 0; i < 2; ++i) split(b.word[2 * j + i], high_b[i], low_b[i]);
-    mma_tf32(c, low_a, high_b);
-    mma_tf32(c, high_a, low_b);
-    mma_tf32(c, high_a, high_b);
+    // tensor cores truncate what they add to: their sums stay short, and are added up rounded
+    float sum[4] = {};
+    mma_tf32(sum, low_a, low_b);
+    mma_tf32(sum, low_a, high_b);
+    mma_tf32(sum, high_a, low_b);
+    mma_tf32(sum, high_a, high_b);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[i] += sum[i];
   }
 }
 
