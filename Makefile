@@ -5,7 +5,7 @@
 #   make bench-peers the end-to-end benchmark against all peers, each in its own environment
 #   make bench-scaling  cost against the number of tokens and the length of a sequence, with a plot; 4 to 6 minutes
 #   make test-gpu-static  the Triton kernels in every configuration compiled for GPUs that are not here, and inspected
-#   make gpu         on a machine with a GPU: parity, memory and race checks, timings, into benchmarks/results/gpu.json
+#   make gpu         on a machine with a GPU: parity, memory and race checks, timings, into docs/gpu.md
 #   make gpu-report  what those compilations and counted bytes say, as docs/gpu_report.md
 #   make sanitize    the native tests under AddressSanitizer and UBSan: every op on every instruction set (it took 7 min
 #                    to build and 4 to run on one core of an AMD EPYC, 2026-11-25; what was built before is kept)
@@ -51,6 +51,7 @@ test-gpu-static: $(INSTALLED)
 
 gpu: $(INSTALLED)
 	$(PY) benchmarks/gpu.py $(BENCH_ARGS)
+	$(PY) benchmarks/gpu_page.py
 
 gpu-report: $(INSTALLED)
 	$(PY) benchmarks/gpu_report.py

@@ -1,0 +1,114 @@
+"""docs/gpu.md and the README's lines on GPUs, from benchmarks/results/gpu.json, which `make gpu` writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
+BEGIN, END = "<!-- table: python benchmarks/gpu_page.py -->", "<!-- end of that table -->"
+OURS = ("fastbert", "fastbert, graph")
+
+Row = dict[str, Any]
+
+
+def works(report: dict[str, Any]) -> list[str]:
+    """Whole steps: the medians, and the better of ours against the best of stock's."""
+    names = sorted({n for row in report["models"] for n in row["milliseconds"]}, key=_ours_first)
+    lines = [
+        f"| BERT-base, bf16 | {' | '.join(names)} | speed-up |",
+        "|---" * (len(names) + 2) + "|",
+    ]
+    for row in report["models"]:
+        times = {n: t[0] for n, t in row["milliseconds"].items()}
+        ours = min(times[n] for n in OURS if n in times)
+        best = min(t for n, t in times.items() if n not in OURS)
+        cells = [f"{times[n]:.1f} ms" if n in times else "" for n in names]
+        lines.append(f"| {row['work']} | {' | '.join(cells)} | {best / ours:.2f}x |")
+    return lines
+
+
+def _ours_first(name: str) -> tuple[bool, str]:
+    return name not in OURS, name
+
+
+def ops(report: dict[str, Any]) -> list[str]:
+    """Every op and direction: microseconds on the device, from cold caches."""
+    rows = report["ops"]["rows"]
+    names = [n for n in ("triton", "cuda", "compiled eager", "sdpa", "torch") if _timed(rows, n)]
+    lines = [
+        f"| op | | {' | '.join(names)} | of copy bandwidth | of matrix peak |",
+        "|---" * (len(names) + 4) + "|",
+    ]
+    for row in rows:
+        options = ", ".join(f"{k} {v}" for k, v in row["options"].items())
+        times = row["microseconds"]
+        cells = [f"{times[n]:.0f}" if n in times else "" for n in names]
+        shares = (row["percent_of_bandwidth"], row["percent_of_matrix_peak"])
+        cells += [f"{share:.0f} %" for share in shares]
+        lines.append(f"| {row['op']} {options} | {row['direction']} | {' | '.join(cells)} |")
+    return lines
+
+
+def _timed(rows: list[Row], name: str) -> bool:
+    return any(name in row["microseconds"] for row in rows)
+
+
+def facts(report: dict[str, Any]) -> str:
+    """Device, date and versions."""
+    machine = report["machine"]
+    v = machine["versions"]
+    return (
+        f"{machine['date']}, {machine['gpus'][0]}, torch {v['torch']}, triton {v['triton']}, "
+        f"transformers {v['transformers']}."
+    )
+
+
+def page(report: dict[str, Any]) -> str:
+    """docs/gpu.md."""
+    peaks = report["ops"]["peaks"]
+    notes = [f"- {note}" for note in report.get("notes", [])]
+    lines = [
+        "# On a GPU",
+        "",
+        "Written by `python benchmarks/gpu_page.py` from `benchmarks/results/gpu.json`, which `make gpu` writes.",
+        "",
+        facts(report),
+        "",
+        *notes,
+        "",
+        "## Whole steps",
+        "",
+        "Pretraining (MLM + NSP, dropout 0.1) without the optimiser's step, and the encoder's inference, under bf16 autocast; wall-clock "
+        "medians of interleaved rounds. `eager`, `sdpa` and `compiled` are transformers' model; `graph` are fastbert's runners of CUDA "
+        "graphs (docs/modules.md).",
+        "",
+        *works(report),
+        "",
+        "## Ops",
+        "",
+        "bf16, 16,384 tokens, 768 wide; microseconds on the device, medians. `compiled eager` is the op in plain PyTorch under "
+        "torch.compile, `torch` fastbert's backend of stock ops, which replays dropout by plain tensor ops. The shares are those of "
+        f"triton, of {peaks['copy_gb_per_s']:.0f} GB/s and {peaks['bf16_tflops']:.0f} TFLOP/s, measured beside.",
+        "",
+        *ops(report),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Rewrite both pages."""
+    report = json.loads(RESULTS.read_text())
+    (ROOT / "docs" / "gpu.md").write_text(page(report))
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    table = "\n".join(
+        [*works(report), "", f"{facts(report)} Every op: [docs/gpu.md](docs/gpu.md)."]
+    )
+    readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()
