@@ -81,17 +81,18 @@ def page(report: dict[str, Any]) -> str:
         "",
         "## Whole steps",
         "",
-        "Pretraining (MLM + NSP, dropout 0.1) without the optimiser's step, and the encoder's inference, under bf16 autocast; wall-clock "
-        "medians of interleaved rounds. `eager`, `sdpa` and `compiled` are transformers' model; `graph` are fastbert's runners of CUDA "
-        "graphs (docs/modules.md).",
+        "Pretraining (MLM + NSP, dropout 0.1) without the optimiser's step, and the encoder's inference, under bf16 "
+        "autocast; wall-clock medians of interleaved rounds. `eager`, `sdpa` and `compiled` are transformers' model; "
+        "`graph` are fastbert's runners of CUDA graphs (docs/modules.md).",
         "",
         *works(report),
         "",
         "## Ops",
         "",
-        "bf16, 16,384 tokens, 768 wide; microseconds on the device, medians. `compiled eager` is the op in plain PyTorch under "
-        "torch.compile, `torch` fastbert's backend of stock ops, which replays dropout by plain tensor ops. The shares are those of "
-        f"triton, of {peaks['copy_gb_per_s']:.0f} GB/s and {peaks['bf16_tflops']:.0f} TFLOP/s, measured beside.",
+        "bf16, 16,384 tokens, 768 wide; microseconds on the device, medians. `compiled eager` is the op in plain "
+        "PyTorch under torch.compile, `torch` fastbert's backend of stock ops, which replays dropout by plain tensor "
+        f"ops. The shares are those of triton, of {peaks['copy_gb_per_s']:.0f} GB/s and {peaks['bf16_tflops']:.0f} "
+        "TFLOP/s, measured beside.",
         "",
         *ops(report),
     ]

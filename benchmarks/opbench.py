@@ -116,8 +116,8 @@ def cost_of(slug: str, ours: dict[str, Any]) -> Cost:
 def gate(slug: str, ours: dict[str, Any], cost: Cost) -> str:
     """Refuse a wrong kernel, outputs and gradients; says against what: "fp64 reference" or "stock".
 
-    Where fp64 takes too long on a CPU, stock stands for the truth and the difference may be 1e-4 of the rms in fp32, 3e-2 in
-    bf16.
+    Where fp64 takes too long on a CPU, stock stands for the truth and the difference may be 1e-4 of the rms in fp32,
+    3e-2 in bf16.
     """
     op = getattr(functional, slug)
     results = call(op, ours, backward=True)
