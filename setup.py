@@ -131,7 +131,12 @@ def cuda_targets(compiler: str) -> list[str]:
     listed = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True)
     known = set(re.findall(r"sm_(\w+)", listed.stdout))
     wanted = re.split(r"[\s,;]+", os.environ.get("FASTBERT_CUDA_ARCHS") or CUDA_ARCHS)
-    wanted = [arch for arch in wanted if arch]
+    wanted = [arch.removeprefix("sm_") for arch in wanted if arch]
+    old = [arch for arch in wanted if arch.rstrip("af").isdigit() and int(arch.rstrip("af")) < 80]
+    if old:
+        raise PlatformError(
+            f"FASTBERT_CUDA_ARCHS names {', '.join(old)}: the kernels need compute capability 8.0 or later"
+        )
     missing = [arch for arch in wanted if arch != "ptx" and arch not in known]
     if missing:
         print(f"fastbert: {compiler} does not know {', '.join(missing)}: left out")

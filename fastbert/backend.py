@@ -109,15 +109,15 @@ def _reason(name: str, slug: str, device: torch.device, args: tuple[Any, ...]) -
     return found.unsupported(*args)
 
 
-def order(slug: str, kind: str) -> tuple[str, ...]:
-    """The backends of a device type that are tried for an op, in turn."""
+def order(kind: str) -> tuple[str, ...]:
+    """The backends of a device type that are tried, in turn."""
     return ORDER.get(kind, ("torch",))
 
 
 def _explained_order(slug: str, device: torch.device, args: tuple[Any, ...]) -> tuple[str, ...]:
     if _forced is not None:
         return (_forced,)
-    best, names = _tuned(slug, device, args), order(slug, device.type)
+    best, names = _tuned(slug, device, args), order(device.type)
     return names if best is None else (best, *names)
 
 
@@ -125,7 +125,7 @@ def _candidates(slug: str, kind: str) -> tuple[tuple[str, Any], ...]:
     """(name, its `unsupported`) of the backends that have the op's kernel for a device type, in ORDER."""
     return tuple(
         (name, found.unsupported)
-        for name in order(slug, kind)
+        for name in order(kind)
         if not isinstance(found := _IMPLEMENTATIONS[name][slug], str)
         and _DEVICES.get(name, kind) == kind
     )

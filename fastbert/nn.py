@@ -23,10 +23,11 @@ from fastbert.blocks import (
     log_once,
     sinusoidal_positions,
 )
-from fastbert.graphs import InferenceRunner, TrainingRunner
+from fastbert.graphs import InferenceRunner
 from fastbert.ops._register import seed_for
 from fastbert.packing import Packing
 from fastbert.reference.philox import dropout
+from fastbert.training_graphs import TrainingRunner
 
 __all__ = [
     "GELU",

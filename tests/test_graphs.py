@@ -184,16 +184,58 @@ def test_packed_batches_of_the_caller():
     torch.testing.assert_close(runner(ids, **given), net(ids, **given).loss.detach())
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_answers_are_columns_of_the_padded_batch(left):
+    net = model(bert.BertForQuestionAnswering, **PLAIN).train()
+    ids, mask, _ = batch((9, 3, 7), left)
+    places = {
+        n: torch.tensor([3, 8, 1], device=DEVICE) for n in ("start_positions", "end_positions")
+    }
+    given = {"attention_mask": mask, **places}
+    expected = net(ids, **given).loss.detach()
+    runner = TrainingRunner(net)
+    for _ in range(3):
+        torch.testing.assert_close(runner(ids, **given), expected)
+
+
+def test_what_was_not_given_is_not_remembered():
+    """Neither labels nor a number of items of an earlier batch of the same size."""
+    net = model(bert.BertForTokenClassification, **PLAIN).train()
+    runner, args = TrainingRunner(net), labelled(bert.BertForTokenClassification, (9, 3))
+    for _ in range(3):
+        runner(**args)
+    del args["labels"]
+    with pytest.raises(ValueError, match="no loss"):
+        runner(**args)
+    net = model(bert.BertForMaskedLM, **PLAIN).train()
+    runner, args = TrainingRunner(net), labelled(bert.BertForMaskedLM, (9, 3))
+    for items in (4, torch.tensor(2.5), 3.0, torch.tensor(7)):
+        given = {**args, "num_items_in_batch": items}
+        torch.testing.assert_close(runner(**given), net(**given).loss.detach())
+    assert len(runner._entries) == 1
+
+
+def test_more_tokens_than_positions_with_position_ids():
+    net = model(bert.BertForMaskedLM, **PLAIN).train()
+    ids = torch.randint(60, (2, 50), device=DEVICE)
+    given = {"labels": ids, "position_ids": torch.arange(50, device=DEVICE)[None] % 40}
+    torch.testing.assert_close(TrainingRunner(net)(ids, **given), net(ids, **given).loss.detach())
+
+
 def test_training_refusals():
     net = model(bert.BertForMaskedLM)
     ids = torch.randint(60, (2, 6), device=DEVICE)
     with pytest.raises(ValueError, match="eval mode"):
         TrainingRunner(net)(ids, labels=ids)
     net.train()
-    with pytest.raises(ValueError, match="pass labels"):
+    with pytest.raises(ValueError, match="such as labels"):
         TrainingRunner(net)(ids)
     with torch.autocast(DEVICE, torch.float16), pytest.raises(ValueError, match="bfloat16"):
         TrainingRunner(net)(ids, labels=ids)
+    with pytest.raises(TypeError, match="inputs_embeds"):
+        TrainingRunner(net)(None, inputs_embeds=torch.zeros(2, 6, 32, device=DEVICE))
+    with pytest.raises(ValueError, match="labels has shape"):
+        TrainingRunner(net)(ids, labels=ids[:, :4])
     with pytest.raises(TypeError, match="no model of fastbert"):
         TrainingRunner(torch.nn.Linear(2, 2))
 

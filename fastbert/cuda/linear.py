@@ -1,7 +1,4 @@
-"""linear: the library's GEMMs, and the bias' gradient by csrc/cuda/linear.cu.
-
-On a GPU the `torch` backend comes first in this op's order.
-"""
+"""linear: the library's GEMMs, and the bias' gradient by csrc/cuda/linear.cu."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""qkv_proj: the library's GEMMs, and the biases' gradient by csrc/cuda/linear.cu.
-
-On a GPU the `torch` backend comes first in this op's order.
-"""
+"""qkv_proj: the library's GEMMs, and the biases' gradient by csrc/cuda/linear.cu."""
 
 from __future__ import annotations
 

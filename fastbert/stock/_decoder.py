@@ -87,7 +87,7 @@ def backward(
         )
     dh = scaled(dh, dloss, dh.dtype)
     if needs[0] and rows is not None:
-        dh = torch.zeros_like(hidden).index_copy_(0, rows.long(), dh)
+        dh = torch.zeros_like(hidden).index_add_(0, rows, dh)
     return dh, scaled(dweight[:V], dloss, weight.dtype), dbias[:V].mul_(dloss)
 
 

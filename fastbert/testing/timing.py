@@ -61,8 +61,8 @@ def interleave_training(
 
     Each backward takes what its own forward has just returned, so that no graph is kept for longer than a training
     step keeps it. As many rounds as fit into `seconds`, within the bounds `rounds`; callers warm up. On a GPU the times
-    are the device's, from cold caches: what the host takes to launch the work is hidden. Raises ValueError without
-    competitors or with bounds that allow no round.
+    are the device's, from cold caches: up to a millisecond of what the host takes to launch the work is
+    hidden. Raises ValueError without competitors or with bounds that allow no round.
     """
     least, most = rounds
     if not competitors or not 1 <= least <= most:

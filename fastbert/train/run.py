@@ -272,7 +272,7 @@ def backends(device: str) -> dict[str, str]:
     """
     kind, forced = torch.device(device).type, backend.forced()
     found = {
-        slug: forced or next(name for name in backend.order(slug, kind) if reasons[name] is None)
+        slug: forced or next(name for name in backend.order(kind) if reasons[name] is None)
         for slug, reasons in backend.matrix().items()
     }
     winners = {} if forced else tuned.winners(backend.tuned_tables, kind)

@@ -1,0 +1,242 @@
+"""A training step's forward and backward as one CUDA graph, tokens padded to a few sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import bert
+from fastbert.graphs import Capture, config_of, power, touch
+from fastbert.ops._register import autocast_dtype
+from fastbert.packing import Inputs, prepare
+
+
+@dataclasses.dataclass
+class _Step:
+    """The inputs of a captured training step, the parameters that it gives gradients, its loss and its graph."""
+
+    inputs: dict[str, Any]
+    used: list[nn.Parameter]
+    loss: Tensor | None
+    graph: Any
+
+
+class TrainingRunner:
+    """Forward and backward of a training step, on a GPU by replaying a CUDA graph for the batch's size.
+
+    `TrainingRunner(model)(input_ids, attention_mask, token_type_ids, labels=...)` returns the loss that `model` returns
+    in training mode, detached; gradients are added to the parameters' `.grad` as `loss.backward()` adds them. Clipping,
+    optimiser and schedule stay outside. Tokens are packed, then padded to steps of a sixteenth (at least 128), labelled
+    rows to a 32nd of the tokens, sequences not at all; a size that is met a second time is captured, and the last
+    `max_graphs` used are kept. All graphs add to the same gradients, which stay the runner's between steps. Dropout
+    draws new masks in every replay. Works under bf16 autocast. A graph keeps what it was captured with: parameters may
+    be changed in place, not replaced; hooks, another dropout or backend, and `eval()` of a part come too late. On a CPU
+    the same padded call runs without graphs. One host sync a call, for the numbers of tokens and labels, none where
+    `cu_seqlens`, `max_seqlen` and `label_rows` are given. Raises TypeError for a model without a configuration
+    (DistributedDataParallel has none) and for `inputs_embeds`, ValueError for a model in eval mode, for fp16 autocast,
+    which wants a GradScaler, and for what the model itself refuses.
+    """
+
+    def __init__(self, model: nn.Module, *, max_graphs: int = 32) -> None:
+        self.config = config_of(model, max_graphs)
+        self.model, self.max_graphs = model, max_graphs
+        self._masked_lm = hasattr(model, "mlm_head")
+        self._of_tokens = self._masked_lm or isinstance(model, bert.BertForTokenClassification)
+        self._parameters = list(model.parameters())
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._entries: OrderedDict[tuple[Any, ...], _Step] = OrderedDict()
+        # sizes that were met
+        self._met: OrderedDict[tuple[Any, ...], None] = OrderedDict()
+        self._capture = Capture()
+
+    @torch.enable_grad()
+    def __call__(
+        self,
+        input_ids: Tensor,  # (B, S) int64, or packed (T,) with cu_seqlens and max_seqlen
+        attention_mask: Tensor | None = None,  # (B, S), 1 at tokens
+        token_type_ids: Tensor | None = None,  # as input_ids
+        **options: Any,  # labels and whatever else the model's forward takes
+    ) -> Tensor:
+        """The loss of a batch, whose gradients are added to the parameters'."""
+        self._check(input_ids, options)
+        if input_ids.numel() == 0:
+            given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+            return self._step({"input_ids": input_ids, **given, **options})
+        batch, targets = self._packed(input_ids, attention_mask, token_type_ids, options)
+        key, sizes = self._key(batch, targets), self._sizes(batch)
+        entry = self._entries.get(key)
+        if entry is None:
+            inputs = self._inputs(batch, sizes, targets)
+            if key not in self._met:
+                loss = self._step(inputs)
+                self._met[key] = None
+                touch(self._met, key, 1024)
+                return loss
+            entry = self._entries[key] = self._prepare(inputs, input_ids.device)
+        touch(self._entries, key, self.max_graphs)
+        self._fill(entry.inputs, batch, targets)
+        if entry.graph is None:
+            return self._step(entry.inputs)
+        self._own(entry.used)
+        with torch.cuda.device(input_ids.device):
+            entry.graph.replay()
+        return entry.loss.clone()  # type: ignore[union-attr]
+
+    def _check(self, ids: Tensor | None, options: dict[str, Any]) -> None:
+        if ids is None or options.get("inputs_embeds") is not None:
+            raise TypeError(
+                "TrainingRunner takes input_ids: call the model itself with inputs_embeds"
+            )
+        if not self.model.training:
+            raise ValueError("the model is in eval mode: call model.train()")
+        if autocast_dtype(ids.device.type) == torch.float16:
+            raise ValueError(
+                "the model runs under fp16 autocast, which wants a GradScaler: use bfloat16"
+            )
+
+    def _key(self, batch: Inputs, targets: dict[str, Any]) -> tuple[Any, ...]:
+        """What two batches must share to be served by one graph."""
+        given = [
+            (name, (v.shape, v.dtype, v.device) if isinstance(v, Tensor) else repr(v))
+            for name, v in sorted(targets.items())
+        ]
+        device = batch.ids.device
+        absent = tuple(t is None for t in (batch.types, batch.labels, batch.label_rows))
+        wanted = tuple(p.requires_grad for p in self._parameters)
+        kind = autocast_dtype(device.type)
+        return (self._sizes(batch), *given, absent, device, kind, wanted)
+
+    def _packed(
+        self, ids: Tensor, mask: Tensor | None, types: Tensor | None, options: dict[str, Any]
+    ) -> tuple[Inputs, dict[str, Any]]:
+        """The batch packed, with labels of tokens, and what else the model's forward is called with."""
+        packing = ["position_ids", "cu_seqlens", "max_seqlen", "label_rows"]
+        packing += ["labels"] if self._of_tokens else []
+        given = {name: options.pop(name) for name in packing if name in options}
+        if (items := options.get("num_items_in_batch")) is not None:
+            # a number that changes from batch to batch is no part of the graph
+            options["num_items_in_batch"] = torch.as_tensor(
+                items, dtype=torch.float32, device=ids.device
+            )
+        for name in ("start_positions", "end_positions"):
+            if mask is not None and options.get(name) is not None:
+                options[name] = _offsets(options[name].reshape(-1), mask != 0)
+        batch = prepare(self.config, ids, mask, types, rows_wanted=self._masked_lm, **given)
+        return batch, options
+
+    def _sizes(self, batch: Inputs) -> tuple[int, int, int, int]:
+        """Tokens, sequences, longest length and labelled rows of the graph that serves this batch."""
+        packing, rows = batch.packing, batch.label_rows
+        longest = min(power(packing.max_seqlen, 16), self.config.max_length)
+        longest = max(longest, packing.max_seqlen)
+        # one token more, which is nobody's: labelled rows that there are not point to it
+        tokens = batch.ids.shape[0] + 1
+        tokens = _multiple(tokens, max(128, power(tokens, 1) // 16))
+        labelled = 0 if rows is None else _multiple(max(rows.shape[0], 1), tokens // 32)
+        return tokens, packing.batch, longest, labelled
+
+    def _inputs(
+        self, batch: Inputs, sizes: tuple[int, int, int, int], targets: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The padded batch in tensors of its own."""
+        tokens, sequences, longest, labelled = sizes
+
+        def integers(count: int) -> Tensor:
+            return torch.zeros(count, dtype=torch.int64, device=batch.ids.device)
+
+        inputs: dict[str, Any] = {
+            "input_ids": integers(tokens),
+            "position_ids": integers(tokens),
+            "cu_seqlens": integers(sequences + 1).int(),
+            "max_seqlen": longest,
+            **{n: v.clone() if isinstance(v, Tensor) else v for n, v in targets.items()},
+        }
+        if batch.types is not None:
+            inputs["token_type_ids"] = integers(tokens)
+        if batch.labels is not None:
+            inputs["labels"] = integers(tokens)
+        if batch.label_rows is not None:
+            inputs["label_rows"] = integers(labelled)
+        self._fill(inputs, batch, targets)
+        return inputs
+
+    def _prepare(self, inputs: dict[str, Any], device: torch.device) -> _Step:
+        """The step captured, with the gradients and the random state as they were."""
+        if device.type != "cuda":
+            return _Step(inputs, [], None, None)
+        state = torch.cuda.get_rng_state(device)
+        before = [None if p.grad is None else p.grad.clone() for p in self._parameters]
+        try:
+            for p in self._parameters:
+                p.grad = None
+            # a first step shows which parameters get a gradient at all; the others' stays None, as without a graph
+            self._step(inputs)
+            used = [p for p in self._parameters if p.grad is not None]
+            for p in used:
+                p.grad = self._gradients.setdefault(p, p.grad)  # type: ignore[arg-type]
+            graph, loss = self._capture(lambda: self._step(inputs), device)
+        finally:
+            for p, gradient in zip(self._parameters, before, strict=True):
+                p.grad = gradient
+            torch.cuda.set_rng_state(state, device)
+        return _Step(inputs, used, loss, graph)
+
+    def _step(self, inputs: dict[str, Any]) -> Tensor:
+        loss = getattr(self.model(**inputs), "loss", None)
+        if loss is None:
+            raise ValueError(
+                "the model returned no loss: pass what its forward needs for one, such as labels"
+            )
+        loss.backward()
+        return loss.detach()
+
+    def _own(self, used: list[nn.Parameter]) -> None:
+        """Have the parameters' gradients be the tensors that the graphs add to, with what they hold now."""
+        none = []
+        for p in used:
+            ours = self._gradients[p]
+            if p.grad is None:
+                none.append(ours)
+            elif p.grad is not ours:
+                ours.copy_(p.grad)
+            p.grad = ours
+        if none:
+            torch._foreach_zero_(none)
+
+    @staticmethod
+    def _fill(inputs: dict[str, Any], batch: Inputs, targets: dict[str, Any]) -> None:
+        """Copy a batch into its graph's inputs; tokens behind it belong to no sequence."""
+        tokens, rows = batch.ids.shape[0], batch.label_rows
+        inputs["input_ids"][:tokens] = batch.ids
+        inputs["position_ids"][:tokens] = batch.positions
+        inputs["cu_seqlens"].copy_(batch.packing.cu_seqlens)
+        if batch.types is not None:
+            inputs["token_type_ids"][:tokens] = batch.types
+        if batch.labels is not None:
+            inputs["labels"][:tokens] = batch.labels
+        if rows is not None:
+            inputs["label_rows"][: rows.shape[0]] = rows
+            inputs["label_rows"][rows.shape[0] :] = inputs["input_ids"].shape[0] - 1
+        for name, value in targets.items():
+            if isinstance(value, Tensor):
+                inputs[name].copy_(value)
+
+
+def _offsets(
+    columns: Tensor,  # (B,) int64
+    token: Tensor,  # (B, S) bool
+) -> Tensor:
+    """Columns of a padded batch as offsets among each sequence's tokens, -1 where there is no token."""
+    column = columns.clamp(0, token.shape[1] - 1)[:, None]
+    offset = token.cumsum(1).gather(1, column)[:, 0] - 1
+    inside = (columns == column[:, 0]) & token.gather(1, column)[:, 0]
+    return torch.where(inside, offset, -1)
+
+
+def _multiple(count: int, step: int) -> int:
+    """The next multiple of `step`."""
+    return -(-count // step) * step
