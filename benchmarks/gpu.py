@@ -155,7 +155,7 @@ def ops(device: str, rehearsal: bool) -> dict[str, Any]:
                     raise
                 print(f"{slug}: {name} does not run: {error!s:.200}", flush=True)
                 del competitors[name]
-        times = interleave_training(competitors, 0.1 if rehearsal else 3.0)
+        times = interleave_training(competitors, 3.0, (1, 1) if rehearsal else (3, 200))
         for direction, moved, flops in (
             ("forward", cost.forward_bytes, cost.forward_flops),
             ("backward", cost.backward_bytes, cost.backward_flops),

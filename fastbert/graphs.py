@@ -125,6 +125,7 @@ class InferenceRunner:
 
 
 def config_of(model: nn.Module, max_graphs: int) -> BertConfig:
+    """The configuration of a model of fastbert; refuses another, and less than one graph."""
     config = getattr(model, "config", None)
     if not isinstance(config, BertConfig):
         raise TypeError(
