@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels import dense, unsupported_dtype
+from fastbert.kernels import _launch, dense, unsupported_dtype
 
 LARGEST = 16384
 
@@ -30,10 +30,11 @@ class _Config:
 
 
 @functools.cache
-def _config(V: int) -> _Config:
+def _config(V: int, arch: _launch.Arch) -> _Config:
     """At most 64 logits to a thread where they are a row; longer rows pass by in blocks, the second time from L2."""
     if V > LARGEST:
-        return _Config(2048, False, 8)
+        # 8 elements, 16 bytes of bf16, to a lane
+        return _Config(2048, False, 4 if isinstance(arch, str) else 8)
     block = max(64, triton.next_power_of_2(V))
     return _Config(block, True, min(16, max(1, block // 1024)))
 
@@ -221,7 +222,7 @@ def row_losses(
             width // unit,
             ignore_index,
             UNIT=unit,
-            **vars(_config(V)),
+            **vars(_config(V, _launch.arch(logits.device))),
         )
     return loss, lse
 
@@ -246,6 +247,6 @@ def backward(
             V // unit,
             ignore_index,
             UNIT=unit,
-            **vars(_config(V)),
+            **vars(_config(V, _launch.arch(logits.device))),
         )
     return dlogits
