@@ -122,7 +122,7 @@ def page(report: dict[str, Any]) -> str:
     lines = [
         "# The GPU kernels without a GPU",
         "",
-        "Written by `make gpu-report`: compiled code and counted bytes, no time: no GPU has run a kernel.",
+        "Written by `make gpu-report`: compiled code and counted bytes, no time (that is in gpu.md).",
         f"{report['machine']['date']}, Triton {report['machine']['versions']['triton']}.",
         "",
         "## Bytes moved, of the least possible",
