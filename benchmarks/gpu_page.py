@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from readme import replaced
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 BEGIN, END = "<!-- table: python benchmarks/gpu_page.py -->", "<!-- end of that table -->"
@@ -104,11 +106,10 @@ def main() -> None:
     report = json.loads(RESULTS.read_text())
     (ROOT / "docs" / "gpu.md").write_text(page(report))
     readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
     table = "\n".join(
         [*works(report), "", f"{facts(report)} Every op: [docs/gpu.md](docs/gpu.md)."]
     )
-    readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+    readme.write_text(replaced(readme.read_text(), table, BEGIN, END))
 
 
 if __name__ == "__main__":

@@ -131,10 +131,10 @@ def full_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, f"Versions: {', '.join(used)}."])
 
 
-def replaced(text: str, table: str) -> str:
+def replaced(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
     """The text with another table between the markers."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
 
 
 def pages(results: dict[str, Any]) -> dict[Path, str]:

@@ -68,7 +68,7 @@ class InferenceRunner:
         if entry is None:
             entry = self._entries[key] = self._prepare(sizes, types, device)
         touch(self._entries, key, self.max_graphs)
-        self._fill(entry.inputs, batch)
+        fill(entry.inputs, batch)
         if entry.graph is None:
             entry.outputs = self.model(**entry.inputs)
         else:
@@ -84,31 +84,11 @@ class InferenceRunner:
         return power(tokens, 16), sequences, longest
 
     def _prepare(self, sizes: tuple[int, int, int], types: bool, device: torch.device) -> _Entry:
-        tokens, sequences, longest = sizes
-        inputs: dict[str, Any] = {
-            "input_ids": torch.zeros(tokens, dtype=torch.int64, device=device),
-            "position_ids": torch.zeros(tokens, dtype=torch.int64, device=device),
-            "cu_seqlens": torch.zeros(sequences + 1, dtype=torch.int32, device=device),
-            "max_seqlen": longest,
-        }
-        if types:
-            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+        inputs = padded_inputs(*sizes, types, device)
         if device.type != "cuda":
             return _Entry(inputs, None, None)
         graph, outputs = self._capture(lambda: self.model(**inputs), device)
         return _Entry(inputs, outputs, graph)
-
-    @staticmethod
-    def _fill(inputs: dict[str, Any], batch: Inputs) -> None:
-        """Copy a batch in front of each input; what an earlier one left behind it belongs to no sequence."""
-        tokens = batch.ids.shape[0]
-        inputs["input_ids"][:tokens] = batch.ids
-        inputs["position_ids"][:tokens] = batch.positions
-        if batch.types is not None:
-            inputs["token_type_ids"][:tokens] = batch.types
-        bounds, given = inputs["cu_seqlens"], batch.packing.cu_seqlens
-        bounds[: given.shape[0]] = given
-        bounds[given.shape[0] :] = given[-1]
 
     @staticmethod
     def _cut(outputs: Any, batch: Inputs, sizes: tuple[int, int, int]) -> Any:
@@ -122,6 +102,33 @@ class InferenceRunner:
                 value = value[: packing.batch]
             cut[field.name] = value.clone() if isinstance(value, Tensor) else value
         return type(outputs)(**cut)
+
+
+def padded_inputs(
+    tokens: int, sequences: int, longest: int, types: bool, device: torch.device
+) -> dict[str, Any]:
+    """A model's inputs for a packed batch of these sizes, for `fill` to write and a graph to read."""
+    inputs: dict[str, Any] = {
+        "input_ids": torch.zeros(tokens, dtype=torch.int64, device=device),
+        "position_ids": torch.zeros(tokens, dtype=torch.int64, device=device),
+        "cu_seqlens": torch.zeros(sequences + 1, dtype=torch.int32, device=device),
+        "max_seqlen": longest,
+    }
+    if types:
+        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    return inputs
+
+
+def fill(inputs: dict[str, Any], batch: Inputs) -> None:
+    """Copy a batch in front of each input; what an earlier one left behind it belongs to no sequence."""
+    tokens = batch.ids.shape[0]
+    inputs["input_ids"][:tokens] = batch.ids
+    inputs["position_ids"][:tokens] = batch.positions
+    if batch.types is not None:
+        inputs["token_type_ids"][:tokens] = batch.types
+    bounds, given = inputs["cu_seqlens"], batch.packing.cu_seqlens
+    bounds[: given.shape[0]] = given
+    bounds[given.shape[0] :] = given[-1]
 
 
 def config_of(model: nn.Module, max_graphs: int) -> BertConfig:

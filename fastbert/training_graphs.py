@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import bert
-from fastbert.graphs import Capture, config_of, power, touch
+from fastbert.graphs import Capture, config_of, fill, padded_inputs, power, touch
 from fastbert.ops._register import autocast_dtype
 from fastbert.packing import Inputs, prepare
 
@@ -67,7 +67,8 @@ class TrainingRunner:
             given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
             return self._step({"input_ids": input_ids, **given, **options})
         batch, targets = self._packed(input_ids, attention_mask, token_type_ids, options)
-        key, sizes = self._key(batch, targets), self._sizes(batch)
+        sizes = self._sizes(batch)
+        key = self._key(batch, sizes, targets)
         entry = self._entries.get(key)
         if entry is None:
             inputs = self._inputs(batch, sizes, targets)
@@ -98,7 +99,9 @@ class TrainingRunner:
                 "the model runs under fp16 autocast, which wants a GradScaler: use bfloat16"
             )
 
-    def _key(self, batch: Inputs, targets: dict[str, Any]) -> tuple[Any, ...]:
+    def _key(
+        self, batch: Inputs, sizes: tuple[int, ...], targets: dict[str, Any]
+    ) -> tuple[Any, ...]:
         """What two batches must share to be served by one graph."""
         given = [
             (name, (v.shape, v.dtype, v.device) if isinstance(v, Tensor) else repr(v))
@@ -108,7 +111,7 @@ class TrainingRunner:
         absent = tuple(t is None for t in (batch.types, batch.labels, batch.label_rows))
         wanted = tuple(p.requires_grad for p in self._parameters)
         kind = autocast_dtype(device.type)
-        return (self._sizes(batch), *given, absent, device, kind, wanted)
+        return (sizes, *given, absent, device, kind, wanted)
 
     def _packed(
         self, ids: Tensor, mask: Tensor | None, types: Tensor | None, options: dict[str, Any]
@@ -144,23 +147,14 @@ class TrainingRunner:
     ) -> dict[str, Any]:
         """The padded batch in tensors of its own."""
         tokens, sequences, longest, labelled = sizes
-
-        def integers(count: int) -> Tensor:
-            return torch.zeros(count, dtype=torch.int64, device=batch.ids.device)
-
-        inputs: dict[str, Any] = {
-            "input_ids": integers(tokens),
-            "position_ids": integers(tokens),
-            "cu_seqlens": integers(sequences + 1).int(),
-            "max_seqlen": longest,
-            **{n: v.clone() if isinstance(v, Tensor) else v for n, v in targets.items()},
-        }
-        if batch.types is not None:
-            inputs["token_type_ids"] = integers(tokens)
+        types, device = batch.types is not None, batch.ids.device
+        inputs = padded_inputs(tokens, sequences, longest, types, device)
+        for name, value in targets.items():
+            inputs[name] = value.clone() if isinstance(value, Tensor) else value
         if batch.labels is not None:
-            inputs["labels"] = integers(tokens)
+            inputs["labels"] = torch.zeros_like(inputs["input_ids"])
         if batch.label_rows is not None:
-            inputs["label_rows"] = integers(labelled)
+            inputs["label_rows"] = inputs["input_ids"].new_zeros(labelled)
         self._fill(inputs, batch, targets)
         return inputs
 
@@ -209,16 +203,11 @@ class TrainingRunner:
 
     @staticmethod
     def _fill(inputs: dict[str, Any], batch: Inputs, targets: dict[str, Any]) -> None:
-        """Copy a batch into its graph's inputs; tokens behind it belong to no sequence."""
-        tokens, rows = batch.ids.shape[0], batch.label_rows
-        inputs["input_ids"][:tokens] = batch.ids
-        inputs["position_ids"][:tokens] = batch.positions
-        inputs["cu_seqlens"].copy_(batch.packing.cu_seqlens)
-        if batch.types is not None:
-            inputs["token_type_ids"][:tokens] = batch.types
+        """Copy a batch and what else the model is called with into its graph's inputs."""
+        fill(inputs, batch)
         if batch.labels is not None:
-            inputs["labels"][:tokens] = batch.labels
-        if rows is not None:
+            inputs["labels"][: batch.labels.shape[0]] = batch.labels
+        if (rows := batch.label_rows) is not None:
             inputs["label_rows"][: rows.shape[0]] = rows
             inputs["label_rows"][rows.shape[0] :] = inputs["input_ids"].shape[0] - 1
         for name, value in targets.items():

@@ -14,6 +14,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastbert.cpu import address as address
+from fastbert.cpu import dropout_args as dropout_args
+from fastbert.cpu import int64 as int64
+
 native: ModuleType | None
 unavailable: str | None
 
@@ -85,18 +89,6 @@ def unsupported_dropout(p: float) -> str | None:
     return None
 
 
-def dropout_args(p: float, seed: Tensor | None, site: int) -> tuple[int, int, int, float]:
-    """The native functions' seed address (0: no dropout), site, threshold and scale."""
-    if p == 0.0 or seed is None:
-        return 0, 0, 0, 1.0
-    return seed.data_ptr(), site, round(p * 2**32), 1.0 / (1.0 - p)
-
-
-def address(t: Tensor | None) -> int:
-    """Where the tensor's memory starts, 0 for None."""
-    return 0 if t is None else t.data_ptr()
-
-
 def parameter(t: Tensor | None, like: torch.dtype) -> Tensor | None:
     """The parameter contiguous and in fp32 or the activations' dtype, which the kernels read; most are."""
     if t is None:
@@ -109,11 +101,6 @@ def parameter(t: Tensor | None, like: torch.dtype) -> Tensor | None:
 def code(t: Tensor | None) -> int:
     """The number of the tensor's element type, 0 for None."""
     return 0 if t is None else DTYPES[t.dtype]
-
-
-def int64(t: Tensor | None) -> Tensor | None:
-    """A contiguous int64 tensor of the same values."""
-    return None if t is None else t.to(torch.int64).contiguous()
 
 
 def place(t: Tensor) -> tuple[int, int]:
