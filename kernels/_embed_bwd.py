@@ -16,6 +16,23 @@ from fastbert.kernels import _launch
 _CHUNK = 32
 
 
+@triton.jit
+def _row(dz_ptr, order_ptr, at, stop, C, cols):
+    row = tl.load(order_ptr + at, mask=at < stop, other=0).to(tl.int64)
+    return tl.load(dz_ptr + row * C + cols, mask=(cols < C) & (at < stop), other=0.0)
+
+
+@triton.jit
+def _four_rows(dz_ptr, order_ptr, at, stop, C, cols):
+    """The rows of dz at four sorted positions, zeros from `stop` on."""
+    return (
+        _row(dz_ptr, order_ptr, at, stop, C, cols),
+        _row(dz_ptr, order_ptr, at + 1, stop, C, cols),
+        _row(dz_ptr, order_ptr, at + 2, stop, C, cols),
+        _row(dz_ptr, order_ptr, at + 3, stop, C, cols),
+    )
+
+
 @triton.jit(do_not_specialize=["N", "V", "padding"])
 def _embed_bwd_segments_kernel(
     dz_ptr,  # (N, C) fp32
@@ -39,21 +56,23 @@ def _embed_bwd_segments_kernel(
     total = tl.zeros((BLOCK_C,), tl.float32)
     # whether this segment started in an earlier chunk
     came = (first > 0) & (tl.load(ids_ptr + first) == before)
-    for at in range(first, stop):
-        this = tl.load(ids_ptr + at)
-        row = tl.load(order_ptr + at).to(tl.int64)
-        total += tl.load(dz_ptr + row * C + cols, mask=cols < C, other=0.0)
-        follows = tl.load(ids_ptr + at + 1, mask=at + 1 < stop, other=after)
-        goes = (at + 1 < N) & (follows == this)
-        if (at + 1 == stop) | (follows != this):
-            if came:
-                tl.store(partial_ptr + cols, total, mask=cols < C)
-            elif goes:
-                tl.store(partial_ptr + C + cols, total, mask=cols < C)
-            elif (this != padding) & (this >= 0) & (this < V):
-                tl.store(grad_ptr + this.to(tl.int64) * C + cols, total, mask=cols < C)
-            total = tl.zeros((BLOCK_C,), tl.float32)
-            came = came & False
+    for four in range(first, stop, 4):
+        # rows that are on their way together, before any is stored
+        rows = _four_rows(dz_ptr, order_ptr, four, stop, C, cols)
+        for k in tl.static_range(4):
+            at = four + k
+            this = tl.load(ids_ptr + at, mask=at < stop, other=after)
+            total += rows[k]
+            follows = tl.load(ids_ptr + at + 1, mask=at + 1 < stop, other=after)
+            if (at + 1 == stop) | ((at < stop) & (follows != this)):
+                if came:
+                    tl.store(partial_ptr + cols, total, mask=cols < C)
+                elif (at + 1 < N) & (follows == this):
+                    tl.store(partial_ptr + C + cols, total, mask=cols < C)
+                elif (this != padding) & (this >= 0) & (this < V):
+                    tl.store(grad_ptr + this.to(tl.int64) * C + cols, total, mask=cols < C)
+                total = tl.zeros((BLOCK_C,), tl.float32)
+                came = came & False
 
 
 @triton.jit(do_not_specialize=["N", "V", "padding"])
@@ -100,13 +119,19 @@ def _embed_bwd_crossing_kernel(
     tl.store(grad_ptr + this.to(tl.int64) * C + cols, total_row, mask=cols < C)
 
 
+def _narrow(ids: Tensor, rows: int) -> Tensor:
+    """ids in as few bits as hold them, each byte of which is a pass of the sort; those out of range stay so."""
+    kinds = (torch.int8, torch.int16, torch.int32)
+    return ids.clamp(-1, rows).to(next(kind for kind in kinds if rows <= torch.iinfo(kind).max))
+
+
 def scatter(dz: Tensor, ids: Tensor, table: Tensor, padding_idx: int | None) -> Tensor:
     """The gradient of table[ids] for dz (N, C) fp32: rows of equal id summed in order, none for padding_idx."""
     N, C = dz.shape
     grad = torch.zeros_like(table, memory_format=torch.contiguous_format)
     if table.shape[0] == 0:
         return grad
-    ids, order = torch.sort(ids, stable=True)
+    ids, order = torch.sort(_narrow(ids, table.shape[0]), stable=True)
     chunks = triton.cdiv(N, _CHUNK)
     partial = dz.new_empty(chunks, 2, C)
     padding = -1 if padding_idx is None else padding_idx

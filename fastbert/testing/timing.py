@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-# cycles: about a millisecond
-_SLEEP = 2_000_000
+# cycles: some three milliseconds, in which a slow host enqueues a forward and a backward
+_SLEEP = 6_000_000
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def interleave_training(
 
     Each backward takes what its own forward has just returned, so that no graph is kept for longer than a training
     step keeps it. As many rounds as fit into `seconds`, within the bounds `rounds`; callers warm up. On a GPU the times
-    are the device's, from cold caches: up to a millisecond of what the host takes to launch the work is
+    are the device's, from cold caches: up to three milliseconds of what the host takes to launch the work is
     hidden. Raises ValueError without competitors or with bounds that allow no round.
     """
     least, most = rounds
