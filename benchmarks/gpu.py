@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import rivals
 import torch
 import torch.nn.functional as stock
 from opbench import cost_of, gate, pair, reference_of
@@ -147,6 +148,10 @@ def ops(device: str, rehearsal: bool) -> dict[str, Any]:
         elif not rehearsal:
             plain = torch.compile(PLAIN.get(slug, reference.eager), dynamic=False)
             competitors["compiled eager"] = pair(plain, arguments)
+        for name, (call, given) in ({} if rehearsal else rivals.of(slug, arguments)).items():
+            forward, backward = pair(call, given)
+            lacks = name in rivals.FORWARD_ONLY
+            competitors[name] = (forward, _nothing) if lacks else (forward, backward)
         for name, (forward, backward) in list(competitors.items()):
             try:
                 backward(forward())
@@ -160,7 +165,11 @@ def ops(device: str, rehearsal: bool) -> dict[str, Any]:
             ("forward", cost.forward_bytes, cost.forward_flops),
             ("backward", cost.backward_bytes, cost.backward_flops),
         ):
-            seconds = {name: t[direction] for name, t in times.items()}
+            seconds = {
+                name: t[direction]
+                for name, t in times.items()
+                if direction == "forward" or name not in rivals.FORWARD_ONLY
+            }
             ours = seconds["triton"].median
             rows.append(
                 {
@@ -177,6 +186,10 @@ def ops(device: str, rehearsal: bool) -> dict[str, Any]:
             )
             print(rows[-1], flush=True)
     return {"peaks": measured, "rows": rows}
+
+
+def _nothing(y: Any) -> None:
+    """The backward of what has none."""
 
 
 def _plain_embed(
@@ -308,13 +321,14 @@ def _stock(config: Any, device: str) -> dict[str, Any]:
     for attention in ("eager", "sdpa"):
         model = transformers.BertForPreTraining._from_config(same, attn_implementation=attention)
         found[attention] = model.to(device)
-    if device == "cuda":
-        compiled = transformers.BertForPreTraining._from_config(same, attn_implementation="sdpa")
-        compiled = compiled.to(device)
+    for name, mode in {"compiled": None, "compiled, graph": "reduce-overhead"}.items():
+        if device != "cuda":
+            break
+        model = transformers.BertForPreTraining._from_config(same, attn_implementation="sdpa")
         # a Module compiles only its own call, and inference calls the encoder within
-        for module in (compiled, compiled.bert):
-            module.compile(dynamic=False)
-        found["compiled"] = compiled
+        for module in (model.to(device), model.bert):
+            module.compile(dynamic=False, mode=mode)
+        found[name] = model
     return found
 
 

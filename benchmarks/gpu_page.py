@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 BEGIN, END = "<!-- table: python benchmarks/gpu_page.py -->", "<!-- end of that table -->"
 OURS = ("fastbert", "fastbert, graph")
+RIVALS = ("liger", "tutorial", "flash-mlm")
 
 Row = dict[str, Any]
 
@@ -39,7 +40,9 @@ def _ours_first(name: str) -> tuple[bool, str]:
 def ops(report: dict[str, Any]) -> list[str]:
     """Every op and direction: microseconds on the device, from cold caches."""
     rows = report["ops"]["rows"]
-    names = [n for n in ("triton", "cuda", "compiled eager", "sdpa", "torch") if _timed(rows, n)]
+    names = [
+        n for n in ("triton", "cuda", "compiled eager", "sdpa", *RIVALS, "torch") if _timed(rows, n)
+    ]
     lines = [
         f"| op | | {' | '.join(names)} | of copy bandwidth | of matrix peak |",
         "|---" * (len(names) + 4) + "|",

@@ -18,6 +18,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CONSTRAINTS = HERE.parents[1] / "constraints.txt"
 TIMEOUT_S = 1800
+# imported beside this project's torch and Triton, which their pins would replace
+ALONE = ("kernels",)
 
 
 def environment(name: str) -> Path:
@@ -46,9 +48,10 @@ def install(name: str, pip_args: list[str]) -> str:
     home.parent.mkdir(parents=True, exist_ok=True)
     python = str(home / "bin" / "python")
     pip = [python, "-m", "pip", "install", "--quiet", "--no-input", "-c", str(CONSTRAINTS)]
+    alone = ["--no-deps"] if name in ALONE else []
     for command in (
         [sys.executable, "-m", "venv", "--clear", str(home)],
-        [*pip, *pip_args, "-r", str(HERE / f"{name}.txt")],
+        [*pip, *alone, *pip_args, "-r", str(HERE / f"{name}.txt")],
     ):
         failed = _run(command)
         if failed:

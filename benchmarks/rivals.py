@@ -1,0 +1,102 @@
+"""Public Triton kernels for the same work as an op of ours, called as their users would call them.
+
+liger-kernel and flash-mlm are imported where they are installed (`python benchmarks/peers/install.py kernels`), else
+left out; the attention of Triton's tutorial is written in peers/tutorial_attention.py. They meet the plain cases only:
+dense sequences of one length without dropout, and LayerNorm without a sum before it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+# a call and the arguments that it takes, those of our op or its own
+Rival = tuple[Callable[..., Any], dict[str, Any]]
+# what has no backward
+FORWARD_ONLY = ("flash-mlm",)
+
+
+def _importable() -> None:
+    """Have the peers' packages found, behind everything that this environment has itself."""
+    from peers.install import environment
+
+    home = environment("kernels")
+    if (home / "installed").is_file():
+        sys.path += [
+            str(p) for p in home.glob("lib/python*/site-packages") if str(p) not in sys.path
+        ]
+
+
+def of(slug: str, arguments: dict[str, Any]) -> dict[str, Rival]:
+    """{name: (call, its arguments)} of the rivals that can do the work of this call of ours."""
+    _importable()
+    found: dict[str, Rival] = {}
+    for name, make in _MAKERS.get(slug, {}).items():
+        try:
+            rival = make(arguments)
+        except ImportError:
+            continue
+        if rival is not None:
+            found[name] = rival
+    return found
+
+
+def _liger_norm(arguments: dict[str, Any]) -> Rival:
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return LigerLayerNormFunction.apply(x, weight, bias, 1e-12)
+
+    return call, arguments
+
+
+def _liger_loss(arguments: dict[str, Any]) -> Rival:
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+
+    def call(logits: Tensor, labels: Tensor) -> Tensor:
+        # it writes the gradient over the logits, already in its forward
+        return LigerCrossEntropyFunction.apply(logits, labels, None)[0]
+
+    return call, arguments
+
+
+def _liger_fused_loss(arguments: dict[str, Any]) -> Rival:
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    def call(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+        return LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, labels, bias)[0]
+
+    return call, arguments
+
+
+def _dense(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """q, k and v (B, H, S, D), each contiguous, of sequences that all have max_seqlen tokens."""
+    three = arguments["qkv"].unflatten(0, (-1, arguments["max_seqlen"])).permute(2, 0, 3, 1, 4)
+    return {name: t.contiguous() for name, t in zip("qkv", three.unbind(0), strict=True)}
+
+
+def _tutorial(arguments: dict[str, Any]) -> Rival | None:
+    from peers.tutorial_attention import attention
+
+    plain = not arguments.get("p") and arguments["max_seqlen"] % 128 == 0
+    return (attention, _dense(arguments)) if plain else None
+
+
+def _flash_mlm(arguments: dict[str, Any]) -> Rival | None:
+    from flash_mlm.host import flash_attn_mlm
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flash_attn_mlm(q, k, v, scale=q.shape[-1] ** -0.5)
+
+    return None if arguments.get("p") else (call, _dense(arguments))
+
+
+_MAKERS: dict[str, dict[str, Callable[[dict[str, Any]], Rival | None]]] = {
+    "layer_norm": {"liger": _liger_norm},
+    "cross_entropy": {"liger": _liger_loss},
+    "mlm_loss": {"liger": _liger_fused_loss},
+    "attention": {"tutorial": _tutorial, "flash-mlm": _flash_mlm},
+}
