@@ -292,11 +292,14 @@ class BertModel(Pretrained):
 # --- heads ---
 
 
-def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean cross-entropy of logits (N, classes) over labels (N,) that are not -100; 0 where none is left."""
+def class_loss(logits: Tensor, labels: Tensor, count: Tensor | int | None = None) -> Tensor:
+    """Cross-entropies of logits (N, classes) at labels (N,) but -100: their sum, divided by their number or `count`.
+
+    0 where none is left.
+    """
     labels = labels.reshape(-1)
     total = F.cross_entropy(logits, labels, reduction="sum")
-    return total / (labels != -100).sum().clamp(min=1)
+    return total / ((labels != -100).sum().clamp(min=1) if count is None else count)
 
 
 def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
@@ -415,9 +418,13 @@ class BertForPreTraining(_MaskedLM):
         return_logits: bool | None = None,
         label_rows: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        num_pairs_in_batch: Tensor | int | None = None,
         **options: Any,
     ) -> Output:
-        """Score tokens and sentence pairs; arguments as in BertForMaskedLM."""
+        """Score tokens and sentence pairs; arguments as in BertForMaskedLM.
+
+        The next-sentence loss is the mean over pairs, or their sum / num_pairs_in_batch.
+        """
         inputs = prepare(
             self.config,
             input_ids,
@@ -436,7 +443,7 @@ class BertForPreTraining(_MaskedLM):
         nsp_logits = self.nsp_head(self.bert.pool(e.packing.of_starts(first)))
         nsp_loss = None
         if next_sentence_label is not None:
-            nsp_loss = class_loss(nsp_logits, next_sentence_label)
+            nsp_loss = class_loss(nsp_logits, next_sentence_label, num_pairs_in_batch)
         losses = [loss for loss in (mlm_loss, nsp_loss) if loss is not None]
         return Output(
             loss=sum(losses[1:], losses[0]) if losses else None,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as stock
 from torch import Tensor, nn
 
 from fastbert import bert
@@ -17,31 +19,32 @@ from fastbert.packing import Inputs, prepare
 
 @dataclasses.dataclass
 class _Step:
-    """The inputs of a captured training step, the parameters that it gives gradients, its loss and its graph."""
+    """The inputs of a captured training step, the parameters that it gives gradients, its losses and its graph."""
 
     inputs: dict[str, Any]
     used: list[nn.Parameter]
-    loss: Tensor | None
+    output: bert.Output | None
     graph: Any
 
 
 class TrainingRunner:
     """Forward and backward of a training step, on a GPU by replaying a CUDA graph for the batch's size.
 
-    `TrainingRunner(model)(input_ids, attention_mask, token_type_ids, labels=...)` returns the loss that `model` returns
-    in training mode, detached; gradients are added to the parameters' `.grad` as `loss.backward()` adds them. Clipping,
-    optimiser and schedule stay outside. Tokens are packed, then padded to steps of a sixteenth (at least 128), labelled
-    rows to a 32nd of the tokens, sequences not at all; a size that is met a second time is captured, and the last
-    `max_graphs` used are kept. All graphs add to the same gradients, which stay the runner's between steps. Dropout
-    draws new masks in every replay. Works under bf16 autocast. A graph keeps what it was captured with: parameters may
-    be changed in place, not replaced; hooks, another dropout or backend, and `eval()` of a part come too late. On a CPU
-    the same padded call runs without graphs. One host sync a call, for the numbers of tokens and labels, none where
-    `cu_seqlens`, `max_seqlen` and `label_rows` are given. Raises TypeError for a model without a configuration
+    `TrainingRunner(model)(input_ids, attention_mask, token_type_ids, labels=...)` returns an Output with the losses
+    that `model` returns in training mode, detached, and nothing else; gradients are added to the parameters' `.grad` as
+    `output.loss.backward()` adds them. Clipping, optimiser and schedule stay outside. Tokens are packed, then padded to
+    steps of a sixteenth (at least 256), labelled rows to a 32nd of the tokens, sequences to a sixteenth in pretraining
+    and else not at all; a size that is met a second time is captured, and the last `max_graphs` used are kept. All
+    graphs add to the same gradients, which stay the runner's between steps. Dropout draws new masks in every replay.
+    Works under bf16 autocast. A graph keeps what it was captured with: parameters may be changed in place, not
+    replaced; hooks, another dropout or backend, and `eval()` of a part come too late. On a CPU the same padded call
+    runs without graphs. One host sync a call, for the numbers of tokens and labels, none where `cu_seqlens`,
+    `max_seqlen` and `label_rows` are given. Raises TypeError for a model without a configuration
     (DistributedDataParallel has none) and for `inputs_embeds`, ValueError for a model in eval mode, for fp16 autocast,
     which wants a GradScaler, and for what the model itself refuses.
     """
 
-    def __init__(self, model: nn.Module, *, max_graphs: int = 32) -> None:
+    def __init__(self, model: nn.Module, *, max_graphs: int = 64) -> None:
         self.config = config_of(model, max_graphs)
         self.model, self.max_graphs = model, max_graphs
         self._masked_lm = hasattr(model, "mlm_head")
@@ -60,23 +63,26 @@ class TrainingRunner:
         attention_mask: Tensor | None = None,  # (B, S), 1 at tokens
         token_type_ids: Tensor | None = None,  # as input_ids
         **options: Any,  # labels and whatever else the model's forward takes
-    ) -> Tensor:
-        """The loss of a batch, whose gradients are added to the parameters'."""
+    ) -> bert.Output:
+        """The losses of a batch; the gradients of `loss` are added to the parameters'."""
         self._check(input_ids, options)
         if input_ids.numel() == 0:
             given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
             return self._step({"input_ids": input_ids, **given, **options})
         batch, targets = self._packed(input_ids, attention_mask, token_type_ids, options)
         sizes = self._sizes(batch)
+        if (answers := targets.get("next_sentence_label")) is not None:
+            more = sizes[1] - batch.packing.batch
+            targets["next_sentence_label"] = stock.pad(answers.reshape(-1), (0, more), value=-100)
         key = self._key(batch, sizes, targets)
         entry = self._entries.get(key)
         if entry is None:
             inputs = self._inputs(batch, sizes, targets)
             if key not in self._met:
-                loss = self._step(inputs)
+                output = self._step(inputs)
                 self._met[key] = None
                 touch(self._met, key, 1024)
-                return loss
+                return output
             entry = self._entries[key] = self._prepare(inputs, input_ids.device)
         touch(self._entries, key, self.max_graphs)
         self._fill(entry.inputs, batch, targets)
@@ -85,7 +91,7 @@ class TrainingRunner:
         self._own(entry.used)
         with torch.cuda.device(input_ids.device):
             entry.graph.replay()
-        return entry.loss.clone()  # type: ignore[union-attr]
+        return _losses(entry.output, Tensor.clone)
 
     def _check(self, ids: Tensor | None, options: dict[str, Any]) -> None:
         if ids is None or options.get("inputs_embeds") is not None:
@@ -120,11 +126,10 @@ class TrainingRunner:
         packing = ["position_ids", "cu_seqlens", "max_seqlen", "label_rows"]
         packing += ["labels"] if self._of_tokens else []
         given = {name: options.pop(name) for name in packing if name in options}
-        if (items := options.get("num_items_in_batch")) is not None:
+        for name in ("num_items_in_batch", "num_pairs_in_batch"):
             # a number that changes from batch to batch is no part of the graph
-            options["num_items_in_batch"] = torch.as_tensor(
-                items, dtype=torch.float32, device=ids.device
-            )
+            if (count := options.get(name)) is not None:
+                options[name] = torch.as_tensor(count, dtype=torch.float32, device=ids.device)
         for name in ("start_positions", "end_positions"):
             if mask is not None and options.get(name) is not None:
                 options[name] = _offsets(options[name].reshape(-1), mask != 0)
@@ -138,9 +143,13 @@ class TrainingRunner:
         longest = max(longest, packing.max_seqlen)
         # one token more, which is nobody's: labelled rows that there are not point to it
         tokens = batch.ids.shape[0] + 1
-        tokens = _multiple(tokens, max(128, power(tokens, 1) // 16))
+        tokens = _multiple(tokens, max(256, power(tokens, 1) // 16))
         labelled = 0 if rows is None else _multiple(max(rows.shape[0], 1), tokens // 32)
-        return tokens, packing.batch, longest, labelled
+        sequences = packing.batch
+        if self._masked_lm:
+            # sequences more than there are have no token, and no answer either
+            sequences = _multiple(sequences, max(1, power(sequences, 1) // 16))
+        return tokens, sequences, longest, labelled
 
     def _inputs(
         self, batch: Inputs, sizes: tuple[int, int, int, int], targets: dict[str, Any]
@@ -172,21 +181,22 @@ class TrainingRunner:
             used = [p for p in self._parameters if p.grad is not None]
             for p in used:
                 p.grad = self._gradients.setdefault(p, p.grad)  # type: ignore[arg-type]
-            graph, loss = self._capture(lambda: self._step(inputs), device)
+            graph, output = self._capture(lambda: self._step(inputs), device)
         finally:
             for p, gradient in zip(self._parameters, before, strict=True):
                 p.grad = gradient
             torch.cuda.set_rng_state(state, device)
-        return _Step(inputs, used, loss, graph)
+        return _Step(inputs, used, output, graph)
 
-    def _step(self, inputs: dict[str, Any]) -> Tensor:
-        loss = getattr(self.model(**inputs), "loss", None)
+    def _step(self, inputs: dict[str, Any]) -> bert.Output:
+        output = self.model(**inputs)
+        loss = getattr(output, "loss", None)
         if loss is None:
             raise ValueError(
                 "the model returned no loss: pass what its forward needs for one, such as labels"
             )
         loss.backward()
-        return loss.detach()
+        return _losses(output, Tensor.detach)
 
     def _own(self, used: list[nn.Parameter]) -> None:
         """Have the parameters' gradients be the tensors that the graphs add to, with what they hold now."""
@@ -213,6 +223,14 @@ class TrainingRunner:
         for name, value in targets.items():
             if isinstance(value, Tensor):
                 inputs[name].copy_(value)
+
+
+def _losses(output: Any, copy: Callable[[Tensor], Tensor]) -> bert.Output:
+    """An Output of copies of the scalars in one."""
+    fields = ((name, getattr(output, name)) for name in output.keys())  # noqa: SIM118 -- an Output iterates over values
+    return bert.Output(
+        **{name: copy(t) for name, t in fields if isinstance(t, Tensor) and t.dim() == 0}
+    )
 
 
 def _offsets(

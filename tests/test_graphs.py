@@ -163,9 +163,13 @@ def test_a_training_step_s_loss_and_gradients(cls):
     runner = TrainingRunner(net)
     for round_, lengths in enumerate(((9, 3, 7), (8, 5, 7), (30, 28, 31), (2, 1, 1), (9, 3, 7))):
         args = labelled(cls, lengths)
-        expected = twin(**args).loss
-        expected.backward()
-        torch.testing.assert_close(runner(**args), expected.detach(), rtol=1e-5, atol=1e-5)
+        expected = twin(**args)
+        expected.loss.backward()
+        losses = runner(**args)
+        for name in ("loss", "mlm_loss", "nsp_loss"):
+            ours, theirs = getattr(losses, name), getattr(expected, name)
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, check_device=True)
+            assert ours is None or not ours.requires_grad
         close(gradients(net), gradients(twin))
         if round_ % 2:
             for p in (*net.parameters(), *twin.parameters()):
@@ -181,7 +185,7 @@ def test_packed_batches_of_the_caller():
     cu = torch.tensor([0, 5, 12], dtype=torch.int32, device=DEVICE)
     rows = torch.tensor([1, 5, 9], device=DEVICE)
     given = {"labels": labels, "cu_seqlens": cu, "max_seqlen": 7, "label_rows": rows}
-    torch.testing.assert_close(runner(ids, **given), net(ids, **given).loss.detach())
+    torch.testing.assert_close(runner(ids, **given).loss, net(ids, **given).loss.detach())
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -195,7 +199,7 @@ def test_answers_are_columns_of_the_padded_batch(left):
     expected = net(ids, **given).loss.detach()
     runner = TrainingRunner(net)
     for _ in range(3):
-        torch.testing.assert_close(runner(ids, **given), expected)
+        torch.testing.assert_close(runner(ids, **given).loss, expected)
 
 
 def test_what_was_not_given_is_not_remembered():
@@ -211,7 +215,7 @@ def test_what_was_not_given_is_not_remembered():
     runner, args = TrainingRunner(net), labelled(bert.BertForMaskedLM, (9, 3))
     for items in (4, torch.tensor(2.5), 3.0, torch.tensor(7)):
         given = {**args, "num_items_in_batch": items}
-        torch.testing.assert_close(runner(**given), net(**given).loss.detach())
+        torch.testing.assert_close(runner(**given).loss, net(**given).loss.detach())
     assert len(runner._entries) == 1
 
 
@@ -219,7 +223,9 @@ def test_more_tokens_than_positions_with_position_ids():
     net = model(bert.BertForMaskedLM, **PLAIN).train()
     ids = torch.randint(60, (2, 50), device=DEVICE)
     given = {"labels": ids, "position_ids": torch.arange(50, device=DEVICE)[None] % 40}
-    torch.testing.assert_close(TrainingRunner(net)(ids, **given), net(ids, **given).loss.detach())
+    torch.testing.assert_close(
+        TrainingRunner(net)(ids, **given).loss, net(ids, **given).loss.detach()
+    )
 
 
 def test_training_refusals():
@@ -254,7 +260,7 @@ def test_a_training_graph_trains(low):
     for _ in range(40):
         optimiser.zero_grad()
         with torch.autocast("cuda", torch.bfloat16, enabled=low):
-            losses.append(float(runner(**args)))
+            losses.append(float(runner(**args).loss))
         optimiser.step()
     (entry,) = runner._entries.values()
     assert entry.graph is not None

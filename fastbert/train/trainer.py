@@ -10,12 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastbert import backend
 from fastbert.data import Batch
 from fastbert.train import store
 from fastbert.train.config import PretrainConfig
 from fastbert.train.evaluate import autocast
 from fastbert.train.optim import learning_rate, make_optimiser, set_learning_rate
 from fastbert.train.world import World
+from fastbert.training_graphs import TrainingRunner
 
 
 class TrainingError(RuntimeError):
@@ -73,6 +75,10 @@ class Trainer:
         self.optimiser = make_optimiser(model, config)
         self.at = Position()
         self.device = next(model.parameters()).device
+        # a host takes longer to launch a step's kernels one by one than a GPU to run them
+        fused = backend.forced() in (None, "triton", "cuda")
+        graphs = self.device.type == "cuda" and fused
+        self._replayed = TrainingRunner(model) if graphs else None
         self._batches: Iterator[Batch] | None = None
 
     def take(self) -> list[Batch]:
@@ -111,18 +117,16 @@ class Trainer:
 
     def _backward(self, batch: Batch, labelled: float, pairs: float) -> tuple[float, float]:
         """Add one batch's gradients: the sum of its losses / the number of terms in the whole step."""
+        counts = {"num_items_in_batch": max(int(labelled), 1)}
+        if pairs:
+            counts["num_pairs_in_batch"] = int(pairs)
         with autocast(self.device, self.config.precision):
-            output = self.model(**batch, num_items_in_batch=max(int(labelled), 1))
-        loss: Tensor = output.loss
-        nsp_loss = getattr(output, "nsp_loss", None)
-        if nsp_loss is None:
-            loss.backward()
-            return float(loss.detach()), 0.0
-        nsp_loss = nsp_loss * (_pairs(batch) / pairs)
-        (output.mlm_loss + nsp_loss).backward()
-        mlm, nsp = torch.stack(
-            [output.mlm_loss.detach().float(), nsp_loss.detach().float()]
-        ).tolist()
+            output = (self._replayed or self.model)(**batch, **counts)
+        if self._replayed is None:
+            output.loss.backward()
+        if output.nsp_loss is None:
+            return float(output.loss.detach()), 0.0
+        mlm, nsp = torch.stack([output.mlm_loss, output.nsp_loss]).detach().float().tolist()
         return mlm, nsp
 
     def _clip(self) -> Tensor:
