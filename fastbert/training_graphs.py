@@ -227,10 +227,12 @@ class TrainingRunner:
 
 def _losses(output: Any, copy: Callable[[Tensor], Tensor]) -> bert.Output:
     """An Output of copies of the scalars in one."""
-    fields = ((name, getattr(output, name)) for name in output.keys())  # noqa: SIM118 -- an Output iterates over values
-    return bert.Output(
-        **{name: copy(t) for name, t in fields if isinstance(t, Tensor) and t.dim() == 0}
-    )
+    found: dict[str, Any] = {}
+    for name in output.keys():  # noqa: SIM118 -- an Output iterates over values
+        value = getattr(output, name)
+        if isinstance(value, Tensor) and value.dim() == 0:
+            found[name] = copy(value)
+    return bert.Output(**found)
 
 
 def _offsets(

@@ -120,8 +120,9 @@ class Trainer:
         counts = {"num_items_in_batch": max(int(labelled), 1)}
         if pairs:
             counts["num_pairs_in_batch"] = int(pairs)
+        call: Any = self._replayed or self.model
         with autocast(self.device, self.config.precision):
-            output = (self._replayed or self.model)(**batch, **counts)
+            output = call(**batch, **counts)
         if self._replayed is None:
             output.loss.backward()
         if output.nsp_loss is None:
