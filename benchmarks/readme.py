@@ -41,7 +41,14 @@ def speedup(row: dict[str, Any]) -> str:
     ours = row["results"].get("fastbert", {"reason": "not measured"})
     if "reason" in ours:
         return ours["reason"]
-    return "no peer agrees" if row["best_peer"] is None else "fastbert does not agree"
+    slow = [f"{n}: {r['reason']}" for n, r in row["results"].items() if _slow(r)]
+    if row["best_peer"] is None:
+        return "; ".join(slow) or "no peer agrees"
+    return "fastbert does not agree"
+
+
+def _slow(result: dict[str, Any]) -> bool:
+    return result.get("reason", "").startswith("left out")
 
 
 def short_table(results: dict[str, Any]) -> str:
@@ -97,9 +104,16 @@ def footnote(results: dict[str, Any]) -> str:
     counts = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
     return (
         f"{span}, {m['cpu']} ({m['instructions']}), {m['threads']} threads, torch {v['torch']}, transformers "
-        f"{v['transformers']}; medians of {counts} interleaved rounds, in brackets p20 to p80. All peers: "
+        f"{v['transformers']}; medians of {counts} interleaved rounds, in brackets p20 to p80. {_low(m)}All peers: "
         "[docs/benchmarks.md](docs/benchmarks.md)."
     )
+
+
+def _low(machine: dict[str, Any]) -> str:
+    """What has to be known of bf16 rows from a machine without bf16 instructions."""
+    if machine["instructions"].startswith("AVX512"):
+        return ""
+    return "This CPU has no bf16 instructions: stock's bf16 is slower than its fp32 there, so that fp32 rows say more. "
 
 
 def full_table(results: dict[str, Any]) -> str:
