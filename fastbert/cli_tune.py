@@ -23,9 +23,13 @@ def tune(
         bool, typer.Option("--inference", help="time the forward alone, without dropout")
     ] = False,
     rounds: Annotated[int, typer.Option(help="timed calls of each backend", min=1)] = 5,
+    configurations: Annotated[
+        bool,
+        typer.Option(help="on a GPU, compare Triton's launch configurations too: minutes"),
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Time every backend on this machine and use the fastest from now on.
+    """Time every backend on this machine, and Triton's launch configurations, and use the fastest from now on.
 
     The winners are kept in tuned.json of $FASTBERT_CACHE or ~/.cache/fastbert; delete it to go back. Scripts with
     models of their own call fastbert.tune(step). Example: fastbert tune --batch-size 32 --length 128 --dtype bf16
@@ -35,7 +39,9 @@ def tune(
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
     results = fastbert.tune(
-        _step(model, batch_size, length, layers, dtype, inference), rounds=rounds
+        _step(model, batch_size, length, layers, dtype, inference),
+        rounds=rounds,
+        configurations=configurations,
     )
     if as_json:
         typer.echo(json.dumps(results, indent=1))
@@ -43,7 +49,7 @@ def tune(
     for op, classes in results.items():
         for name, microseconds in classes.items():
             fastest = min(microseconds, key=lambda b: microseconds[b])
-            others = ", ".join(f"{b} {us:.0f} us" for b, us in microseconds.items())
+            others = "; ".join(f"{b}: {us:.0f} us" for b, us in microseconds.items())
             typer.echo(f"{op:<24} {name:<36} {fastest:<8} ({others})")
     typer.echo(f"stored in {fastbert.tuned.path()}")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -15,16 +17,35 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastbert import backend, tuned
 from fastbert.testing.machine import machine_info
 
+_log = logging.getLogger("fastbert")
+
 Seconds = dict[tuned.Key, dict[str, float]]
+# a smaller gain than this may be chance
+_GAIN = 0.02
+# cycles for which a GPU waits, so that an op's launches are enqueued when they are timed: about a millisecond
+_SLEEP = 2_000_000
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """A call of an op in one direction: its class, the backend that ran it, and how long it took."""
+
+    key: tuned.Key
+    backward: bool
+    backend: str
+    seconds: float
+    # the calls of configuration functions that it made
+    configured: frozenset[tuned.Call]
 
 
 class _Timer(TorchDispatchMode):
-    """Seconds that each class of call took, forward and backward together, and the backend that ran it."""
+    """Times every call of an op: on a GPU what the device takes, since that is what a captured graph takes."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, asked: set[tuned.Call] | None = None) -> None:
         super().__init__()
         self.device = device
-        self.seconds: dict[tuple[tuned.Key, str], float] = defaultdict(float)
+        self.asked: set[tuned.Call] = set() if asked is None else asked
+        self.calls: list[_Timed] = []
 
     def __torch_dispatch__(
         self,
@@ -36,17 +57,40 @@ class _Timer(TorchDispatchMode):
         if func.namespace != "fastbert":
             return func(*args, **(kwargs or {}))
         slug, _, direction = func._schema.name.removeprefix("fastbert::").rpartition("_")
-        key = tuned.key(slug, args, backward=direction == "bwd")
-        self._wait()
-        started = time.perf_counter()
-        result = func(*args)
-        self._wait()
-        self.seconds[key, args[-1]] += time.perf_counter() - started
+        backward = direction == "bwd"
+        key = tuned.key(slug, args, backward)
+        self.asked.clear()
+        result, seconds = self._timed(lambda: func(*args))
+        self.calls.append(_Timed(key, backward, args[-1], seconds, frozenset(self.asked)))
         return result
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    def _timed(self, call: Callable[[], Any]) -> tuple[Any, float]:
+        if self.device.type != "cuda":
+            started = time.perf_counter()
+            return call(), time.perf_counter() - started
+        with torch.cuda.device(self.device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(_SLEEP)
+            start.record()
+            result = call()
+            end.record()
+            end.synchronize()
+        return result, start.elapsed_time(end) / 1e3
+
+    def by_class(self) -> dict[tuple[tuned.Key, str], float]:
+        """Seconds of each class of call and the backend that ran it, both directions together."""
+        total: dict[tuple[tuned.Key, str], float] = defaultdict(float)
+        for call in self.calls:
+            total[call.key, call.backend] += call.seconds
+        return total
+
+    def asked_by_all(self) -> set[tuned.Call]:
+        """Every configuration that some op asked for."""
+        return set().union(*(c.configured for c in self.calls))
+
+    def of(self, call: tuned.Call) -> float:
+        """Seconds of the calls of ops that asked this configuration."""
+        return sum(c.seconds for c in self.calls if call in c.configured)
 
 
 @dataclass(frozen=True)
@@ -74,15 +118,23 @@ def _preferring(device: torch.device, name: str) -> Iterator[None]:
 
 
 def tune(
-    step: Callable[[], object], *, device: str | torch.device | None = None, rounds: int = 5
+    step: Callable[[], object],
+    *,
+    device: str | torch.device | None = None,
+    rounds: int = 5,
+    configurations: bool = True,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Time the backends that can run the ops of `step()` and use the fastest of each from now on.
+    """Time what can run the ops of `step()` on a device and use the fastest from now on.
 
-    `step` is what should become fast, for instance `lambda: model(**batch).loss.backward()`; it is called rounds + 1
-    times for every backend of the device, the first uncounted, in turn. The winner of each op, dtype and size, by the
-    median of forward and backward together, is stored in tuned.json ($FASTBERT_CACHE or ~/.cache/fastbert) for this
-    device and holds in later processes; a compiled model must be compiled again. Returns {op: {class: {backend:
-    microseconds}}}. Raises ValueError where `step` calls no op of fastbert or a backend is forced by name.
+    `step` is what should become fast, for instance `lambda: model(**batch).loss.backward()`. First, with
+    `configurations` and where Triton's kernels run, each of their launch configurations that the step asks for is
+    compared with its neighbours (a tile or the warps halved or doubled, a stage more or less), and with those of the
+    winner, until none is 2 % faster: minutes, for every candidate is compiled. Then every backend of the device has a
+    turn, rounds + 1 steps, the first uncounted. The winner of each op, dtype and size, by the median of forward and
+    backward together, and each faster configuration are stored in tuned.json ($FASTBERT_CACHE or ~/.cache/fastbert)
+    for this device and hold in later processes; a compiled model must be compiled and a graph captured again. On a GPU
+    times are the device's. Returns {op: {class: {backend: microseconds}}}, and under "triton's configurations" the
+    candidates. Raises ValueError where `step` calls no op of fastbert or a backend is forced by name.
     """
     if backend.forced() is not None:
         raise ValueError(
@@ -93,13 +145,16 @@ def tune(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", torch.cuda.current_device())
-    taken: dict[tuned.Key, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     names = backend.ORDER.get(where.type, ("torch",))
+    search = _Search(step, where, rounds)
+    if configurations and "triton" in names and backend.device_of("triton") == where.type:
+        search.run()
+    taken: dict[tuned.Key, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for number in range(-1, rounds):
         for name in names:
             with _preferring(where, name), _Timer(where) as timer:
                 step()
-            for (key, ran), seconds in timer.seconds.items():
+            for (key, ran), seconds in timer.by_class().items():
                 # one that could not run the call has fallen back to another, which has a turn of its own
                 if number >= 0 and ran == name:
                     taken[key][name].append(seconds)
@@ -108,11 +163,75 @@ def tune(
             "step() called none of fastbert's ops: does the model use fastbert's modules?"
         )
     medians = {
-        key: {name: sorted(values)[len(values) // 2] for name, values in by_name.items()}
+        key: {name: statistics.median(values) for name, values in by_name.items()}
         for key, by_name in taken.items()
     }
     backend.tuned_tables[where] = tuned.store(where, medians, {"machine": machine_info()})
-    return _readable(medians)
+    return _readable(medians) | ({"triton's configurations": search.shown} if search.shown else {})
+
+
+class _Search:
+    """Climbs, for every launch configuration that a step asks for, from neighbour to faster neighbour."""
+
+    def __init__(self, step: Callable[[], object], device: torch.device, rounds: int) -> None:
+        self.step, self.device, self.rounds = step, device, rounds
+        self.shown: dict[str, dict[str, float]] = {}
+
+    def run(self) -> None:
+        """Search them all, one after the other, and have the winners in force."""
+        from fastbert.kernels import _configured
+
+        for call in sorted(self._timer().asked_by_all(), key=str):
+            if (config := _configured.in_force(call)) is None:
+                continue
+            best = config
+            seen: dict[Any, float] = {}
+            while True:
+                candidates = [c for c in _configured.neighbours(call, best) if c not in seen]
+                seen |= self._measured(call, [best, *candidates])
+                fastest = min(seen, key=lambda c: seen[c])
+                if seen[fastest] > (1 - _GAIN) * seen[best]:
+                    break
+                best = fastest
+            self.shown[_configured.readable(call)] = {
+                _configured.shown(c): round(1e6 * s, 1) for c, s in seen.items()
+            }
+            own = _configured.own(call)
+            fields = {k: v for k, v in vars(best).items() if v != getattr(own, k)}
+            # each as it is found, so that an interrupt loses one
+            tuned.store(self.device, {}, {"machine": machine_info()}, {call: fields})
+            _configured.adopt(call, best)
+
+    def _measured(self, call: tuned.Call, configs: list[Any]) -> dict[Any, float]:
+        """Seconds by configuration, medians of interleaved rounds, without those that do not compile or fit."""
+        from fastbert.kernels import _configured
+
+        taken: dict[Any, list[float]] = {}
+        for config in configs:
+            with _configured.trying(call, config):
+                try:
+                    self._timer()
+                except Exception as error:
+                    # too much shared memory, or a tile that Triton does not compile
+                    _log.info("%s, %s: %s", _configured.readable(call), config, error)
+                    continue
+            taken[config] = []
+        for _ in range(self.rounds):
+            for config, seconds in taken.items():
+                with _configured.trying(call, config):
+                    seconds.append(self._timer().of(call))
+        return {config: statistics.median(seconds) for config, seconds in taken.items()}
+
+    def _timer(self) -> _Timer:
+        from fastbert.kernels import _configured
+
+        with (
+            _preferring(self.device, "triton"),
+            _configured.asking() as asked,
+            _Timer(self.device, asked) as timer,
+        ):
+            self.step()
+        return timer
 
 
 def _readable(medians: Seconds) -> dict[str, dict[str, dict[str, float]]]:

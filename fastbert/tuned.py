@@ -35,6 +35,8 @@ _ROWS = ("attention", "layer_norm", "bias_gelu", "cross_entropy")
 
 Key = tuple[str, torch.dtype, bool, tuple[int, ...]]
 Table = dict[Key, str]
+# a function of launch configurations with its arguments (kernels/_configured.py)
+Call = tuple[str, tuple[Any, ...]]
 
 _logger = logging.getLogger("fastbert")
 
@@ -81,22 +83,50 @@ def _table(entries: list[dict[str, Any]]) -> Table:
     return {_class(e): e["backend"] for e in entries}
 
 
-def stored() -> dict[torch.device, Table]:
-    """The winners of every device of this process that the file has some of. Looks at GPUs only if there is a file."""
+def _of_devices(section: str) -> dict[torch.device, list[dict[str, Any]]]:
+    """What the file has in a section for each device of this process. Looks at GPUs only if there is a file."""
     known = _read()
     devices = [torch.device("cpu")] if known else []
     if known and torch.cuda.is_available():
         devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    found = {device: known.get(device_name(device), {}).get("entries", []) for device in devices}
-    return {device: _table(entries) for device, entries in found.items() if entries}
+    return {device: known.get(device_name(device), {}).get(section, []) for device in devices}
+
+
+def stored() -> dict[torch.device, Table]:
+    """The winners of every device of this process that the file has some of."""
+    return {
+        device: _table(entries) for device, entries in _of_devices("entries").items() if entries
+    }
+
+
+def configurations() -> dict[Call, dict[str, Any]]:
+    """The fields of every launch configuration that was found faster than the built-in one."""
+    return {_call(e): e["fields"] for each in _of_devices("configurations").values() for e in each}
+
+
+def _call(entry: dict[str, Any]) -> Call:
+    """A stored call; a dtype was written by its name."""
+    names = entry["arguments"]
+    return entry["function"], tuple(
+        getattr(torch, a[6:]) if isinstance(a, str) and a.startswith("torch.") else a for a in names
+    )
 
 
 def store(
-    device: torch.device, results: dict[Key, dict[str, float]], facts: dict[str, Any]
+    device: torch.device,
+    results: dict[Key, dict[str, float]],
+    facts: dict[str, Any],
+    faster: dict[Call, dict[str, Any]] | None = None,
 ) -> Table:
-    """Write the winners among {class: {backend: seconds}} beside older entries, and use them from now on."""
+    """Write the winners among {class: {backend: seconds}} beside older entries, and use them from now on.
+
+    `faster` has the fields in which launch configurations that won differ from the built-in ones; where there are none,
+    what was stored for the call is forgotten.
+    """
     known = _read()
-    entries = {_class(e): e for e in known.get(device_name(device), {}).get("entries", [])}
+    before = known.get(device_name(device), {})
+    entries = {_class(e): e for e in before.get("entries", [])}
+    launches = {_call(e): e["fields"] for e in before.get("configurations", [])} | (faster or {})
     for (slug, dtype, few, sizes), seconds in results.items():
         winner = min(seconds, key=lambda name: seconds[name])
         entry = {
@@ -108,15 +138,31 @@ def store(
             "microseconds": {name: round(1e6 * s, 2) for name, s in seconds.items()},
         }
         entries[(slug, dtype, few, sizes)] = entry
-    known[device_name(device)] = {**facts, "entries": list(entries.values())}
+    known[device_name(device)] = {
+        **facts,
+        "entries": list(entries.values()),
+        "configurations": [
+            {"function": name, "arguments": [_written(a) for a in arguments], "fields": fields}
+            for (name, arguments), fields in launches.items()
+            if fields
+        ],
+    }
     path().parent.mkdir(parents=True, exist_ok=True)
     write_text(path(), json.dumps(known, indent=1) + "\n")
     return _table(list(entries.values()))
 
 
+def _written(argument: Any) -> Any:
+    return str(argument) if isinstance(argument, torch.dtype) else argument
+
+
 def winners(tables: dict[torch.device, Any], kind: str) -> dict[str, str]:
-    """{class of a call in words: backend} of the devices of a type, for a run's manifest."""
+    """{class of a call in words: backend or launch configuration} of a type of device, for a run's manifest."""
+    launches = configurations() if kind == "cuda" else {}
     return {
+        " ".join((name, *map(str, arguments))): str(fields)
+        for (name, arguments), fields in launches.items()
+    } | {
         f"{slug} {'x'.join(map(str, sizes))} {dtype} {'few' if few else 'many'} rows": name
         for device, table in tables.items()
         if device.type == kind

@@ -91,7 +91,7 @@ def project(
     """With `product` y (T, N) in x's dtype and, with `approximate`, gelu(y) likewise; else empty."""
     (T, K), piece = x.shape, weights[0].shape[0]
     N = piece * len(weights)
-    config = _tiles.gemm(T, N, x.dtype, _launch.arch(x.device))
+    config = _tiles.gemm(_tiles.tile(T, 8192), N, x.dtype, _launch.arch(x.device))
     if len(weights) > 1 and piece % config.BLOCK_N:
         weights, biases = [torch.cat(list(weights))], [torch.cat(list(biases))] if biases else []
         piece = N

@@ -12,6 +12,7 @@ import torch
 import triton
 
 from fastbert.kernels import INTERPRETED
+from fastbert.kernels._configured import configured
 
 Arch = int | str
 # Triton 3.10 turns fused multiply-add off where a launch does not ask for it; every configuration does
@@ -73,13 +74,13 @@ def _warps(width: int, most: int, arch: Arch) -> int:
     return min(16, triton.next_power_of_2(triton.cdiv(width, lanes * most)))
 
 
-@functools.cache
+@configured()
 def rows(width: int, arch: Arch) -> Rows:
     """A warp for a row of up to 1024, more of them for wider ones."""
     return Rows(1, max(16, triton.next_power_of_2(width)), _warps(width, 32, arch))
 
 
-@functools.cache
+@configured()
 def persistent_rows(width: int, arch: Arch, gathers: bool = False) -> PersistentRows:
     """A warp for a row of up to 768: a backward keeps sums of two gradients beside the row.
 

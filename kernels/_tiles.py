@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 
+from fastbert.kernels._configured import configured
 from fastbert.kernels._launch import Arch
 
 
@@ -34,8 +34,8 @@ def precision(dtype: torch.dtype, arch: Arch) -> str:
     return "tf32x3" if dtype == torch.float32 and isinstance(arch, int) else "ieee"
 
 
-def _tile(length: int, most: int) -> int:
-    """The smallest tile that holds `length`, between 16 and `most`."""
+def tile(length: int, most: int) -> int:
+    """The smallest tile that holds `length`, between 16 and `most`: also what stands for a class of lengths."""
     return min(most, max(16, triton.next_power_of_2(length)))
 
 
@@ -43,25 +43,25 @@ def _tile(length: int, most: int) -> int:
 # sm_90, sm_100 and gfx942. Replaying dropout takes some 60 registers a thread.
 
 
-@functools.cache
+@configured()
 def attention_fwd(max_seqlen: int, D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> Attention:
     """Short sequences get one tile of keys, and small tiles of queries, so that nothing is computed for nobody."""
     block, exact = head_block(D), precision(dtype, arch)
     if dtype == torch.float32:
         warps = 8 if block > 64 else 4
-        return Attention(_tile(max_seqlen, 32), _tile(max_seqlen, 32), block, exact, warps, 1)
+        return Attention(tile(max_seqlen, 32), tile(max_seqlen, 32), block, exact, warps, 1)
     amd, wide = isinstance(arch, str), block > 64
     if arch == 90 and not wide:
         # measured (docs/triton.md): with dropout, 32 keys at a time leave the registers that replaying it takes
         if max_seqlen > 128:
             return Attention(64, 32 if drop else 64, block, exact, 4, 3)
-        keys = _tile(max_seqlen, 32 if drop else 128)
-        return Attention(_tile(max_seqlen, 64), keys, block, exact, 4, 2 if drop else 1)
+        keys = tile(max_seqlen, 32 if drop else 128)
+        return Attention(tile(max_seqlen, 64), keys, block, exact, 4, 2 if drop else 1)
     if max_seqlen <= 128:
         # Hopper's and Blackwell's instructions take 64 rows
         rows = 64 if not amd and (wide or arch in (90, 100)) else 32
         warps = 8 if wide and not amd else 4
-        return Attention(_tile(max_seqlen, rows), _tile(max_seqlen, 128), block, exact, warps, 1)
+        return Attention(tile(max_seqlen, rows), tile(max_seqlen, 128), block, exact, warps, 1)
     if amd:
         return Attention(64 if drop or wide else 128, 32, block, exact, 4, 2)
     if drop:
@@ -69,7 +69,7 @@ def attention_fwd(max_seqlen: int, D: int, dtype: torch.dtype, arch: Arch, drop:
     return Attention(128, 64, block, exact, 8 if wide else 4, 2)
 
 
-@functools.cache
+@configured("BLOCK_N")
 def attention_bwd(
     max_seqlen: int, D: int, dtype: torch.dtype, arch: Arch, drop: bool
 ) -> Attention | None:
@@ -83,12 +83,12 @@ def attention_bwd(
     most = most // 4 if small else most
     if max_seqlen > most:
         return None
-    keys = _tile(max_seqlen, most)
+    keys = tile(max_seqlen, most)
     if arch == 90 and block == 64 and keys > 32 and dtype != torch.float32:
         return Attention(32, keys, block, exact, 4, 1)
     if dtype == torch.float32 or (block <= 32 and keys == 128):
         return Attention(16, keys, block, exact, 4, 1)
-    return Attention(_tile(max_seqlen, 32), keys, block, exact, 4 if keys <= 32 else 8, 1)
+    return Attention(tile(max_seqlen, 32), keys, block, exact, 4 if keys <= 32 else 8, 1)
 
 
 def _loop(D: int, dtype: torch.dtype, arch: Arch) -> Attention | None:
@@ -102,7 +102,7 @@ def _loop(D: int, dtype: torch.dtype, arch: Arch) -> Attention | None:
     return None
 
 
-@functools.cache
+@configured()
 def attention_bwd_dkdv(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> Attention:
     """BLOCK_N keys stay, queries pass by."""
     block = head_block(D)
@@ -112,7 +112,7 @@ def attention_bwd_dkdv(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> At
     return _loop(D, dtype, arch) or Attention(rows, 64, block, "ieee", 8, 1)
 
 
-@functools.cache
+@configured()
 def attention_bwd_dq(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> Attention:
     """BLOCK_M queries stay, keys pass by."""
     block = head_block(D)
@@ -135,7 +135,7 @@ class Gemm:
     enable_fp_fusion: bool = True
 
 
-@functools.cache
+@configured()
 def gemm(M: int, N: int, dtype: torch.dtype, arch: Arch) -> Gemm:
     """Large tiles where there are enough of them to fill the device, small ones for few tokens."""
     exact = precision(dtype, arch)
@@ -144,7 +144,8 @@ def gemm(M: int, N: int, dtype: torch.dtype, arch: Arch) -> Gemm:
     if dtype == torch.float32:
         return Gemm(64, 64, 32, 8, exact, 4, 2)
     if M <= 64:
-        return Gemm(_tile(M, 64), 64, 64, 8, exact, 4, most)
+        # narrow ones, so that few rows make many; fastest on an H200 (docs/triton.md)
+        return Gemm(tile(M, 64), 32, 64, 8, exact, 4, most)
     if M * N <= 1024 * 1024:
         return Gemm(64, 128, 64, 8, exact, 4, min(most, 3))
     return Gemm(128, 128, 64, 8, exact, 8, min(most, 3))

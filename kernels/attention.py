@@ -162,7 +162,8 @@ def forward(
     out = qkv.new_empty(T, H, D)
     lse = qkv.new_empty(H, T if save else 0, dtype=torch.float32)
     if T > 0:
-        config = _tiles.attention_fwd(max_seqlen, D, qkv.dtype, _launch.arch(qkv.device), p > 0)
+        length = _tiles.tile(max_seqlen, 512)
+        config = _tiles.attention_fwd(length, D, qkv.dtype, _launch.arch(qkv.device), p > 0)
         blocks = max(1, triton.cdiv(max_seqlen, config.BLOCK_M))
         seed, site, threshold, keep_scale = dropout_args(p, seed, site)
         _attention_fwd_kernel[(blocks * H * (B + 1),)](
@@ -210,7 +211,7 @@ def backward(
     seed, site, threshold, keep_scale = dropout_args(p, seed, site)
     rest = (scale, site, threshold, keep_scale)
     constants: dict[str, Any] = {"H": H, "D": D, "CAUSAL": causal}
-    short = _tiles.attention_bwd(max_seqlen, *kind)
+    short = _tiles.attention_bwd(_tiles.tile(max_seqlen, 512), *kind)
     if short is not None:
         _attention_bwd_kernel[(H * (B + 1),)](
             dout, qkv, lse, cu_seqlens, dqkv, seed, T, B, *rest, **constants, **vars(short)

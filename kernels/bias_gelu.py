@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import _launch, dense, unsupported_dtype
+from fastbert.kernels._configured import configured
 from fastbert.kernels._math import gelu_and_derivative
 from fastbert.kernels._reduce import sum_partials
 
@@ -73,7 +74,8 @@ def _bias_gelu_bwd_kernel(
         tl.store(partial_ptr + program * F + cols, tl.sum(total, 0), mask=cols < F)
 
 
-def _config(width: int) -> _launch.Tiles:
+@configured()
+def _bias_gelu_tiles(width: int, arch: _launch.Arch) -> _launch.Tiles:
     """16 elements a thread, 16 bytes of them side by side, 2 rows to a program's columns."""
     block = min(1024, max(16, triton.next_power_of_2(width)))
     return _launch.Tiles(2048 // block, block, 4)
@@ -102,7 +104,7 @@ def forward(
     N, F = x.shape
     y = torch.empty_like(x)
     if x.numel() > 0:
-        config = _config(F)
+        config = _bias_gelu_tiles(F, _launch.arch(x.device))
         _bias_gelu_fwd_kernel[_grid(N, F, config, N)](
             x, dense(bias), y, N, F, TANH=approximate == "tanh", **vars(config)
         )
@@ -134,7 +136,7 @@ def gradients(
     y = torch.empty_like(x) if again else empty
     if x.numel() == 0:
         return dx, y, empty if sums is None else x.new_zeros(F, dtype=sums)
-    config = _config(F)
+    config = _bias_gelu_tiles(F, _launch.arch(x.device))
     columns = triton.cdiv(F, config.BLOCK_N)
     most = max(1, 4 * _launch.multiprocessors(x.device) // columns)
     grid = _grid(N, F, config, most)

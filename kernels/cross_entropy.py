@@ -5,7 +5,6 @@ backward runs the softmax again instead of reading lse: exp(z - lse) is off by l
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import _launch, dense, unsupported_dtype
+from fastbert.kernels._configured import configured
 
 LARGEST = 16384
 
@@ -29,8 +29,8 @@ class _Config:
     enable_fp_fusion: bool = True
 
 
-@functools.cache
-def _config(V: int, arch: _launch.Arch) -> _Config:
+@configured()
+def _cross_entropy_block(V: int, arch: _launch.Arch) -> _Config:
     """At most 64 logits to a thread where they are a row; longer rows pass by in blocks, the second time from L2."""
     if V > LARGEST:
         # 8 elements, 16 bytes of bf16, to a lane
@@ -222,7 +222,7 @@ def row_losses(
             width // unit,
             ignore_index,
             UNIT=unit,
-            **vars(_config(V, _launch.arch(logits.device))),
+            **vars(_cross_entropy_block(V, _launch.arch(logits.device))),
         )
     return loss, lse
 
@@ -247,6 +247,6 @@ def backward(
             V // unit,
             ignore_index,
             UNIT=unit,
-            **vars(_config(V, _launch.arch(logits.device))),
+            **vars(_cross_entropy_block(V, _launch.arch(logits.device))),
         )
     return dlogits

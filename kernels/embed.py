@@ -265,7 +265,7 @@ def backward(
             torch.zeros_like(weight),
             position.new_zeros(C, dtype=torch.float32),
         )
-    config = _launch.persistent_rows(C, _launch.arch(dy.device), gathers=True)
+    config = _launch.persistent_rows(C, _launch.arch(dy.device), True)
     programs = _launch.programs(N, config, dy.device, 12)
     partial = dy.new_empty(2, programs, C, dtype=torch.float32)
     # rounded to a table's dtype once, after the sum

@@ -1,0 +1,134 @@
+"""Launch configurations that fastbert.tune() may replace: by measurement, for a device, call by call.
+
+A function decorated with `configured` answers for the class of call that its arguments name, a pure function; where
+tune() has found a faster configuration for the same arguments on this device, it answers with that one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from fastbert import tuned
+
+# a function's name and its arguments
+Call = tuple[str, tuple[Any, ...]]
+# fields that a neighbour has halved or doubled, with the least and the most
+_SIZES = {
+    "ROWS": (1, 16),
+    "BLOCK_M": (16, 256),
+    "BLOCK_N": (16, 256),
+    "BLOCK_K": (16, 128),
+    "BLOCK_V": (512, 16384),
+    "num_warps": (1, 16),
+}
+_STAGES = ("STAGES", "num_stages")
+
+_stored = tuned.configurations()
+_functions: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {}
+_winners: dict[Call, Any] = {}
+# the calls that `asking` collects
+_asked: set[Call] | None = None
+
+
+def configured(*fixed: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a pure function of positional arguments that returns a configuration; `fixed` fields stay its own."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        name, default = function.__name__.strip("_"), functools.cache(function)
+        _functions[name] = default, fixed
+        for (of, arguments), fields in _stored.items():
+            if of == name and (own := default(*arguments)) is not None:
+                _winners[name, arguments] = dataclasses.replace(own, **fields)
+
+        @functools.wraps(function)
+        def choose(*arguments: Any) -> Any:
+            if _asked is not None:
+                _asked.add((name, arguments))
+            if _winners and (found := _winners.get((name, arguments))) is not None:
+                return found
+            return default(*arguments)
+
+        return choose
+
+    return decorate
+
+
+def neighbours(call: Call, config: Any) -> list[Any]:
+    """Configurations one step from this one: a size halved or doubled, a stage more or less."""
+    _, fixed = _functions[call[0]]
+    found = []
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        # a block that is a whole row stays one
+        if name in fixed or (name == "BLOCK_V" and config.ONE):
+            continue
+        if name in _STAGES:
+            others = [n for n in (value - 1, value + 1) if 1 <= n <= 4]
+        elif name in _SIZES:
+            least, most = _SIZES[name]
+            others = [n for n in (value // 2, value * 2) if least <= n <= most]
+        else:
+            continue
+        found += [dataclasses.replace(config, **{name: n}) for n in others]
+    return found
+
+
+def own(call: Call) -> Any:
+    """What the function itself answers, None where it has no configuration for the call."""
+    return _functions[call[0]][0](*call[1])
+
+
+def in_force(call: Call) -> Any:
+    """What this call is answered with."""
+    return _winners.get(call) or own(call)
+
+
+@contextmanager
+def trying(call: Call, config: Any) -> Iterator[None]:
+    """Inside, the call is answered with this configuration."""
+    before = _winners.get(call)
+    _winners[call] = config
+    try:
+        yield
+    finally:
+        adopt(call, before)
+
+
+def adopt(call: Call, config: Any) -> None:
+    """Answer the call with this configuration from now on, with the function's own where it is None."""
+    if config is None:
+        _winners.pop(call, None)
+    else:
+        _winners[call] = config
+
+
+@contextmanager
+def asking() -> Iterator[set[Call]]:
+    """Inside, every call is collected."""
+    global _asked
+    _asked = set()
+    try:
+        yield _asked
+    finally:
+        _asked = None
+
+
+def readable(call: Call) -> str:
+    """A call in words."""
+    name, arguments = call
+    shown = (
+        str(a).removeprefix("torch.") if isinstance(a, torch.dtype) else str(a) for a in arguments
+    )
+    return f"{name} {' '.join(shown)}"
+
+
+def shown(config: Any) -> str:
+    """A configuration's numbers in words."""
+    numbers = {k: v for k, v in vars(config).items() if k in _SIZES or k in _STAGES}
+    return ", ".join(f"{k} {v}" for k, v in numbers.items())

@@ -1,0 +1,97 @@
+"""fastbert.tune() over Triton's launch configurations, in the interpreter (a process of `make test`) or on a GPU."""
+
+import dataclasses
+import sys
+from unittest import mock
+
+import pytest
+import torch
+
+import fastbert
+from fastbert import backend, functional, tuned
+
+if backend.device_of("triton") is None:
+    reason = backend.matrix()["layer_norm"]["triton"] or "there is no GPU and no TRITON_INTERPRET=1"
+    pytest.skip(f"Triton's kernels cannot run: {reason}", allow_module_level=True)
+
+from fastbert.kernels import _configured, _launch, layer_norm
+
+
+@pytest.fixture
+def triton_first(monkeypatch, tmp_path):
+    """Triton's interpreter in the order of the CPU's backends, and nothing tuned before or after."""
+    monkeypatch.setenv("FASTBERT_CACHE", str(tmp_path))
+    monkeypatch.setattr(backend, "tuned_tables", {})
+    kind = backend.device_of("triton")
+    monkeypatch.setitem(backend.ORDER, kind, ("triton", "torch"))
+    known = {slug: backend._candidates(slug, kind) for slug in backend.SLUGS}
+    monkeypatch.setitem(backend._CANDIDATES, kind, known)
+    with mock.patch.dict(_configured._winners, clear=True):
+        yield kind
+
+
+def tuned_step(kind):
+    x = torch.randn(5, 24, device=kind, requires_grad=True)
+    return lambda: functional.layer_norm(x, torch.ones(24, device=kind)).sum().backward()
+
+
+def test_tune_climbs_to_the_fastest_configuration_and_stores_it(triton_first, monkeypatch):
+    """Times are made up here, so that the way is known: fewer rows are slower, one warp fastest."""
+    where = torch.device(triton_first, 0) if triton_first == "cuda" else torch.device("cpu")
+    arch = _launch.arch(where)
+    call = ("rows", (24, arch))
+    own = _launch.rows(24, arch)
+
+    def measured(self, asked, configs):
+        assert asked[0] in ("rows", "persistent_rows")
+        return {c: c.num_warps + 8.0 / c.ROWS for c in configs}
+
+    monkeypatch.setattr(sys.modules["fastbert.tune"]._Search, "_measured", measured)
+    found = fastbert.tune(tuned_step(triton_first), rounds=1)
+    assert own.ROWS == own.num_warps == 1
+    assert _launch.rows(24, arch) == dataclasses.replace(own, ROWS=16)
+    assert tuned.configurations()[call] == {"ROWS": 16}
+    times = found["triton's configurations"][f"rows 24 {arch}"]
+    assert times["ROWS 16, num_warps 1"] == 1.5e6
+    assert found["layer_norm"].keys()
+    # another process reads them when it defines the function
+    with mock.patch.object(_configured, "_stored", tuned.configurations()):
+        again = _configured.configured()(_launch.rows.__wrapped__)
+    assert again(24, arch).ROWS == 16
+
+
+def test_tune_measures_and_results_stay(triton_first):
+    torch.manual_seed(0)
+    x = torch.randn(5, 24, device=triton_first)
+    with fastbert.use("triton"):
+        before = functional.layer_norm(x)
+    found = fastbert.tune(tuned_step(triton_first), rounds=1)
+    candidates = found["triton's configurations"]
+    assert {name.split()[0] for name in candidates} == {"rows", "persistent_rows"}
+    assert all(len(times) > 2 and min(times.values()) > 0 for times in candidates.values())
+    with fastbert.use("triton"):
+        torch.testing.assert_close(functional.layer_norm(x), before)
+
+
+def test_a_configuration_that_fails_is_left_out(triton_first, monkeypatch):
+    run = layer_norm._layer_norm_fwd_kernel
+
+    class Failing:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                if options["ROWS"] > 1:
+                    raise RuntimeError("out of shared memory")
+                return run[grid](*args, **options)
+
+            return launch
+
+    monkeypatch.setattr(layer_norm, "_layer_norm_fwd_kernel", Failing())
+    found = fastbert.tune(tuned_step(triton_first), rounds=1)["triton's configurations"]
+    for name, times in found.items():
+        if name.startswith("rows"):
+            assert not any("ROWS 2" in shown for shown in times)
+
+
+def test_without_configurations(triton_first):
+    found = fastbert.tune(tuned_step(triton_first), rounds=1, configurations=False)
+    assert found.keys() == {"layer_norm"}
