@@ -87,8 +87,9 @@ def page(report: dict[str, Any]) -> str:
         "## Whole steps",
         "",
         "Pretraining (MLM + NSP, dropout 0.1) without the optimiser's step, and the encoder's inference, under bf16 "
-        "autocast; wall-clock medians of interleaved rounds. `eager`, `sdpa` and `compiled` are transformers' model; "
-        "`graph` are fastbert's runners of CUDA graphs (docs/modules.md).",
+        "autocast; wall-clock medians of interleaved rounds. `eager`, `sdpa` and `compiled` are transformers' model, "
+        "`compiled, graph` torch.compile's reduce-overhead; `fastbert, graph` are the runners of docs/modules.md. The "
+        "speed-up is that of the better of ours over the best of the others.",
         "",
         *works(report),
         "",

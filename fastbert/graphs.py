@@ -15,8 +15,8 @@ from fastbert.config import BertConfig
 from fastbert.ops._register import autocast_dtype
 from fastbert.packing import Inputs, Packing, prepare
 
-# tokens beyond which a launch no longer costs what the work does
-MAX_TOKENS = 4096
+# padded tokens of a batch, beyond which the host keeps up with the device without a graph
+MAX_TOKENS = 65536
 
 
 @dataclasses.dataclass
@@ -32,9 +32,10 @@ class InferenceRunner:
     """Calls a model of fastbert without gradients, on a GPU by replaying a CUDA graph for the batch's size.
 
     `InferenceRunner(model)(input_ids, attention_mask, token_type_ids)` returns what `model` returns for the same padded
-    batch (B, S) in eval mode, as new tensors. Tokens are packed, then padded to a power of two and at least 16, the
-    number of sequences and the longest length likewise, so that few graphs serve all batches: the last `max_graphs`
-    used are kept. Batches above `max_tokens` tokens run without a graph. Weights may be changed in place, not replaced.
+    batch (B, S) in eval mode, as new tensors. Tokens are packed, then padded to a power of two and at least 16, above
+    1024 to an eighth of one, the number of sequences and the longest length to powers of two, so that few graphs serve
+    all batches: the last `max_graphs` used are kept. Batches of more than `max_tokens` places (B * S) run without a
+    graph. Weights may be changed in place, not replaced.
     On a CPU the same padded call runs without graphs. One host sync a call, for the number of tokens. Raises TypeError
     for a model without a configuration, ValueError for what the model itself refuses.
     """
@@ -81,7 +82,10 @@ class InferenceRunner:
         # one sequence more, an odd number that no number of tokens equals; it is empty
         sequences = power(packing.batch, 1) + 1
         longest = min(power(packing.max_seqlen, 16), self.config.max_length)
-        return power(tokens, 16), sequences, longest
+        padded = power(tokens, 16)
+        if padded > 1024:
+            padded = multiple(tokens, padded // 8)
+        return padded, sequences, longest
 
     def _prepare(self, sizes: tuple[int, int, int], types: bool, device: torch.device) -> _Entry:
         inputs = padded_inputs(*sizes, types, device)
@@ -177,6 +181,11 @@ class Capture:
                 outputs = call()
             self.pool = self.pool or graph.pool()
         return graph, outputs
+
+
+def multiple(count: int, step: int) -> int:
+    """The next multiple of `step`."""
+    return -(-count // step) * step
 
 
 def power(count: int, least: int) -> int:

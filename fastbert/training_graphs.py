@@ -12,7 +12,7 @@ import torch.nn.functional as stock
 from torch import Tensor, nn
 
 from fastbert import bert
-from fastbert.graphs import Capture, config_of, fill, padded_inputs, power, touch
+from fastbert.graphs import Capture, config_of, fill, multiple, padded_inputs, power, touch
 from fastbert.ops._register import autocast_dtype
 from fastbert.packing import Inputs, prepare
 
@@ -143,12 +143,12 @@ class TrainingRunner:
         longest = max(longest, packing.max_seqlen)
         # one token more, which is nobody's: labelled rows that there are not point to it
         tokens = batch.ids.shape[0] + 1
-        tokens = _multiple(tokens, max(256, power(tokens, 1) // 16))
-        labelled = 0 if rows is None else _multiple(max(rows.shape[0], 1), tokens // 32)
+        tokens = multiple(tokens, max(256, power(tokens, 1) // 16))
+        labelled = 0 if rows is None else multiple(max(rows.shape[0], 1), tokens // 32)
         sequences = packing.batch
         if self._masked_lm:
             # sequences more than there are have no token, and no answer either
-            sequences = _multiple(sequences, max(1, power(sequences, 1) // 16))
+            sequences = multiple(sequences, max(1, power(sequences, 1) // 16))
         return tokens, sequences, longest, labelled
 
     def _inputs(
@@ -244,8 +244,3 @@ def _offsets(
     offset = token.cumsum(1).gather(1, column)[:, 0] - 1
     inside = (columns == column[:, 0]) & token.gather(1, column)[:, 0]
     return torch.where(inside, offset, -1)
-
-
-def _multiple(count: int, step: int) -> int:
-    """The next multiple of `step`."""
-    return -(-count // step) * step

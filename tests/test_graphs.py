@@ -6,6 +6,7 @@ import torch
 from fastbert import bert
 from fastbert.config import BertConfig
 from fastbert.nn import InferenceRunner, TrainingRunner
+from fastbert.packing import Packing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -40,12 +41,14 @@ def test_the_model_s_own_output(cls, kind):
     options = {"model_type": kind, "type_vocab_size": 2, "pad_token_id": 1}
     net = model(cls, **options)
     runner = InferenceRunner(net)
+    assert runner._sizes(1145, Packing.full(31, 38, DEVICE))[0] == 1280
     for lengths, left in (
         ((9, 3, 7), False),
         ((9, 3, 7), True),
         ((2, 1, 5), False),
         ((4,), False),
         ((1,), False),
+        ((38,) * 30 + (5,), False),
     ):
         ids, mask, types = batch(lengths, left)
         with torch.no_grad():
