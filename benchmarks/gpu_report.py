@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import rivals
 import torch
 from opbench import cost_of, pair
 
@@ -29,6 +30,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # tokens of the calls whose bytes are counted, and the multiprocessors that share them: a ninth of an A100's 108 with a
 # ninth of the tokens, since what programs add to the bytes grows with their number
 TOKENS, MULTIPROCESSORS = 1820, 12
+# calls of ours (fastbert.testing.launches) that public kernels know too
+SHARED_CALLS = {
+    f"{call.format(direction)}"
+    for call in ("layer_norm {} C768", "cross_entropy {} V30522", "attention {} S512 D64 p0.0")
+    for direction in ("fwd", "bwd")
+}
 GLOBAL = r"(LDG|STG)\b.*|(global|buffer)_(load|store)_.*"
 SHARED = r"(LDS|STS|LDSM)\b.*|ds_(read|write)_.*"
 
@@ -42,27 +49,67 @@ def compiled(full: bool) -> Iterator[dict[str, Any]]:
         for dtype, torch_dtype in DTYPES.items():
             for label, call in calls(torch_dtype, full):
                 for kernel in aot.compiled(arch, call, dtype):
-                    yield {
-                        "call": label,
-                        "kernel": kernel.name,
-                        "arch": arch,
-                        "dtype": dtype,
-                        "constants": {k: v for k, v in kernel.constants.items() if k.isupper()},
-                        "warps": kernel.warps,
-                        "registers": kernel.registers,
-                        "spilled": kernel.spilled,
-                        "shared": kernel.shared,
-                        "occupancy": None if isinstance(arch, str) else kernel.occupancy,
-                        "matrix": kernel.count(aot.MATRIX),
-                        "wide": kernel.count(aot.WIDE),
-                        "global": kernel.count(GLOBAL),
-                        "shared_accesses": kernel.count(SHARED),
-                        "instructions": sum(kernel.opcodes.values()),
-                    }
+                    yield inspected(label, kernel)
+
+
+def inspected(label: str, kernel: Any) -> dict[str, Any]:
+    """A row: what a compiled kernel of fastbert.testing.aot is made of."""
+    from fastbert.testing import aot
+
+    return {
+        "call": label,
+        "kernel": kernel.name,
+        "arch": kernel.arch,
+        "dtype": kernel.dtype,
+        "constants": {k: v for k, v in kernel.constants.items() if k.isupper()},
+        "warps": kernel.warps,
+        "registers": kernel.registers,
+        "spilled": kernel.spilled,
+        "shared": kernel.shared,
+        "occupancy": None if isinstance(kernel.arch, str) else kernel.occupancy,
+        "matrix": kernel.count(aot.MATRIX),
+        "wide": kernel.count(aot.WIDE),
+        "global": kernel.count(GLOBAL),
+        "shared_accesses": kernel.count(SHARED),
+        "instructions": sum(kernel.opcodes.values()),
+    }
+
+
+def side_by_side() -> Iterator[dict[str, Any]]:
+    """Rows of ours and of public kernels (rivals.py) for the same bf16 calls, on sm_80 and sm_90."""
+    from fastbert.testing import aot
+    from fastbert.testing.launches import calls
+
+    ours = [
+        (label, call) for label, call in calls(torch.bfloat16, full=True) if label in SHARED_CALLS
+    ]
+    for arch in (80, 90):
+        for label, call in ours:
+            for kernel in aot.compiled(arch, call, "bf16"):
+                yield {"whose": "fastbert", **inspected(label, kernel)}
+        for slug, arguments in rival_cases():
+            for name, (call, given) in rivals.of(slug, arguments).items():
+                forward, backward = pair(call, given)
+                kept: list[Any] = []
+                steps = {"fwd": lambda f=forward, k=kept: k.append(f())}
+                if name not in rivals.FORWARD_ONLY:
+                    steps["bwd"] = lambda b=backward, k=kept: b(k[0])
+                for direction, step in steps.items():
+                    for kernel in aot.compiled(arch, step, "bf16"):
+                        yield {"whose": name, **inspected(f"{slug} {direction}", kernel)}
+
+
+def rival_cases() -> Iterator[tuple[str, dict[str, Any]]]:
+    """(op, arguments) on a CPU: launches only compile."""
+    draw, C = Draw(torch.bfloat16), 768
+    norm = {"weight": draw.normal(C), "bias": draw.normal(C)}
+    yield "layer_norm", {"x": draw.normal(64, C), **norm}
+    yield "cross_entropy", {"logits": draw.normal(16, 30522), "labels": draw.ids(30522, 16)}
+    yield "attention", {"qkv": draw.normal(512, 3, 12, 64), "max_seqlen": 512}
 
 
 def cases(dtype: torch.dtype, tokens: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(op, arguments) of the memory-bound ops at BERT-base's widths."""
+    """(op, arguments) of the memory-bound ops, and attention, at BERT-base's widths."""
     draw, C = Draw(dtype), 768
     weight, bias = draw.normal(C), draw.normal(C)
     drop = {"p": 0.1, "seed": draw.seed()}
@@ -70,6 +117,14 @@ def cases(dtype: torch.dtype, tokens: int) -> Iterator[tuple[str, dict[str, Any]
     inputs = {"x": draw.normal(tokens, C), "residual": draw.normal(tokens, C)}
     yield "dropout_add_layer_norm", {**inputs, "weight": weight, "bias": bias, **drop}
     yield "bias_gelu", {"x": draw.normal(tokens // 4, 4 * C), "bias": draw.normal(4 * C)}
+    # a vocabulary so small that nearly every row of its gradient is written
+    V, P = 500, 128
+    tables = {"word": draw.normal(V, C), "position": draw.normal(P, C), "type_": draw.normal(2, C)}
+    ids = {n: draw.ids(m, tokens) for n, m in (("ids", V), ("positions", P), ("types", 2))}
+    yield "embed", {**ids, **tables, "weight": weight, "bias": bias, **drop}
+    sequences = tokens // 128
+    whole = {"max_seqlen": 128, "cu_seqlens": draw.cu_seqlens(*[128] * sequences)}
+    yield "attention", {"qkv": draw.normal(128 * sequences, 3, 12, 64), **whole, **drop}
     rows = tokens // 64
     yield "cross_entropy", {"logits": draw.normal(rows, 30528), "labels": draw.ids(30528, rows)}
 
@@ -139,6 +194,20 @@ def page(report: dict[str, Any]) -> str:
         )
     lines += [
         "",
+        "embed's backward also leaves the gradient of every token's sum in fp32, which the sum of each table reads;",
+        "torch's sorts of the ids are not counted. Attention has dropout and sequences of 128.",
+        "",
+        "## Beside public kernels",
+        "",
+        "bf16, as compiled: liger-kernel's layer_norm (768 wide) and cross_entropy (30522), and the attention of the",
+        "Triton tutorial (512 tokens, heads of 64, no dropout), which reads dense heads. flash-mlm needs a GPU.",
+        "",
+        "| arch | whose | kernel | call | warps | reg | spill | shared | fits | matrix | 16 B | shared acc. | instr. |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += compared(report["side_by_side"])
+    lines += [
+        "",
         "## As compiled",
         "",
         "Registers of a thread, bytes spilled, bytes of shared memory (LDS), share of a multiprocessor's threads that",
@@ -161,6 +230,17 @@ def page(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def compared(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of the table of ours beside public kernels."""
+    rows = sorted(rows, key=lambda r: (r["arch"], r["call"].split()[:2]))
+    return [
+        f"| {r['arch']} | {r['whose']} | `{r['kernel']}` | {r['call']} | {r['warps']} | {r['registers']} | "
+        f"{r['spilled']} | {r['shared']} | {r['occupancy']:.0%} | {r['matrix']} | {r['wide']}/{r['global']} | "
+        f"{r['shared_accesses']} | {r['instructions']} |"
+        for r in rows
+    ]
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -175,6 +255,7 @@ def main() -> None:
         "machine": machine_info(),
         "tokens": options.tokens,
         "traffic": counted_elsewhere(options.tokens),
+        "side_by_side": list(side_by_side()),
         "compiled": list(compiled(options.full)),
     }
     write_text(JSON, json.dumps(report, indent=1) + "\n")

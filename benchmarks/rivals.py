@@ -91,7 +91,9 @@ def _flash_mlm(arguments: dict[str, Any]) -> Rival | None:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return flash_attn_mlm(q, k, v, scale=q.shape[-1] ** -0.5)
 
-    return None if arguments.get("p") else (call, _dense(arguments))
+    # it compiles and runs on a GPU only, and has no dropout
+    able = arguments["qkv"].is_cuda and not arguments.get("p")
+    return (call, _dense(arguments)) if able else None
 
 
 _MAKERS: dict[str, dict[str, Callable[[dict[str, Any]], Rival | None]]] = {

@@ -201,6 +201,7 @@ class EncoderLayer(nn.Module):
         self.feed_forward = FeedForward(hidden_size, intermediate_size, approximate)
         self.output_norm = nn.LayerNorm(hidden_size, eps)
         self.p = p
+        self.norms_from_output = False
 
     def forward(
         self,
@@ -227,7 +228,16 @@ class EncoderLayer(nn.Module):
     ) -> Tensor:
         p = self.p if self.training else 0.0
         return F.dropout_add_layer_norm(
-            y, residual, norm.weight, norm.bias, eps=norm.eps, p=p, seed=seed, site=site, rows=rows
+            y,
+            residual,
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+            p=p,
+            seed=seed,
+            site=site,
+            rows=rows,
+            from_output=self.norms_from_output,
         )
 
 

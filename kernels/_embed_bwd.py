@@ -19,7 +19,7 @@ _CHUNK = 32
 @triton.jit
 def _row(dz_ptr, order_ptr, at, stop, C, cols):
     row = tl.load(order_ptr + at, mask=at < stop, other=0).to(tl.int64)
-    return tl.load(dz_ptr + row * C + cols, mask=(cols < C) & (at < stop), other=0.0)
+    return tl.load(dz_ptr + row * C + cols, mask=cols < tl.where(at < stop, C, 0), other=0.0)
 
 
 @triton.jit

@@ -86,8 +86,11 @@ def persistent_rows(width: int, arch: Arch, gathers: bool = False) -> Persistent
 
     Loads that wait for ids gain little from running ahead, and on Hopper nothing.
     """
-    stages = 3 if not gathers else 1 if arch == 90 else 2
     block, warps = max(16, triton.next_power_of_2(width)), _warps(width, 24, arch)
+    stages = 3 if not gathers else 1 if arch == 90 else 2
+    if block == 8192 and arch == 100:
+        # ahead of a row this wide no register is left
+        stages = 1
     two = arch == 90 and warps == 2 and block == 1024
     return PersistentRows(2 if two else 1, block, stages, warps)
 

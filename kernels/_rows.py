@@ -54,11 +54,18 @@ def load_vector(vector_ptr, cols, C):
 
 
 @triton.jit
-def row_gradient(g, z, weight, mean_ptr, rstd_ptr, rows, inside, N, C):
-    """The gradient of z, normalised with the saved statistics, and xhat; g is that of the output, 0 outside."""
-    mean = tl.load(mean_ptr + rows, mask=rows < N, other=0.0)
+def row_gradient(g, z, weight, bias, mean_ptr, rstd_ptr, rows, inside, N, C):
+    """The gradient of z, normalised with the saved statistics, and xhat; g is that of the output, 0 outside.
+
+    With a bias z is the output, from which xhat is rebuilt: 0 where the weight is.
+    """
     rstd = tl.load(rstd_ptr + rows, mask=rows < N, other=0.0)
-    xhat = tl.where(inside, (z - mean[:, None]) * rstd[:, None], 0.0)
+    if bias is None:
+        mean = tl.load(mean_ptr + rows, mask=rows < N, other=0.0)
+        xhat = (z - mean[:, None]) * rstd[:, None]
+    else:
+        xhat = tl.where(weight == 0, 0.0, (z - bias) / weight)
+    xhat = tl.where(inside, xhat, 0.0)
     return norm_backward(g * weight, xhat, rstd, C), xhat
 
 

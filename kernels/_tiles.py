@@ -48,8 +48,10 @@ def attention_fwd(max_seqlen: int, D: int, dtype: torch.dtype, arch: Arch, drop:
     """Short sequences get one tile of keys, and small tiles of queries, so that nothing is computed for nobody."""
     block, exact = head_block(D), precision(dtype, arch)
     if dtype == torch.float32:
-        warps = 8 if block > 64 else 4
-        return Attention(tile(max_seqlen, 32), tile(max_seqlen, 32), block, exact, warps, 1)
+        if block > 64:
+            return Attention(tile(max_seqlen, 32), 16, block, exact, 8, 1)
+        stages = 1 if isinstance(arch, str) else 2
+        return Attention(tile(max_seqlen, 32), tile(max_seqlen, 32), block, exact, 4, stages)
     amd, wide = isinstance(arch, str), block > 64
     if arch == 90 and not wide:
         # measured (docs/triton.md): with dropout, 32 keys at a time leave the registers that replaying it takes
@@ -65,8 +67,8 @@ def attention_fwd(max_seqlen: int, D: int, dtype: torch.dtype, arch: Arch, drop:
     if amd:
         return Attention(64 if drop or wide else 128, 32, block, exact, 4, 2)
     if drop:
-        return Attention(64, 64, block, exact, 4, 2)
-    return Attention(128, 64, block, exact, 8 if wide else 4, 2)
+        return Attention(64, 64, block, exact, 4, 3 if arch == 80 else 2)
+    return Attention(128, 64, block, exact, 8 if wide or arch == 80 else 4, 2)
 
 
 @configured("BLOCK_N")
@@ -96,7 +98,8 @@ def _loop(D: int, dtype: torch.dtype, arch: Arch) -> Attention | None:
     block, exact = head_block(D), precision(dtype, arch)
     wide = block > 64
     if dtype == torch.float32:
-        return Attention(16, 16 if wide else 32, block, exact, 8 if wide else 4, 1)
+        keys = 16 if wide or (arch == 100 and block <= 32) else 32
+        return Attention(16, keys, block, exact, 8 if wide else 4, 1)
     if isinstance(arch, str):
         return Attention(32, 32, block, exact, 8 if wide else 4, 1)
     return None
@@ -108,7 +111,9 @@ def attention_bwd_dkdv(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> At
     block = head_block(D)
     if arch == 90 and block <= 64 and dtype != torch.float32:
         return Attention(64, 64, block, "ieee", 4, 3)
-    rows = 32 if block > 64 or arch == 100 else 64
+    if isinstance(arch, str) and block > 64 and dtype != torch.float32:
+        return Attention(32, 32, block, "ieee", 4, 1)
+    rows = 32 if block > 64 or (arch == 100 and block == 64) else 64
     return _loop(D, dtype, arch) or Attention(rows, 64, block, "ieee", 8, 1)
 
 
@@ -142,10 +147,10 @@ def gemm(M: int, N: int, dtype: torch.dtype, arch: Arch) -> Gemm:
     # AMD has 64 KB of shared memory
     most = 2 if isinstance(arch, str) else 4
     if dtype == torch.float32:
-        return Gemm(64, 64, 32, 8, exact, 4, 2)
+        return Gemm(64, 64, 32, 8, exact, 4, 3 if arch == 100 else 2)
     if M <= 64:
         # narrow ones, so that few rows make many; fastest on an H200 (docs/triton.md)
-        return Gemm(tile(M, 64), 32, 64, 8, exact, 4, most)
+        return Gemm(tile(M, 64), 32, 64, 8, exact, 4, 3 if arch == 100 else most)
     if M * N <= 1024 * 1024:
         return Gemm(64, 128, 64, 8, exact, 4, min(most, 3))
     return Gemm(128, 128, 64, 8, exact, 8, min(most, 3))

@@ -72,8 +72,9 @@ def _dropout_add_layer_norm_fwd_kernel(
 @triton.jit(do_not_specialize=["N", "site", "threshold"])
 def _dropout_add_layer_norm_bwd_kernel(
     dy_ptr,  # (N, C)
-    z_ptr,  # (N, C)
+    z_ptr,  # (N, C), or y where there is a bias
     weight_ptr,  # (C,)
+    bias_ptr,  # (C,), or None
     mean_ptr,  # (N,)
     rstd_ptr,  # (N,)
     dx_ptr,  # (N, C)
@@ -96,6 +97,7 @@ def _dropout_add_layer_norm_bwd_kernel(
     dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK_C), tl.float32)
     weight = load_vector(weight_ptr, cols, C)
+    bias = load_vector(bias_ptr, cols, C) if bias_ptr is not None else None
     wide: tl.constexpr = z_ptr.dtype.element_ty.primitive_bitwidth == 16
     for first in tl.range(program * ROWS, N, programs * ROWS, num_stages=STAGES):
         rows = first + tl.arange(0, ROWS)
@@ -103,7 +105,7 @@ def _dropout_add_layer_norm_bwd_kernel(
         at = rows.to(tl.int64)[:, None] * C + cols[None, :]
         z = tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dz, xhat = row_gradient(g, z, weight, mean_ptr, rstd_ptr, rows, inside, N, C)
+        dz, xhat = row_gradient(g, z, weight, bias, mean_ptr, rstd_ptr, rows, inside, N, C)
         dweight += g * xhat
         dbias += g
         tl.store(dresidual_ptr + at, dz, mask=inside)
@@ -177,8 +179,9 @@ def forward(
 
 def backward(
     dy: Tensor,  # (N, C)
-    z: Tensor,  # (N, C)
+    z: Tensor,  # (N, C), or y where bias is given
     weight: Tensor,  # (C,)
+    bias: Tensor | None,  # (C,)
     mean: Tensor,  # (N,) fp32
     rstd: Tensor,  # (N,) fp32
     p: float,
@@ -199,6 +202,7 @@ def backward(
         dy,
         z,
         dense(weight),
+        dense(bias),
         mean,
         rstd,
         dx,

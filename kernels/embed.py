@@ -134,7 +134,7 @@ def _embed_bwd_kernel(
         z = _total(
             ids_ptr, positions_ptr, types_ptr, word_ptr, position_ptr, type_ptr, rows, V, P, Y, N, C, cols
         )  # fmt: skip
-        dz, xhat = row_gradient(g, z, weight, mean_ptr, rstd_ptr, rows, inside, N, C)
+        dz, xhat = row_gradient(g, z, weight, None, mean_ptr, rstd_ptr, rows, inside, N, C)
         tl.store(dz_ptr + at, dz, mask=inside)
         dweight += g * xhat
         dbias += g

@@ -71,7 +71,7 @@ def _layer_norm_bwd_kernel(
         at = rows.to(tl.int64)[:, None] * C + cols[None, :]
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dx, xhat = row_gradient(g, x, weight, mean_ptr, rstd_ptr, rows, inside, N, C)
+        dx, xhat = row_gradient(g, x, weight, None, mean_ptr, rstd_ptr, rows, inside, N, C)
         tl.store(dx_ptr + at, dx, mask=inside)
         dweight += g * xhat
         dbias += g

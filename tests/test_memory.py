@@ -51,3 +51,39 @@ def test_saves_at_most_half_of_stock(dtype: torch.dtype) -> None:
     assert against_stock([8], precision) == few
     assert full[1] <= 0.5 * stock[1]
     assert real[1] <= 0.25 * stock[1]
+
+
+@DTYPES
+def test_norms_from_output_save_two_rows_a_layer(dtype: torch.dtype) -> None:
+    """The gradients stay as good; what is saved is less by the two sums of each layer."""
+    from fastbert.bert import BertForMaskedLM
+    from fastbert.config import BertConfig
+
+    torch.manual_seed(0)
+    layers, tokens, width = 2, 24, 64
+    config = BertConfig(
+        vocab_size=90,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=128,
+    )
+    model = BertForMaskedLM(config).train()
+    ids = torch.randint(90, (2, tokens // 2))
+    saved, gradients = [], []
+    for on in (False, True):
+        model.norms_from_output(on)
+        torch.manual_seed(1)
+        model.zero_grad()
+
+        def forward() -> Tensor:
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                return model(ids, labels=ids).loss
+
+        saved.append(saved_bytes(forward, model.parameters()))
+        torch.manual_seed(1)
+        forward().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert saved[0] - saved[1] == 2 * layers * tokens * width * dtype.itemsize
+    error = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+    assert error < (1e-5 if dtype == torch.float32 else 1e-2)

@@ -16,6 +16,7 @@ from fastbert.cpu import (
     unsupported_dropout,
     unsupported_dtype,
 )
+from fastbert.reference.layer_norm import rebuilt
 
 
 def unsupported(
@@ -75,8 +76,9 @@ def forward(
 
 def backward(
     dy: Tensor,  # (N, C)
-    z: Tensor,  # (N, C)
+    z: Tensor,  # (N, C), or y where bias is given
     weight: Tensor,  # (C,)
+    bias: Tensor | None,  # (C,)
     mean: Tensor,  # (N,) fp32
     rstd: Tensor,  # (N,) fp32
     p: float,
@@ -85,6 +87,7 @@ def backward(
     rows: Tensor | None,  # (N,) int64
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx and dresidual (N, C) in z's dtype, dweight (C,) in weight's and dbias in fp32."""
+    z = rebuilt(z, weight, bias, mean, rstd)
     count, width = z.shape
     dx, dresidual = fresh(z, *z.shape), fresh(z, *z.shape)
     if z.numel() == 0:

@@ -19,6 +19,7 @@ from fastbert.cuda import (
     unsupported_dtype,
     unsupported_width,
 )
+from fastbert.reference.layer_norm import rebuilt
 
 
 def unsupported(
@@ -84,8 +85,9 @@ def forward(
 
 def backward(
     dy: Tensor,  # (N, C)
-    z: Tensor,  # (N, C)
+    z: Tensor,  # (N, C), or y where bias is given
     weight: Tensor,  # (C,)
+    bias: Tensor | None,  # (C,)
     mean: Tensor,  # (N,) fp32
     rstd: Tensor,  # (N,) fp32
     p: float,
@@ -94,6 +96,7 @@ def backward(
     rows: Tensor | None,  # (N,) int64
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx and dresidual (N, C) in z's dtype, dweight (C,) in weight's and dbias in fp32."""
+    z = rebuilt(z, weight, bias, mean, rstd)
     N, C = z.shape
     dx, dresidual = torch.empty_like(z), torch.empty_like(z)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)

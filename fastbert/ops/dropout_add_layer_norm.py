@@ -39,7 +39,7 @@ _fwd = register(
 _bwd = register(
     "dropout_add_layer_norm",
     "backward",
-    "(Tensor dy, Tensor z, Tensor weight, Tensor mean, Tensor rstd, float p, Tensor? seed, int site, "
+    "(Tensor dy, Tensor z, Tensor weight, Tensor? bias, Tensor mean, Tensor rstd, float p, Tensor? seed, int site, "
     "Tensor? rows) -> (Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
 )
@@ -58,20 +58,22 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         seed: Tensor | None,
         site: int,
         rows: Tensor | None,
+        from_output: bool,
         backend: str,
     ) -> Tensor:
-        y, z, mean, rstd = _fwd(x, residual, weight, bias, eps, p, seed, site, rows, True, backend)
-        ctx.save_for_backward(z, weight, mean, rstd, seed, rows)
+        args = (x, residual, weight, bias, eps, p, seed, site, rows)
+        y, z, mean, rstd = _fwd(*args, not from_output, backend)
+        kept = (y, weight, bias) if from_output else (z, weight, None)
+        ctx.save_for_backward(*kept, mean, rstd, seed, rows)
         ctx.p, ctx.site, ctx.backend = p, site, backend
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        z, weight, mean, rstd, seed, rows = ctx.saved_tensors
-        dy = dy.contiguous()
-        grads = _bwd(dy, z, weight, mean, rstd, ctx.p, seed, ctx.site, rows, ctx.backend)
-        return *grads, None, None, None, None, None, None
+        *kept, seed, rows = ctx.saved_tensors
+        grads = _bwd(dy.contiguous(), *kept, ctx.p, seed, ctx.site, rows, ctx.backend)
+        return *grads, None, None, None, None, None, None, None
 
 
 def dropout_add_layer_norm(
@@ -85,12 +87,15 @@ def dropout_add_layer_norm(
     seed: Tensor | None = None,  # (1,) int64
     site: int = 0,
     rows: Tensor | None = None,  # (N,) int64
+    from_output: bool = False,
 ) -> Tensor:
     """LayerNorm(residual + dropout(x)) over the last dimension, in x's dtype, under autocast too.
 
     `rows` are the absolute row numbers that dropout counts by, where x holds compacted rows; 0..N-1 without it. A
     residual of another dtype is cast to x's. Saves z = residual + dropout(x) and two statistics a row for backward, no
-    mask. Refuses p outside [0, 1), unequal shapes, integer tensors. Devlin et al. 2018, section A.2.
+    mask. With `from_output` it saves the output instead, which the next layer keeps anyway, and rebuilds the normalised
+    rows as (y - bias) / weight: less memory, but gradients are off where a |weight| is tiny. Refuses p outside [0, 1),
+    unequal shapes, integer tensors. Devlin et al. 2018, section A.2.
     """
     _check.given(residual=residual, weight=weight, bias=bias)
     _check.floating(x=x, residual=residual, weight=weight, bias=bias)
@@ -111,7 +116,7 @@ def dropout_add_layer_norm(
     args = (flat, res, weight, bias, eps, p, seed, site, rows)
     backend = choose("dropout_add_layer_norm", x.device, *args, save)
     if save:
-        y = record(_DropoutAddLayerNorm, *args, backend)
+        y = record(_DropoutAddLayerNorm, *args, from_output, backend)
     else:
         y = _fwd(*args, False, backend)[0]
     return as_shape(y, x.shape)

@@ -38,8 +38,9 @@ def forward(
 
 def backward(
     dy: Tensor,  # (N, C)
-    z: Tensor,  # (N, C)
+    z: Tensor,  # (N, C), or y where bias is given
     weight: Tensor,  # (C,)
+    bias: Tensor | None,  # (C,)
     mean: Tensor,  # (N,)
     rstd: Tensor,  # (N,)
     p: float,
@@ -49,6 +50,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx and dresidual (N, C), dweight and dbias (C,): layer_norm's backward gives dz = dresidual, dx = dropout(dz)."""
     wide_dy, wide_z = widen(dy, z)
+    wide_z = layer_norm.rebuilt(wide_z, weight, bias, mean, rstd)
     dz, dweight, dbias = layer_norm.backward(wide_dy, wide_z, weight, mean, rstd)
     dx = philox.dropout(dz, p, seed, site, rows).to(z.dtype)
     return dx.clone() if p == 0.0 and dz.dtype == z.dtype else dx, dz.to(z.dtype), dweight, dbias
@@ -65,6 +67,7 @@ def eager(
     seed: Tensor | None = None,
     site: int = 0,
     rows: Tensor | None = None,
+    from_output: bool = False,
 ) -> Tensor:
     """Stock ops in the tested dtype, dropout as a given mask."""
     z = residual + philox.dropout(x, p, seed, site, rows)
@@ -95,6 +98,8 @@ def sample_inputs(
     yield Sample("rows", call(5, 12, 0.5) | {"rows": rows}, "compacted rows, numbers past int32")
     if low_precision(dtype):
         yield Sample("mixed", call(8, 64, 0.1, torch.float32), "fp32 weights")
+    kept = call(37, 96, 0.1) | {"bias": draw.normal(96, scale=0.1), "from_output": True}
+    yield Sample("T37-output", kept, "xhat rebuilt from the output, with BERT's kind of biases")
 
 
 def cost(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, **_: object) -> Cost:

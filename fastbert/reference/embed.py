@@ -159,8 +159,19 @@ def sample_inputs(
     )
 
 
-def cost(ids: Tensor, word: Tensor | None, position: Tensor, **_: object) -> Cost:
-    """Forward reads three rows a token and writes one; backward reads them again with dy and adds three."""
+def cost(
+    ids: Tensor,
+    positions: Tensor,
+    types: Tensor | None,
+    word: Tensor | None,
+    position: Tensor,
+    type_: Tensor | None,
+    **_: object,
+) -> Cost:
+    """Forward reads each row that is named once and writes one a token; backward reads both and writes the tables."""
+    rows = ids.shape[0] if word is None else ids.unique().numel()
+    rows += positions.unique().numel() + (0 if types is None else types.unique().numel())
     row = position.shape[1] * position.element_size()
-    moved, flops = 4 * ids.shape[0] * row, 10 * ids.shape[0] * position.shape[1]
-    return Cost(moved, flops, 2 * moved + nbytes(word, position), 2 * flops)
+    moved, flops = (rows + ids.shape[0]) * row, 10 * ids.shape[0] * position.shape[1]
+    tables = (ids if word is None else word, position, type_)
+    return Cost(moved, flops, moved + nbytes(*tables), 2 * flops)

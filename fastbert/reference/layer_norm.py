@@ -30,6 +30,21 @@ def _moments(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return mean, (variance + eps).rsqrt()
 
 
+def rebuilt(
+    y: Tensor,  # (N, C), the output, or the input where there is no bias
+    weight: Tensor,  # (C,)
+    bias: Tensor | None,  # (C,)
+    mean: Tensor,  # (N,)
+    rstd: Tensor,  # (N,)
+) -> Tensor:
+    """The normalisation's input from its output, (y - bias) / weight / rstd + mean; the mean where a weight is 0."""
+    if bias is None:
+        return y
+    w, b = (t.to(mean.dtype) for t in (weight, bias))
+    xhat = torch.where(w == 0, 0.0, (y.to(mean.dtype) - b) / w)
+    return (xhat / rstd[:, None] + mean[:, None]).to(y.dtype)
+
+
 def forward(
     x: Tensor,  # (N, C)
     weight: Tensor | None,  # (C,)

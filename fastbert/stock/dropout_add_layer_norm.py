@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastbert.reference import philox
+from fastbert.reference.layer_norm import rebuilt
 from fastbert.stock import layer_norm
 
 
@@ -34,8 +35,9 @@ def forward(
 
 def backward(
     dy: Tensor,  # (N, C)
-    z: Tensor,  # (N, C)
+    z: Tensor,  # (N, C), or y where bias is given
     weight: Tensor,  # (C,)
+    bias: Tensor | None,  # (C,)
     mean: Tensor,  # (N,)
     rstd: Tensor,  # (N,)
     p: float,
@@ -44,6 +46,7 @@ def backward(
     rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx and dresidual (N, C), dweight and dbias (C,)."""
+    z = rebuilt(z, weight, bias, mean, rstd)
     dz, dweight, dbias = layer_norm.backward(dy, z, weight, mean, rstd)
     dx = torch.clone(dz) if p == 0.0 else philox.dropout(dz, p, seed, site, rows)
     return dx, dz, dweight, dbias

@@ -69,7 +69,7 @@ def _norms(dtype: torch.dtype, widths: tuple[int, ...], full: bool) -> Iterator[
         for p in (0.0, 0.1) if full else (0.1,):
             label = f"C{C} p{p}"
             forward = partial(fused.forward, x, x, w, w, 1e-12, p, seed, 3, None, True)
-            backward = partial(fused.backward, x, x, w, mean, mean, p, seed, 3, None)
+            backward = partial(fused.backward, x, x, w, None, mean, mean, p, seed, 3, None)
             yield f"dropout_add_layer_norm fwd {label}", forward
             yield f"dropout_add_layer_norm bwd {label}", backward
 
@@ -89,8 +89,12 @@ def _optional(dtype: torch.dtype) -> Iterator[Call]:
         )
         yield (
             f"dropout_add_layer_norm bwd {label}",
-            partial(fused.backward, x, x, w, mean, mean, *drop),
+            partial(fused.backward, x, x, w, None, mean, mean, *drop),
         )
+    yield (
+        "dropout_add_layer_norm bwd from output",
+        partial(fused.backward, x, x, w, w, mean, mean, 0.1, seed, 3, None),
+    )
     yield "bias_gelu bwd no bias", partial(bias_gelu.backward, x, x, None, "none")
     tables = (ids, ids, ids, word, position, type_)
     ready = (_stats(_T, 768), ids, None, None, position, None)

@@ -1,5 +1,9 @@
 import pytest
+import torch
 from harness import check, compiled, gradcheck, parametrize
+
+from fastbert import functional
+from fastbert.testing.memory import saved_bytes
 
 SLUG = "dropout_add_layer_norm"
 
@@ -21,3 +25,21 @@ def test_gradcheck(name):
 
 def test_compile():
     compiled(SLUG, "torch")
+
+
+def test_the_output_is_kept_instead_of_the_sum():
+    """Nothing of the size of x is saved beside the output, and a weight of 0 gives no NaN."""
+    x, residual = (torch.randn(50, 24, requires_grad=True) for _ in range(2))
+    weight, bias = torch.ones(24, requires_grad=True), torch.zeros(24, requires_grad=True)
+
+    def saved(**options):
+        call = functional.dropout_add_layer_norm
+        return saved_bytes(lambda: call(x, residual, weight, bias, **options), [weight, bias])
+
+    assert saved() == saved(from_output=True) == x.nbytes + 2 * 50 * 4
+    with torch.no_grad():
+        weight[3] = 0
+    y = functional.dropout_add_layer_norm(x, residual, weight, bias, from_output=True)
+    y.square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
