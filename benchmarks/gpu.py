@@ -66,11 +66,14 @@ def sanitized() -> list[dict[str, Any]] | str:
     ]
 
 
-def clocks() -> str:
-    """What nvidia-smi says of the device's clocks and power, or why it says nothing."""
+def clocks(device: str) -> str:
+    """What nvidia-smi says of the device's clocks and power while it works, or why it says nothing."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return "nvidia-smi is not on PATH"
+    a = torch.ones(8192, 8192, device=device, dtype=torch.bfloat16)
+    for _ in range(500):
+        a @ a
     query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
     return run(tool, f"--query-gpu={query}", "--format=csv,noheader")["tail"].strip()
 
@@ -363,8 +366,11 @@ def main() -> None:
     report: dict[str, Any] = {
         "rehearsal": options.rehearse,
         "machine": machine_info(),
-        "clocks": clocks(),
+        "clocks": clocks(device),
     }
+    if set(options.parts) < set(PARTS) and options.out.is_file():
+        # what the file has of the other parts stays
+        report = {**json.loads(options.out.read_text()), **report}
     # each part is written when it is there, so that a failure keeps what came before
     parts: dict[str, Callable[[], Any]] = {
         "parity": lambda: parity(options.rehearse),

@@ -144,7 +144,8 @@ class Pretrained(nn.Module):
     def norms_from_output(self, on: bool = True) -> None:
         """Have the layers' norms keep for backward their outputs, which are kept anyway, and not their inputs.
 
-        It saves two rows (T, C) a layer; gradients are off where a norm's |weight| is tiny, which BERT's are not.
+        It saves two rows (T, C) a layer; gradients are less exact where a norm's |bias| is far above its |weight|
+        (functional.dropout_add_layer_norm, from_output).
         """
         for layer in self.bert.layers:
             layer.norms_from_output = on  # type: ignore[assignment]

@@ -35,7 +35,8 @@ class InferenceRunner:
     batch (B, S) in eval mode, as new tensors. Tokens are packed, then padded to a power of two and at least 16, above
     1024 to an eighth of one, the number of sequences and the longest length to powers of two, so that few graphs serve
     all batches: the last `max_graphs` used are kept. Batches of more than `max_tokens` places (B * S) run without a
-    graph. Weights may be changed in place, not replaced.
+    graph. A graph's outputs stay allocated beside the copies that are returned: give models with a decoder, whose
+    logits are (B, S, V), fewer of `max_tokens`. Weights may be changed in place, not replaced.
     On a CPU the same padded call runs without graphs. One host sync a call, for the number of tokens. Raises TypeError
     for a model without a configuration, ValueError for what the model itself refuses.
     """
@@ -44,6 +45,8 @@ class InferenceRunner:
         self, model: nn.Module, *, max_tokens: int = MAX_TOKENS, max_graphs: int = 32
     ) -> None:
         self.config = config_of(model, max_graphs)
+        if max_tokens < 0:
+            raise ValueError(f"max_tokens is {max_tokens}: pass 0 to run without graphs, or more")
         self.model, self.max_tokens, self.max_graphs = model, max_tokens, max_graphs
         self._entries: OrderedDict[tuple[Any, ...], _Entry] = OrderedDict()
         self._capture = Capture()
@@ -57,7 +60,7 @@ class InferenceRunner:
     ) -> Any:
         """The model's output for a padded batch."""
         if self.model.training:
-            self.model.eval()
+            raise ValueError("the model is in training mode: call model.eval()")
         given = (input_ids, attention_mask, token_type_ids)
         if input_ids.dim() != 2 or input_ids.numel() > self.max_tokens or input_ids.numel() == 0:
             return self.model(*given)

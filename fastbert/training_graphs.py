@@ -129,7 +129,8 @@ class TrainingRunner:
         for name in ("num_items_in_batch", "num_pairs_in_batch"):
             # a number that changes from batch to batch is no part of the graph
             if (count := options.get(name)) is not None:
-                options[name] = torch.as_tensor(count, dtype=torch.float32, device=ids.device)
+                count = torch.as_tensor(count, dtype=torch.float32, device=ids.device)
+                options[name] = count.reshape(())
         for name in ("start_positions", "end_positions"):
             if mask is not None and options.get(name) is not None:
                 options[name] = _offsets(options[name].reshape(-1), mask != 0)

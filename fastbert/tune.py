@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastbert import backend, tuned
 from fastbert.testing.machine import machine_info
@@ -22,6 +23,8 @@ _log = logging.getLogger("fastbert")
 Seconds = dict[tuned.Key, dict[str, float]]
 # a smaller gain than this may be chance
 _GAIN = 0.02
+# units in the last place of the largest element by which two orders of summation may differ
+_ULPS = 16
 # cycles for which a GPU waits, so that an op's launches are enqueued when they are timed: about a millisecond
 _SLEEP = 2_000_000
 
@@ -38,13 +41,24 @@ class _Timed:
     configured: frozenset[tuned.Call]
 
 
+class _Wrong(RuntimeError):
+    """A launch configuration computes something else than the built-in one."""
+
+
 class _Timer(TorchDispatchMode):
     """Times every call of an op: on a GPU what the device takes, since that is what a captured graph takes."""
 
-    def __init__(self, device: torch.device, asked: set[tuned.Call] | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        asked: set[tuned.Call] | None = None,
+        checked: tuned.Call | None = None,
+    ) -> None:
         super().__init__()
         self.device = device
         self.asked: set[tuned.Call] = set() if asked is None else asked
+        # a call of a configuration function: ops that make it are compared with what they do by its built-in answer
+        self.checked = checked
         self.calls: list[_Timed] = []
 
     def __torch_dispatch__(
@@ -60,9 +74,27 @@ class _Timer(TorchDispatchMode):
         backward = direction == "bwd"
         key = tuned.key(slug, args, backward)
         self.asked.clear()
+        copies = () if self.checked is None else tree_map_only(torch.Tensor, torch.clone, args)
         result, seconds = self._timed(lambda: func(*args))
         self.calls.append(_Timed(key, backward, args[-1], seconds, frozenset(self.asked)))
+        if self.checked in self.asked:
+            self._compare(result, func, copies)
         return result
+
+    def _compare(self, result: Any, func: Any, args: Any) -> None:
+        """Raise _Wrong where the built-in configuration has another result for the same arguments."""
+        from fastbert.kernels import _configured
+
+        assert self.checked is not None
+        with _configured.trying(self.checked, _configured.own(self.checked)):
+            expected = func(*args)
+        for ours, theirs in zip(tree_leaves(result), tree_leaves(expected), strict=True):
+            if not isinstance(ours, torch.Tensor) or not ours.numel():
+                continue
+            error = (ours.double() - theirs.double()).abs().max()
+            bound = _ULPS * torch.finfo(ours.dtype).eps * theirs.double().abs().max()
+            if not error <= bound:
+                raise _Wrong(f"{func} is off by {error:.3g} where {bound:.3g} is allowed")
 
     def _timed(self, call: Callable[[], Any]) -> tuple[Any, float]:
         if self.device.type != "cuda":
@@ -204,15 +236,19 @@ class _Search:
 
     def _measured(self, call: tuned.Call, configs: list[Any]) -> dict[Any, float]:
         """Seconds by configuration, medians of interleaved rounds, without those that do not compile or fit."""
+        from triton.runtime.errors import TritonError
+
         from fastbert.kernels import _configured
 
         taken: dict[Any, list[float]] = {}
-        for config in configs:
+        for number, config in enumerate(configs):
             with _configured.trying(call, config):
                 try:
-                    self._timer()
-                except Exception as error:
-                    # too much shared memory, or a tile that Triton does not compile
+                    self._timer(call)
+                except (TritonError, RuntimeError) as error:
+                    # too much shared memory, or a tile that Triton does not compile; the first one has run before
+                    if number == 0 or isinstance(error, torch.OutOfMemoryError):
+                        raise
                     _log.info("%s, %s: %s", _configured.readable(call), config, error)
                     continue
             taken[config] = []
@@ -222,13 +258,13 @@ class _Search:
                     seconds.append(self._timer().of(call))
         return {config: statistics.median(seconds) for config, seconds in taken.items()}
 
-    def _timer(self) -> _Timer:
+    def _timer(self, checked: tuned.Call | None = None) -> _Timer:
         from fastbert.kernels import _configured
 
         with (
             _preferring(self.device, "triton"),
             _configured.asking() as asked,
-            _Timer(self.device, asked) as timer,
+            _Timer(self.device, asked, checked) as timer,
         ):
             self.step()
         return timer

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ Table = dict[Key, str]
 # a function of launch configurations with its arguments (kernels/_configured.py)
 Call = tuple[str, tuple[Any, ...]]
 
+_LAUNCHES = "configurations"
+
 _logger = logging.getLogger("fastbert")
 
 
@@ -67,49 +70,84 @@ def device_name(device: torch.device) -> str:
 def _read() -> dict[str, Any]:
     """{device: {"entries": [...], ...}}; a file that can't be read counts as none and is named once."""
     try:
-        return json.loads(path().read_text())
+        known = json.loads(path().read_text())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         _logger.warning("%s is ignored: %s; run fastbert.tune() again", path(), error)
         return {}
+    if isinstance(known, dict) and all(isinstance(each, dict) for each in known.values()):
+        return known
+    _logger.warning("%s is ignored: it holds no devices; run fastbert.tune() again", path())
+    return {}
 
 
-def _class(entry: dict[str, Any]) -> Key:
-    return entry["op"], getattr(torch, entry["dtype"]), entry["few_rows"], tuple(entry["sizes"])
+def _parsed(section: dict[str, Any], name: str, parse: Callable[[Any], Any]) -> dict[Any, Any]:
+    """What `parse` makes of a device's entries; those of another version, or mistaken, are named and left out."""
+    entries, found = section.get(name, []), {}
+    for entry in entries if isinstance(entries, list) else []:
+        try:
+            key, value = parse(entry)
+            found[key] = value
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            _logger.warning(
+                "%s: %r is ignored (%r): run fastbert.tune() again", path(), entry, error
+            )
+    return found
 
 
-def _table(entries: list[dict[str, Any]]) -> Table:
-    return {_class(e): e["backend"] for e in entries}
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{name} is no dtype")
+    return found
 
 
-def _of_devices(section: str) -> dict[torch.device, list[dict[str, Any]]]:
-    """What the file has in a section for each device of this process. Looks at GPUs only if there is a file."""
+def _winner(entry: dict[str, Any]) -> tuple[Key, dict[str, Any]]:
+    """An entry with its class."""
+    if not isinstance(entry["backend"], str):
+        raise ValueError(f"{entry['backend']!r} is no backend")
+    dtype, sizes = _dtype(entry["dtype"]), tuple(entry["sizes"])
+    return (entry["op"], dtype, bool(entry["few_rows"]), sizes), entry
+
+
+def _launch(entry: dict[str, Any]) -> tuple[Call, dict[str, Any]]:
+    """A stored call and the fields of its configuration; a dtype was written by its name."""
+    arguments = tuple(
+        _dtype(a[6:]) if isinstance(a, str) and a.startswith("torch.") else a
+        for a in entry["arguments"]
+    )
+    return (entry["function"], arguments), dict(entry["fields"])
+
+
+def _table(entries: dict[Key, dict[str, Any]]) -> Table:
+    return {key: entry["backend"] for key, entry in entries.items()}
+
+
+def _of_devices() -> dict[torch.device, dict[str, Any]]:
+    """What the file has of each device of this process. Looks at GPUs only if there is a file."""
     known = _read()
     devices = [torch.device("cpu")] if known else []
     if known and torch.cuda.is_available():
         devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    return {device: known.get(device_name(device), {}).get(section, []) for device in devices}
+    return {device: known.get(device_name(device), {}) for device in devices}
 
 
 def stored() -> dict[torch.device, Table]:
     """The winners of every device of this process that the file has some of."""
-    return {
-        device: _table(entries) for device, entries in _of_devices("entries").items() if entries
-    }
+    tables = {d: _table(_parsed(s, "entries", _winner)) for d, s in _of_devices().items()}
+    return {device: table for device, table in tables.items() if table}
 
 
 def configurations() -> dict[Call, dict[str, Any]]:
-    """The fields of every launch configuration that was found faster than the built-in one."""
-    return {_call(e): e["fields"] for each in _of_devices("configurations").values() for e in each}
+    """The fields of every launch configuration that was found faster than the built-in one.
 
-
-def _call(entry: dict[str, Any]) -> Call:
-    """A stored call; a dtype was written by its name."""
-    names = entry["arguments"]
-    return entry["function"], tuple(
-        getattr(torch, a[6:]) if isinstance(a, str) and a.startswith("torch.") else a for a in names
-    )
+    GPUs of one architecture share them in a process.
+    """
+    found: dict[Call, dict[str, Any]] = {}
+    for section in _of_devices().values():
+        found |= _parsed(section, _LAUNCHES, _launch)
+    return found
 
 
 def store(
@@ -125,8 +163,8 @@ def store(
     """
     known = _read()
     before = known.get(device_name(device), {})
-    entries = {_class(e): e for e in before.get("entries", [])}
-    launches = {_call(e): e["fields"] for e in before.get("configurations", [])} | (faster or {})
+    entries = _parsed(before, "entries", _winner)
+    launches = _parsed(before, _LAUNCHES, _launch) | (faster or {})
     for (slug, dtype, few, sizes), seconds in results.items():
         winner = min(seconds, key=lambda name: seconds[name])
         entry = {
@@ -141,7 +179,7 @@ def store(
     known[device_name(device)] = {
         **facts,
         "entries": list(entries.values()),
-        "configurations": [
+        _LAUNCHES: [
             {"function": name, "arguments": [_written(a) for a in arguments], "fields": fields}
             for (name, arguments), fields in launches.items()
             if fields
@@ -149,7 +187,7 @@ def store(
     }
     path().parent.mkdir(parents=True, exist_ok=True)
     write_text(path(), json.dumps(known, indent=1) + "\n")
-    return _table(list(entries.values()))
+    return _table(entries)
 
 
 def _written(argument: Any) -> Any:

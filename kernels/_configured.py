@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,7 @@ _SIZES = {
 }
 _STAGES = ("STAGES", "num_stages")
 
+_log = logging.getLogger("fastbert")
 _stored = tuned.configurations()
 _functions: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {}
 _winners: dict[Call, Any] = {}
@@ -43,8 +45,8 @@ def configured(*fixed: str) -> Callable[[Callable[..., Any]], Callable[..., Any]
         name, default = function.__name__.strip("_"), functools.cache(function)
         _functions[name] = default, fixed
         for (of, arguments), fields in _stored.items():
-            if of == name and (own := default(*arguments)) is not None:
-                _winners[name, arguments] = dataclasses.replace(own, **fields)
+            if of == name and (found := _restored(default, arguments, fields)) is not None:
+                _winners[name, arguments] = found
 
         @functools.wraps(function)
         def choose(*arguments: Any) -> Any:
@@ -59,6 +61,29 @@ def configured(*fixed: str) -> Callable[[Callable[..., Any]], Callable[..., Any]
     return decorate
 
 
+def _restored(function: Callable[..., Any], arguments: tuple[Any, ...], fields: Any) -> Any:
+    """The configuration that was stored, None where this version has no such call, field or value."""
+    try:
+        own = function(*arguments)
+        if own is not None and all(_legal(name, value) for name, value in fields.items()):
+            return dataclasses.replace(own, **fields)
+    except (TypeError, ValueError):
+        pass
+    _log.warning(
+        "%s: %s of %s is ignored: run fastbert.tune() again", tuned.path(), fields, arguments
+    )
+    return None
+
+
+def _legal(name: str, value: Any) -> bool:
+    if not isinstance(value, int):
+        return False
+    if name in _STAGES:
+        return 1 <= value <= 4
+    least, most = _SIZES.get(name, (1, 0))
+    return least <= value <= most and value & (value - 1) == 0
+
+
 def neighbours(call: Call, config: Any) -> list[Any]:
     """Configurations one step from this one: a size halved or doubled, a stage more or less."""
     _, fixed = _functions[call[0]]
@@ -69,13 +94,12 @@ def neighbours(call: Call, config: Any) -> list[Any]:
         if name in fixed or (name == "BLOCK_V" and config.ONE):
             continue
         if name in _STAGES:
-            others = [n for n in (value - 1, value + 1) if 1 <= n <= 4]
+            others = (value - 1, value + 1)
         elif name in _SIZES:
-            least, most = _SIZES[name]
-            others = [n for n in (value // 2, value * 2) if least <= n <= most]
+            others = (value // 2, value * 2)
         else:
             continue
-        found += [dataclasses.replace(config, **{name: n}) for n in others]
+        found += [dataclasses.replace(config, **{name: n}) for n in others if _legal(name, n)]
     return found
 
 

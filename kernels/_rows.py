@@ -57,14 +57,16 @@ def load_vector(vector_ptr, cols, C):
 def row_gradient(g, z, weight, bias, mean_ptr, rstd_ptr, rows, inside, N, C):
     """The gradient of z, normalised with the saved statistics, and xhat; g is that of the output, 0 outside.
 
-    With a bias z is the output, from which xhat is rebuilt: 0 where the weight is.
+    With a bias z is the output, from which xhat is rebuilt: 0 where the weight is, and no larger than a row lets it be.
     """
     rstd = tl.load(rstd_ptr + rows, mask=rows < N, other=0.0)
     if bias is None:
         mean = tl.load(mean_ptr + rows, mask=rows < N, other=0.0)
         xhat = (z - mean[:, None]) * rstd[:, None]
     else:
+        largest = tl.sqrt(tl.full((1, 1), C, tl.float32))
         xhat = tl.where(weight == 0, 0.0, (z - bias) / weight)
+        xhat = tl.minimum(tl.maximum(xhat, -largest), largest)
     xhat = tl.where(inside, xhat, 0.0)
     return norm_backward(g * weight, xhat, rstd, C), xhat
 

@@ -67,7 +67,7 @@ def attention_fwd(max_seqlen: int, D: int, dtype: torch.dtype, arch: Arch, drop:
     if amd:
         return Attention(64 if drop or wide else 128, 32, block, exact, 4, 2)
     if drop:
-        return Attention(64, 64, block, exact, 4, 3 if arch == 80 else 2)
+        return Attention(64, 64, block, exact, 4, 3 if arch == 80 and not wide else 2)
     return Attention(128, 64, block, exact, 8 if wide or arch == 80 else 4, 2)
 
 

@@ -95,3 +95,46 @@ def test_a_configuration_that_fails_is_left_out(triton_first, monkeypatch):
 def test_without_configurations(triton_first):
     found = fastbert.tune(tuned_step(triton_first), rounds=1, configurations=False)
     assert found.keys() == {"layer_norm"}
+
+
+def test_a_configuration_with_other_results_is_left_out(triton_first, monkeypatch):
+    run = layer_norm._layer_norm_fwd_kernel
+
+    class Wrong:
+        def __getitem__(self, grid):
+            def launch(x, weight, bias, y, *args, **options):
+                run[grid](x, weight, bias, y, *args, **options)
+                if options["ROWS"] > 1:
+                    y[2:3] += 0.01
+
+            return launch
+
+    monkeypatch.setattr(layer_norm, "_layer_norm_fwd_kernel", Wrong())
+    found = fastbert.tune(tuned_step(triton_first), rounds=1)["triton's configurations"]
+    for name, times in found.items():
+        if name.startswith("rows"):
+            assert not any("ROWS 2" in shown for shown in times)
+
+
+def test_the_step_s_own_error_is_the_user_s(triton_first):
+    step, calls = tuned_step(triton_first), []
+
+    def failing():
+        calls.append(None)
+        if len(calls) > 1:
+            raise IndexError("no batch left")
+        step()
+
+    with pytest.raises(IndexError, match="no batch left"):
+        fastbert.tune(failing, rounds=1)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"OLD": 1}, {"ROWS": 3}, {"ROWS": "2"}, {"num_warps": 64}, {"BLOCK_C": 8}]
+)
+def test_a_stored_configuration_that_is_none_is_left_out(fields, caplog):
+    arguments = (24, _launch.arch(torch.device(backend.device_of("triton"), 0)))
+    assert _configured._restored(_launch.rows, arguments, fields) is None
+    assert _configured._restored(_launch.rows, (24,), {"ROWS": 2}) is None
+    assert _configured._restored(_launch.rows, arguments, {"ROWS": 2}).ROWS == 2
+    assert "run fastbert.tune() again" in caplog.text

@@ -128,6 +128,37 @@ def test_an_unreadable_file_is_named_and_ignored(caplog):
     assert "run fastbert.tune() again" in caplog.text
 
 
+ENTRY = {"op": "layer_norm", "dtype": "float32", "few_rows": True, "sizes": [16]}
+LAUNCH = {"function": "rows", "arguments": [16, 80], "fields": {"ROWS": 2}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "x",
+        [1],
+        {"device": []},
+        {"device": {"entries": 3, "configurations": "x"}},
+        {"device": {"entries": [{}, 3, None, ENTRY], "configurations": [{}, 3, None]}},
+        {"device": {"entries": [{**ENTRY, "backend": "cpu", "dtype": "torch"}]}},
+        {"device": {"entries": [{**ENTRY, "backend": "cpu", "sizes": 3}]}},
+        {"device": {"entries": [{**ENTRY, "backend": 3}]}},
+        {"device": {"configurations": [{**LAUNCH, "arguments": ["torch.flo", [1]]}]}},
+        {"device": {"configurations": [{**LAUNCH, "arguments": [[1], {}]}]}},
+        {"device": {"configurations": [{**LAUNCH, "fields": 3}]}},
+    ],
+)
+def test_what_another_version_stored_is_left_out(content, caplog):
+    """Nothing is raised at import, and tune() stores beside what can be read."""
+    if isinstance(content, dict):
+        content = {tuned.device_name(CPU): content["device"]}
+    tuned.path().write_text(json.dumps(content))
+    assert tuned.stored() == {}
+    assert tuned.configurations() == {}
+    fastbert.tune(step, rounds=1)
+    assert tuned.stored()[CPU]
+
+
 def test_an_error_in_the_step_leaves_the_choice_as_it_was():
     with pytest.raises(ZeroDivisionError):
         fastbert.tune(lambda: 1 / 0)

@@ -37,11 +37,15 @@ def rebuilt(
     mean: Tensor,  # (N,)
     rstd: Tensor,  # (N,)
 ) -> Tensor:
-    """The normalisation's input from its output, (y - bias) / weight / rstd + mean; the mean where a weight is 0."""
+    """The normalisation's input from its output, (y - bias) / weight / rstd + mean; the mean where a weight is 0.
+
+    (y - bias) / weight is cut at sqrt(C), beyond which no normalised row of C goes.
+    """
     if bias is None:
         return y
     w, b = (t.to(mean.dtype) for t in (weight, bias))
-    xhat = torch.where(w == 0, 0.0, (y.to(mean.dtype) - b) / w)
+    largest = y.shape[-1] ** 0.5
+    xhat = torch.where(w == 0, 0.0, (y.to(mean.dtype) - b) / w).clamp(-largest, largest)
     return (xhat / rstd[:, None] + mean[:, None]).to(y.dtype)
 
 

@@ -98,13 +98,11 @@ class Trainer:
         batches = self.take()
         labelled = self.world.total(sum(len(b["label_rows"]) for b in batches))
         pairs = self.world.total(sum(_pairs(b) for b in batches))
-        mlm = nsp = 0.0
-        for batch in batches:
-            parts = self._backward(batch.to(self.device), labelled, pairs)
-            mlm += parts[0]
-            nsp += parts[1]
+        parts = [self._backward(batch.to(self.device), labelled, pairs) for batch in batches]
+        norm_there = self._clip()
+        # one wait for the device in a step
+        mlm, nsp, norm = torch.cat([torch.stack(parts).sum(0), norm_there.double()[None]]).tolist()
         mlm, nsp = self.world.total(mlm), self.world.total(nsp)
-        norm = float(self._clip())
         if not math.isfinite(mlm + nsp) or not math.isfinite(norm):
             self._refuse(mlm + nsp, norm, batches)
         at = self.at
@@ -115,8 +113,8 @@ class Trainer:
         at.step += 1
         return StepResult(mlm + nsp, mlm, nsp, norm, sum(len(b["input_ids"]) for b in batches))
 
-    def _backward(self, batch: Batch, labelled: float, pairs: float) -> tuple[float, float]:
-        """Add one batch's gradients: the sum of its losses / the number of terms in the whole step."""
+    def _backward(self, batch: Batch, labelled: float, pairs: float) -> Tensor:
+        """Add one batch's gradients; returns its MLM and NSP losses, sums / the number of terms in the whole step."""
         counts = {"num_items_in_batch": max(int(labelled), 1)}
         if pairs:
             counts["num_pairs_in_batch"] = int(pairs)
@@ -125,10 +123,10 @@ class Trainer:
             output = call(**batch, **counts)
         if self._replayed is None:
             output.loss.backward()
-        if output.nsp_loss is None:
-            return float(output.loss.detach()), 0.0
-        mlm, nsp = torch.stack([output.mlm_loss, output.nsp_loss]).detach().float().tolist()
-        return mlm, nsp
+        nsp = output.nsp_loss
+        if nsp is None:
+            return torch.stack([output.loss, torch.zeros_like(output.loss)]).detach().double()
+        return torch.stack([output.mlm_loss, nsp]).detach().double()
 
     def _clip(self) -> Tensor:
         """Scale the gradient down to the largest norm allowed; returns what it was."""
