@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 BEGIN, END = "<!-- table: python benchmarks/gpu_page.py -->", "<!-- end of that table -->"
 OURS = ("fastbert", "fastbert, graph")
-RIVALS = ("liger", "tutorial", "flash-mlm")
+RIVALS = ("liger", "tutorial", "flash-mlm", "flash-attn")
 
 Row = dict[str, Any]
 

@@ -1,8 +1,8 @@
 """Public Triton kernels for the same work as an op of ours, called as their users would call them.
 
 liger-kernel and flash-mlm are imported where they are installed (`python benchmarks/peers/install.py kernels`), else
-left out; the attention of Triton's tutorial is written in peers/tutorial_attention.py. They meet the plain cases only:
-dense sequences of one length without dropout, and LayerNorm without a sum before it.
+left out, as is flash-attn; the attention of Triton's tutorial is written in peers/tutorial_attention.py. Most meet the
+plain cases only: dense sequences of one length without dropout, and LayerNorm without a sum before it.
 """
 
 from __future__ import annotations
@@ -96,9 +96,20 @@ def _flash_mlm(arguments: dict[str, Any]) -> Rival | None:
     return (call, _dense(arguments)) if able else None
 
 
+def _flash_attn(arguments: dict[str, Any]) -> Rival:
+    from flash_attn import flash_attn_varlen_qkvpacked_func
+
+    def call(
+        qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, p: float = 0.0, **rest: Any
+    ) -> Tensor:
+        return flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, dropout_p=p)
+
+    return call, arguments
+
+
 _MAKERS: dict[str, dict[str, Callable[[dict[str, Any]], Rival | None]]] = {
     "layer_norm": {"liger": _liger_norm},
     "cross_entropy": {"liger": _liger_loss},
     "mlm_loss": {"liger": _liger_fused_loss},
-    "attention": {"tutorial": _tutorial, "flash-mlm": _flash_mlm},
+    "attention": {"tutorial": _tutorial, "flash-mlm": _flash_mlm, "flash-attn": _flash_attn},
 }

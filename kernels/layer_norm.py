@@ -47,8 +47,9 @@ def _layer_norm_fwd_kernel(
 @triton.jit(do_not_specialize=["N"])
 def _layer_norm_bwd_kernel(
     dy_ptr,  # (N, C)
-    x_ptr,  # (N, C)
+    x_ptr,  # (N, C), or y where there is a bias
     weight_ptr,  # (C,), or None
+    bias_ptr,  # (C,), or None
     mean_ptr,  # (N,)
     rstd_ptr,  # (N,)
     dx_ptr,  # (N, C)
@@ -65,13 +66,14 @@ def _layer_norm_bwd_kernel(
     dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK_C), tl.float32)
     weight = load_vector(weight_ptr, cols, C) if weight_ptr is not None else 1.0
+    bias = load_vector(bias_ptr, cols, C) if bias_ptr is not None else None
     for first in tl.range(program * ROWS, N, programs * ROWS, num_stages=STAGES):
         rows = first + tl.arange(0, ROWS)
         inside = (rows < N)[:, None] & (cols < C)[None, :]
         at = rows.to(tl.int64)[:, None] * C + cols[None, :]
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dx, xhat = row_gradient(g, x, weight, None, mean_ptr, rstd_ptr, rows, inside, N, C)
+        dx, xhat = row_gradient(g, x, weight, bias, mean_ptr, rstd_ptr, rows, inside, N, C)
         tl.store(dx_ptr + at, dx, mask=inside)
         dweight += g * xhat
         dbias += g
@@ -109,10 +111,11 @@ def forward(
 
 def backward(
     dy: Tensor,  # (N, C)
-    x: Tensor,  # (N, C)
+    x: Tensor,  # (N, C), or y where bias is given
     weight: Tensor | None,  # (C,)
     mean: Tensor,  # (N,) fp32
     rstd: Tensor,  # (N,) fp32
+    bias: Tensor | None = None,  # (C,)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (N, C) in x's dtype, dweight (C,) in weight's and dbias in fp32, which are empty where there is no weight."""
     N, C = x.shape
@@ -125,7 +128,7 @@ def backward(
     programs = _launch.programs(N, config, x.device)
     partial = None if weight is None else x.new_empty(2, programs, C, dtype=torch.float32)
     _layer_norm_bwd_kernel[(programs,)](
-        dy, x, dense(weight), mean, rstd, dx, partial, N, C, **vars(config)
+        dy, x, dense(weight), dense(bias), mean, rstd, dx, partial, N, C, **vars(config)
     )
     if weight is None or partial is None:
         return dx, dy.new_empty(0), dy.new_empty(0)

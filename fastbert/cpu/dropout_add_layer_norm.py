@@ -78,13 +78,13 @@ def backward(
     dy: Tensor,  # (N, C)
     z: Tensor,  # (N, C), or y where bias is given
     weight: Tensor,  # (C,)
-    bias: Tensor | None,  # (C,)
     mean: Tensor,  # (N,) fp32
     rstd: Tensor,  # (N,) fp32
     p: float,
     seed: Tensor | None,  # (1,) int64
     site: int,
     rows: Tensor | None,  # (N,) int64
+    bias: Tensor | None = None,  # (C,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx and dresidual (N, C) in z's dtype, dweight (C,) in weight's and dbias in fp32."""
     z = rebuilt(z, weight, bias, mean, rstd)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastbert.cpu import DTYPES, address, fp32, fresh, native, unsupported_dtype
+from fastbert.reference.layer_norm import rebuilt
 
 
 def unsupported(
@@ -48,12 +49,15 @@ def forward(
 
 def backward(
     dy: Tensor,  # (N, C)
-    x: Tensor,  # (N, C)
+    x: Tensor,  # (N, C), or y where bias is given
     weight: Tensor | None,  # (C,)
     mean: Tensor,  # (N,) fp32
     rstd: Tensor,  # (N,) fp32
+    bias: Tensor | None = None,  # (C,)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (N, C) in x's dtype, dweight (C,) in weight's and dbias in fp32, which are empty where there is no weight."""
+    if weight is not None:
+        x = rebuilt(x, weight, bias, mean, rstd)
     count, width = x.shape
     dx = fresh(x, *x.shape)
     dweight, dbias = (x.new_zeros(width, dtype=torch.float32) for _ in range(2))

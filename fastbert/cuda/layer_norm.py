@@ -16,6 +16,7 @@ from fastbert.cuda import (
     unsupported_dtype,
     unsupported_width,
 )
+from fastbert.reference.layer_norm import rebuilt
 
 
 def unsupported(
@@ -60,12 +61,15 @@ def forward(
 
 def backward(
     dy: Tensor,  # (N, C)
-    x: Tensor,  # (N, C)
+    x: Tensor,  # (N, C), or y where bias is given
     weight: Tensor | None,  # (C,)
     mean: Tensor,  # (N,) fp32
     rstd: Tensor,  # (N,) fp32
+    bias: Tensor | None = None,  # (C,)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (N, C) in x's dtype, dweight (C,) in weight's and dbias in fp32, which are empty where there is no weight."""
+    if weight is not None:
+        x = rebuilt(x, weight, bias, mean, rstd)
     N, C = x.shape
     dx = torch.empty_like(x)
     if weight is None:

@@ -39,8 +39,8 @@ _fwd = register(
 _bwd = register(
     "dropout_add_layer_norm",
     "backward",
-    "(Tensor dy, Tensor z, Tensor weight, Tensor? bias, Tensor mean, Tensor rstd, float p, Tensor? seed, int site, "
-    "Tensor? rows) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor z, Tensor weight, Tensor mean, Tensor rstd, float p, Tensor? seed, int site, "
+    "Tensor? rows, Tensor? bias) -> (Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
 )
 
@@ -63,16 +63,17 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
     ) -> Tensor:
         args = (x, residual, weight, bias, eps, p, seed, site, rows)
         y, z, mean, rstd = _fwd(*args, not from_output, backend)
-        kept = (y, weight, bias) if from_output else (z, weight, None)
-        ctx.save_for_backward(*kept, mean, rstd, seed, rows)
+        kept, shift = (y, bias) if from_output else (z, None)
+        ctx.save_for_backward(kept, weight, mean, rstd, seed, rows, shift)
         ctx.p, ctx.site, ctx.backend = p, site, backend
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        *kept, seed, rows = ctx.saved_tensors
-        grads = _bwd(dy.contiguous(), *kept, ctx.p, seed, ctx.site, rows, ctx.backend)
+        kept, weight, mean, rstd, seed, rows, shift = ctx.saved_tensors
+        drop = (ctx.p, seed, ctx.site, rows)
+        grads = _bwd(dy.contiguous(), kept, weight, mean, rstd, *drop, shift, ctx.backend)
         return *grads, None, None, None, None, None, None, None
 
 

@@ -45,7 +45,7 @@ _fwd = register(
 _bwd = register(
     "layer_norm",
     "backward",
-    "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor? bias) -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
 )
 
@@ -53,10 +53,17 @@ _bwd = register(
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        from_output: bool,
+        backend: str,
     ) -> Tensor:
         y, mean, rstd = _fwd(x, weight, bias, eps, backend)
-        ctx.save_for_backward(x, weight, mean, rstd)
+        kept, shift = (y, bias) if from_output else (x, None)
+        ctx.save_for_backward(kept, weight, mean, rstd, shift)
         ctx.has_bias, ctx.backend = bias is not None, backend
         return y
 
@@ -64,7 +71,7 @@ class _LayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         dx, dweight, dbias = _bwd(dy.contiguous(), *ctx.saved_tensors, ctx.backend)
-        return dx, none_if_empty(dweight), dbias if ctx.has_bias else None, None, None
+        return dx, none_if_empty(dweight), dbias if ctx.has_bias else None, None, None, None
 
 
 def layer_norm(
@@ -72,10 +79,13 @@ def layer_norm(
     weight: Tensor | None = None,  # (C,)
     bias: Tensor | None = None,  # (C,)
     eps: float = 1e-5,
+    *,
+    from_output: bool = False,
 ) -> Tensor:
     """LayerNorm over the last dimension, returned in x's dtype, under autocast too.
 
-    fp32, bf16, fp16 (fp64 through `torch` and `reference`); statistics are fp32. Saves x, mean and rstd for backward.
+    fp32, bf16, fp16 (fp64 through `torch` and `reference`); statistics are fp32. Saves x, mean and rstd for backward,
+    with `from_output` the output instead of x, as dropout_add_layer_norm does, which then wants weight and bias.
     Refuses integer tensors, a weight or bias that is not (C,), a bias without a weight. Ba, Kiros, Hinton 2016.
     """
     _check.floating(x=x, weight=weight, bias=bias)
@@ -86,11 +96,13 @@ def layer_norm(
     _check.shape("bias", bias, C)
     if bias is not None and weight is None:
         raise ValueError("bias is given without weight: pass a weight of ones")
+    if from_output and bias is None:
+        raise ValueError("from_output is set without weight and bias: pass both, or ones and zeros")
     _check.same_device(x=x, weight=weight, bias=bias)
     rows = as_rows(x)
     backend = choose("layer_norm", x.device, rows, weight, bias, eps)
     if wants_grad(x, weight, bias):
-        y = record(_LayerNorm, rows, weight, bias, eps, backend)
+        y = record(_LayerNorm, rows, weight, bias, eps, from_output, backend)
     else:
         y = _fwd(rows, weight, bias, eps, backend)[0]
     return as_shape(y, x.shape)

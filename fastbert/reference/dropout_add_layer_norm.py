@@ -40,13 +40,13 @@ def backward(
     dy: Tensor,  # (N, C)
     z: Tensor,  # (N, C), or y where bias is given
     weight: Tensor,  # (C,)
-    bias: Tensor | None,  # (C,)
     mean: Tensor,  # (N,)
     rstd: Tensor,  # (N,)
     p: float,
     seed: Tensor | None,
     site: int,
     rows: Tensor | None,
+    bias: Tensor | None = None,  # (C,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx and dresidual (N, C), dweight and dbias (C,): layer_norm's backward gives dz = dresidual, dx = dropout(dz)."""
     wide_dy, wide_z = widen(dy, z)

@@ -68,10 +68,11 @@ def forward(
 
 def backward(
     dy: Tensor,  # (N, C)
-    x: Tensor,  # (N, C)
+    x: Tensor,  # (N, C), or y where bias is given
     weight: Tensor | None,  # (C,)
     mean: Tensor,  # (N,)
     rstd: Tensor,  # (N,)
+    bias: Tensor | None = None,  # (C,)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (N, C), dweight and dbias (C,), the last in fp32, which are empty where there is no weight.
 
@@ -79,6 +80,8 @@ def backward(
         dx = rstd (g - mean(g) - xhat mean(g xhat)),  dweight = sum_n dy xhat,  dbias = sum_n dy
     """
     z, g = (t.to(mean.dtype) for t in (x, dy))
+    if weight is not None:
+        z = rebuilt(z, weight, bias, mean, rstd)
     xhat = (z - mean[:, None]) * rstd[:, None]
     dweight, dbias = dy.new_empty(0), dy.new_empty(0)
     if weight is not None:
@@ -90,7 +93,12 @@ def backward(
 
 
 def eager(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    from_output: bool = False,
 ) -> Tensor:
     """The stock op in the tested dtype: what a user would run, and the error budget's baseline."""
     w, b = (None if t is None else t.to(x.dtype) for t in (weight, bias))
@@ -121,10 +129,13 @@ def sample_inputs(
     if low_precision(dtype):
         full = {k: draw.normal(64, dtype=torch.float32) for k in ("weight", "bias")}
         yield Sample("mixed", {"x": draw.normal(8, 64), **full}, "fp32 weights")
+    weight, bias = draw.normal(96, mean=1.0, scale=0.2), draw.normal(96, scale=0.1)
+    kept = {"x": draw.normal(37, 96), "weight": weight, "bias": bias, "from_output": True}
+    yield Sample("N37-output", kept, "xhat rebuilt from the output, with BERT's kind of biases")
 
 
 def cost(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, **_: Any
 ) -> Cost:
     """Forward reads x and writes y; backward reads dy and x and writes dx; statistics are two fp32 a row."""
     rows = 8 * (x.numel() // max(x.shape[-1], 1))

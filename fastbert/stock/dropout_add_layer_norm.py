@@ -37,13 +37,13 @@ def backward(
     dy: Tensor,  # (N, C)
     z: Tensor,  # (N, C), or y where bias is given
     weight: Tensor,  # (C,)
-    bias: Tensor | None,  # (C,)
     mean: Tensor,  # (N,)
     rstd: Tensor,  # (N,)
     p: float,
     seed: Tensor | None,
     site: int,
     rows: Tensor | None,
+    bias: Tensor | None = None,  # (C,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx and dresidual (N, C), dweight and dbias (C,)."""
     z = rebuilt(z, weight, bias, mean, rstd)

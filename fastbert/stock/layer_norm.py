@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastbert.reference.layer_norm import rebuilt
+
 
 def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> str | None:
     """Stock ops run every call."""
@@ -50,12 +52,15 @@ def forward(
 
 def backward(
     dy: Tensor,  # (N, C)
-    x: Tensor,  # (N, C)
+    x: Tensor,  # (N, C), or y where bias is given
     weight: Tensor | None,  # (C,)
     mean: Tensor,  # (N,)
     rstd: Tensor,  # (N,)
+    bias: Tensor | None = None,  # (C,)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (N, C), dweight and dbias (C,), the last in fp32, which are empty where there is no weight."""
+    if weight is not None:
+        x = rebuilt(x, weight, bias, mean, rstd)
     # the bias has no part in its gradients, but CUDA's kernel takes dbias's shape from it
     w, b = _affine(x, weight, weight)
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(

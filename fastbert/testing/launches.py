@@ -69,7 +69,7 @@ def _norms(dtype: torch.dtype, widths: tuple[int, ...], full: bool) -> Iterator[
         for p in (0.0, 0.1) if full else (0.1,):
             label = f"C{C} p{p}"
             forward = partial(fused.forward, x, x, w, w, 1e-12, p, seed, 3, None, True)
-            backward = partial(fused.backward, x, x, w, None, mean, mean, p, seed, 3, None)
+            backward = partial(fused.backward, x, x, w, mean, mean, p, seed, 3, None)
             yield f"dropout_add_layer_norm fwd {label}", forward
             yield f"dropout_add_layer_norm bwd {label}", backward
 
@@ -80,6 +80,7 @@ def _optional(dtype: torch.dtype) -> Iterator[Call]:
     word, position, type_ = _stats(30522, 768), _stats(512, 768), _stats(2, 768)
     yield "layer_norm fwd plain", partial(layer_norm.forward, x, None, None, 1e-12)
     yield "layer_norm bwd plain", partial(layer_norm.backward, x, x, None, mean, mean)
+    yield "layer_norm bwd from output", partial(layer_norm.backward, x, x, w, mean, mean, w)
     fused = dropout_add_layer_norm
     for p, rows in ((0.0, None), (0.1, ids)):
         label, drop = f"p{p}{' rows' if p else ''}", (p, seed, 3, rows)
@@ -89,11 +90,11 @@ def _optional(dtype: torch.dtype) -> Iterator[Call]:
         )
         yield (
             f"dropout_add_layer_norm bwd {label}",
-            partial(fused.backward, x, x, w, None, mean, mean, *drop),
+            partial(fused.backward, x, x, w, mean, mean, *drop),
         )
     yield (
         "dropout_add_layer_norm bwd from output",
-        partial(fused.backward, x, x, w, w, mean, mean, 0.1, seed, 3, None),
+        partial(fused.backward, x, x, w, mean, mean, 0.1, seed, 3, None, w),
     )
     yield "bias_gelu bwd no bias", partial(bias_gelu.backward, x, x, None, "none")
     tables = (ids, ids, ids, word, position, type_)

@@ -1,5 +1,8 @@
 import pytest
+import torch
 from harness import check, compiled, gradcheck, parametrize
+
+from fastbert import functional
 
 SLUG = "layer_norm"
 
@@ -21,3 +24,9 @@ def test_gradcheck(name):
 
 def test_compile():
     compiled(SLUG, "torch")
+
+
+def test_from_output_wants_weight_and_bias():
+    x = torch.randn(5, 8)
+    with pytest.raises(ValueError, match="from_output is set without"):
+        functional.layer_norm(x, torch.ones(8), from_output=True)
