@@ -38,7 +38,7 @@ class InferenceRunner:
     graph. A graph's outputs stay allocated beside the copies that are returned: give models with a decoder, whose
     logits are (B, S, V), fewer of `max_tokens`. Weights may be changed in place, not replaced.
     On a CPU the same padded call runs without graphs. One host sync a call, for the number of tokens. Raises TypeError
-    for a model without a configuration, ValueError for what the model itself refuses.
+    for a model without a configuration, ValueError for one in training mode and for what the model itself refuses.
     """
 
     def __init__(
