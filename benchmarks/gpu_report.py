@@ -196,11 +196,14 @@ def page(report: dict[str, Any]) -> str:
         lines.append(
             f"| `{r['op']}` | {r['direction']} | {r['dtype']} | {r['moved'] / 1e6:.1f} | {r['ratio']:.3f} |"
         )
+    if any(r["op"] == "embed" for r in report["traffic"]):
+        lines += [
+            "",
+            "embed's backward also leaves the gradient of every token's sum in fp32, which each table's sum reads;",
+            f"torch's sorts of the ids are not counted; it has a {SLOW}th of the tokens. Attention has",
+            "dropout, 4 heads and two sequences of 128.",
+        ]
     lines += [
-        "",
-        "embed's backward also leaves the gradient of every token's sum in fp32, which the sum of each table reads;",
-        f"torch's sorts of the ids are not counted; it has a {SLOW}th of the tokens. Attention has",
-        "dropout, 4 heads and two sequences of 128.",
         "",
         "## Beside public kernels",
         "",
