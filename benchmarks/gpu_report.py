@@ -34,7 +34,7 @@ TOKENS, MULTIPROCESSORS = 1820, 12
 SLOW = 4
 # calls of ours (fastbert.testing.launches) that public kernels know too
 SHARED_CALLS = {
-    f"{call.format(direction)}"
+    call.format(direction)
     for call in ("layer_norm {} C768", "cross_entropy {} V30522", "attention {} S512 D64 p0.0")
     for direction in ("fwd", "bwd")
 }

@@ -34,7 +34,6 @@ class _Timed:
     """A call of an op in one direction: its class, the backend that ran it, and how long it took."""
 
     key: tuned.Key
-    backward: bool
     backend: str
     seconds: float
     # the calls of configuration functions that it made
@@ -71,12 +70,11 @@ class _Timer(TorchDispatchMode):
         if func.namespace != "fastbert":
             return func(*args, **(kwargs or {}))
         slug, _, direction = func._schema.name.removeprefix("fastbert::").rpartition("_")
-        backward = direction == "bwd"
-        key = tuned.key(slug, args, backward)
+        key = tuned.key(slug, args, backward=direction == "bwd")
         self.asked.clear()
         copies = () if self.checked is None else tree_map_only(torch.Tensor, torch.clone, args)
         result, seconds = self._timed(lambda: func(*args))
-        self.calls.append(_Timed(key, backward, args[-1], seconds, frozenset(self.asked)))
+        self.calls.append(_Timed(key, args[-1], seconds, frozenset(self.asked)))
         if self.checked in self.asked:
             self._compare(result, func, copies)
         return result
@@ -177,8 +175,8 @@ def tune(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", torch.cuda.current_device())
-    names = backend.ORDER.get(where.type, ("torch",))
-    search = _Search(step, where, rounds)
+    names, facts = backend.order(where.type), {"machine": machine_info()}
+    search = _Search(step, where, rounds, facts)
     if configurations and "triton" in names and backend.device_of("triton") == where.type:
         search.run()
     taken: dict[tuned.Key, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -198,15 +196,21 @@ def tune(
         key: {name: statistics.median(values) for name, values in by_name.items()}
         for key, by_name in taken.items()
     }
-    backend.tuned_tables[where] = tuned.store(where, medians, {"machine": machine_info()})
+    backend.tuned_tables[where] = tuned.store(where, medians, facts)
     return _readable(medians) | ({"triton's configurations": search.shown} if search.shown else {})
 
 
 class _Search:
     """Climbs, for every launch configuration that a step asks for, from neighbour to faster neighbour."""
 
-    def __init__(self, step: Callable[[], object], device: torch.device, rounds: int) -> None:
-        self.step, self.device, self.rounds = step, device, rounds
+    def __init__(
+        self,
+        step: Callable[[], object],
+        device: torch.device,
+        rounds: int,
+        facts: dict[str, Any],
+    ) -> None:
+        self.step, self.device, self.rounds, self.facts = step, device, rounds, facts
         self.shown: dict[str, dict[str, float]] = {}
 
     def run(self) -> None:
@@ -231,7 +235,7 @@ class _Search:
             own = _configured.own(call)
             fields = {k: v for k, v in vars(best).items() if v != getattr(own, k)}
             # each as it is found, so that an interrupt loses one
-            tuned.store(self.device, {}, {"machine": machine_info()}, {call: fields})
+            tuned.store(self.device, {}, self.facts, {call: fields})
             _configured.adopt(call, best)
 
     def _measured(self, call: tuned.Call, configs: list[Any]) -> dict[Any, float]:

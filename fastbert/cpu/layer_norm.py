@@ -56,8 +56,7 @@ def backward(
     bias: Tensor | None = None,  # (C,)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (N, C) in x's dtype, dweight (C,) in weight's and dbias in fp32, which are empty where there is no weight."""
-    if weight is not None:
-        x = rebuilt(x, weight, bias, mean, rstd)
+    x = rebuilt(x, weight, bias, mean, rstd)
     count, width = x.shape
     dx = fresh(x, *x.shape)
     dweight, dbias = (x.new_zeros(width, dtype=torch.float32) for _ in range(2))

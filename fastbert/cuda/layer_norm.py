@@ -68,8 +68,7 @@ def backward(
     bias: Tensor | None = None,  # (C,)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (N, C) in x's dtype, dweight (C,) in weight's and dbias in fp32, which are empty where there is no weight."""
-    if weight is not None:
-        x = rebuilt(x, weight, bias, mean, rstd)
+    x = rebuilt(x, weight, bias, mean, rstd)
     N, C = x.shape
     dx = torch.empty_like(x)
     if weight is None:

@@ -32,7 +32,7 @@ def _moments(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def rebuilt(
     y: Tensor,  # (N, C), the output, or the input where there is no bias
-    weight: Tensor,  # (C,)
+    weight: Tensor | None,  # (C,), there wherever bias is
     bias: Tensor | None,  # (C,)
     mean: Tensor,  # (N,)
     rstd: Tensor,  # (N,)
@@ -41,7 +41,7 @@ def rebuilt(
 
     (y - bias) / weight is cut at sqrt(C), beyond which no normalised row of C goes.
     """
-    if bias is None:
+    if weight is None or bias is None:
         return y
     w, b = (t.to(mean.dtype) for t in (weight, bias))
     largest = y.shape[-1] ** 0.5
@@ -80,8 +80,7 @@ def backward(
         dx = rstd (g - mean(g) - xhat mean(g xhat)),  dweight = sum_n dy xhat,  dbias = sum_n dy
     """
     z, g = (t.to(mean.dtype) for t in (x, dy))
-    if weight is not None:
-        z = rebuilt(z, weight, bias, mean, rstd)
+    z = rebuilt(z, weight, bias, mean, rstd)
     xhat = (z - mean[:, None]) * rstd[:, None]
     dweight, dbias = dy.new_empty(0), dy.new_empty(0)
     if weight is not None:

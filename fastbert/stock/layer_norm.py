@@ -59,8 +59,7 @@ def backward(
     bias: Tensor | None = None,  # (C,)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (N, C), dweight and dbias (C,), the last in fp32, which are empty where there is no weight."""
-    if weight is not None:
-        x = rebuilt(x, weight, bias, mean, rstd)
+    x = rebuilt(x, weight, bias, mean, rstd)
     # the bias has no part in its gradients, but CUDA's kernel takes dbias's shape from it
     w, b = _affine(x, weight, weight)
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
