@@ -1,0 +1,158 @@
+"""fastbert._cuda without CUDA: its object files linked with cudart.cpp, and the PTX that they carry."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import pkgutil
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from fastbert import cuda
+from ptx.memory import PtxError
+from ptx.program import Program, parse
+
+BUILT = cuda.native
+ROOT = Path(__file__).resolve().parents[2]
+Run = Callable[[str, list[int], list[int], int, list[int]], None]
+_CALLBACK = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.c_size_t,
+    ctypes.POINTER(ctypes.c_void_p),
+)
+
+
+def missing() -> str | None:
+    """Why the module can't run here, or None."""
+    if BUILT is None:
+        return str(cuda.unavailable)
+    if not _objects():
+        return "the CUDA module's object files are not in build/: install fastbert from this checkout, `make install`"
+    if shutil.which("c++") is None:
+        return "there is no C++ compiler: install g++"
+    return None
+
+
+def _objects() -> list[Path]:
+    tag = Path(str(BUILT.__file__)).name if BUILT else ""
+    folders = [p.parent for p in (ROOT / "build").glob(f"native-*/fastbert._cuda/{tag}")]
+    return sorted(folders[0].glob("*.o")) if folders else []
+
+
+@cache
+def _module() -> tuple[ModuleType, ctypes.CDLL]:
+    """The module, linked once in a process, and the same library for ctypes."""
+    if (reason := missing()) is not None:
+        pytest.skip(reason)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "_cuda.so"
+        stub = Path(__file__).with_name("cudart.cpp")
+        command = [*shlex.split(os.environ.get("CXX", "c++")), "-std=c++17", "-shared", "-fPIC"]
+        subprocess.run([*command, *map(str, _objects()), str(stub), "-o", str(file)], check=True)
+        # pybind11 knows modules by name
+        spec = importlib.util.spec_from_file_location("ptx._cuda", file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module, ctypes.CDLL(str(file))
+
+
+class Native:
+    """The module whose launches call `run(kernel, grid, block, shared bytes, addresses of arguments)`."""
+
+    def __init__(self, run: Run) -> None:
+        self.module, library = _module()
+        self.error: BaseException | None = None
+
+        def launched(name: bytes, dims: Any, shared: int, arguments: Any) -> int:
+            kernel = name.decode()
+            try:
+                count = len(program(kernel).functions[kernel].parameters)
+                run(kernel, dims[0:3], dims[3:6], shared, [arguments[i] for i in range(count)])
+            except BaseException as error:
+                self.error = error
+                return 1
+            return 0
+
+        self.callback = _CALLBACK(launched)
+        self.listen = lambda: library.ptx_machine(self.callback)
+
+    def __getattr__(self, name: str) -> Any:
+        """The module's function, which raises what went wrong on the machine."""
+        function = getattr(self.module, name)
+
+        def call(*args: Any) -> Any:
+            self.listen()
+            try:
+                return function(*args)
+            except RuntimeError:
+                error, self.error = self.error, None
+                if error is not None:
+                    raise error from None
+                raise
+
+        return call
+
+
+def modules() -> Iterator[ModuleType]:
+    """fastbert.cuda and its adapters."""
+    yield cuda
+    for found in pkgutil.iter_modules(cuda.__path__):
+        yield import_module(f"fastbert.cuda.{found.name}")
+
+
+@cache
+def texts() -> dict[str, str]:
+    """Kernel -> PTX of a module that has it alone, as the built module carries it."""
+    tool = shutil.which("cuobjdump")
+    if tool is None:
+        import triton
+
+        folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+        tool = str(folder / "cuobjdump")
+    assert BUILT is not None
+    command = [tool, "-ptx", str(BUILT.__file__)]
+    dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = {}
+    for module in re.findall(r"^\.version.*?(?=^Fatbin|\Z)", dump, re.MULTILINE | re.DOTALL):
+        head, *entries = re.split(
+            r"^(?=(?:\.visible |\.weak )?\.entry )", module, flags=re.MULTILINE
+        )
+        files = "\n".join(re.findall(r"^\s*\.file.*$", module, re.MULTILINE))
+        for entry in entries:
+            name = re.search(r"\.entry\s+([\w$]+)", entry)
+            # what stands after an entry's end belongs to all
+            body, _, rest = entry.partition("\n}\n")
+            head += rest
+            if name:
+                found[name[1]] = f"{head}\n{files}\n{body}\n}}\n"
+    return found
+
+
+@cache
+def program(kernel: str) -> Program:
+    """One kernel of the built module."""
+    if kernel not in texts():
+        raise PtxError("unsupported", f"{kernel} is not in the module's PTX: build it with ptx")
+    return parse(texts()[kernel])
+
+
+def plain(mangled: str) -> str:
+    """The kernel's own name."""
+    found = re.search(r"(?<=\d)[a-z_]+_kernel(?=[IE])", mangled)
+    return found[0] if found else mangled

@@ -1,0 +1,299 @@
+"""The machine's memory: global buffers, and a shared and a local window for each block or lane, all of it watched.
+
+Every byte has a state. An access outside what was handed to the launch, an unaligned one and a read of what nobody
+wrote raise PtxError, as does a shared byte that two lanes touch, one of them writing, with no barrier between. Sectors,
+wavefronts and distinct bytes are counted as a GPU of compute capability 8.0 would need them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+# a byte's state: may be touched; holds something; was read, was written by this launch
+LEGAL, WRITTEN, READ, STORED, IN_FLIGHT = 1, 2, 4, 8, 16
+# where generic addresses of the two windows start, above any address of a process
+SHARED_WINDOW, LOCAL_WINDOW = 1 << 50, 1 << 51
+SECTOR, BANKS = 32, 32
+NOBODY, SEVERAL = -1, -2
+
+
+class PtxError(RuntimeError):
+    """What a kernel did wrong; `kind` is one word for tests."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(f"{kind}: {message}")
+        self.kind = kind
+
+
+@dataclass
+class Buffer:
+    """Global memory at [address, address + size): its bytes and their states, which a launch changes in place."""
+
+    address: int
+    bytes: Array
+    state: Array
+    name: str = ""
+
+
+@dataclass
+class Counts:
+    """What a launch did: instructions of warps by class, bytes and transactions, products of tensor cores."""
+
+    instructions: Counter[str] = field(default_factory=Counter)
+    asked: Counter[str] = field(
+        default_factory=Counter
+    )  # bytes that global "load"s and "store"s ask for
+    sectors: Counter[str] = field(default_factory=Counter)  # of 32 bytes that these requests touch
+    shared_accesses: int = 0  # wavefronts if no two rows of a bank collided
+    shared_wavefronts: int = 0
+    macs: int = 0  # multiply-adds of mma
+    distinct: dict[str, tuple[int, int]] = field(
+        default_factory=dict
+    )  # buffer -> bytes (read, written)
+
+
+class Lanes:
+    """Who accesses: block and warp of every lane, and when each last passed a barrier."""
+
+    def __init__(self, blocks: int, threads: int) -> None:
+        count = blocks * threads
+        self.threads = threads
+        self.lane = np.arange(count)
+        self.block = self.lane // threads
+        # warps do not cross blocks
+        per_block = -(-threads // 32)
+        self.warp = self.block * per_block + self.lane % threads // 32
+        self.in_warp = self.lane % threads % 32
+        self.warps = blocks * per_block
+        self.clock = 1
+        self.block_sync = np.zeros(count, np.int64)
+        self.warp_sync = np.zeros(count, np.int64)
+
+    def pass_warp(self, mask: Array) -> None:
+        """These lanes' earlier accesses come before later ones of their warps' lanes."""
+        self.clock += 1
+        self.warp_sync[mask] = self.clock
+
+    def pass_block(self, mask: Array) -> None:
+        """These lanes' earlier accesses come before later ones of their blocks' lanes."""
+        self.pass_warp(mask)
+        self.block_sync[mask] = self.clock
+
+    def describe(self, lane: int) -> str:
+        """The lane's names."""
+        return f"block {self.block[lane]} of the batch, thread {lane % self.threads}"
+
+
+class Space:
+    """A linear memory with a state for each byte; `where` names it in errors."""
+
+    def __init__(self, where: str, size: int, state: int) -> None:
+        self.where = where
+        # accesses are aligned, so rows of 16 bytes serve them all
+        self.size = -(-size // 16) * 16 + 16
+        self.bytes = np.zeros(self.size, np.uint8)
+        self.state = np.zeros(self.size, np.uint8)
+        self.state[:size] = state
+
+    def check(self, at: Array, width: int, reads: bool, lanes: Array, who: Lanes) -> Array:
+        """The row numbers of accesses of `width` bytes at these offsets, after all checks."""
+        self._all(at % width == 0, "misaligned", f"is no multiple of {width}", at, lanes, who)
+        self._all((at >= 0) & (at + width <= self.size), "out-of-bounds", "", at, lanes, who)
+        rows = at // width
+        state = self.state.reshape(-1, width)[rows]
+        low = np.bitwise_and.reduce(state, axis=1)
+        self._all(low & LEGAL != 0, "out-of-bounds", "belongs to nothing", at, lanes, who)
+        if reads:
+            high = np.bitwise_or.reduce(state, axis=1)
+            said = "is read before cp.async has been waited for"
+            self._all(high & IN_FLIGHT == 0, "missing-wait", said, at, lanes, who)
+            said = "is read and nobody wrote it"
+            self._all(low & WRITTEN != 0, "uninitialised", said, at, lanes, who)
+        return rows
+
+    def _all(self, good: Array, kind: str, what: str, at: Array, lanes: Array, who: Lanes) -> None:
+        if not good.all():
+            i = int(np.argmin(good))
+            raise PtxError(
+                kind,
+                f"{self.where} address {self.name(int(at[i]))} {what} ({who.describe(int(lanes[i]))}; "
+                f"{int((~good).sum())} of {len(good)} lanes)",
+            )
+
+    def name(self, at: int) -> str:
+        """An offset as errors show it."""
+        return hex(at)
+
+    def load(self, rows: Array, width: int) -> Array:
+        """The bytes (lanes, width)."""
+        return self.bytes.reshape(-1, width)[rows]
+
+    def store(self, rows: Array, data: Array) -> None:
+        """Write the bytes (lanes, width)."""
+        width = data.shape[1]
+        self.bytes.reshape(-1, width)[rows] = data
+        state = self.state.reshape(-1, width)
+        state[rows] = state[rows] & (255 - IN_FLIGHT) | (WRITTEN | STORED)
+
+
+class Global(Space):
+    """The buffers of a launch side by side, with what lies between them out of bounds."""
+
+    def __init__(self, buffers: list[Buffer]) -> None:
+        self.buffers = sorted(buffers, key=lambda b: b.address)
+        starts, end = [], 256
+        for b in self.buffers:
+            # aligned as the buffer is
+            starts.append(end + b.address % 256)
+            end = -(-(starts[-1] + len(b.bytes) + 16) // 256) * 256
+        super().__init__("global", end, 0)
+        self.bases = np.array([b.address for b in self.buffers] or [0], np.int64)
+        self.shift = np.array(starts or [0], np.int64) - self.bases
+        self.ends = np.array([b.address + len(b.bytes) for b in self.buffers] or [0], np.int64)
+        for b, start in zip(self.buffers, starts, strict=True):
+            self.bytes[start : start + len(b.bytes)] = b.bytes
+            self.state[start : start + len(b.bytes)] = b.state & (LEGAL | WRITTEN)
+
+    def offsets(self, addresses: Array) -> Array:
+        """Where the addresses are in this memory; -1 for those in no buffer."""
+        i = np.maximum(np.searchsorted(self.bases, addresses, side="right") - 1, 0)
+        inside = (addresses >= self.bases[i]) & (addresses < self.ends[i])
+        return np.where(inside, addresses + self.shift[i], -16)
+
+    def name(self, at: int) -> str:
+        """The nearest buffer and the place in it."""
+        starts = self.bases + self.shift
+        i = max(int(np.searchsorted(starts, at, side="right")) - 1, 0)
+        buffer = self.buffers[i].name if self.buffers else ""
+        return f"{buffer or 'buffer'} + {at - int(starts[i])}" if at >= 0 else "of no buffer"
+
+    def give_back(self, counts: Counts) -> None:
+        """Copy everything into the buffers, and count the bytes of each that were read and written."""
+        for b, start in zip(self.buffers, self.bases + self.shift, strict=False):
+            b.bytes[...] = self.bytes[start : start + len(b.bytes)]
+            state = self.state[start : start + len(b.bytes)]
+            b.state |= state & WRITTEN
+            read, stored = (state & READ != 0).sum(), (state & STORED != 0).sum()
+            before = counts.distinct.get(b.name, (0, 0))
+            counts.distinct[b.name] = (before[0] + int(read), before[1] + int(stored))
+
+    def touched(self, rows: Array, width: int, flag: int) -> None:
+        """Remember that these bytes were read or written."""
+        state = self.state.reshape(-1, width)
+        state[rows] |= flag
+
+
+class Shared(Space):
+    """One window of `size` bytes per block, with the last reader and writer of every byte."""
+
+    def __init__(self, blocks: int, size: int) -> None:
+        self.window = -(-size // 128) * 128
+        super().__init__("shared", blocks * self.window, 0)
+        self.state[: blocks * self.window].reshape(blocks, -1)[:, :size] = LEGAL
+        # (lane, time) of the last access; SEVERAL lanes read since the last barrier, -3 - warp: of one warp
+        self.writer, self.reader = np.full((2, self.size), NOBODY, np.int32)
+        self.wrote, self.read = np.zeros((2, self.size), np.int32)
+
+    def name(self, at: int) -> str:
+        """The offset within the block's window."""
+        return hex(at % self.window) if self.window else hex(at)
+
+    def reads(self, rows: Array, width: int, lanes: Array, who: Lanes) -> None:
+        """Note reads; a byte that another lane wrote since the last barrier is a race."""
+        me = lanes[:, None].astype(np.int32)
+        self._ordered(self.writer, self.wrote, rows, width, lanes, who, "reads what was written by")
+        reader, time = self.reader.reshape(-1, width), self.read.reshape(-1, width)
+        last, when = reader[rows], time[rows]
+        kept = self._unordered(last, when, lanes, who)
+        if kept.any():
+            warp = np.int32(-3) - who.warp[lanes][:, None].astype(np.int32)
+            last_warp = np.where(last >= 0, -3 - who.warp[np.maximum(last, 0)], last)
+            me = np.where(kept, np.where(last_warp == warp, warp, np.int32(SEVERAL)), me)
+        reader[rows] = me
+        time[rows] = who.clock
+        # lanes of this very instruction that read the same byte
+        again = reader[rows]
+        shared = (again != me) & (again >= 0)
+        if shared.any():
+            r, c = shared.nonzero()
+            one = who.warp[again[r, c]] == who.warp[lanes[r]]
+            reader[rows[r], c] = np.where(one, -3 - who.warp[lanes[r]], SEVERAL)
+
+    def writes(self, rows: Array, data: Array, lanes: Array, who: Lanes) -> None:
+        """Note writes; a byte that another lane read or wrote since the last barrier is a race."""
+        width = data.shape[1]
+        self._ordered(
+            self.writer, self.wrote, rows, width, lanes, who, "overwrites what was written by"
+        )
+        self._ordered(
+            self.reader, self.read, rows, width, lanes, who, "overwrites what was read by"
+        )
+        writer = self.writer.reshape(-1, width)
+        writer[rows] = lanes[:, None]
+        self.wrote.reshape(-1, width)[rows] = who.clock
+        # two lanes of one instruction may write the same value, as Triton's replicated layouts do
+        lost = writer[rows] != lanes[:, None]
+        if lost.any():
+            now = self.bytes.reshape(-1, width)[rows]
+            self._raise_if(
+                lost & (now != data), rows, width, lanes, who, writer[rows], "and at once"
+            )
+
+    def _unordered(self, last: Array, when: Array, lanes: Array, who: Lanes) -> Array:
+        """Which of these accesses no barrier separates from the lanes' next ones, themselves apart."""
+        new = (last != NOBODY) & (last != lanes[:, None])
+        new &= when >= who.block_sync[lanes][:, None]
+        if not new.any():
+            return new
+        warp = np.where(last >= 0, who.warp[np.maximum(last, 0)], -3 - last)
+        same = (last != SEVERAL) & (warp == who.warp[lanes][:, None])
+        return new & ~(same & (when < who.warp_sync[lanes][:, None]))
+
+    def _ordered(
+        self, last: Array, when: Array, rows: Array, width: int, lanes: Array, who: Lanes, what: str
+    ) -> None:
+        before = last.reshape(-1, width)[rows]
+        bad = self._unordered(before, when.reshape(-1, width)[rows], lanes, who)
+        self._raise_if(bad, rows, width, lanes, who, before, what)
+
+    def _raise_if(
+        self, bad: Array, rows: Array, width: int, lanes: Array, who: Lanes, other: Array, what: str
+    ) -> None:
+        if bad.any():
+            r, c = (int(i[0]) for i in bad.nonzero())
+            lane = int(other[r, c])
+            by = who.describe(lane) if lane >= 0 else "several threads"
+            at = self.name(int(rows[r]) * width + c)
+            raise PtxError(
+                "race",
+                f"{who.describe(int(lanes[r]))} {what} {by} since the last barrier, shared byte {at} "
+                f"({int(bad.any(1).sum())} lanes)",
+            )
+
+
+def sectors(offsets: Array, lanes: Array, who: Lanes) -> int:
+    """Distinct sectors of each warp's request, summed."""
+    keys = who.warp[lanes] * (1 << 40) + offsets // SECTOR
+    return len(np.unique(keys))
+
+
+def wavefronts(offsets: Array, width: int, lanes: Array, who: Lanes) -> tuple[int, int]:
+    """(passes that the banks need, passes without conflicts) of one shared access of every warp.
+
+    8 bytes a lane go through in half-warps, 16 in quarter-warps; lanes that want the same word share it.
+    """
+    share = 32 * 4 // max(width, 4)
+    group = who.warp[lanes] * (32 // share) + who.in_warp[lanes] // share
+    words = offsets[:, None] // 4 + np.arange(max(width // 4, 1))
+    keys = np.unique(np.repeat(group, words.shape[1]) * (1 << 32) + words.ravel())
+    groups, word = keys >> 32, keys & 0xFFFFFFFF
+    per_bank = np.unique(groups * BANKS + word % BANKS, return_counts=True)
+    most = np.zeros(int(groups.max()) + 1, np.int64)
+    np.maximum.at(most, per_bank[0] // BANKS, per_bank[1])
+    return int(most.sum()), int((most > 0).sum())
