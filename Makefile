@@ -5,6 +5,7 @@
 #   make bench-peers the end-to-end benchmark against all peers, each in its own environment
 #   make bench-scaling  cost against the number of tokens and the length of a sequence, with a plot; 4 to 6 minutes
 #   make test-gpu-static  the Triton kernels in every configuration compiled for GPUs that are not here, and inspected
+#   make test-ptx    every sample of every op, forward and backward, with the GPU backends on the PTX machine
 #   make gpu         on a machine with a GPU: parity, memory and race checks, timings, into docs/gpu.md
 #   make gpu-report  what those compilations and counted bytes say, as docs/gpu_report.md
 #   make sanitize    the native tests under AddressSanitizer and UBSan: every op on every instruction set (it took 7 min
@@ -25,7 +26,7 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-slow test-gpu-static gpu gpu-report sanitize bench bench-peers bench-scaling lint
+.PHONY: install demo test test-slow test-gpu-static test-ptx gpu gpu-report sanitize bench bench-peers bench-scaling lint
 
 install: $(INSTALLED)
 
@@ -48,6 +49,9 @@ test-slow: $(INSTALLED)
 
 test-gpu-static: $(INSTALLED)
 	$(PY) -m pytest -m gpu_static -n auto $(PYTEST_ARGS) tests/test_triton_static.py
+
+test-ptx: $(INSTALLED)
+	$(PY) -m pytest -m ptx_full -n auto $(PYTEST_ARGS) tests/ptx
 
 gpu: $(INSTALLED)
 	$(PY) benchmarks/gpu.py $(BENCH_ARGS)

@@ -168,6 +168,9 @@ def sample_inputs(
     yield Sample("scale", call((6, 6), 2, 8, scale=0.5), "a scale of one's own")
     yield Sample("S130-H1-D80", call((130,), 1, 80), "longer than a tile, D not a power of two")
     yield Sample("empty", call((), 2, 8), "no token")
+    yield Sample(
+        "S129-7-H1-D8-drop", call((129, 7), 1, 8, p=0.1), "longer than one tile of keys, by one"
+    )
 
 
 def cost(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, **_: object) -> Cost:

@@ -12,6 +12,7 @@ import torch
 from fastbert import backend, cpu, functional
 from fastbert.testing import parity
 
+INTERPRETED = backend.device_of("triton") == "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -34,9 +35,11 @@ def parametrize(slug: str) -> pytest.MarkDecorator:
 def check(slug: str, name: str, sample: str, dtype: torch.dtype, backward: bool) -> None:
     """parity.check, with a backend's own reason as the skip's sentence; `name` may be cpu/<instruction set>."""
     name, _, isa = name.partition("/")
+    # Triton's interpreter takes one program after the other and is slow
+    again = name != "triton" or not INTERPRETED
     try:
         with instruction_set(isa):
-            parity.check(slug, name, sample, dtype, backward)
+            parity.check(slug, name, sample, dtype, backward, again)
     except backend.Unsupported as reason:
         pytest.skip(str(reason))
 

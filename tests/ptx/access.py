@@ -113,11 +113,6 @@ def _count_shared(m: Machine, offsets: Array, width: int, lanes: Array) -> None:
     m.counts.shared_accesses += least
 
 
-def selected(at: Source, lanes: Array, count: int) -> Array:
-    """What a source gives these lanes."""
-    return np.broadcast_to(at(), (count,))[lanes]
-
-
 def ld(m: Machine, ins: Instruction) -> Step:
     space, type_ = _space(ins), ins.types[-1]
     to = ins.operands[0]
@@ -133,7 +128,7 @@ def ld(m: Machine, ins: Instruction) -> Step:
         at = addresses(m, ins.operands[1])
 
         def read(lanes: Array) -> Array:
-            return gather(m, space, selected(at, lanes, m.count), width, lanes)
+            return gather(m, space, m.wide(at)[lanes], width, lanes)
 
     def step(mask: Array) -> None:
         lanes = mask.nonzero()[0]
@@ -158,7 +153,7 @@ def _parameter(m: Machine, operand: Operand, width: int) -> Callable[[Array], Ar
     at, block = addresses(m, operand), np.frombuffer(m.parameters, np.uint8)
 
     def read(lanes: Array) -> Array:
-        start = np.broadcast_to(at(), (m.count,))[lanes]
+        start = m.wide(at)[lanes]
         if (start < 0).any() or (start + width > len(block)).any():
             raise PtxError(
                 "out-of-bounds", f"parameter bytes {start.min()} to {start.max() + width}"
@@ -176,7 +171,7 @@ def st(m: Machine, ins: Instruction) -> Step:
     reads = [m.source(p, f"b{8 * size}") for p in parts]
 
     def data(lanes: Array) -> Array:
-        columns = [np.broadcast_to(r(), (m.count,))[lanes] for r in reads]
+        columns = [m.wide(r)[lanes] for r in reads]
         return np.stack(columns, 1).view(np.uint8)
 
     target = ins.operands[0]
@@ -196,7 +191,7 @@ def st(m: Machine, ins: Instruction) -> Step:
 
     def step(mask: Array) -> None:
         lanes = mask.nonzero()[0]
-        scatter(m, space, selected(at, lanes, m.count), data(lanes), lanes)
+        scatter(m, space, m.wide(at)[lanes], data(lanes), lanes)
 
     return step
 
@@ -257,8 +252,8 @@ def cp(m: Machine, ins: Instruction) -> Step:
 
     def step(mask: Array) -> None:
         lanes = mask.nonzero()[0]
-        at = selected(source, lanes, m.count)
-        sizes = np.full(len(lanes), width) if count is None else selected(count, lanes, m.count)
+        at = m.wide(source)[lanes]
+        sizes = np.full(len(lanes), width) if count is None else m.wide(count)[lanes]
         data = np.zeros((len(lanes), width), np.uint8)
         for size in np.unique(sizes[sizes > 0]):
             some = sizes == size
@@ -267,7 +262,7 @@ def cp(m: Machine, ins: Instruction) -> Step:
                 continue
             for byte in range(int(size)):
                 data[some, byte] = gather(m, "global", at[some] + byte, 1, lanes[some])[:, 0]
-        m.copies.ask(selected(to, lanes, m.count), data, lanes)
+        m.copies.ask(m.wide(to)[lanes], data, lanes)
 
     return step
 
@@ -299,8 +294,8 @@ def atom(m: Machine, ins: Instruction) -> Step:
     def step(mask: Array) -> None:
         lanes = mask.nonzero()[0]
         places, given = (
-            selected(at, lanes, m.count),
-            [selected(v, lanes, m.count) for v in values],
+            m.wide(at)[lanes],
+            [m.wide(v)[lanes] for v in values],
         )
         result = np.zeros(m.count, dtype)
         for i, lane in enumerate(lanes):

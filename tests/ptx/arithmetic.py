@@ -77,7 +77,9 @@ def _divide(a: Array, b: Array) -> Array:
     """Truncated towards zero; all ones where b is 0."""
     if a.dtype.kind == "u":
         return np.where(b == 0, ~np.zeros_like(a), a // np.where(b == 0, 1, b))
-    quotient = np.abs(a) // np.abs(np.where(b == 0, 1, b))
+    # the magnitude of the least number is none of its own type
+    size = np.dtype(f"u{a.dtype.itemsize}")
+    quotient = (np.abs(a).view(size) // np.abs(np.where(b == 0, 1, b)).view(size)).view(a.dtype)
     return np.where(b == 0, -1, np.where((a < 0) != (b < 0), -quotient, quotient)).astype(a.dtype)
 
 
@@ -129,8 +131,9 @@ def _extract(a: Array, at: Array, count: Array) -> Array:
     one = np.ones_like(wide)
     field = unsigned & ((one << n) - 1)
     if a.dtype.kind == "i":
-        sign = (wide >> np.minimum(start + n - 1, bits - 1)) & 1
-        field = np.where((n > 0) & (sign == 1), field - (one << n), field)
+        there = np.minimum(n, bits - start)
+        sign = (unsigned >> np.maximum(there - 1, 0)) & 1
+        field = np.where((there > 0) & (sign == 1), field - (one << there), field)
     return field.astype(np.int64).astype(a.dtype) if bits < 64 else field.astype(a.dtype)
 
 

@@ -100,7 +100,7 @@ def bar(m: Machine, ins: Instruction) -> Step:
         m.at_barrier[mask] = np.broadcast_to(number(), mask.shape)[mask]
         m.resume[mask] = pc + 1
         here = (m.at_barrier == m.at_barrier[mask.argmax()]).reshape(-1, who.threads)
-        wanted = m.live.reshape(here.shape).sum(1)
+        wanted = m.all.reshape(here.shape).sum(1)
         if of is not None:
             wanted = np.broadcast_to(of(), mask.shape)[mask][:1]
         full = ((here.sum(1) == wanted) & here.any(1)).repeat(who.threads) & here.ravel()

@@ -247,7 +247,7 @@ class Machine(Operands):
                         taken = mask
                     elif ins.opcode in ("bra", "ret", "exit", "call", "bar"):
                         rest = mask & ~chosen
-                counted[_class(ins)] += warps if taken is mask else self._warps(taken)
+                counted[ins.kind] += warps if taken is mask else self._warps(taken)
                 moves = step(taken)
             except PtxError as error:
                 raise PtxError(error.kind, f"{error}; {ins.line}: `{ins.text}`") from error
@@ -278,19 +278,6 @@ class Machine(Operands):
             told.append(f"{int(some.sum())} threads wait at {ins.line} `{ins.text}`")
         gone = int((self.all & ~self.live).sum())
         raise PtxError("divergence", f"{'; '.join(told)}; {gone} have ended")
-
-
-def _class(ins: Instruction) -> str:
-    """What an instruction is counted as."""
-    op = ins.opcode
-    if op in ("ld", "st", "cp", "atom", "red"):
-        space = next((m for m in ins.modifiers if m in ("global", "shared", "local", "param")), "")
-        return "cp.async" if op == "cp" else f"{op}.{space or 'generic'}"
-    if op in ("mma", "ldmatrix", "shfl", "vote", "redux", "bar", "bra", "cvt"):
-        return op
-    if op in ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "sin", "cos", "tanh"):
-        return "special"
-    return "float" if any(map(arithmetic.floating, ins.types)) else "integer"
 
 
 def _special(

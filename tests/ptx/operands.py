@@ -93,10 +93,15 @@ class Operands:
         dtype = arithmetic.NUMPY[type_]
 
         def read() -> Array:
-            columns = [np.broadcast_to(p(), (self.count,)) for p in parts]
+            columns = [self.wide(p) for p in parts]
             return np.stack(columns, 1).view(dtype)[:, 0]
 
         return read
+
+    def wide(self, read: Source) -> Array:
+        """A source's values for every lane; a literal has one for all."""
+        values = read()
+        return values if len(values) == self.count else np.broadcast_to(values, (self.count,))
 
     def target(self, operand: Operand, type_: str) -> Callable[[Array, Array], None]:
         """A function that writes numbers of `type_` where its mask is set."""
@@ -158,7 +163,7 @@ def mov(m: Machine, ins: Instruction) -> Step:
     writes = [m.target(p, part) for p in to.parts]
 
     def step(mask: Array) -> None:
-        whole = np.ascontiguousarray(np.broadcast_to(read(), (m.count,)))
+        whole = np.ascontiguousarray(m.wide(read))
         parts = whole[:, None].view(arithmetic.NUMPY[part])
         for i, write in enumerate(writes):
             write(parts[:, i], mask)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import struct
 from dataclasses import dataclass, field
+from functools import cached_property
 
 SIZES = {"pred": 1, "f16": 2, "bf16": 2, "f32": 4, "tf32": 4, "f64": 8, "f16x2": 4, "bf16x2": 4}
 SIZES |= {f"{kind}{bits}": bits // 8 for kind in "bus" for bits in (8, 16, 32, 64)}
@@ -70,10 +71,21 @@ class Instruction:
     line: str  # file:line of the source
     text: str
 
-    @property
+    @cached_property
     def types(self) -> list[str]:
         """The modifiers that are types, in order."""
         return [m for m in self.modifiers if m in SIZES]
+
+    @cached_property
+    def kind(self) -> str:
+        """What it is counted as."""
+        op = self.opcode
+        if op in ("ld", "st", "atom", "red"):
+            space = next((m for m in self.modifiers if m in _SPACES.split("|")), "generic")
+            return f"{op}.{space}"
+        if op in _KINDS:
+            return _KINDS[op]
+        return "float" if any("f" in t for t in self.types) else "integer"
 
 
 @dataclass(frozen=True)
@@ -109,6 +121,9 @@ class Program:
     variables: dict[str, Variable]
 
 
+_KINDS = {op: op for op in ("mma", "ldmatrix", "shfl", "vote", "redux", "bar", "bra", "cvt")}
+_KINDS |= dict.fromkeys(("ex2", "lg2", "rcp", "rsqrt", "sqrt", "sin", "cos", "tanh"), "special")
+_KINDS["cp"] = "cp.async"
 _SPACES = "param|shared|local|global|const"
 _VARIABLE = re.compile(
     rf"(?:\.(?:visible|extern|weak|common)\s+)*\.({_SPACES})\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ptx import warp
-from ptx.access import addresses, gather, selected
+from ptx.access import addresses, gather
 from ptx.memory import PtxError
 from ptx.program import Instruction, Vector
 
@@ -33,7 +33,7 @@ def ldmatrix(m: Machine, ins: Instruction) -> Step:
             raise PtxError("divergence", "ldmatrix without all lanes of a warp")
         data = np.empty((len(lanes), 16), np.uint8)
         # 16 bytes a lane, one matrix of 8 rows a pass
-        data[:] = gather(m, "shared", selected(at, lanes, m.count), 16, lanes)
+        data[:] = gather(m, "shared", m.wide(at)[lanes], 16, lanes)
         found = warp.ldmatrix(data.reshape(-1, rows, 16), "trans" in ins.modifiers)
         for write, value in zip(writes, found, strict=True):
             whole = np.zeros(warps.shape, np.uint32)
@@ -56,7 +56,7 @@ def mma(m: Machine, ins: Instruction) -> Step:
             raise PtxError("divergence", "mma.sync without all lanes of a warp")
 
         def bits(read: Source) -> Array:
-            return np.broadcast_to(read(), (m.count,)).reshape(-1, 32)[some].view(np.uint32)
+            return m.wide(read).reshape(-1, 32)[some].view(np.uint32)
 
         found = warp.mma(ins.modifiers, *([bits(r) for r in part] for part in reads))
         m.counts.macs += size * int(some.sum())
@@ -69,7 +69,7 @@ def mma(m: Machine, ins: Instruction) -> Step:
 
 
 def _by_warp(m: Machine, read: Source) -> Array:
-    return np.broadcast_to(read(), (m.count,)).reshape(-1, 32)
+    return m.wide(read).reshape(-1, 32)
 
 
 def shfl(m: Machine, ins: Instruction) -> Step:

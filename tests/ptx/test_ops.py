@@ -1,0 +1,135 @@
+"""Every kernel of the triton and cuda backends, run on the machine with all its checks, against the fp64 reference.
+
+On a machine with a GPU the same calls run there.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the Triton backend needs the package triton")
+
+from fastbert import backend, kernels
+from fastbert.testing import parity
+from ptx import cuda_host
+from ptx.host import on_machine
+
+if kernels.INTERPRETED:
+    pytest.skip("under TRITON_INTERPRET=1 nothing is compiled", allow_module_level=True)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# op, sample -> kernels that its backward reaches beside those of its forward, by backend
+SMALL = {
+    ("embed", "T13-C5-drop"): {
+        "triton": ("embed_fwd embed_bwd embed_bwd_segments embed_bwd_crossing sum_partials"),
+        "cuda": ("embed_fwd embed_bwd embed_bwd_segments embed_bwd_crossing sum_partials"),
+    },
+    ("embed", "T13-C6-padding"): {},
+    ("linear", "T7-K13-N5"): {
+        "triton": "linear_fwd sum_rows",
+        "cuda": "linear_bwd_db sum_partials",
+    },
+    ("attention", "S33-17-H3-D64-drop"): {"cuda": "attention_fwd attention_bwd"},
+    ("attention", "S129-7-H1-D8-drop"): {
+        "triton": "attention_fwd attention_bwd_delta attention_bwd_dkdv attention_bwd_dq",
+        "cuda": "attention_fwd attention_bwd_dkdv attention_bwd_dq",
+    },
+    ("layer_norm", "N7x13"): {
+        "triton": "layer_norm_fwd layer_norm_bwd sum_partials",
+        "cuda": "layer_norm_fwd layer_norm_bwd sum_partials",
+    },
+    ("layer_norm", "N37-output"): {},
+    ("dropout_add_layer_norm", "T7-C13-drop"): {
+        "triton": "dropout_add_layer_norm_fwd dropout_add_layer_norm_bwd sum_partials",
+        "cuda": "dropout_add_layer_norm_fwd dropout_add_layer_norm_bwd sum_partials",
+    },
+    ("dropout_add_layer_norm", "rows"): {},
+    ("bias_gelu", "T7-F13"): {
+        "triton": "bias_gelu_fwd bias_gelu_bwd sum_partials",
+        "cuda": "bias_gelu_fwd bias_gelu_bwd sum_partials",
+    },
+    ("bias_gelu", "tails"): {},
+    ("qkv_proj", "T7-C15-H3-split"): {"triton": "linear_fwd sum_rows"},
+    ("feed_forward", "T5-C7-F11"): {"triton": "linear_fwd bias_gelu_bwd"},
+    ("cross_entropy", "N7-V13"): {
+        "triton": "cross_entropy_fwd cross_entropy_bwd",
+        "cuda": "cross_entropy",
+    },
+    ("mlm_loss", "T17-C5-V13"): {
+        "triton": "cross_entropy_fwd mlm_loss_bwd_scale",
+        "cuda": "cross_entropy",
+    },
+}
+# the five-product backward holds whole sequences of 16-bit elements
+SHORT = ("attention", "S33-17-H3-D64-drop"), "attention_fwd attention_bwd"
+
+
+def expected(name: str, slug: str, sample: str, dtype: str) -> set[str]:
+    """The kernels that the table promises, by their full names."""
+    promised = SMALL[slug, sample].get(name, "")
+    if name == "triton" and (slug, sample) == SHORT[0] and dtype != "fp32":
+        promised = SHORT[1]
+    return {f"{'_' * (name == 'triton')}{kernel}_kernel" for kernel in promised.split()}
+
+
+def check(name: str, slug: str, sample: str, dtype: str, backward: bool) -> set[str]:
+    """parity.check on the machine, or on the GPU where there is one; the kernels that ran on the machine."""
+    real = torch.cuda.is_available()
+    if name == "cuda" and not real and (reason := cuda_host.missing()):
+        pytest.skip(reason)
+    with nullcontext([]) if real else on_machine(name) as launches:
+        try:
+            parity.check(slug, name, sample, DTYPES[dtype], backward, again=real)
+        except backend.Unsupported as reason:
+            pytest.skip(str(reason))
+    return (
+        expected(name, slug, sample, dtype) if real and backward else {x.kernel for x in launches}
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("slug", "sample"), SMALL)
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_small(name, slug, sample, dtype):
+    ran = check(name, slug, sample, dtype, backward=True)
+    assert ran >= expected(name, slug, sample, dtype)
+
+
+def every() -> list[tuple[str, str, str]]:
+    """(op, sample, dtype) of all sample inputs."""
+    return [
+        (slug, sample.id, dtype)
+        for slug in backend.SLUGS
+        for dtype, torch_dtype in DTYPES.items()
+        for sample in parity.samples(slug, torch_dtype)
+    ]
+
+
+@pytest.mark.ptx_full
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(("slug", "sample", "dtype"), every())
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_every_sample(name, slug, sample, dtype, backward):
+    check(name, slug, sample, dtype, backward)
+
+
+def test_the_small_samples_promise_every_kernel():
+    promised = {
+        name: {
+            kernel
+            for slug, sample in SMALL
+            for dtype in DTYPES
+            for kernel in expected(name, slug, sample, dtype)
+        }
+        for name in ("triton", "cuda")
+    }
+    import test_triton_static
+
+    assert promised["triton"] == test_triton_static.KERNELS
+    if (reason := cuda_host.missing()) is None:
+        assert promised["cuda"] == {cuda_host.plain(kernel) for kernel in cuda_host.texts()}
+    else:
+        pytest.skip(reason)
