@@ -94,5 +94,5 @@ bench-scaling: $(INSTALLED)
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE) tests/*.cpp
+	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE) tests/*.cpp tests/*/*.cpp
 	$(PY) -m mypy

@@ -1,37 +1,28 @@
 """What can be said of GPU kernels without a GPU: writes results/gpu_static.json and docs/gpu_report.md.
 
-Registers, spills, shared memory, occupancy and instructions of every Triton kernel as compiled; bytes moved against the
-minimum, counted in Triton's interpreter by a second process. Nothing here is a time.
+Registers, spills, shared memory, occupancy and instructions of every Triton kernel as compiled; what both backends'
+kernels move and multiply against the minimum, counted on the PTX machine (traffic.py). Nothing here is a time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import rivals
 import torch
-from opbench import cost_of, pair
+import traffic
+from opbench import pair
 
-from fastbert import backend, functional
 from fastbert.files import write_text
 from fastbert.testing.machine import machine_info
 from fastbert.testing.samples import Draw
 
 ROOT = Path(__file__).resolve().parents[1]
 JSON, PAGE = ROOT / "benchmarks" / "results" / "gpu_static.json", ROOT / "docs" / "gpu_report.md"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# tokens of the calls whose bytes are counted, and the multiprocessors that share them: a ninth of an A100's 108 with a
-# ninth of the tokens, since what programs add to the bytes grows with their number
-TOKENS, MULTIPROCESSORS = 1820, 12
-# embed's share of these: interpreted, its backward takes minutes
-SLOW = 4
 # calls of ours (fastbert.testing.launches) that public kernels know too
 SHARED_CALLS = {
     call.format(direction)
@@ -48,7 +39,7 @@ def compiled(full: bool) -> Iterator[dict[str, Any]]:
     from fastbert.testing.launches import calls
 
     for arch in aot.ARCHS:
-        for dtype, torch_dtype in DTYPES.items():
+        for dtype, torch_dtype in traffic.DTYPES.items():
             for label, call in calls(torch_dtype, full):
                 for kernel in aot.compiled(arch, call, dtype):
                     yield inspected(label, kernel)
@@ -110,72 +101,6 @@ def rival_cases() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "attention", {"qkv": draw.normal(512, 3, 12, 64), "max_seqlen": 512}
 
 
-def cases(dtype: torch.dtype, tokens: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(op, arguments) of the memory-bound ops, and attention, at BERT-base's widths."""
-    draw, C = Draw(dtype), 768
-    weight, bias = draw.normal(C), draw.normal(C)
-    drop = {"p": 0.1, "seed": draw.seed()}
-    yield "layer_norm", {"x": draw.normal(tokens, C), "weight": weight, "bias": bias}
-    inputs = {"x": draw.normal(tokens, C), "residual": draw.normal(tokens, C)}
-    yield "dropout_add_layer_norm", {**inputs, "weight": weight, "bias": bias, **drop}
-    yield "bias_gelu", {"x": draw.normal(tokens // 4, 4 * C), "bias": draw.normal(4 * C)}
-    # a vocabulary so small that nearly every row of its gradient is written
-    V, P = 120, 128
-    tables = {"word": draw.normal(V, C), "position": draw.normal(P, C), "type_": draw.normal(2, C)}
-    few = tokens // SLOW
-    ids = {n: draw.ids(m, few) for n, m in (("ids", V), ("positions", P), ("types", 2))}
-    yield "embed", {**ids, **tables, "weight": weight, "bias": bias, **drop}
-    whole = {"max_seqlen": 128, "cu_seqlens": draw.cu_seqlens(128, 128)}
-    yield "attention", {"qkv": draw.normal(256, 3, 4, 64), **whole, **drop}
-    rows = tokens // 64
-    yield "cross_entropy", {"logits": draw.normal(rows, 30528), "labels": draw.ids(30528, rows)}
-
-
-def traffic(tokens: int) -> list[dict[str, Any]]:
-    """Bytes that each direction moves, and the least that it must; in a process that interprets."""
-    from unittest import mock
-
-    from fastbert.kernels import _launch
-    from fastbert.testing.traffic import counted
-
-    rows = []
-    with mock.patch.object(_launch, "multiprocessors") as multiprocessors:
-        for name, dtype in DTYPES.items():
-            for slug, arguments in cases(dtype, tokens):
-                share = SLOW if slug == "embed" else 1
-                multiprocessors.return_value = MULTIPROCESSORS // share
-                cost = cost_of(slug, arguments)
-                forward, backward = pair(getattr(functional, slug), arguments)
-                with backend.use("triton"), counted() as launches:
-                    y = forward()
-                    split = len(launches)
-                    backward(y)
-                for direction, part, least in (
-                    ("forward", launches[:split], cost.forward_bytes),
-                    ("backward", launches[split:], cost.backward_bytes),
-                ):
-                    moved = sum(launch.moved for launch in part)
-                    rows.append(
-                        {
-                            "op": slug,
-                            "direction": direction,
-                            "dtype": name,
-                            "moved": moved,
-                            "least": least,
-                            "ratio": moved / least,
-                        }
-                    )
-    return rows
-
-
-def counted_elsewhere(tokens: int) -> list[dict[str, Any]]:
-    """`traffic` by a process that interprets: Triton decides that when it is imported."""
-    command = [sys.executable, __file__, "--traffic", "--tokens", str(tokens)]
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout)
-
-
 def page(report: dict[str, Any]) -> str:
     """The report in Markdown."""
     lines = [
@@ -184,25 +109,20 @@ def page(report: dict[str, Any]) -> str:
         "Written by `make gpu-report`: compiled code and counted bytes, no time (that is in gpu.md).",
         f"{report['machine']['date']}, Triton {report['machine']['versions']['triton']}.",
         "",
-        "## Bytes moved, of the least possible",
+        "## Bytes and products, of the least possible",
         "",
-        f"Counted at {report['tokens']} tokens of BERT-base's width on {MULTIPROCESSORS} multiprocessors, as 16380 on",
-        "an A100's 108; what programs of one launch share counts once.",
+        f"Compiled for sm_80 and executed on the PTX machine at {report['tokens']} tokens of BERT-base's width on",
+        f"{traffic.MULTIPROCESSORS} multiprocessors, as 16380 on an A100's 108 (attention 256 tokens of 2 heads,",
+        "qkv_proj 128, a 64th of the rows in cross_entropy). Bytes: distinct ones that a kernel reads and writes, over",
+        "all kernels. Asked / sectors: bytes that requests ask for, of the sectors of 32 that they touch. Shared",
+        "passes: 1 without bank conflicts. MACs: of tensor cores, of those that the op needs; fp32 takes three or four",
+        "TF32 products for one, and tiles are multiplied whole. At least: a roofline of the makers' bandwidth and peak",
+        "for the op's least bytes and products, a model and no time. torch's own kernels (the sorts of embed's",
+        "backward, the library's GEMMs)",
+        "are not counted.",
         "",
-        "| op | direction | dtype | MB moved | ratio |",
-        "|---|---|---|---|---|",
+        *traffic.table(report["traffic"]),
     ]
-    for r in report["traffic"]:
-        lines.append(
-            f"| `{r['op']}` | {r['direction']} | {r['dtype']} | {r['moved'] / 1e6:.1f} | {r['ratio']:.3f} |"
-        )
-    if any(r["op"] == "embed" for r in report["traffic"]):
-        lines += [
-            "",
-            "embed's backward also leaves the gradient of every token's sum in fp32, which each table's sum reads;",
-            f"torch's sorts of the ids are not counted; it has a {SLOW}th of the tokens. Attention has",
-            "dropout, 4 heads and two sequences of 128.",
-        ]
     lines += [
         "",
         "## Beside public kernels",
@@ -253,16 +173,12 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="every configuration, not one a kernel")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="of the calls that are counted")
-    parser.add_argument("--traffic", action="store_true", help="print the counts as JSON")
+    parser.add_argument("--tokens", type=int, default=traffic.TOKENS, help="of what is counted")
     options = parser.parse_args()
-    if options.traffic:
-        print(json.dumps(traffic(options.tokens)))
-        return
     report = {
         "machine": machine_info(),
         "tokens": options.tokens,
-        "traffic": counted_elsewhere(options.tokens),
+        "traffic": traffic.counted(options.tokens),
         "side_by_side": list(side_by_side()),
         "compiled": list(compiled(options.full)),
     }

@@ -34,6 +34,7 @@ LIMITS = {
     "embed_bwd_segments_kernel": 64,
     "embed_bwd_crossing_kernel": 64,
     "linear_bwd_db_kernel": 64,
+    "qkv_proj_fwd_kernel": 255,
     "sum_partials_kernel": 64,
 }
 # 4 bytes a thread are a whole line of partial sums already

@@ -92,19 +92,8 @@ __device__ inline void zero_tail(T* matrix, int stride, int D, bool wide, const 
 template <typename T, int W>
 __device__ inline void fetch(const Tile<T, W>& tile, int rows, const T* matrix, int stride,
                              int count, int D, bool wide) {
-  constexpr int kN = kVec<T>, kChunks = W / kN;
-  for (int i = threadIdx.x; i < rows * kChunks; i += blockDim.x) {
-    const int row = i / kChunks, chunk = i % kChunks;
-    T* to = tile.at(row & ~7, row & 7, 0, chunk);
-    const T* from = matrix + int64_t{row} * stride;
-    if (wide) {
-      const bool inside = row < count && chunk * kN < D;
-      copy_async<16>(to, inside ? from + chunk * kN : matrix, inside);
-    } else {
-      *reinterpret_cast<Pack<T, kN>*>(to) =
-          load_pack<kN>(from, chunk * kN, row < count ? D : 0, false);
-    }
-  }
+  const auto from = [=](int row) { return matrix + int64_t{row} * stride; };
+  fetch_rows(tile, rows, from, matrix, count, D, wide);
 }
 
 // a warp's 16 rows from `row` of a tile into a matrix (count, D) that begins there

@@ -78,6 +78,7 @@ PYBIND11_MODULE(_cuda, m) {
   FASTBERT_DEFINE(bias_gelu_fwd);
   FASTBERT_DEFINE(bias_gelu_bwd);
   FASTBERT_DEFINE(linear_bwd_db);
+  FASTBERT_DEFINE(qkv_proj_fwd);
   FASTBERT_DEFINE(embed_fwd);
   FASTBERT_DEFINE(embed_bwd);
   FASTBERT_DEFINE(embed_chunk);

@@ -86,6 +86,16 @@ void bias_gelu_bwd(int dtype,
                    void* sum, int sum_dtype,          // (F,)
                    int blocks, int64_t N, int64_t F, bool tanh, int device, cudaStream_t stream);
 
+// y = x w^T + b, where w and b are one matrix and vector of N rows, or three of N / 3 each
+void qkv_proj_fwd(int dtype,
+                  const void* x,  // (T, K)
+                  const void* w0, const void* w1,
+                  const void* w2,  // (N, K), null, null; or (N / 3, K)
+                  const void* b0, const void* b1, const void* b2,  // likewise, or null
+                  int bias_dtype,
+                  void* y,  // (T, N)
+                  int64_t T, int64_t K, int64_t N, int device, cudaStream_t stream);
+
 // the sum over rows of dy, which lie `stride` elements apart
 void linear_bwd_db(int dtype,
                    const void* dy,  // (T, N)

@@ -33,6 +33,15 @@ __device__ inline void copy_async(void* to, const void* from, bool inside) {
                  : "memory");
 }
 
+__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// all but the last `left` groups that anyone in the block committed are there
+template <int LEFT>
+__device__ inline void copies_left() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+  __syncthreads();
+}
+
 // everything copied by anyone in the block is there
 __device__ inline void copies_done() {
   asm volatile("cp.async.wait_all;" ::: "memory");
@@ -65,6 +74,26 @@ struct Tile {
     return at(row0, row, column / kVec<T>, g / kVec<T>) + g % kVec<T>;
   }
 };
+
+// `rows` rows of a matrix (count, D), zeros outside, on their way into a tile; from(row) is where a
+// row begins, `anywhere` an address of the matrix
+template <typename T, int W, typename From>
+__device__ inline void fetch_rows(const Tile<T, W>& tile, int rows, From from, const T* anywhere,
+                                  int count, int D, bool wide) {
+  constexpr int kN = kVec<T>, kChunks = W / kN;
+  for (int i = threadIdx.x; i < rows * kChunks; i += blockDim.x) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    T* to = tile.at(row & ~7, row & 7, 0, chunk);
+    if (wide) {
+      const bool inside = row < count && chunk * kN < D;
+      copy_async<16>(to, inside ? from(row) + chunk * kN : anywhere, inside);
+    } else {
+      const bool inside = row < count;
+      *reinterpret_cast<Pack<T, kN>*>(to) =
+          load_pack<kN>(inside ? from(row) : anywhere, chunk * kN, inside ? D : 0, false);
+    }
+  }
+}
 
 template <typename T>
 struct FragmentA {

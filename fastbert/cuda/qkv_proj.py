@@ -1,4 +1,4 @@
-"""qkv_proj: the library's GEMMs, and the biases' gradient by csrc/cuda/linear.cu."""
+"""qkv_proj on the CUDA kernel, csrc/cuda/qkv_proj.cu: weights are read where they lie; backward is the library's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastbert.cuda import linear, unsupported_dtype
+from fastbert.cuda import DTYPES, address, code, linear, native, parameter, place, unsupported_dtype
 from fastbert.stock import qkv_proj as library
 
 
@@ -28,7 +28,31 @@ def forward(
     num_heads: int,
 ) -> Tensor:
     """qkv (T, 3, H, D) in x's dtype."""
-    return library.forward(x, weights, biases, num_heads)
+    T, K = x.shape
+    x = x.contiguous()
+    w = [weight.to(x.dtype).contiguous() for weight in weights]
+    b = [parameter(bias, x.dtype) for bias in biases] or [None]
+    N = sum(weight.shape[0] for weight in w)
+    qkv = x.new_empty(T, 3, num_heads, N // (3 * num_heads))
+    if qkv.numel() > 0:
+        native.qkv_proj_fwd(  # type: ignore[union-attr]
+            DTYPES[x.dtype],
+            x.data_ptr(),
+            *_three(w),
+            *_three(b),
+            code(b[0]),
+            qkv.data_ptr(),
+            T,
+            K,
+            N,
+            *place(x),
+        )
+    return qkv
+
+
+def _three(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
+    """The addresses of one tensor or three, 0 for those that are not there."""
+    return tuple(address(t) for t in (*tensors, None, None)[:3])
 
 
 def backward(

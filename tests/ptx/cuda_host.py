@@ -152,6 +152,37 @@ def program(kernel: str) -> Program:
     return parse(texts()[kernel])
 
 
+def line(kernel: str, index: int) -> str:
+    """Where an instruction of the built module comes from: its source compiled once more, with lines. "" if unknown."""
+    source = (
+        ROOT / "csrc" / "cuda" / f"{_SOURCE.search(kernel)[1]}.cu"
+        if _SOURCE.search(kernel)
+        else None
+    )
+    if source is None or not source.is_file() or shutil.which("nvcc") is None:
+        return ""
+    command = [
+        "nvcc",
+        "-ptx",
+        "-lineinfo",
+        "-arch=compute_80",
+        "-O3",
+        "-std=c++17",
+        str(source),
+        "-o",
+        "-",
+    ]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    functions = parse(done.stdout).functions
+    # names of what has none are made of hashes
+    found = [f for name, f in functions.items() if _HASH.sub("", name) == _HASH.sub("", kernel)]
+    return found[0].code[index].line if found else ""
+
+
+_SOURCE = re.compile(r"GLOBAL__N__[0-9a-f]{8}_\d+_(\w+?)_cu_")
+_HASH = re.compile(r"(?<=GLOBAL__N__)[0-9a-f]{8}|(?<=_cu_)[0-9a-f]{8}")
+
+
 def plain(mangled: str) -> str:
     """The kernel's own name."""
     found = re.search(r"(?<=\d)[a-z_]+_kernel(?=[IE])", mangled)

@@ -128,7 +128,11 @@ def _cuda(tensors: Tensors, launches: list[Launch]) -> Iterator[Any]:
         program = cuda_host.program(kernel)
         sizes = [v.size for v in program.functions[kernel].parameters]
         arguments = [ctypes.string_at(a, n) for a, n in zip(given, sizes, strict=True)]
-        counts = launch(program, kernel, grid, block, arguments, tensors.buffers, shared)
+        try:
+            counts = launch(program, kernel, grid, block, arguments, tensors.buffers, shared)
+        except PtxError as error:
+            where = cuda_host.line(*error.place) if error.place else ""
+            raise PtxError(error.kind, f"{error} ({where})", error.place) from error
         threads = int(np.prod(block))
         launches.append(Launch(cuda_host.plain(kernel), tuple(grid), threads, counts))
 

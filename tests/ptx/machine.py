@@ -250,7 +250,8 @@ class Machine(Operands):
                 counted[ins.kind] += warps if taken is mask else self._warps(taken)
                 moves = step(taken)
             except PtxError as error:
-                raise PtxError(error.kind, f"{error}; {ins.line}: `{ins.text}`") from error
+                said = f"{error}; {ins.line}: `{ins.text}`"
+                raise PtxError(error.kind, said, (self.entry.name, pc)) from error
             if moves is None:
                 pc += 1
                 continue

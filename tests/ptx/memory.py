@@ -24,11 +24,11 @@ NOBODY, SEVERAL = -1, -2
 
 
 class PtxError(RuntimeError):
-    """What a kernel did wrong; `kind` is one word for tests."""
+    """What a kernel did wrong; `kind` is one word, `place` (kernel, index of the instruction) where it is known."""
 
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(f"{kind}: {message}")
-        self.kind = kind
+    def __init__(self, kind: str, message: str, place: tuple[str, int] | None = None) -> None:
+        super().__init__(message if message.startswith(kind) else f"{kind}: {message}")
+        self.kind, self.place = kind, place
 
 
 @dataclass

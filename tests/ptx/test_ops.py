@@ -5,6 +5,7 @@ On a machine with a GPU the same calls run there.
 
 from __future__ import annotations
 
+import shutil
 from contextlib import nullcontext
 
 import pytest
@@ -12,10 +13,11 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton backend needs the package triton")
 
-from fastbert import backend, kernels
+from fastbert import backend, functional, kernels
 from fastbert.testing import parity
-from ptx import cuda_host
+from ptx import cuda_host, host
 from ptx.host import on_machine
+from ptx.memory import PtxError
 
 if kernels.INTERPRETED:
     pytest.skip("under TRITON_INTERPRET=1 nothing is compiled", allow_module_level=True)
@@ -52,7 +54,10 @@ SMALL = {
         "cuda": "bias_gelu_fwd bias_gelu_bwd sum_partials",
     },
     ("bias_gelu", "tails"): {},
-    ("qkv_proj", "T7-C15-H3-split"): {"triton": "linear_fwd sum_rows"},
+    ("qkv_proj", "T7-C15-H3-split"): {
+        "triton": "linear_fwd sum_rows",
+        "cuda": "qkv_proj_fwd linear_bwd_db sum_partials",
+    },
     ("feed_forward", "T5-C7-F11"): {"triton": "linear_fwd bias_gelu_bwd"},
     ("cross_entropy", "N7-V13"): {
         "triton": "cross_entropy_fwd cross_entropy_bwd",
@@ -114,6 +119,20 @@ def every() -> list[tuple[str, str, str]]:
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_every_sample(name, slug, sample, dtype, backward):
     check(name, slug, sample, dtype, backward)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs it")
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc, which knows the lines")
+def test_an_error_in_cuda_names_its_source(monkeypatch):
+    if reason := cuda_host.missing():
+        pytest.skip(reason)
+    monkeypatch.setattr(host.Tensors, "_expose", lambda self, t: self._buffer(t, 0))
+    with (
+        on_machine("cuda"),
+        backend.use("cuda"),
+        pytest.raises(PtxError, match=r"out-of-bounds.*`ld\.global.*\(\w+\.cuh?:\d+\)"),
+    ):
+        functional.layer_norm(torch.randn(4, 8), torch.ones(8))
 
 
 def test_the_small_samples_promise_every_kernel():
