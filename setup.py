@@ -158,7 +158,8 @@ def cuda_toolchain(version: str) -> Toolchain:
     if compiler is None:
         raise PlatformError(
             "fastbert's CUDA module needs nvcc, which is neither on PATH nor in $CUDA_HOME/bin: install the CUDA "
-            "toolkit, or pip install nvidia-cuda-nvcc nvidia-cuda-cccl and build without isolation, or leave FASTBERT_CUDA unset to install without it"
+            "toolkit, or pip install nvidia-cuda-nvcc nvidia-cuda-cccl and build without isolation, or leave "
+            "FASTBERT_CUDA unset to install without it"
         )
     targets = cuda_targets(compiler)
     flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", *targets]
