@@ -32,7 +32,8 @@ except ImportError as error:
     native = None
     unavailable = (
         f"the native module fastbert._cuda is not usable ({error}): install fastbert with nvcc at hand, the CUDA "
-        "toolkit's or the wheels nvidia-cuda-nvcc and nvidia-cuda-cccl, by FASTBERT_CUDA=1 `pip install .` in a checkout"
+        "toolkit's or the wheels nvidia-cuda-nvcc and nvidia-cuda-cccl, by FASTBERT_CUDA=1 `pip install .` in a "
+        "checkout"
     )
 else:
     unavailable = None
