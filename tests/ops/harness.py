@@ -13,7 +13,8 @@ from fastbert import backend, cpu, functional
 from fastbert.testing import parity
 
 INTERPRETED = backend.device_of("triton") == "cpu"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# fp16's kernels are bf16's, and run as compiled on the PTX machine (tests/ptx)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)[: 2 if INTERPRETED else 3]
 
 
 def short(dtype: torch.dtype) -> str:

@@ -6,6 +6,7 @@ import struct
 
 import numpy as np
 import pytest
+import torch
 
 from ptx.machine import launch
 from ptx.memory import LEGAL, WRITTEN, Buffer, Counts, PtxError
@@ -16,6 +17,7 @@ HEAD = """
 .target sm_80
 .address_size 64
 .shared .align 16 .b8 tile[1024];
+.const .align 4 .b32 table[3] = {{10, 20, 30}};
 .func (.param .b32 result) triple(.param .b32 given)
 {{
     .reg .b32 %r<3>;
@@ -244,6 +246,44 @@ def test_lanes_that_ended_hold_up_no_warp():
 L:  bar.warp.sync -1;
     st.global.u32 [%rd5], %r1;""")
     assert (y.view(np.uint32)[:51] == np.arange(51)).all()
+
+
+def test_every_space_and_generic_addresses():
+    """Each lane's own local memory, a constant table and shared memory, by their windows and by generic addresses."""
+    y, _ = run("""
+    .local .align 8 .b8 mine[16];
+    mov.u64 %rd6, mine;
+    cvta.local.u64 %rd7, %rd6;
+    st.v2.u32 [%rd7+8], {%r1, %r1};
+    ld.local.u32 %r6, [%rd6+12];
+    mov.u64 %rd8, table;
+    ld.const.u32 %r7, [%rd8+4];
+    cvt.u64.u32 %rd9, %r5;
+    cvta.shared.u64 %rd9, %rd9;
+    add.u32 %r6, %r6, %r7;
+    st.u32 [%rd9], %r6;
+    ld.shared.u32 %r8, [%r5];
+    cvta.to.global.u64 %rd5, %rd5;
+    st.u32 [%rd5], %r8;""")
+    assert (y.view(np.uint32) == np.arange(64) + 20).all()
+    with pytest.raises(PtxError, match="uninitialised: local"):
+        run(".local .align 8 .b8 mine[16]; mov.u64 %rd6, mine; ld.local.u32 %r6, [%rd6];")
+
+
+@pytest.mark.parametrize("type_", ["f16x2", "bf16x2"])
+def test_packed_halves(type_):
+    """fma of pairs: one rounding, each half for itself."""
+    half = type_[:-2]
+    body = (
+        f"mov.b32 %f1, %r10; mov.b32 %f2, %r11; cvt.rn.{type_}.f32 %r7, %f1, %f2; fma.rn.{type_} %r8, %r7, %r7, %r7;"
+        f"mov.b32 {{%h1, %h2}}, %r8; cvt.f32.{half} %f3, %h2; mov.b32 %r6, %f3;"
+    )
+    x = np.array([1.5, -3.0, 0.1, 7.0], np.float32)
+    found = computed(body, x, x[::-1].copy(), out="f32")
+    dtype = {"f16": torch.float16, "bf16": torch.bfloat16}[half]
+    # the upper half is the first operand
+    given = torch.from_numpy(x).to(dtype).double()
+    assert found.tolist() == (given * given + given).to(dtype).float().tolist()
 
 
 def computed(operation, *operands, out="u32"):
