@@ -1,0 +1,187 @@
+"""One encoder layer of a transformers model on packed tokens, with the layer's own modules and weights.
+
+A weight is read only where its module is exactly torch.nn's, untouched; an adapter, or whatever else was put there, is
+called.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import functional as F
+from fastbert import nn as drop_in
+from fastbert.blocks import attend, log_once
+from fastbert.integrations.families import Layout, Parts
+from fastbert.packing import Packing
+
+
+class Call(NamedTuple):
+    """What the layers of one forward share."""
+
+    packing: Packing
+    seed: Tensor | None
+    packed: bool  # whether hidden states go from layer to layer as (1, T, C), or as (B, S, C)
+    layer: int = 0
+
+
+# --- what may be read or bypassed ---
+
+_GELUS = {
+    "GELUActivation": "none",
+    "NewGELUActivation": "tanh",
+    "GELUTanh": "tanh",
+    "PytorchGELUTanh": "tanh",
+}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# transformers' own hooks collect hidden states and attentions, and only when those are asked for
+_RECORDERS = "transformers.utils."
+_SHARDING = "torch.distributed."
+
+
+def hooked(m: nn.Module, *indifferent: str) -> bool:
+    """Whether somebody watches a module's calls; hooks from the packages `indifferent` do not count."""
+    state = m.__dict__
+    if "forward" in state:
+        return True
+    for name in _HOOKS:
+        if hooks := state[name]:
+            for hook in hooks.values():
+                if not (getattr(hook, "__module__", None) or "").startswith(indifferent):
+                    return True
+    return False
+
+
+def plain(m: nn.Module) -> bool:
+    """Whether a Linear's weight says everything about it: exactly nn.Linear, untouched, with ordinary tensors."""
+    ordinary = (nn.Parameter, Tensor)
+    return (
+        type(m) is nn.Linear
+        and type(m.weight) in ordinary
+        and (m.bias is None or type(m.bias) in ordinary)
+        and not hooked(m, _RECORDERS)
+    )
+
+
+def _adapter(m: nn.Module) -> bool:
+    return type(m).__module__.startswith("peft.")
+
+
+def _linear_like(m: nn.Module) -> bool:
+    # parametrized and quantised ones have another class or another kind of weight, and this forward
+    return type(m).forward is nn.Linear.forward or _adapter(m)
+
+
+def _norm_like(m: nn.Module) -> bool:
+    return type(m).forward in (nn.LayerNorm.forward, drop_in.LayerNorm.forward) or _adapter(m)
+
+
+def _dropout_like(m: nn.Module | None) -> bool:
+    return m is None or (type(m) is nn.Dropout and 0.0 <= m.p < 1.0)
+
+
+def _elementwise(m: Any) -> bool:
+    if not isinstance(m, nn.Module):
+        return getattr(m, "__module__", None) in ("torch.nn.functional", "torch._C._nn", "torch")
+    if _gelu(m) is not None or type(m).__module__ == "transformers.activations":
+        return True
+    return type(m) in (nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Mish, nn.ELU, nn.Identity)
+
+
+def unsuited(layer: nn.Module, layout: Layout, module: str) -> str | None:
+    """Why a layer must be run by transformers' own code, None if it can be run here."""
+    parts = layout.of(layer)
+    for name, holder in zip(layout.holders, layout.holding(layer), strict=True):
+        if type(holder).__module__ != module:
+            return f"its {name} was replaced by a {type(holder).__name__}"
+        if hooked(holder, _RECORDERS):
+            return f"hooks are attached to its {name}"
+    if getattr(parts.core, "is_causal", False):
+        return "its attention is causal"
+    checks = (
+        (_linear_like, ("query", "key", "value", "out", "up", "down")),
+        (_norm_like, ("attention_norm", "output_norm")),
+        (_dropout_like, ("attention_dropout", "out_dropout", "down_dropout")),
+        (_elementwise, ("activation",)),
+    )
+    for fits, names in checks:
+        for name in names:
+            m = getattr(parts, name)
+            if not fits(m):
+                return f"its {name} is {str(m).splitlines()[0]}"
+            if isinstance(m, nn.Module) and hooked(m, _RECORDERS, _SHARDING):
+                return f"hooks are attached to its {name}"
+    return None
+
+
+# --- the layer ---
+
+
+def run(layer: nn.Module, layout: Layout, x: Tensor, call: Call) -> Tensor:
+    """One layer on packed tokens (T, C): LN(x + attention), then LN(x + feed-forward); takes three dropout sites."""
+    m = layout.of(layer)
+    site = 1 + 3 * call.layer
+    y = _tokens(m.out, _attention(m, x, call, site))
+    x = _add_norm(m.attention_norm, m.out_dropout, y, x, call.seed, site + 1)
+    y = _feed_forward(m, x)
+    return _add_norm(m.output_norm, m.down_dropout, y, x, call.seed, site + 2)
+
+
+def _tokens(m: nn.Module, x: Tensor) -> Tensor:
+    """A Linear, or what stands in its place, on packed tokens; the latter sees a batch of one sequence."""
+    if plain(m):
+        return F.linear(x, m.weight, m.bias)  # type: ignore[arg-type]
+    return m(x[None])[0]
+
+
+def _attention(m: Parts, x: Tensor, call: Call, site: int) -> Tensor:
+    """(T, C) -> (T, H * D), before the output projection."""
+    projections = (m.query, m.key, m.value)
+    size = m.core.attention_head_size
+    if all(map(plain, projections)) and m.query.in_features == x.shape[1]:
+        biases = [p.bias for p in projections if p.bias is not None]
+        heads = m.query.out_features // size
+        qkv = F.qkv_proj(x, [p.weight for p in projections], biases, heads)
+    else:
+        qkv = torch.stack([_tokens(p, x) for p in projections], 1)
+        qkv = qkv.view(*qkv.shape[:2], qkv.shape[2] // size, size)
+    p = m.attention_dropout.p if m.core.training else 0.0
+    packing = call.packing
+    options = {"scale": m.core.scaling, "p": p, "seed": call.seed if p else None, "site": site}
+    return attend(qkv, packing.cu_seqlens, packing.max_seqlen, **options)
+
+
+def _gelu(activation: Any) -> str | None:
+    """The `approximate` of a GELU, None for any other activation."""
+    if type(activation) in (nn.GELU, drop_in.GELU):
+        return activation.approximate
+    if activation is nn.functional.gelu:
+        return "none"
+    kind = type(activation)
+    return _GELUS.get(kind.__name__) if kind.__module__ == "transformers.activations" else None
+
+
+def _feed_forward(m: Parts, x: Tensor) -> Tensor:
+    up, down, approximate = m.up, m.down, _gelu(m.activation)
+    if approximate is not None and plain(up) and plain(down):
+        return F.feed_forward(x, up.weight, up.bias, down.weight, down.bias, approximate)
+    if approximate is None:
+        log_once(
+            f"accelerate: the activation {type(m.activation).__name__} is transformers', not fused"
+        )
+    return _tokens(down, m.activation(_tokens(up, x)))
+
+
+def _add_norm(
+    norm: Any, dropout: Any, y: Tensor, residual: Tensor, seed: Tensor | None, site: int
+) -> Tensor:
+    p = dropout.p if dropout is not None and dropout.training else 0.0
+    seed = seed if p else None
+    exact = type(norm) in (nn.LayerNorm, drop_in.LayerNorm)
+    if exact and len(norm.normalized_shape) == 1 and norm.bias is not None:
+        return F.dropout_add_layer_norm(
+            y, residual, norm.weight, norm.bias, eps=norm.eps, p=p, seed=seed, site=site
+        )
+    return norm(residual + (y if dropout is None else dropout(y)))
