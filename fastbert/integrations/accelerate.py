@@ -47,9 +47,7 @@ def accelerate(model: M) -> M:
             m.__class__ = kind
             changed[kind.__name__] += 1
     if changed:
-        _log.info(
-            "accelerate: %s", ", ".join(f"{n} {name}" for name, n in sorted(changed.items()))
-        )
+        _log.info("accelerate: %s", ", ".join(f"{n} {name}" for name, n in sorted(changed.items())))
     elif not known:
         _log.warning(
             "accelerate: %s holds no layer that fastbert knows, nothing was changed: docs/accelerate.md lists them",

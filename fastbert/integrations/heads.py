@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as stock_functional
 
 from fastbert import functional as F
-from fastbert.blocks import log_once
+from fastbert.blocks import hooked, log_once
 from fastbert.integrations import layers
 from fastbert.integrations.families import found
 
@@ -111,7 +111,7 @@ def _head_reason(self: Any, given: dict[str, Any]) -> str | None:
         if top == "gelu":
             continue
         for m in getattr(self, top).modules():
-            if layers.hooked(m, layers._RECORDERS, layers._SHARDING):
+            if hooked(m, *layers.RECORDERS, layers.SHARDING):
                 return f"hooks are attached to its {top}"
     return observed()
 
@@ -143,6 +143,9 @@ def question_answering(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
     padded = isinstance(mask, Tensor) and isinstance(values, Tensor)
     if not padded or mask.shape != values.shape[:2] or bool(mask.all()):
         return stock(self, **given)
+    log_once(
+        "accelerate: question answering leaves padding out: scores there are the lowest value, the loss runs over tokens"
+    )
     ends = [given.pop(name, None) for name in ("start_positions", "end_positions")]
     as_dict = given.pop("return_dict", None)
     output = stock(self, **given, return_dict=True)

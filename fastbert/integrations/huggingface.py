@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert.blocks import log_once
+from fastbert.blocks import hooked, log_once
 from fastbert.integrations import heads, layers
 from fastbert.integrations.families import FAMILIES, Family
 from fastbert.integrations.layers import Call
@@ -249,7 +249,7 @@ def _padded_reason(self: Any) -> str | None:
     outer = [("embeddings", m) for m in embeddings.modules()]
     outer += [("encoder", stack), *((f"layer {i}", layer) for i, layer in enumerate(stack.layer))]
     for name, m in outer:
-        if layers.hooked(m, layers._RECORDERS, layers._SHARDING):
+        if hooked(m, *layers.RECORDERS, layers.SHARDING):
             return f"hooks are attached to the {name}"
     for i, layer in enumerate(stack.layer):
         if reason := layers.unsuited(layer, family.layout, family.module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastbert import functional as F
 from fastbert import nn as drop_in
-from fastbert.blocks import attend, log_once
+from fastbert.blocks import attend, hooked, log_once
 from fastbert.integrations.families import Layout, Parts
 from fastbert.packing import Packing
 
@@ -35,23 +35,11 @@ _GELUS = {
     "GELUTanh": "tanh",
     "PytorchGELUTanh": "tanh",
 }
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# transformers' own hooks collect hidden states and attentions, and only when those are asked for
-_RECORDERS = "transformers.utils."
-_SHARDING = "torch.distributed."
-
-
-def hooked(m: nn.Module, *indifferent: str) -> bool:
-    """Whether somebody watches a module's calls; hooks from the packages `indifferent` do not count."""
-    state = m.__dict__
-    if "forward" in state:
-        return True
-    for name in _HOOKS:
-        if hooks := state[name]:
-            for hook in hooks.values():
-                if not (getattr(hook, "__module__", None) or "").startswith(indifferent):
-                    return True
-    return False
+# hooks that packed tokens do not matter to: those that record hidden states, which are padded afterwards, and
+# attentions, which are not asked for here; those that make the embeddings' output require a gradient
+RECORDERS = ("transformers.utils.", "transformers.modeling_utils", "peft.utils.")
+# FSDP2's, on modules that are called
+SHARDING = "torch.distributed."
 
 
 def plain(m: nn.Module) -> bool:
@@ -61,7 +49,7 @@ def plain(m: nn.Module) -> bool:
         type(m) is nn.Linear
         and type(m.weight) in ordinary
         and (m.bias is None or type(m.bias) in ordinary)
-        and not hooked(m, _RECORDERS)
+        and not hooked(m, *RECORDERS)
     )
 
 
@@ -96,7 +84,7 @@ def unsuited(layer: nn.Module, layout: Layout, module: str) -> str | None:
     for name, holder in zip(layout.holders, layout.holding(layer), strict=True):
         if type(holder).__module__ != module:
             return f"its {name} was replaced by a {type(holder).__name__}"
-        if hooked(holder, _RECORDERS):
+        if hooked(holder, *RECORDERS):
             return f"hooks are attached to its {name}"
     if getattr(parts.core, "is_causal", False):
         return "its attention is causal"
@@ -111,7 +99,7 @@ def unsuited(layer: nn.Module, layout: Layout, module: str) -> str | None:
             m = getattr(parts, name)
             if not fits(m):
                 return f"its {name} is {str(m).splitlines()[0]}"
-            if isinstance(m, nn.Module) and hooked(m, _RECORDERS, _SHARDING):
+            if isinstance(m, nn.Module) and hooked(m, *RECORDERS, SHARDING):
                 return f"hooks are attached to its {name}"
     return None
 
