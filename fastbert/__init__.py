@@ -4,6 +4,7 @@ from fastbert import backend, functional
 from fastbert.backend import debug, explain, use
 from fastbert.freeze import freeze, frozen_bytes, unfreeze
 from fastbert.integrations.accelerate import accelerate, restore
+from fastbert.integrations.validate import validate
 from fastbert.tune import tune
 
 __version__ = "0.1.0"
@@ -20,4 +21,5 @@ __all__ = [
     "tune",
     "unfreeze",
     "use",
+    "validate",
 ]

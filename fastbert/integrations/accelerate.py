@@ -38,9 +38,7 @@ def accelerate(model: M) -> M:
     """
     _check(model)
     changed: Counter[str] = Counter()
-    known = False
     for m in model.modules():
-        known = known or hasattr(m, _STOCK)
         kind = _replacement(type(m))
         if kind is not None:
             setattr(m, _STOCK, type(m))
@@ -48,7 +46,7 @@ def accelerate(model: M) -> M:
             changed[kind.__name__] += 1
     if changed:
         _log.info("accelerate: %s", ", ".join(f"{n} {name}" for name, n in sorted(changed.items())))
-    elif not known:
+    elif not is_accelerated(model):
         _log.warning(
             "accelerate: %s holds no layer that fastbert knows, nothing was changed: docs/accelerate.md lists them",
             type(model).__name__,
@@ -72,6 +70,11 @@ def restore(model: M) -> M:
     for m in changed:
         m.__class__ = m.__dict__.pop(_STOCK)
     return model
+
+
+def is_accelerated(model: nn.Module) -> bool:
+    """Whether accelerate() has changed a module in there."""
+    return any(_STOCK in m.__dict__ for m in model.modules())
 
 
 def _check(model: object) -> None:

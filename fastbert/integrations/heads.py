@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -74,10 +73,11 @@ def _with_mlm_loss(self: Any, stock: Stock, given: dict[str, Any], others: tuple
     targets = [given.get(name) for name in ("labels", *others)]
     if logits_wanted or not self.training or any(t is None for t in targets):
         return token_labels(self, stock, given)
-    if _labelled_padding(given) or (reason := _head_reason(self, given)):
-        if not _labelled_padding(given):
-            log_once(f"accelerate: {type(self).__name__} computes all logits: {reason}")
+    if reason := _head_reason(self, given):
+        log_once(f"accelerate: {type(self).__name__} computes all logits: {reason}")
         return token_labels(self, stock, given)
+    if _labelled_padding(given):
+        return stock(self, **given, fastbert=_encoder_of(self) is None)
     as_dict = given.pop("return_dict", None)
     inputs = {k: v for k, v in given.items() if k not in ("labels", *others)}
     encoded = getattr(self, self.base_model_prefix)(**inputs, return_dict=True)
@@ -86,15 +86,13 @@ def _with_mlm_loss(self: Any, stock: Stock, given: dict[str, Any], others: tuple
         "hidden_states": encoded.get("hidden_states"),
         "attentions": encoded.get("attentions"),
     }
-    family = self.fastbert_family
     if others:
         scores = self.cls.seq_relationship(encoded[1])
         fields["loss"] = fields["loss"] + stock_functional.cross_entropy(
             scores.view(-1, 2), given["next_sentence_label"].view(-1)
         )
         fields["seq_relationship_logits"] = scores
-    kind = f"{family.prefix}ForPreTrainingOutput" if others else "MaskedLMOutput"
-    output = getattr(importlib.import_module(family.module), kind)(**fields)
+    output = self.fastbert_output(**fields)
     as_dict = getattr(self.config, "return_dict", True) if as_dict is None else as_dict
     return output if as_dict else output.to_tuple()
 
@@ -140,11 +138,12 @@ def question_answering(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
     """Start and end scores at padding are the dtype's lowest value, so that no softmax or argmax sees padding."""
     mask, values = given.get("attention_mask"), given.get("input_ids")
     values = given.get("inputs_embeds") if values is None else values
-    padded = isinstance(mask, Tensor) and isinstance(values, Tensor)
-    if not padded or mask.shape != values.shape[:2] or bool(mask.all()):
+    if not isinstance(mask, Tensor) or not isinstance(values, Tensor):
+        return stock(self, **given)
+    if mask.shape != values.shape[:2] or mask.all():
         return stock(self, **given)
     log_once(
-        "accelerate: question answering leaves padding out: scores there are the lowest value, the loss runs over tokens"
+        "accelerate: answers' scores at padding are the lowest value, and their loss runs over tokens only"
     )
     ends = [given.pop(name, None) for name in ("start_positions", "end_positions")]
     as_dict = given.pop("return_dict", None)

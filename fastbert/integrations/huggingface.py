@@ -1,9 +1,9 @@
 """Models of transformers on packed tokens: subclasses of theirs, importable by the same names, for accelerate().
 
 `fastbert.integrations.huggingface.BertLayer` is transformers' BertLayer with another forward, made when it is first
-asked for, by unpickling too. The model's forward takes the padding out of ids and positions, transformers' own code runs
-on the batch of one long sequence (1, T), the encoder hands its layers where the sequences begin, and puts the padding
-back, as zeros.
+asked for, by unpickling too. The model's forward takes the padding out of ids and positions, transformers' own code
+runs on the batch of one long sequence (1, T), the encoder hands its layers where the sequences begin, and puts the
+padding back, as zeros.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def _make(family: Family, name: str) -> type[nn.Module]:
             "__doc__": stock.__doc__,
             "forward": _forward(stock.forward, _FORWARDS[kind]),
             "fastbert_family": family,
+            "fastbert_output": _output(family, kind),
         }
         if hasattr(stock, "is_custom_code"):
             # weights are initialised and converted as those of transformers' own classes
@@ -69,6 +70,16 @@ def _make(family: Family, name: str) -> type[nn.Module]:
         _register_recorders(made)
         globals()[name] = made
     return made
+
+
+def _output(family: Family, kind: str) -> Any:
+    """The class of what a forward of ours returns where it returns what it has made itself."""
+    names = {
+        "encoder": family.output,
+        "masked_lm": "MaskedLMOutput",
+        "pretraining": f"{family.prefix}ForPreTrainingOutput",
+    }
+    return getattr(importlib.import_module(family.module), names[kind]) if kind in names else None
 
 
 def _forward(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
@@ -272,10 +283,8 @@ def _encoder(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any
         x = layer(x, mask, fastbert=call._replace(layer=i), **given)
     packing = call.packing
     x = packing.pad(x[0] if call.packed else packing.unpad(x))
-    family = self.fastbert_family
-    output = getattr(importlib.import_module(family.module), family.output)
     # under autocast layers compute in its dtype, and transformers' output is in the embeddings'
-    return output(last_hidden_state=x.to(dtype))
+    return self.fastbert_output(last_hidden_state=x.to(dtype))
 
 
 def _layer(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
