@@ -157,7 +157,7 @@ def _kept(model: nn.Module) -> Iterator[None]:
     modes = {m: m.training for m in model.modules()}
     gradients = {p: p.grad for p in model.parameters()}
     buffers = {b: b.clone() for b in model.buffers()}
-    dropouts = [
+    dropouts: list[tuple[nn.Module, str, float]] = [
         (m, name, getattr(m, name))
         for m in model.modules()
         for name, kind in (
@@ -168,13 +168,13 @@ def _kept(model: nn.Module) -> Iterator[None]:
     ]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices):
-        for m, name, _ in dropouts:
-            setattr(m, name, 0.0)
+        for dropout, name, _ in dropouts:
+            setattr(dropout, name, 0.0)
         try:
             yield
         finally:
-            for m, name, p in dropouts:
-                setattr(m, name, p)
+            for dropout, name, rate in dropouts:
+                setattr(dropout, name, rate)
             for m, mode in modes.items():
                 m.training = mode
             for p, grad in gradients.items():
@@ -193,6 +193,10 @@ def _cosine(x: Tensor, y: Tensor) -> float:
     return float(x @ y) / scale if scale else float(torch.equal(x, y))
 
 
+def _pair(stock: str, ours: str) -> tuple[str, str]:
+    return stock, ours
+
+
 def _outputs(stock: _Found, ours: _Found) -> Iterator[Row]:
     for name, x in stock.outputs.items():
         y = ours.outputs.get(name)
@@ -200,7 +204,7 @@ def _outputs(stock: _Found, ours: _Found) -> Iterator[Row]:
             yield Row(name, str(tuple(x.shape)), "missing", "", False)
         elif x.dim() and x.numel():
             cosine, largest = _cosine(x, y), float((x.double() - y.double()).abs().max())
-            figures = [f"max {float(t.abs().max()):.3g}" for t in (x, y)]
+            figures = _pair(*(f"max {float(t.abs().max()):.3g}" for t in (x, y)))
             difference = f"max {largest:.1e}, cosine {cosine:.6f}"
             yield Row(name, *figures, difference, cosine >= COSINE)
 
@@ -210,14 +214,14 @@ def _training(stock: _Found, ours: _Found) -> Iterator[Row]:
     close = abs(x - y) <= 4 * torch.finfo(stock.loss.dtype).eps * max(abs(x), 1.0) + 1e-4 * abs(x)
     yield Row("loss", f"{x:.6f}", f"{y:.6f}", f"{abs(x - y):.1e}", close or (x != x and y != y))
     odd = sorted(stock.gradients.keys() ^ ours.gradients.keys())
-    figures = [f"{len(f.gradients)} tensors" for f in (stock, ours)]
+    figures = _pair(*(f"{len(f.gradients)} tensors" for f in (stock, ours)))
     if odd or not stock.gradients:
         yield Row("gradients", *figures, f"on one side only: {', '.join(odd[:3])}", not odd)
         return
     flat = [torch.cat([f.gradients[k].flatten() for k in stock.gradients]) for f in (stock, ours)]
     cosine, largest = _cosine(*flat), float((flat[0].double() - flat[1].double()).abs().max())
     yield Row("gradients", *figures, f"max {largest:.1e}, cosine {cosine:.6f}", cosine >= COSINE)
-    megabytes = [f"{f.saved / 1e6:.2f} MB" for f in (stock, ours)]
+    megabytes = _pair(*(f"{f.saved / 1e6:.2f} MB" for f in (stock, ours)))
     yield Row("kept for backward", *megabytes, f"{ours.saved / max(stock.saved, 1):.2f} x", None)
 
 
@@ -241,7 +245,7 @@ def _speed(
                 if number >= 0:
                     seconds[name].append(taken)
         stock, ours = (float(torch.tensor(seconds[name]).median()) for name in NAMES)
-        figures = f"{stock * 1e3:.1f} ms", f"{ours * 1e3:.1f} ms"
+        figures = _pair(f"{stock * 1e3:.1f} ms", f"{ours * 1e3:.1f} ms")
         yield Row(f"{what}, median", *figures, f"{stock / ours:.2f} x as fast", None)
 
 
