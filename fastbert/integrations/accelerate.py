@@ -73,7 +73,8 @@ def restore(model: M) -> M:
 
 
 def is_accelerated(model: nn.Module) -> bool:
-    """Whether accelerate() has changed a module in there."""
+    """Whether accelerate() has changed a module in there; refuses what is no torch.nn.Module."""
+    _check(model)
     return any(_STOCK in m.__dict__ for m in model.modules())
 
 

@@ -62,9 +62,9 @@ def validate(
     """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}: it must be at least 1")
+    was = is_accelerated(model)
     call = _caller(model, batch)
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    was = is_accelerated(model)
     report = Report()
     with _kept(model):
         _switch(model, "fastbert")
