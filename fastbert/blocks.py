@@ -34,11 +34,10 @@ def hooked(m: nn.Module, *indifferent: str) -> bool:
     state = m.__dict__
     if "forward" in state:
         return True
-    for name in _HOOKS:
-        for hook in state[name].values():
-            if not (getattr(hook, "__module__", None) or "").startswith(indifferent):
-                return True
-    return False
+    if not any(map(state.__getitem__, _HOOKS)):
+        return False
+    hooks = [hook for name in _HOOKS for hook in state[name].values()]
+    return any(not (getattr(h, "__module__", None) or "").startswith(indifferent) for h in hooks)
 
 
 def attend(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Any) -> Tensor:

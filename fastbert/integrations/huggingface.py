@@ -35,6 +35,12 @@ def replacement(kind: type[nn.Module]) -> type[nn.Module] | None:
     family = FAMILIES.get(kind.__module__)
     if family is None or family.kind(kind.__name__) is None:
         return None
+    version = importlib.import_module("transformers").__version__
+    if int(version.partition(".")[0]) < 5:
+        log_once(
+            f"accelerate: transformers {version} is older than 5: only its torch.nn layers are accelerated"
+        )
+        return None
     return globals().get(kind.__name__) or _make(family, kind.__name__)
 
 
