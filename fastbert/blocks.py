@@ -32,7 +32,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def hooked(m: nn.Module, *indifferent: str) -> bool:
     """Whether somebody watches or replaces a module's calls; hooks of the packages `indifferent` do not count."""
     state = m.__dict__
-    if "forward" in state:
+    # transformers 5.0 leaves a module's own method behind when it has recorded
+    if "forward" in state and getattr(m.forward, "__func__", None) is not type(m).forward:
         return True
     if not any(map(state.__getitem__, _HOOKS)):
         return False

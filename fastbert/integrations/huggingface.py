@@ -104,14 +104,14 @@ def _forward(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..
 
 def _register_recorders(made: Any) -> None:
     """Tell transformers what it may record of these models: its register goes by the class's path."""
-    try:
-        from transformers.utils import output_capturing
-
-        register = output_capturing._CAN_RECORD_REGISTRY
-    except (ImportError, AttributeError):
+    for name in ("output_capturing", "generic"):  # since and before 5.2 or so
+        try:
+            register = importlib.import_module(f"transformers.utils.{name}")._CAN_RECORD_REGISTRY
+        except (ImportError, AttributeError):
+            continue
+        if getattr(made, "_can_record_outputs", None):
+            dict.__setitem__(register, str(made), made._can_record_outputs)
         return
-    if getattr(made, "_can_record_outputs", None):
-        dict.__setitem__(register, str(made), made._can_record_outputs)
 
 
 # --- the model ---
