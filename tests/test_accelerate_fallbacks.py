@@ -111,12 +111,32 @@ def _sequence_mixing(model):
     layer.output.LayerNorm = Mixed(layer.output.LayerNorm)
 
 
+class Shifted(nn.Embedding):
+    """Word embeddings that mix neighbours."""
+
+    def forward(self, ids):
+        return super().forward(ids) + super().forward(ids.roll(1, 1))
+
+
+def _mixing_embeddings(model):
+    model.embeddings.word_embeddings.__class__ = Shifted
+
+
 def _bare_norm(model):
     model.encoder.layer[0].output.LayerNorm = nn.LayerNorm(32, bias=False)
 
 
 @pytest.mark.parametrize(
-    "change", [_double, _parametrize, _override, _activation, _sequence_mixing, _bare_norm]
+    "change",
+    [
+        _double,
+        _parametrize,
+        _override,
+        _activation,
+        _sequence_mixing,
+        _mixing_embeddings,
+        _bare_norm,
+    ],
 )
 @pytest.mark.parametrize("first", [True, False])
 def test_replaced_parts_are_called(change, first):

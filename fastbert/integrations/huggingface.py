@@ -263,7 +263,13 @@ def _padded_reason(self: Any) -> str | None:
     embeddings = self.embeddings
     if type(embeddings).__module__ != family.module:
         return f"the embeddings are a {type(embeddings).__name__}"
-    outer = [("embeddings", m) for m in embeddings.modules()]
+    parts = list(embeddings.modules())
+    if (project := self._modules.get("embeddings_project")) is not None:
+        parts.append(project)
+    for m in parts[1:]:
+        if not layers.tokenwise(m):
+            return f"the embeddings hold a {type(m).__name__}"
+    outer = [("embeddings", m) for m in parts]
     outer += [("encoder", stack), *((f"layer {i}", layer) for i, layer in enumerate(stack.layer))]
     for name, m in outer:
         if hooked(m, *layers.RECORDERS, layers.SHARDING):

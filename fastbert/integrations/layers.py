@@ -66,6 +66,12 @@ def _norm_like(m: nn.Module) -> bool:
     return type(m).forward in (nn.LayerNorm.forward, drop_in.LayerNorm.forward) or _adapter(m)
 
 
+def tokenwise(m: nn.Module) -> bool:
+    """Whether a part of the embeddings treats every token by itself, so that it may see them packed."""
+    known = type(m).forward in (nn.Embedding.forward, nn.Dropout.forward)
+    return known or _linear_like(m) or _norm_like(m)
+
+
 def _dropout_like(m: nn.Module | None) -> bool:
     return m is None or (type(m) is nn.Dropout and 0.0 <= m.p < 1.0)
 
