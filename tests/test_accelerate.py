@@ -63,6 +63,8 @@ def test_same_outputs_and_gradients(family, head, sentences):
     mask = given["attention_mask"].flatten(0, -2)
     with torch.no_grad():
         assert_same(*(m(**given, output_hidden_states=True) for m in (stock, ours)), mask)
+        # without hidden states the last layer computes what the head reads only
+        assert_same(*(m(**given) for m in (stock, ours)), mask)
     if not {"labels", "start_positions"} & given.keys():
         return
     (x, dx), (y, dy) = (gradients(without_dropout(m), given) for m in (stock, ours))

@@ -155,6 +155,47 @@ def test_replaced_parts_are_called(change, first):
     torch.testing.assert_close(at_tokens(x), at_tokens(y), atol=1e-5, rtol=1e-5)
 
 
+class MeanHead(nn.Module):
+    """Reads all columns, where RoBERTa's own head reads the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(32, 3)
+
+    def forward(self, x):
+        return self.out(x.mean(1))
+
+
+class Mixing(nn.Module):
+    """A masked-LM transform that mixes tokens."""
+
+    def forward(self, x):
+        return x - x[..., :1, :]
+
+
+def test_heads_that_read_more_get_more():
+    """The last layer leaves out rows only where what reads its output is transformers' own."""
+    torch.manual_seed(0)
+    stock, given = build("Roberta", "ForSequenceClassification"), batch("Roberta")
+    stock.classifier = MeanHead()
+    given = {"input_ids": given["input_ids"].clamp(min=5)}
+    torch.testing.assert_close(stock(**given).logits, accelerated(stock)(**given).logits)
+    stock, given = build("Bert", "ForMaskedLM"), batch("Bert", "ForMaskedLM")
+    given = given | {
+        "attention_mask": None,
+        "labels": given["labels"].where(torch.arange(B)[:, None] < 1, 3),
+    }
+    stock.cls.predictions.transform = Mixing()
+    losses = [without_dropout(m)(**given).loss for m in (stock, accelerated(stock))]
+    torch.testing.assert_close(*losses)
+    stock, seen = build("Bert", "ForSequenceClassification"), []
+    given = batch("Bert", "ForSequenceClassification")
+    for m in (stock, accelerated(stock)):
+        m.bert.pooler.register_forward_pre_hook(lambda m, i: seen.append(i[0]))
+        m(**given)
+    torch.testing.assert_close(at_tokens(seen[0]), at_tokens(seen[1]), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "options", "word"),
     [

@@ -33,14 +33,25 @@ def observed() -> str | None:
 def token_labels(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
     """A head with a label per token: where padding is labelled, outputs there count, and nothing is packed."""
     if _labelled_padding(given):
-        given["fastbert"] = _encoder_of(self) is None
+        given |= _asked(self, None)
     return stock(self, **given)
 
 
-def _encoder_of(self: Any) -> Any:
-    """The accelerated encoder model inside, or None."""
+def first_token(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
+    """A head that reads every sequence's first column only: the last layer leaves out what it can."""
+    family, base = self.fastbert_family, self.base_model_prefix
+    for name, m in self.named_children():
+        # what was put there may read, and whoever watches may see, other columns too
+        own = type(m).__module__ == family.module or type(m) in (nn.Linear, nn.Dropout)
+        if name != base and (not own or hooked(m)):
+            return stock(self, **given)
+    return stock(self, **given, **_asked(self, "first"))
+
+
+def _asked(self: Any, tokens: Any) -> dict[str, Any]:
+    """The argument that tells the accelerated encoder which tokens this head reads; None: all, and unpacked."""
     base = getattr(self, self.base_model_prefix, None)
-    return base if hasattr(type(base), "fastbert_family") else None
+    return {"fastbert": tokens} if hasattr(type(base), "fastbert_family") else {}
 
 
 def _labelled_padding(given: dict[str, Any]) -> bool:
@@ -77,12 +88,17 @@ def _with_mlm_loss(self: Any, stock: Stock, given: dict[str, Any], others: tuple
         log_once(f"accelerate: {type(self).__name__} computes all logits: {reason}")
         return token_labels(self, stock, given)
     if _labelled_padding(given):
-        return stock(self, **given, fastbert=_encoder_of(self) is None)
+        return stock(self, **given, **_asked(self, None))
     as_dict = given.pop("return_dict", None)
     inputs = {k: v for k, v in given.items() if k not in ("labels", *others)}
+    labels = given["labels"].reshape(-1)
+    rows = (labels != -100).nonzero().squeeze(1)
+    if not others:
+        inputs |= _asked(self, rows)
     encoded = getattr(self, self.base_model_prefix)(**inputs, return_dict=True)
+    rows, labels = (t.to(encoded[0].device) for t in (rows, labels.index_select(0, rows)))
     fields = {
-        "loss": _mlm_loss(self, encoded[0], given["labels"]),
+        "loss": _mlm_loss(self, encoded[0].flatten(0, 1).index_select(0, rows), labels),
         "hidden_states": encoded.get("hidden_states"),
         "attentions": encoded.get("attentions"),
     }
@@ -106,21 +122,21 @@ def _head_reason(self: Any, given: dict[str, Any]) -> str | None:
     family = self.fastbert_family
     for name in (*family.transform, family.decoder):
         top = name.split(".", maxsplit=1)[0]
-        if top == "gelu":
+        if name == "gelu":
             continue
         for m in getattr(self, top).modules():
             if hooked(m, *layers.RECORDERS, layers.SHARDING):
                 return f"hooks are attached to its {top}"
+        m = found(self, name)
+        parts = m.children() if type(m).__module__ == family.module else (m,)
+        if not all(layers.tokenwise(part) or layers.elementwise(part) for part in parts):
+            return f"its {name} is not transformers' own"
     return observed()
 
 
-def _mlm_loss(self: Any, hidden: Tensor, labels: Tensor) -> Tensor:
-    """The mean over labelled rows, 0 and connected to the graph without any."""
+def _mlm_loss(self: Any, x: Tensor, labels: Tensor) -> Tensor:
+    """The mean over labelled rows (R, C), 0 and connected to the graph without any."""
     family = self.fastbert_family
-    labels = labels.to(hidden.device).reshape(-1)
-    rows = (labels != -100).nonzero().squeeze(1)
-    labels = labels.index_select(0, rows)
-    x = hidden.flatten(0, 1).index_select(0, rows)
     for name in family.transform:
         x = stock_functional.gelu(x) if name == "gelu" else found(self, name)(x)
     decoder: nn.Module = found(self, family.decoder)

@@ -133,7 +133,8 @@ _KNOWN = {
 
 def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     """The encoder model's forward: packed, or transformers' own with one logged sentence."""
-    if not given.pop("fastbert", True):
+    wanted = given.pop("fastbert", "all")
+    if wanted is None:
         return stock(self, **given)
     reason = _model_reason(self, given)
     packing: Packing | None = None
@@ -151,6 +152,8 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     if reason is not None:
         log_once(f"accelerate: {type(self).__name__} takes padding out layer by layer: {reason}")
         return stock(self, **given, fastbert=call)
+    if not given.get("output_hidden_states", getattr(self.config, "output_hidden_states", False)):
+        call = _narrowed(self, call, wanted, values)
     as_dict = given.pop("return_dict", getattr(self.config, "return_dict", True))
     shape = values.shape[:2]
     given["position_ids"] = _positions(self, given, shape)
@@ -162,6 +165,24 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     if output.get("hidden_states"):
         output["hidden_states"] = tuple(_padded(h, output, packing) for h in output.hidden_states)
     return output.to_tuple() if as_dict is False else output
+
+
+def _narrowed(self: Any, call: Call, wanted: str | Tensor, values: Tensor) -> Call:
+    """The call for the tokens that a head reads: all, the first of every sequence, or places in the flat (B * S)."""
+    packing = call.packing
+    if (isinstance(wanted, str) and wanted == "all") or hooked(self):
+        return call
+    pooler = self._modules.get("pooler")
+    if pooler is not None and (
+        type(pooler).__module__ != self.fastbert_family.module or hooked(pooler)
+    ):
+        return call
+    if isinstance(wanted, str):
+        tokens = values.shape[:2].numel() if packing.rows is None else packing.rows.shape[0]
+        return call._replace(rows=packing.starts(tokens), firsts=True)
+    wanted = wanted.to(values.device)
+    rows = wanted if packing.rows is None else torch.searchsorted(packing.rows, wanted)
+    return call._replace(rows=rows)
 
 
 def _padded(hidden: Tensor | None, output: Any, packing: Packing) -> Tensor | None:
@@ -234,6 +255,8 @@ def _shape_reason(self: Any, given: dict[str, Any], implementation: str) -> str 
         return "the tensors are on meta"
     stack = getattr(self, self.fastbert_family.stack)
     ours = [stack, *stack.layer]
+    if len(ours) == 1:
+        return "it has no layers"
     if any(getattr(type(m), "fastbert_family", None) is not self.fastbert_family for m in ours):
         return "its layers are not accelerated: call fastbert.accelerate(model) again"
     return None
@@ -292,9 +315,8 @@ def _encoder(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any
     given.pop("use_cache", None)
     dtype = x.dtype
     for i, layer in enumerate(self.layer):
-        x = layer(x, mask, fastbert=call._replace(layer=i), **given)
-    packing = call.packing
-    x = packing.pad(x[0] if call.packed else packing.unpad(x))
+        x = layer(x, mask, fastbert=call.at(i, last=i == len(self.layer) - 1), **given)
+    x = call.padded(x[0] if call.packed else call.packing.unpad(x))
     # under autocast layers compute in its dtype, and transformers' output is in the embeddings'
     return self.fastbert_output(last_hidden_state=x.to(dtype))
 
@@ -321,4 +343,5 @@ _FORWARDS = {
     "pretraining": heads.pretraining,
     "question_answering": heads.question_answering,
     "token_labels": heads.token_labels,
+    "first_token": heads.first_token,
 }

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as stock
 
 from fastbert import functional as F
 from fastbert import nn as drop_in
@@ -24,7 +25,26 @@ class Call(NamedTuple):
     packing: Packing
     seed: Tensor | None
     packed: bool  # whether hidden states go from layer to layer as (1, T, C), or as (B, S, C)
+    # (R,) int64, the packed rows that a head reads: what follows the last layer's attention leaves out the others
+    rows: Tensor | None = None
+    firsts: bool = False  # whether these are the sequences' first tokens
     layer: int = 0
+
+    def at(self, layer: int, last: bool) -> Call:
+        """What the layer of this number sees."""
+        return self._replace(layer=layer, rows=self.rows if last else None)
+
+    def padded(self, x: Tensor) -> Tensor:
+        """What the last layer returned, (T, C) or (R, C), as (B, S, C), zeros elsewhere."""
+        packing, rows = self.packing, self.rows
+        if rows is None or packing.length is None:
+            return packing.pad(x)
+        if self.firsts:
+            return stock.pad(packing.of_starts(x)[:, None], (0, 0, 0, packing.length - 1))
+        places = rows if packing.rows is None else packing.rows.index_select(0, rows)
+        size = packing.batch * packing.length
+        y = x.new_zeros((size, x.shape[1])).index_copy(0, places, x)
+        return y.view(packing.batch, packing.length, x.shape[1])
 
 
 # --- what may be read or bypassed ---
@@ -67,7 +87,7 @@ def _norm_like(m: nn.Module) -> bool:
 
 
 def tokenwise(m: nn.Module) -> bool:
-    """Whether a part of the embeddings treats every token by itself, so that it may see them packed."""
+    """Whether a part of the embeddings or a head treats every token by itself, and may see them packed."""
     known = type(m).forward in (nn.Embedding.forward, nn.Dropout.forward)
     return known or _linear_like(m) or _norm_like(m)
 
@@ -76,7 +96,8 @@ def _dropout_like(m: nn.Module | None) -> bool:
     return m is None or (type(m) is nn.Dropout and 0.0 <= m.p < 1.0)
 
 
-def _elementwise(m: Any) -> bool:
+def elementwise(m: Any) -> bool:
+    """Whether an activation, a module or a function, treats every number by itself."""
     if not isinstance(m, nn.Module):
         return getattr(m, "__module__", None) in ("torch.nn.functional", "torch._C._nn", "torch")
     if _gelu(m) is not None or type(m).__module__ == "transformers.activations":
@@ -98,7 +119,7 @@ def unsuited(layer: nn.Module, layout: Layout, module: str) -> str | None:
         (_linear_like, ("query", "key", "value", "out", "up", "down")),
         (_norm_like, ("attention_norm", "output_norm")),
         (_dropout_like, ("attention_dropout", "out_dropout", "down_dropout")),
-        (_elementwise, ("activation",)),
+        (elementwise, ("activation",)),
     )
     for fits, names in checks:
         for name in names:
@@ -114,13 +135,18 @@ def unsuited(layer: nn.Module, layout: Layout, module: str) -> str | None:
 
 
 def run(layer: nn.Module, layout: Layout, x: Tensor, call: Call) -> Tensor:
-    """One layer on packed tokens (T, C): LN(x + attention), then LN(x + feed-forward); takes three dropout sites."""
-    m = layout.of(layer)
+    """One layer on packed tokens: LN(x + attention), then LN(x + feed-forward), (T, C), or (R, C) at call.rows.
+
+    It takes three dropout sites.
+    """
+    m, rows = layout.of(layer), call.rows
     site = 1 + 3 * call.layer
-    y = _tokens(m.out, _attention(m, x, call, site))
-    x = _add_norm(m.attention_norm, m.out_dropout, y, x, call.seed, site + 1)
+    y = _attention(m, x, call, site)
+    if rows is not None:
+        x, y = x.index_select(0, rows), y.index_select(0, rows)
+    x = _add_norm(m.attention_norm, m.out_dropout, _tokens(m.out, y), x, call, site + 1)
     y = _feed_forward(m, x)
-    return _add_norm(m.output_norm, m.down_dropout, y, x, call.seed, site + 2)
+    return _add_norm(m.output_norm, m.down_dropout, y, x, call, site + 2)
 
 
 def _tokens(m: nn.Module, x: Tensor) -> Tensor:
@@ -169,13 +195,20 @@ def _feed_forward(m: Parts, x: Tensor) -> Tensor:
 
 
 def _add_norm(
-    norm: Any, dropout: Any, y: Tensor, residual: Tensor, seed: Tensor | None, site: int
+    norm: Any, dropout: Any, y: Tensor, residual: Tensor, call: Call, site: int
 ) -> Tensor:
     p = dropout.p if dropout is not None and dropout.training else 0.0
-    seed = seed if p else None
     exact = type(norm) in (nn.LayerNorm, drop_in.LayerNorm)
     if exact and len(norm.normalized_shape) == 1 and norm.bias is not None:
         return F.dropout_add_layer_norm(
-            y, residual, norm.weight, norm.bias, eps=norm.eps, p=p, seed=seed, site=site
+            y,
+            residual,
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+            p=p,
+            seed=call.seed if p else None,
+            site=site,
+            rows=call.rows if p else None,
         )
     return norm(residual + (y if dropout is None else dropout(y)))
