@@ -21,6 +21,10 @@ ADAPTERS = {
         "IA3Config",
         {"target_modules": ["key", "output.dense"], "feedforward_modules": ["output.dense"]},
     ),
+    "lora on embeddings": (
+        "LoraConfig",
+        {"target_modules": ["word_embeddings", "position_embeddings", "key"]},
+    ),
     "norms": ("LNTuningConfig", {"target_modules": ["LayerNorm"]}),
     "saved modules": (
         "LoraConfig",

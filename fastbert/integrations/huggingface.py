@@ -246,10 +246,11 @@ def _shape_reason(self: Any, given: dict[str, Any], implementation: str) -> str 
             return "position_ids may mark packed sequences for flash attention"
         if positions.shape not in (shape, (1, shape[1])):
             return f"position_ids has shape {tuple(positions.shape)}, not {tuple(shape)}"
-    elif shape[1] > self.embeddings.position_embeddings.num_embeddings:
+    table = self.embeddings.position_embeddings
+    longest = getattr(table, "num_embeddings", shape[1])
+    if positions is None and shape[1] > longest:
         raise ValueError(
-            f"the batch is {shape[1]} tokens long but the model has "
-            f"{self.embeddings.position_embeddings.num_embeddings} positions: truncate it"
+            f"the batch is {shape[1]} tokens long but the model has {longest} positions: truncate it"
         )
     if values.device.type == "meta":
         return "the tensors are on meta"

@@ -160,8 +160,8 @@ def _attention(m: Parts, x: Tensor, call: Call, site: int) -> Tensor:
     """(T, C) -> (T, H * D), before the output projection."""
     projections = (m.query, m.key, m.value)
     size = m.core.attention_head_size
-    if all(map(plain, projections)) and m.query.in_features == x.shape[1]:
-        biases = [p.bias for p in projections if p.bias is not None]
+    biases = [p.bias for p in projections if plain(p) and p.bias is not None]
+    if all(map(plain, projections)) and _alike(*projections) and len(biases) in (0, 3):
         heads = m.query.out_features // size
         qkv = F.qkv_proj(x, [p.weight for p in projections], biases, heads)
     else:
@@ -171,6 +171,14 @@ def _attention(m: Parts, x: Tensor, call: Call, site: int) -> Tensor:
     packing = call.packing
     options = {"scale": m.core.scaling, "p": p, "seed": call.seed if p else None, "site": site}
     return attend(qkv, packing.cu_seqlens, packing.max_seqlen, **options)
+
+
+def _alike(first: nn.Linear, *others: nn.Linear) -> bool:
+    """Whether one GEMM can do all of them."""
+    weight = first.weight
+    return all(
+        o.weight.shape == weight.shape and o.weight.dtype == weight.dtype for o in others
+    ) and all(p.bias is None or p.bias.dtype == weight.dtype for p in (first, *others))
 
 
 def _gelu(activation: Any) -> str | None:
