@@ -26,6 +26,21 @@ def log_once(message: str) -> None:
         _log.info(message)
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooked(m: nn.Module, *indifferent: str) -> bool:
+    """Whether somebody watches or replaces a module's calls; hooks of the packages `indifferent` do not count."""
+    state = m.__dict__
+    # transformers 5.0 leaves a module's own method behind when it has recorded
+    if "forward" in state and getattr(m.forward, "__func__", None) is not type(m).forward:
+        return True
+    if not any(map(state.__getitem__, _HOOKS)):
+        return False
+    hooks = [hook for name in _HOOKS for hook in state[name].values()]
+    return any(not (getattr(h, "__module__", None) or "").startswith(indifferent) for h in hooks)
+
+
 def attend(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Any) -> Tensor:
     """The `attention` op with the heads side by side: (T, 3, H, D) -> (T, H * D)."""
     y = F.attention(qkv, cu_seqlens, max_seqlen, **options)

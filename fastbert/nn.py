@@ -20,6 +20,7 @@ from fastbert.blocks import (
     QKVProjection,
     SelfAttention,
     attend,
+    hooked,
     log_once,
     sinusoidal_positions,
 )
@@ -59,6 +60,19 @@ def _log_stock(module: nn.Module, reason: str | None) -> None:
     log_once(f"fastbert.nn.{type(module).__name__} runs torch.nn's code: {reason}")
 
 
+def _odd(x: Tensor) -> str | None:
+    """Why the ops can't take a tensor that torch.nn's own code may take."""
+    if torch.compiler.is_compiling():
+        return None
+    if type(x) not in (Tensor, nn.Parameter) or x.is_nested:
+        return f"the input is a {'nested tensor' if x.is_nested else type(x).__name__}"
+    if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] == 0:
+        return f"the input is {x.dtype} of shape {tuple(x.shape)}"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func is active"
+    return None
+
+
 # --- drop-ins ---
 
 
@@ -66,6 +80,9 @@ class LayerNorm(nn.LayerNorm):
     """torch.nn.LayerNorm over one or more trailing dimensions; returns the input's dtype, also under autocast."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if reason := _odd(input):
+            _log_stock(self, reason)
+            return super().forward(input)
         k = len(self.normalized_shape)
         if tuple(input.shape[-k:]) != tuple(self.normalized_shape):
             raise ValueError(
@@ -80,6 +97,9 @@ class GELU(nn.GELU):
     """torch.nn.GELU, exact or tanh."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if reason := _odd(input):
+            _log_stock(self, reason)
+            return super().forward(input)
         return F.bias_gelu(input, None, self.approximate)
 
 
@@ -97,6 +117,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         )
 
     def _stock_reason(self, input: Tensor, target: Tensor) -> str | None:
+        if reason := _odd(input):
+            return reason
         if self.weight is not None:
             return "class weights are set"
         if self.label_smoothing != 0.0:
@@ -135,7 +157,7 @@ def _changed(m: nn.Module, kind: type[nn.Module]) -> str | None:
     # an adapter or a parametrization is a class of its own, whose weight alone says nothing
     if type(m) is not kind and type(m).__module__ != __name__:
         return f"a {kind.__name__} was replaced by a {type(m).__name__}"
-    if m._forward_hooks or m._forward_pre_hooks:
+    if hooked(m):
         return f"hooks are attached to a {kind.__name__} inside"
     return None
 
@@ -144,8 +166,10 @@ def _attention_reason(m: nn.MultiheadAttention, x: Tensor) -> str | None:
     """Why packed attention can't serve these settings of torch.nn.MultiheadAttention and this input."""
     if not m.batch_first:
         return "batch_first is False: pass batch_first=True"
-    if x.is_nested or x.dim() != 3:
+    if x.is_nested or x.dim() != 3 or x.numel() == 0:
         return "the input is not a padded batch (B, S, C)"
+    if reason := _odd(x):
+        return reason
     if m.in_proj_weight is None:
         return "kdim or vdim differ from embed_dim"
     if reason := _changed(m.out_proj, type(_STOCK_OUT)):
@@ -322,7 +346,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         for layer in self.layers:
             if not isinstance(layer, TransformerEncoderLayer):
                 return f"the layers are {type(layer).__name__}: use fastbert.nn.TransformerEncoderLayer"
-            if layer._forward_hooks or layer._forward_pre_hooks:
+            if hooked(layer):
                 return "hooks are attached to a layer"
             if reason := layer.stock_reason(src):
                 return reason

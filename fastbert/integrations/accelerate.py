@@ -1,0 +1,93 @@
+"""accelerate() and restore(): a loaded model's modules change their classes, in place, and nothing else of them."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import TypeVar
+
+from torch import nn
+
+from fastbert import nn as drop_in
+from fastbert.integrations.families import FAMILIES
+
+_log = logging.getLogger("fastbert")
+M = TypeVar("M", bound=nn.Module)
+
+_TORCH: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LayerNorm: drop_in.LayerNorm,
+    nn.GELU: drop_in.GELU,
+    nn.CrossEntropyLoss: drop_in.CrossEntropyLoss,
+    nn.MultiheadAttention: drop_in.MultiheadAttention,
+    nn.TransformerEncoderLayer: drop_in.TransformerEncoderLayer,
+    nn.TransformerEncoder: drop_in.TransformerEncoder,
+}
+# the attribute that keeps a changed module's own class
+_STOCK = "_fastbert_stock"
+
+
+def accelerate(model: M) -> M:
+    """Have a model's layers run on fastbert's kernels, in place, and return it; restore() undoes it.
+
+    Changes the class of every module that is exactly one of torch.nn's LayerNorm, GELU, CrossEntropyLoss,
+    MultiheadAttention, TransformerEncoder, TransformerEncoderLayer, or of transformers' BERT, RoBERTa, XLM-RoBERTa,
+    CamemBERT, DistilBERT and ELECTRA encoders and masked-LM, question-answering and token-level heads, to a subclass of
+    the same name. Modules, parameters, their names, state-dict keys, hooks and signatures stay. What a layer can't do
+    on packed tokens is done by its own class's code, with one sentence in the log "fastbert". docs/accelerate.md.
+    Refuses what is no torch.nn.Module.
+    """
+    _check(model)
+    changed: Counter[str] = Counter()
+    for m in model.modules():
+        kind = _replacement(type(m))
+        if kind is not None:
+            setattr(m, _STOCK, type(m))
+            m.__class__ = kind
+            changed[kind.__name__] += 1
+    if changed:
+        _log.info("accelerate: %s", ", ".join(f"{n} {name}" for name, n in sorted(changed.items())))
+    elif not is_accelerated(model):
+        _log.warning(
+            "accelerate: %s holds no layer that fastbert knows, nothing was changed: docs/accelerate.md lists them",
+            type(model).__name__,
+        )
+    return model
+
+
+def restore(model: M) -> M:
+    """Give the modules that accelerate() changed their own classes back, and return the model.
+
+    Refuses, before anything is changed, a module whose class somebody else has changed since (fully_shard,
+    parametrize): undo that first.
+    """
+    _check(model)
+    changed = [m for m in model.modules() if _STOCK in m.__dict__]
+    for m in changed:
+        if _replacement(m.__dict__[_STOCK]) is not type(m):
+            raise ValueError(
+                f"a {m.__dict__[_STOCK].__name__} became a {type(m).__name__} after accelerate(): undo that first"
+            )
+    for m in changed:
+        m.__class__ = m.__dict__.pop(_STOCK)
+    return model
+
+
+def is_accelerated(model: nn.Module) -> bool:
+    """Whether accelerate() has changed a module in there; refuses what is no torch.nn.Module."""
+    _check(model)
+    return any(_STOCK in m.__dict__ for m in model.modules())
+
+
+def _check(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}: pass a torch.nn.Module, such as what from_pretrained returns"
+        )
+
+
+def _replacement(kind: type[nn.Module]) -> type[nn.Module] | None:
+    if kind.__module__ in FAMILIES:
+        from fastbert.integrations import huggingface
+
+        return huggingface.replacement(kind)
+    return _TORCH.get(kind)

@@ -1,0 +1,189 @@
+"""The heads of transformers' models that accelerate() changes: those with a label per token, and answers' spans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as stock_functional
+
+from fastbert import functional as F
+from fastbert.blocks import hooked, log_once
+from fastbert.integrations import layers
+from fastbert.integrations.families import found
+
+Stock = Callable[..., Any]
+
+
+def observed() -> str | None:
+    """Why modules must be called as they stand, whatever the model: somebody records all of them."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return "global module hooks are registered"
+    if torch.compiler.is_compiling():
+        return "it is being exported" if torch.compiler.is_exporting() else None
+    if torch._C._get_tracing_state() is not None:
+        return "it is being traced"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func is active"
+    return None
+
+
+def token_labels(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
+    """A head with a label per token: where padding is labelled, outputs there count, and nothing is packed."""
+    if _labelled_padding(given):
+        given |= _asked(self, None)
+    return stock(self, **given)
+
+
+def first_token(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
+    """A head that reads every sequence's first column only: the last layer leaves out what it can."""
+    family, base = self.fastbert_family, self.base_model_prefix
+    for name, m in self.named_children():
+        # what was put there may read, and whoever watches may see, other columns too
+        own = type(m).__module__ == family.module or type(m) in (nn.Linear, nn.Dropout)
+        if name != base and (not own or hooked(m)):
+            return stock(self, **given)
+    return stock(self, **given, **_asked(self, "first"))
+
+
+def _asked(self: Any, tokens: Any) -> dict[str, Any]:
+    """The argument that tells the accelerated encoder which tokens this head reads; None: all, and unpacked."""
+    base = getattr(self, self.base_model_prefix, None)
+    return {"fastbert": tokens} if hasattr(type(base), "fastbert_family") else {}
+
+
+def _labelled_padding(given: dict[str, Any]) -> bool:
+    labels, mask = given.get("labels"), given.get("attention_mask")
+    if not (isinstance(labels, Tensor) and isinstance(mask, Tensor) and labels.shape == mask.shape):
+        return False
+    if not ((labels != -100) & (mask == 0).to(labels.device)).any():
+        return False
+    log_once(
+        "accelerate: labels at padding are not -100 and count in transformers' loss: its own code runs, padding and all"
+    )
+    return True
+
+
+# --- masked LM ---
+
+
+def masked_lm(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
+    """In training with labels the decoder runs on labelled rows only and there are no logits; else as transformers'."""
+    return _with_mlm_loss(self, stock, given, ())
+
+
+def pretraining(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
+    """As masked_lm, with the next-sentence loss added; both kinds of labels make a loss, as in transformers."""
+    return _with_mlm_loss(self, stock, given, ("next_sentence_label",))
+
+
+def _with_mlm_loss(self: Any, stock: Stock, given: dict[str, Any], others: tuple[str, ...]) -> Any:
+    logits_wanted = given.pop("return_logits", False)
+    targets = [given.get(name) for name in ("labels", *others)]
+    if logits_wanted or not self.training or any(t is None for t in targets):
+        return token_labels(self, stock, given)
+    if reason := _head_reason(self, given):
+        log_once(f"accelerate: {type(self).__name__} computes all logits: {reason}")
+        return token_labels(self, stock, given)
+    if _labelled_padding(given):
+        return stock(self, **given, **_asked(self, None))
+    as_dict = given.pop("return_dict", None)
+    inputs = {k: v for k, v in given.items() if k not in ("labels", *others)}
+    labels = given["labels"].reshape(-1)
+    rows = (labels != -100).nonzero().squeeze(1)
+    if not others:
+        inputs |= _asked(self, rows)
+    encoded = getattr(self, self.base_model_prefix)(**inputs, return_dict=True)
+    rows, labels = (t.to(encoded[0].device) for t in (rows, labels.index_select(0, rows)))
+    fields = {
+        "loss": _mlm_loss(self, encoded[0].flatten(0, 1).index_select(0, rows), labels),
+        "hidden_states": encoded.get("hidden_states"),
+        "attentions": encoded.get("attentions"),
+    }
+    if others:
+        scores = self.cls.seq_relationship(encoded[1])
+        fields["loss"] = fields["loss"] + stock_functional.cross_entropy(
+            scores.view(-1, 2), given["next_sentence_label"].view(-1)
+        )
+        fields["seq_relationship_logits"] = scores
+    output = self.fastbert_output(**fields)
+    as_dict = getattr(self.config, "return_dict", True) if as_dict is None else as_dict
+    return output if as_dict else output.to_tuple()
+
+
+def _head_reason(self: Any, given: dict[str, Any]) -> str | None:
+    """Why a masked-LM head must compute all logits, None if labelled rows will do."""
+    values = given.get("input_ids")
+    values = given.get("inputs_embeds") if values is None else values
+    if not isinstance(values, Tensor) or values.shape[:2] != given["labels"].shape:
+        return "labels is not (B, S)"
+    family = self.fastbert_family
+    for name in (*family.transform, family.decoder):
+        top = name.split(".", maxsplit=1)[0]
+        if name == "gelu":
+            continue
+        for m in getattr(self, top).modules():
+            if hooked(m, *layers.RECORDERS, layers.SHARDING):
+                return f"hooks are attached to its {top}"
+        m = found(self, name)
+        parts = m.children() if type(m).__module__ == family.module else (m,)
+        if not all(layers.tokenwise(part) or layers.elementwise(part) for part in parts):
+            return f"its {name} is not transformers' own"
+    return observed()
+
+
+def _mlm_loss(self: Any, x: Tensor, labels: Tensor) -> Tensor:
+    """The mean over labelled rows (R, C), 0 and connected to the graph without any."""
+    family = self.fastbert_family
+    for name in family.transform:
+        x = stock_functional.gelu(x) if name == "gelu" else found(self, name)(x)
+    decoder: nn.Module = found(self, family.decoder)
+    if layers.plain(decoder):
+        return F.mlm_loss(x, decoder.weight, decoder.bias, labels, compacted=True)  # type: ignore[arg-type]
+    # an adapter, or whatever stands there, computes the labelled rows' logits
+    total = F.cross_entropy(decoder(x), labels, reduction="sum")
+    return total / max(labels.shape[0], 1)
+
+
+# --- extractive question answering ---
+
+
+def question_answering(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
+    """Start and end scores at padding are the dtype's lowest value, so that no softmax or argmax sees padding."""
+    mask, values = given.get("attention_mask"), given.get("input_ids")
+    values = given.get("inputs_embeds") if values is None else values
+    if not isinstance(mask, Tensor) or not isinstance(values, Tensor):
+        return stock(self, **given)
+    if mask.shape != values.shape[:2] or mask.all():
+        return stock(self, **given)
+    log_once(
+        "accelerate: answers' scores at padding are the lowest value, and their loss runs over tokens only"
+    )
+    ends = [given.pop(name, None) for name in ("start_positions", "end_positions")]
+    as_dict = given.pop("return_dict", None)
+    output = stock(self, **given, return_dict=True)
+    token = (mask != 0).to(output.start_logits.device)
+    fields = dict(output)
+    losses = []
+    for name, position in zip(("start_logits", "end_logits"), ends, strict=True):
+        scores = fields[name]
+        fields[name] = scores = scores.masked_fill(~token, torch.finfo(scores.dtype).min)
+        losses.append(_position_loss(scores, token, position) if position is not None else None)
+    if losses[0] is not None and losses[1] is not None:
+        fields["loss"] = (losses[0] + losses[1]) / 2
+    output = type(output)(**fields)
+    as_dict = getattr(self.config, "return_dict", True) if as_dict is None else as_dict
+    return output if as_dict else output.to_tuple()
+
+
+def _position_loss(scores: Tensor, token: Tensor, position: Tensor) -> Tensor:
+    """Cross-entropy over a sequence's tokens (B, S); positions outside of them are ignored, as transformers does."""
+    if position.dim() > 1:
+        position = position.squeeze(-1)
+    length = scores.shape[1]
+    position = position.to(scores.device).clamp(0, length)
+    inside = token.gather(1, position.clamp(max=length - 1)[:, None]).squeeze(1)
+    position = torch.where(inside, position, length)
+    return stock_functional.cross_entropy(scores, position, ignore_index=length)

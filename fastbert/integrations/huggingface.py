@@ -1,0 +1,348 @@
+"""Models of transformers on packed tokens: subclasses of theirs, importable by the same names, for accelerate().
+
+`fastbert.integrations.huggingface.BertLayer` is transformers' BertLayer with another forward, made when it is first
+asked for, by unpickling too. The model's forward takes the padding out of ids and positions, transformers' own code
+runs on the batch of one long sequence (1, T), the encoder hands its layers where the sequences begin, and puts the
+padding back, as zeros.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import threading
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.blocks import hooked, log_once
+from fastbert.integrations import heads, layers
+from fastbert.integrations.families import FAMILIES, Family
+from fastbert.integrations.layers import Call
+from fastbert.ops._register import seed_for
+from fastbert.packing import Packing
+
+# --- the classes ---
+
+_lock = threading.Lock()
+
+
+def replacement(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The subclass that a module of exactly this class becomes, None if it stays."""
+    family = FAMILIES.get(kind.__module__)
+    if family is None or family.kind(kind.__name__) is None:
+        return None
+    version = importlib.import_module("transformers").__version__
+    if int(version.partition(".")[0]) < 5:
+        log_once(
+            f"accelerate: transformers {version} is older than 5: only its torch.nn layers are accelerated"
+        )
+        return None
+    return globals().get(kind.__name__) or _make(family, kind.__name__)
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    for family in FAMILIES.values():
+        if family.kind(name) is not None:
+            try:
+                return _make(family, name)
+            except (ModuleNotFoundError, AttributeError):
+                continue  # another version of transformers
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _make(family: Family, name: str) -> type[nn.Module]:
+    stock = getattr(importlib.import_module(family.module), name)
+    kind = family.kind(name)
+    assert kind is not None
+    with _lock:
+        if name in globals():
+            return globals()[name]
+        space = {
+            "__module__": __name__,
+            "__qualname__": name,
+            "__doc__": stock.__doc__,
+            "forward": _forward(stock.forward, _FORWARDS[kind]),
+            "fastbert_family": family,
+            "fastbert_output": _output(family, kind),
+        }
+        if hasattr(stock, "is_custom_code"):
+            # weights are initialised and converted as those of transformers' own classes
+            space["is_custom_code"] = classmethod(lambda cls: False)
+        made = type(stock)(name, (stock,), space)
+        _register_recorders(made)
+        globals()[name] = made
+    return made
+
+
+def _output(family: Family, kind: str) -> Any:
+    """The class of what a forward of ours returns where it returns what it has made itself."""
+    names = {
+        "encoder": family.output,
+        "masked_lm": "MaskedLMOutput",
+        "pretraining": f"{family.prefix}ForPreTrainingOutput",
+    }
+    return getattr(importlib.import_module(family.module), names[kind]) if kind in names else None
+
+
+def _forward(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """A method with the signature of transformers' that hands it, and all arguments by name, to one of ours."""
+    parameters = list(inspect.signature(stock).parameters.values())[1:]
+    names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+
+    @wraps(stock)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) > len(names):
+            return stock(self, *args, **kwargs)  # which says what is wrong
+        return ours(self, stock, dict(zip(names, args, strict=False), **kwargs))
+
+    return forward
+
+
+def _register_recorders(made: Any) -> None:
+    """Tell transformers what it may record of these models: its register goes by the class's path."""
+    for name in ("output_capturing", "generic"):  # since and before 5.2 or so
+        try:
+            register = importlib.import_module(f"transformers.utils.{name}")._CAN_RECORD_REGISTRY
+        except (ImportError, AttributeError):
+            continue
+        if getattr(made, "_can_record_outputs", None):
+            dict.__setitem__(register, str(made), made._can_record_outputs)
+        return
+
+
+# --- the model ---
+
+_KNOWN = {
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "position_ids",
+    "inputs_embeds",
+    "output_hidden_states",
+    "output_attentions",
+    "return_dict",
+    "use_cache",
+    # a loss's business
+    "num_items_in_batch",
+}
+
+
+def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """The encoder model's forward: packed, or transformers' own with one logged sentence."""
+    wanted = given.pop("fastbert", "all")
+    if wanted is None:
+        return stock(self, **given)
+    reason = _model_reason(self, given)
+    packing: Packing | None = None
+    if reason is None:
+        packing, reason = _packing(given)
+    if packing is None:
+        log_once(f"accelerate: {type(self).__name__} runs transformers' code: {reason}")
+        return stock(self, **given)
+    ids = given.get("input_ids")
+    values = given["inputs_embeds"] if ids is None else ids
+    # one seed for the whole forward: layers that are computed again must see the same masks
+    seed = seed_for(1.0, None, values) if self.training else None
+    reason = _padded_reason(self)
+    call = Call(packing, seed, reason is None)
+    if reason is not None:
+        log_once(f"accelerate: {type(self).__name__} takes padding out layer by layer: {reason}")
+        return stock(self, **given, fastbert=call)
+    if not given.get("output_hidden_states", getattr(self.config, "output_hidden_states", False)):
+        call = _narrowed(self, call, wanted, values)
+    as_dict = given.pop("return_dict", getattr(self.config, "return_dict", True))
+    shape = values.shape[:2]
+    given["position_ids"] = _positions(self, given, shape)
+    for name in ("input_ids", "inputs_embeds", "token_type_ids", "position_ids"):
+        if given.get(name) is not None:
+            given[name] = packing.unpad(given[name])[None]
+    given["attention_mask"] = None
+    output = stock(self, **given, return_dict=True, fastbert=call)
+    if output.get("hidden_states"):
+        output["hidden_states"] = tuple(_padded(h, output, packing) for h in output.hidden_states)
+    return output.to_tuple() if as_dict is False else output
+
+
+def _narrowed(self: Any, call: Call, wanted: str | Tensor, values: Tensor) -> Call:
+    """The call for the tokens that a head reads: all, the first of every sequence, or places in the flat (B * S)."""
+    packing = call.packing
+    if (isinstance(wanted, str) and wanted == "all") or hooked(self):
+        return call
+    pooler = self._modules.get("pooler")
+    if pooler is not None and (
+        type(pooler).__module__ != self.fastbert_family.module or hooked(pooler)
+    ):
+        return call
+    if isinstance(wanted, str):
+        tokens = values.shape[:2].numel() if packing.rows is None else packing.rows.shape[0]
+        return call._replace(rows=packing.starts(tokens), firsts=True)
+    wanted = wanted.to(values.device)
+    rows = wanted if packing.rows is None else torch.searchsorted(packing.rows, wanted)
+    return call._replace(rows=rows)
+
+
+def _padded(hidden: Tensor | None, output: Any, packing: Packing) -> Tensor | None:
+    # the last one is the output itself; those that were not asked for are None
+    if hidden is None or hidden is output.last_hidden_state:
+        return hidden
+    return packing.pad(hidden[0])
+
+
+def _positions(self: Any, given: dict[str, Any], shape: torch.Size) -> Tensor:
+    """(B, S) rows of the position table, as transformers gives them."""
+    positions = given.get("position_ids")
+    if positions is not None:
+        return positions.expand(shape)
+    embeddings, ids = self.embeddings, given.get("input_ids")
+    device = (given["inputs_embeds"] if ids is None else ids).device
+    if not self.fastbert_family.counts_tokens:
+        return torch.arange(shape[1], device=device).expand(shape)
+    if ids is None:
+        return torch.arange(shape[1], device=device).expand(shape) + embeddings.padding_idx + 1
+    token = (ids != embeddings.padding_idx).long()
+    return token.cumsum(1) * token + embeddings.padding_idx
+
+
+def _model_reason(self: Any, given: dict[str, Any]) -> str | None:
+    """Why the encoder must be transformers' own, before any tensor's values are read."""
+    config = self.config
+    for name in ("is_decoder", "add_cross_attention", "is_causal"):
+        if getattr(config, name, False):
+            return f"config.{name} is set"
+    if getattr(config, "summary_type", "first") != "first":
+        return f"summary_type {config.summary_type!r} reads outputs at padding"
+    if given.get("output_attentions", getattr(config, "output_attentions", False)):
+        return "output_attentions is set, and fused attention has no weights to show"
+    implementation = getattr(config, "_attn_implementation", None) or "eager"
+    if implementation not in ("eager", "sdpa") and "flash_attention" not in implementation:
+        return f"the attention implementation is {implementation!r}"
+    for name, value in given.items():
+        if name not in _KNOWN and value is not None and value is not False:
+            return f"the argument {name} is not known to the packed path"
+    if heads.observed():
+        return heads.observed()
+    return _shape_reason(self, given, implementation)
+
+
+def _shape_reason(self: Any, given: dict[str, Any], implementation: str) -> str | None:
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    if (ids is None) == (embeds is None):
+        return "one of input_ids and inputs_embeds must be given"
+    values, dims = (embeds, 3) if ids is None else (ids, 2)
+    if not isinstance(values, Tensor) or values.dim() != dims or values.numel() == 0:
+        return "the batch is empty, or not (B, S)"
+    shape = values.shape[:2]
+    mask, types, positions = map(given.get, ("attention_mask", "token_type_ids", "position_ids"))
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != shape):
+        return "attention_mask is not (B, S)"
+    if types is not None and types.shape != shape:
+        return f"token_type_ids has shape {tuple(types.shape)}, not {tuple(shape)}"
+    if positions is not None:
+        if "flash" in implementation:
+            return "position_ids may mark packed sequences for flash attention"
+        if positions.shape not in (shape, (1, shape[1])):
+            return f"position_ids has shape {tuple(positions.shape)}, not {tuple(shape)}"
+    table = self.embeddings.position_embeddings
+    longest = getattr(table, "num_embeddings", shape[1])
+    if positions is None and shape[1] > longest:
+        raise ValueError(
+            f"the batch is {shape[1]} tokens long but the model has {longest} positions: truncate it"
+        )
+    if values.device.type == "meta":
+        return "the tensors are on meta"
+    stack = getattr(self, self.fastbert_family.stack)
+    ours = [stack, *stack.layer]
+    if len(ours) == 1:
+        return "it has no layers"
+    if any(getattr(type(m), "fastbert_family", None) is not self.fastbert_family for m in ours):
+        return "its layers are not accelerated: call fastbert.accelerate(model) again"
+    return None
+
+
+def _packing(given: dict[str, Any]) -> tuple[Packing | None, str | None]:
+    """How to pack the batch, or why not; one host sync where there is a mask."""
+    ids = given.get("input_ids")
+    values = given["inputs_embeds"] if ids is None else ids
+    mask = given.get("attention_mask")
+    full = Packing.full(values.shape[0], values.shape[1], values.device)
+    if mask is None:
+        return full, None
+    token = mask.to(values.device) != 0
+    packing, left = Packing.from_tokens(token, ~token[:, 0] & token.any(1))
+    if left:
+        return None, "a sequence begins with padding, and transformers' heads read its first column"
+    if packing.rows is not None and packing.rows.shape[0] == token.numel():
+        return full, None
+    return packing, None
+
+
+def _padded_reason(self: Any) -> str | None:
+    """Why hidden states must go from layer to layer as (B, S, C): somebody else sees them."""
+    family = self.fastbert_family
+    stack = getattr(self, family.stack)
+    embeddings = self.embeddings
+    if type(embeddings).__module__ != family.module:
+        return f"the embeddings are a {type(embeddings).__name__}"
+    parts = list(embeddings.modules())
+    if (project := self._modules.get("embeddings_project")) is not None:
+        parts.append(project)
+    for m in parts[1:]:
+        if not layers.tokenwise(m):
+            return f"the embeddings hold a {type(m).__name__}"
+    outer = [("embeddings", m) for m in parts]
+    outer += [("encoder", stack), *((f"layer {i}", layer) for i, layer in enumerate(stack.layer))]
+    for name, m in outer:
+        if hooked(m, *layers.RECORDERS, layers.SHARDING):
+            return f"hooks are attached to the {name}"
+    for i, layer in enumerate(stack.layer):
+        if reason := layers.unsuited(layer, family.layout, family.module):
+            return f"layer {i} runs transformers' code: {reason}"
+    return None
+
+
+# --- the encoder and its layers ---
+
+
+def _encoder(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """All layers; takes packed hidden states (1, T, C) and gives padded ones, zeros at padding."""
+    call = given.pop("fastbert", None)
+    if call is None:
+        return stock(self, **given)
+    x, mask = given.pop("hidden_states"), given.pop("attention_mask", None)
+    given.pop("use_cache", None)
+    dtype = x.dtype
+    for i, layer in enumerate(self.layer):
+        x = layer(x, mask, fastbert=call.at(i, last=i == len(self.layer) - 1), **given)
+    x = call.padded(x[0] if call.packed else call.packing.unpad(x))
+    # under autocast layers compute in its dtype, and transformers' output is in the embeddings'
+    return self.fastbert_output(last_hidden_state=x.to(dtype))
+
+
+def _layer(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
+    call = given.pop("fastbert", None)
+    if call is None:
+        return stock(self, **given)
+    family = self.fastbert_family
+    x = given["hidden_states"]
+    if call.packed:
+        return layers.run(self, family.layout, x[0], call)[None]
+    if layers.unsuited(self, family.layout, family.module):
+        return stock(self, **given)
+    packing = call.packing
+    return packing.pad(layers.run(self, family.layout, packing.unpad(x), call))
+
+
+_FORWARDS = {
+    "model": _model,
+    "encoder": _encoder,
+    "layer": _layer,
+    "masked_lm": heads.masked_lm,
+    "pretraining": heads.pretraining,
+    "question_answering": heads.question_answering,
+    "token_labels": heads.token_labels,
+    "first_token": heads.first_token,
+}
