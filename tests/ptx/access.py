@@ -58,7 +58,9 @@ def _places(
             np.arange(len(lanes)),
         )
     elif space == "local":
-        yield m.local, at + lanes * m.local_size, np.arange(len(lanes))
+        inside = (at >= 0) & (at < m.local_size)
+        at = np.where(inside, at + lanes * m.local_stride, -16)
+        yield m.local, at, np.arange(len(lanes))
     else:
         local, shared = at >= LOCAL_WINDOW, (at >= SHARED_WINDOW) & (at < LOCAL_WINDOW)
         own = at >= 1 << 60
@@ -255,6 +257,10 @@ def cp(m: Machine, ins: Instruction) -> Step:
         at = m.wide(source)[lanes]
         sizes = np.full(len(lanes), width) if count is None else m.wide(count)[lanes]
         data = np.zeros((len(lanes), width), np.uint8)
+        if (sizes > width).any() or (at[sizes > 0] % width).any():
+            raise PtxError(
+                "misaligned", f"a source of cp.async is no multiple of {width}, or longer"
+            )
         for size in np.unique(sizes[sizes > 0]):
             some = sizes == size
             if size == width:
@@ -302,6 +308,10 @@ def atom(m: Machine, ins: Instruction) -> Step:
             one = lanes[i : i + 1]
             for memory, offsets, _ in _places(m, space, places[i : i + 1], one):
                 row = memory.check(offsets, size, True, one, m.lanes)
+                if memory is m.shared:
+                    m.shared.updates(row, size, one, m.lanes)
+                elif memory is m.memory:
+                    m.memory.touched(row, size, READ)
                 old = memory.load(row, size).view(dtype)[0, 0]
                 new = np.array([_ATOMIC[mode](old, *(g[i] for g in given))], dtype)
                 memory.store(row, new.view(np.uint8)[None])

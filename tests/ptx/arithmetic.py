@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ptx.memory import PtxError
 from ptx.program import SIZES, Instruction
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -41,7 +42,8 @@ def round_bf16(x: Array) -> Array:
 def to_tf32(x: Array) -> Array:
     """fp32 to the nearest number with 10 bits of mantissa, ties away from zero (.rna)."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + 0x1000) & np.uint32(0xFFFFE000)).view(np.float32)
+    rounded = ((bits + 0x1000) & np.uint32(0xFFFFE000)).view(np.float32)
+    return np.where(np.isnan(x), np.float32(np.nan), rounded)
 
 
 def _directed(exact: Array, type_: str, modifiers: tuple[str, ...]) -> Array:
@@ -132,6 +134,8 @@ def _extract(a: Array, at: Array, count: Array) -> Array:
     field = unsigned & ((one << n) - 1)
     if a.dtype.kind == "i":
         there = np.minimum(n, bits - start)
+        # a field beyond the end is all sign
+        field = np.where((n > 0) & (there == 0), -((wide >> (bits - 1)) & 1), field)
         sign = (unsigned >> np.maximum(there - 1, 0)) & 1
         field = np.where((there > 0) & (sign == 1), field - (one << there), field)
     return field.astype(np.int64).astype(a.dtype) if bits < 64 else field.astype(a.dtype)
@@ -142,7 +146,8 @@ def _insert(a: Array, b: Array, at: Array, count: Array) -> Array:
     wide, into = a.astype(np.uint64), b.astype(np.uint64)
     n, start = (np.minimum(v & 0xFF, 63).astype(np.uint64) for v in (count, at))
     one = np.uint64(1)
-    mask = ((one << n) - one) << start
+    bits = np.where(count & 0xFF > 63, ~np.uint64(0), (one << n) - one)
+    mask = np.where(at & 0xFF > 63, np.uint64(0), bits << start)
     return ((into & ~mask) | ((wide << start) & mask)).astype(a.dtype)
 
 
@@ -256,6 +261,10 @@ def compare(name: str) -> Op:
 def convert(ins: Instruction) -> Rule:
     """cvt: of one value, or of two floats to a pair whose first operand is the upper half."""
     to, source = ins.types[0], ins.types[-1]
+    if (
+        SIZES[to] == 2 and floating(to) and DIRECTED & set(ins.modifiers)
+    ) or "relu" in ins.modifiers:
+        raise PtxError("unsupported", "this rounding")
     if to in ("f16x2", "bf16x2"):
         return [source, source], to, _saturated(ins, lambda a, b: np.stack([b, a]))
     target = NUMPY[to]
@@ -295,18 +304,26 @@ def convert(ins: Instruction) -> Rule:
     return [source], to, lambda a: a.astype(target)
 
 
+_REFUSED = {"f4e", "b4e", "rc8", "ecl", "ecr", "rc16", "xorsign", "satfinite", "cc"}
+
+
 def rule(ins: Instruction) -> Rule | None:
     """How to compute an instruction, or None if it is none of these."""
     op, count = ins.opcode, len(ins.operands) - 1
+    if _REFUSED & set(ins.modifiers) or (op == "lop3" and ins.second):
+        return None
     if op == "cvt":
         return convert(ins)
     if not ins.types:
         return None
     t = ins.types[-1]
+    if "sat" in ins.modifiers and not floating(t):
+        return None
     if op == "selp":
         return [t, t, "pred"], t, lambda a, b, c: np.where(c, a, b)
     if op == "slct":
-        return [t, t, ins.types[-1]], ins.types[0], lambda a, b, c: np.where(c >= 0, a, b)
+        to = ins.types[0]
+        return [to, to, t], to, lambda a, b, c: np.where(c >= 0, a, b)
     if floating(t):
         if op in _SELECT:
             both = {"min": np.minimum, "max": np.maximum}

@@ -97,12 +97,19 @@ def bar(m: Machine, ins: Instruction) -> Step:
     pc, who = m.pc, m.lanes
 
     def step(mask: Array) -> list[tuple[int, Array]]:
-        m.at_barrier[mask] = np.broadcast_to(number(), mask.shape)[mask]
+        numbers = m.wide(number)
+        if (numbers[mask] > 15).any() or (of is not None and (m.wide(of)[mask] % 32).any()):
+            raise PtxError("divergence", "a barrier above 15, or for a part of a warp")
+        passed = [one(mask & (numbers == n)) for n in np.unique(numbers[mask])]
+        return [group for groups in passed for group in groups]
+
+    def one(mask: Array) -> list[tuple[int, Array]]:
+        m.at_barrier[mask] = m.wide(number)[mask]
         m.resume[mask] = pc + 1
         here = (m.at_barrier == m.at_barrier[mask.argmax()]).reshape(-1, who.threads)
         wanted = m.all.reshape(here.shape).sum(1)
         if of is not None:
-            wanted = np.broadcast_to(of(), mask.shape)[mask][:1]
+            wanted = m.wide(of)[mask][:1]
         full = ((here.sum(1) == wanted) & here.any(1)).repeat(who.threads) & here.ravel()
         if not full.any():
             return []

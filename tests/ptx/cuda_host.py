@@ -172,11 +172,14 @@ def line(kernel: str, index: int) -> str:
         "-o",
         "-",
     ]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return ""
     functions = parse(done.stdout).functions
     # names of what has none are made of hashes
     found = [f for name, f in functions.items() if _HASH.sub("", name) == _HASH.sub("", kernel)]
-    return found[0].code[index].line if found else ""
+    # the end of a function is no instruction of its text
+    return found[0].code[index].line if found and index < len(found[0].code) else ""
 
 
 _SOURCE = re.compile(r"GLOBAL__N__[0-9a-f]{8}_\d+_(\w+?)_cu_")

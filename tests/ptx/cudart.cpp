@@ -1,5 +1,6 @@
 // A CUDA runtime without a GPU: the module's own host code runs, and a launch becomes a call of the
 // function that Python gave to ptx_machine. Linked in place of cudart by tests/ptx/cuda_host.py.
+#include <algorithm>
 #include <cstddef>
 #include <string>
 #include <unordered_map>
@@ -15,6 +16,10 @@ namespace {
 constexpr int kNoDevice = 100, kFailed = 719;
 // what an A100 lets one block have of shared memory
 constexpr int kShared = 166912;
+// what it has without asking, and the largest grid
+constexpr size_t kUnasked = 48 * 1024;
+constexpr unsigned kGridX = 2147483647, kGridYZ = 65535;
+constexpr int kInvalid = 1, kDynamicShared = 8;  // cudaFuncAttributeMaxDynamicSharedMemorySize
 Launcher launcher = nullptr;
 int last = 0;
 
@@ -26,6 +31,10 @@ struct Call {
 std::vector<Call>& calls() {
   static std::vector<Call> stack;
   return stack;
+}
+std::unordered_map<const void*, size_t>& attributes() {
+  static std::unordered_map<const void*, size_t> found;
+  return found;
 }
 std::unordered_map<const void*, std::string>& kernels() {
   static std::unordered_map<const void*, std::string> names;
@@ -63,6 +72,11 @@ int __cudaGetKernel(const void** kernel, const void* host) {
 }
 int cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
                      void*) {
+  const size_t threads = size_t{block.x} * block.y * block.z;
+  const size_t granted = std::max<size_t>(kUnasked, attributes()[kernel]);
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > kGridX || grid.y > kGridYZ ||
+      grid.z > kGridYZ || threads == 0 || threads > 1024 || block.z > 64 || shared > granted)
+    return last = kInvalid;
   const unsigned dims[6] = {grid.x, grid.y, grid.z, block.x, block.y, block.z};
   const bool known = launcher && kernels().count(kernel);
   last = known ? launcher(kernels()[kernel].c_str(), dims, shared, arguments) : kNoDevice;
@@ -78,11 +92,17 @@ int cudaGetLastError() {
   last = 0;
   return error;
 }
-const char* cudaGetErrorString(int) { return "the PTX machine stopped it"; }
+const char* cudaGetErrorString(int error) {
+  return error == kInvalid ? "invalid argument" : "the PTX machine stopped it";
+}
 int cudaSetDevice(int) { return 0; }
 int cudaGetDevice(int* device) { return *device = 0; }
 int cudaGetDeviceCount(int* count) { return *count = 0, kNoDevice; }
 int cudaGetDeviceProperties(void*, int) { return kNoDevice; }
 int cudaDeviceGetAttribute(int* value, int, int) { return *value = kShared, 0; }
-int cudaFuncSetAttribute(const void*, int, int) { return 0; }
+int cudaFuncSetAttribute(const void* kernel, int attribute, int value) {
+  if (attribute != kDynamicShared || value > kShared) return last = kInvalid;
+  attributes()[kernel] = value;
+  return 0;
+}
 }

@@ -38,6 +38,9 @@ _FRESH = (
 )
 
 
+_OPERATORS = {f"__{op}__" for op in ("add", "sub", "mul", "truediv", "pow", "and", "or", "xor")}
+
+
 @dataclass
 class Launch:
     """One kernel that ran: its name, its grid and threads, and what it did."""
@@ -70,9 +73,9 @@ class Tensors(TorchFunctionMode):
             self._expose(args[0])
         elif function in _FRESH:
             self._buffer(result, 0)
-        elif function.__name__.endswith("_") and args and isinstance(args[0], Tensor):
+        elif _in_place(function.__name__) and args:
             self._written(args[0])
-        elif isinstance(kwargs.get("out"), Tensor):
+        elif kwargs.get("out") is not None:
             self._written(kwargs["out"])
         return result
 
@@ -85,8 +88,11 @@ class Tensors(TorchFunctionMode):
         if t.numel():
             self._states(t).bitwise_or_(LEGAL)
 
-    def _written(self, t: Tensor) -> None:
-        if t.numel() and t.untyped_storage().data_ptr() in self.found:
+    def _written(self, t: Any) -> None:
+        if not isinstance(t, Tensor):
+            for one in t if isinstance(t, (list, tuple)) else ():
+                self._written(one)
+        elif t.numel() and t.untyped_storage().data_ptr() in self.found:
             self._states(t).bitwise_or_(WRITTEN)
 
     def _states(self, t: Tensor) -> Tensor:
@@ -142,6 +148,13 @@ def _cuda(tensors: Tensors, launches: list[Launch]) -> Iterator[Any]:
         for attribute, value in replaced.items():
             if hasattr(module, attribute):
                 yield mock.patch.object(module, attribute, value)
+
+
+def _in_place(name: str) -> bool:
+    """Whether torch's function of this name writes its first argument: zero_, __setitem__, __iadd__ and the like."""
+    if name.endswith("__"):
+        return name == "__setitem__" or f"__{name[3:]}" in _OPERATORS
+    return name.endswith("_") and name not in ("requires_grad_", "detach_")
 
 
 def _no(arguments: object) -> bool:

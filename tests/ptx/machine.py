@@ -28,8 +28,8 @@ STEPS: dict[str, Callable[[Any, Instruction], Step]] = {
     **control.STEPS,
 }
 HINTS = {"fence", "membar", "prefetch", "prefetchu", "nanosleep", "createpolicy", "applypriority"}
-# lanes that are stepped together, and changes of group after which a kernel runs forever
-BATCH, MOST = 4096, 1_000_000
+# lanes that are stepped together, and branches after which a kernel runs forever
+BATCH, MOST = 4096, 300_000
 GENERIC = 1 << 62  # an address of a module's own variables
 
 
@@ -98,12 +98,14 @@ class Machine(Operands):
         super().__init__(len(who.lane), _special(grid, block, blocks, who))
         self.all = who.lane % who.threads < threads
         self.live = self.all.copy()
+        who.never(~self.all)
         self.functions = [function, *(f for f in program.functions.values() if not f.entry)]
         self.symbols = dict(symbols)
         shared = self._place("shared", [*program.variables.values()], dynamic_shared)
         self.shared = Shared(len(blocks), shared)
         self.local_size = self._place("local", [], 0)
-        self.local = Space("local", self.count * self.local_size, LEGAL)
+        self.local_stride = -(-self.local_size // 16) * 16
+        self.local = Space("local", self.count * self.local_stride, LEGAL)
         self.copies = access.Copies(self)
         # of device functions: parameters, a row of bytes for each lane; where they start; who called from where
         self.frames: dict[str, Array] = {}
@@ -114,7 +116,7 @@ class Machine(Operands):
         self.parked: dict[int, Array] = {}
         self.at_barrier = np.full(self.count, -1, np.int64)
         self.resume = np.zeros(self.count, np.int64)
-        self.stuck = (0, 0)
+        self.stuck, self.branches = (0, 0), 0
 
     def _place(self, space: str, variables: list[Variable], dynamic: int) -> int:
         """Give every variable of a space its offset in the window; the window's size."""
@@ -140,7 +142,7 @@ class Machine(Operands):
                 guard = self.source(ins.guard, "pred") if ins.guard else None
                 try:
                     code.append((self._step(ins), guard, ins))
-                except (PtxError, KeyError, IndexError, ValueError) as error:
+                except (PtxError, LookupError, ValueError, StopIteration) as error:
                     raise PtxError("unsupported", f"{ins.line}: `{ins.text}`: {error}") from error
             end = Instruction("ret", (), (), None, None, "end", f"end of {f.name}")
             self.pc = len(code)
@@ -176,6 +178,8 @@ class Machine(Operands):
         def step(mask: Array) -> list[tuple[int, Array]] | None:
             if pc in self.parked:
                 mask = mask | self.parked.pop(pc)
+            if mask_of is not None and (mask & (bits & mask_of() == 0)).any():
+                raise PtxError("divergence", "a lane is not in the mask that it passes")
             if mask is not self.all:
                 here = np.bitwise_or.reduce((bits * mask).reshape(-1, 32), axis=1).repeat(32)
                 alive = np.bitwise_or.reduce((bits * self.live).reshape(-1, 32), axis=1).repeat(32)
@@ -183,10 +187,16 @@ class Machine(Operands):
                 ready = mask & ((needed & ~here) == 0)
                 if not ready.all() and (mask & ~ready).any():
                     self.parked[pc] = mask & ~ready
-                    if ready.any():
-                        run(ready)
-                    return [(pc + 1, ready)] if ready.any() else []
-            run(mask)
+                    if not ready.any():
+                        return []
+                    mask = ready
+            masks = np.unique(self.wide(mask_of)[mask]) if mask_of is not None else []
+            if len(masks) > 1:
+                # parts of a warp, each for itself
+                for one in masks:
+                    run(mask & (self.wide(mask_of) == one))  # type: ignore[arg-type]
+            else:
+                run(mask)
             return [(pc + 1, mask)]
 
         return step
@@ -203,14 +213,9 @@ class Machine(Operands):
         with np.errstate(all="ignore"):
             code = self._compile()
             groups: dict[int, Array] = {0: self.all}
-            for _ in range(MOST):
-                if not groups and not self._go_on_without_the_dead(groups):
-                    break
+            while groups or self._go_on_without_the_dead(groups):
                 pc = min(groups)
-                mask = groups.pop(pc)
-                self._go(code, pc, mask, groups)
-            else:
-                raise PtxError("endless", f"{self.entry.name} did not end in {MOST} branches")
+                self._go(code, pc, groups.pop(pc), groups)
         self._nobody_waits(code)
 
     def _go_on_without_the_dead(self, groups: dict[int, Array]) -> bool:
@@ -245,7 +250,7 @@ class Machine(Operands):
                         continue
                     if taken.sum() == mask.sum():
                         taken = mask
-                    elif ins.opcode in ("bra", "ret", "exit", "call", "bar"):
+                    else:
                         rest = mask & ~chosen
                 counted[ins.kind] += warps if taken is mask else self._warps(taken)
                 moves = step(taken)
@@ -255,6 +260,9 @@ class Machine(Operands):
             if moves is None:
                 pc += 1
                 continue
+            self.branches += 1
+            if self.branches > MOST:
+                raise PtxError("endless", f"{self.entry.name} did not end in {MOST} branches")
             if rest is not None:
                 moves = [*moves, (pc + 1, rest)]
             if len(moves) == 1 and not groups and moves[0][1] is mask:
@@ -271,6 +279,7 @@ class Machine(Operands):
     def _nobody_waits(self, code: list[tuple[Step, Source | None, Instruction]]) -> None:
         waits = self.at_barrier >= 0
         if not waits.any() and not self.parked:
+            assert not self.live.any(), "the machine lost lanes"
             return
         told = []
         for pc in sorted({*(self.resume[waits] - 1), *self.parked}):

@@ -75,6 +75,10 @@ class Lanes:
         self.block_sync = np.zeros(count, np.int64)
         self.warp_sync = np.zeros(count, np.int64)
 
+    def never(self, mask: Array) -> None:
+        """Lanes that fill a warp up and never live, and hold nobody's order up."""
+        self.block_sync[mask] = self.warp_sync[mask] = np.iinfo(np.int64).max
+
     def pass_warp(self, mask: Array) -> None:
         """These lanes' earlier accesses come before later ones of their warps' lanes."""
         self.clock += 1
@@ -93,6 +97,8 @@ class Lanes:
 class Space:
     """A linear memory with a state for each byte; `where` names it in errors."""
 
+    asynchronous = False  # whether cp.async writes here
+
     def __init__(self, where: str, size: int, state: int) -> None:
         self.where = where
         # accesses are aligned, so rows of 16 bytes serve them all
@@ -109,10 +115,11 @@ class Space:
         state = self.state.reshape(-1, width)[rows]
         low = np.bitwise_and.reduce(state, axis=1)
         self._all(low & LEGAL != 0, "out-of-bounds", "belongs to nothing", at, lanes, who)
-        if reads:
+        if self.asynchronous:
             high = np.bitwise_or.reduce(state, axis=1)
-            said = "is read before cp.async has been waited for"
+            said = "is touched before cp.async has been waited for"
             self._all(high & IN_FLIGHT == 0, "missing-wait", said, at, lanes, who)
+        if reads:
             said = "is read and nobody wrote it"
             self._all(low & WRITTEN != 0, "uninitialised", said, at, lanes, who)
         return rows
@@ -190,15 +197,18 @@ class Global(Space):
 
 
 class Shared(Space):
-    """One window of `size` bytes per block, with the last reader and writer of every byte."""
+    """One window of `size` bytes per block, with the last reader, writer and atomic updater of every byte."""
+
+    asynchronous = True
 
     def __init__(self, blocks: int, size: int) -> None:
         self.window = -(-size // 128) * 128
         super().__init__("shared", blocks * self.window, 0)
         self.state[: blocks * self.window].reshape(blocks, -1)[:, :size] = LEGAL
         # (lane, time) of the last access; SEVERAL lanes read since the last barrier, -3 - warp: of one warp
-        self.writer, self.reader = np.full((2, self.size), NOBODY, np.int32)
-        self.wrote, self.read = np.zeros((2, self.size), np.int32)
+        self.writer, self.reader, self.updater = np.full((3, self.size), NOBODY, np.int32)
+        self.wrote, self.read, self.updated = np.zeros((3, self.size), np.int32)
+        self.atomic = False
 
     def name(self, at: int) -> str:
         """The offset within the block's window."""
@@ -206,24 +216,39 @@ class Shared(Space):
 
     def reads(self, rows: Array, width: int, lanes: Array, who: Lanes) -> None:
         """Note reads; a byte that another lane wrote since the last barrier is a race."""
-        me = lanes[:, None].astype(np.int32)
         self._ordered(self.writer, self.wrote, rows, width, lanes, who, "reads what was written by")
-        reader, time = self.reader.reshape(-1, width), self.read.reshape(-1, width)
-        last, when = reader[rows], time[rows]
-        kept = self._unordered(last, when, lanes, who)
-        if kept.any():
-            warp = np.int32(-3) - who.warp[lanes][:, None].astype(np.int32)
-            last_warp = np.where(last >= 0, -3 - who.warp[np.maximum(last, 0)], last)
-            me = np.where(kept, np.where(last_warp == warp, warp, np.int32(SEVERAL)), me)
-        reader[rows] = me
-        time[rows] = who.clock
-        # lanes of this very instruction that read the same byte
-        again = reader[rows]
-        shared = (again != me) & (again >= 0)
-        if shared.any():
-            r, c = shared.nonzero()
-            one = who.warp[again[r, c]] == who.warp[lanes[r]]
-            reader[rows[r], c] = np.where(one, -3 - who.warp[lanes[r]], SEVERAL)
+        if self.atomic:
+            self._ordered(
+                self.updater, self.updated, rows, width, lanes, who, "reads, and updated by"
+            )
+        self._note(self.reader, self.read, rows, width, lanes, who)
+
+    def updates(self, rows: Array, width: int, lanes: Array, who: Lanes) -> None:
+        """Note atomics, which race with all but each other."""
+        self.atomic = True
+        for last, when in ((self.writer, self.wrote), (self.reader, self.read)):
+            self._ordered(last, when, rows, width, lanes, who, "updates what was touched by")
+        self._note(self.updater, self.updated, rows, width, lanes, who)
+
+    def _note(
+        self, names: Array, times: Array, rows: Array, width: int, lanes: Array, who: Lanes
+    ) -> None:
+        """Add lanes to those that have accessed bytes since the last barrier."""
+        me = np.broadcast_to(lanes[:, None].astype(np.int32), (len(lanes), width))
+        names, times = names.reshape(-1, width), times.reshape(-1, width)
+        last = names[rows]
+        kept = self._unordered(last, times[rows], lanes, who)
+        me = np.where(kept, _both(last, me, who), me)
+        names[rows] = me
+        times[rows] = who.clock
+        # lanes of this very instruction at the same byte; several warps outweigh one
+        again = names[rows]
+        differ = again != me
+        if differ.any():
+            joined = _both(again, me, who)
+            for some in (differ & (joined != SEVERAL), differ & (joined == SEVERAL)):
+                r, c = some.nonzero()
+                names[rows[r], c] = joined[r, c]
 
     def writes(self, rows: Array, data: Array, lanes: Array, who: Lanes) -> None:
         """Note writes; a byte that another lane read or wrote since the last barrier is a race."""
@@ -234,26 +259,39 @@ class Shared(Space):
         self._ordered(
             self.reader, self.read, rows, width, lanes, who, "overwrites what was read by"
         )
+        if self.atomic:
+            self._ordered(
+                self.updater, self.updated, rows, width, lanes, who, "overwrites, updated by"
+            )
         writer = self.writer.reshape(-1, width)
         writer[rows] = lanes[:, None]
         self.wrote.reshape(-1, width)[rows] = who.clock
         # two lanes of one instruction may write the same value, as Triton's replicated layouts do
         lost = writer[rows] != lanes[:, None]
         if lost.any():
-            now = self.bytes.reshape(-1, width)[rows]
-            self._raise_if(
-                lost & (now != data), rows, width, lanes, who, writer[rows], "and at once"
-            )
+            won = np.zeros((self.size // width, width), np.uint8)
+            won[rows] = data
+            bad = lost & (won[rows] != data)
+            self._raise_if(bad, rows, width, lanes, who, writer[rows], "and at once")
 
     def _unordered(self, last: Array, when: Array, lanes: Array, who: Lanes) -> Array:
-        """Which of these accesses no barrier separates from the lanes' next ones, themselves apart."""
+        """Which of these accesses no barrier that both took part in separates from the lanes' next ones."""
         new = (last != NOBODY) & (last != lanes[:, None])
-        new &= when >= who.block_sync[lanes][:, None]
+        new &= when >= self._passed(who.block_sync, last, lanes, who)
         if not new.any():
             return new
         warp = np.where(last >= 0, who.warp[np.maximum(last, 0)], -3 - last)
         same = (last != SEVERAL) & (warp == who.warp[lanes][:, None])
-        return new & ~(same & (when < who.warp_sync[lanes][:, None]))
+        return new & ~(same & (when < self._passed(who.warp_sync, last, lanes, who)))
+
+    def _passed(self, sync: Array, last: Array, lanes: Array, who: Lanes) -> Array:
+        """When the last barrier was that both a lane and those of an earlier access have passed."""
+        theirs = sync[np.maximum(last, 0)]
+        if (last <= SEVERAL).any():
+            warp = sync.reshape(-1, 32).min(1)[np.maximum(-3 - last, 0)]
+            block = sync.reshape(-1, who.threads).min(1)[who.block[lanes]][:, None]
+            theirs = np.where(last >= NOBODY, theirs, np.where(last == SEVERAL, block, warp))
+        return np.minimum(sync[lanes][:, None], theirs)
 
     def _ordered(
         self, last: Array, when: Array, rows: Array, width: int, lanes: Array, who: Lanes, what: str
@@ -275,6 +313,12 @@ class Shared(Space):
                 f"{who.describe(int(lanes[r]))} {what} {by} since the last barrier, shared byte {at} "
                 f"({int(bad.any(1).sum())} lanes)",
             )
+
+
+def _both(one: Array, other: Array, who: Lanes) -> Array:
+    """The code for two accesses' lanes: one lane, lanes of a warp (-3 - warp), or SEVERAL."""
+    a, b = (np.where(x >= 0, -3 - who.warp[np.maximum(x, 0)], x) for x in (one, other))
+    return np.where(one == other, one, np.where(a == b, a, SEVERAL)).astype(np.int32)
 
 
 def sectors(offsets: Array, lanes: Array, who: Lanes) -> int:

@@ -120,7 +120,7 @@ class Operands:
 
 
 def _constant(value: int | float, type_: str) -> Source:
-    """A literal; an int in a floating-point place, or the reverse, is its bits."""
+    """A literal; a float in an integer's place is its bits."""
     dtype = arithmetic.NUMPY[type_]
     if type_ == "pred":
         array = np.array([bool(value)])
@@ -184,6 +184,8 @@ def cvta(m: Machine, ins: Instruction) -> Step:
 def setp(m: Machine, ins: Instruction) -> Step:
     """A comparison, joined with a predicate where there is one; q gets the opposite."""
     type_, names = ins.types[-1], [m for m in ins.modifiers if m != "ftz" and m not in SIZES]
+    if type_.endswith("x2"):
+        raise PtxError("unsupported", "a comparison of pairs")
     a, b = (m.source(o, type_) for o in ins.operands[1:3])
     test = arithmetic.compare(names[0])
     write = m.target(ins.operands[0], "pred")

@@ -135,6 +135,20 @@ def test_an_error_in_cuda_names_its_source(monkeypatch):
         functional.layer_norm(torch.randn(4, 8), torch.ones(8))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs it")
+def test_a_tensor_that_nobody_wrote_is_seen():
+    """Looking at a tensor's shape, or at a part of it, writes nothing; filling it does."""
+    x = torch.ones(8)
+    with on_machine("triton"), backend.use("triton"):
+        empty = torch.empty(4, 8)
+        assert empty.shape == empty[:].requires_grad_(False).shape
+        with pytest.raises(PtxError, match="uninitialised"):
+            functional.layer_norm(empty, x)
+        functional.layer_norm(torch.empty(4, 8).fill_(1.0), x)
+        empty[:] = 2.0
+        functional.layer_norm(empty, x)
+
+
 def test_the_small_samples_promise_every_kernel():
     promised = {
         name: {

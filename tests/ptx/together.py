@@ -29,7 +29,7 @@ def ldmatrix(m: Machine, ins: Instruction) -> Step:
         some = warps.any(1)
         addressing = mask & (m.lanes.in_warp < rows)
         lanes = addressing.nonzero()[0]
-        if len(lanes) != rows * int(some.sum()):
+        if not warps[some].all():
             raise PtxError("divergence", "ldmatrix without all lanes of a warp")
         data = np.empty((len(lanes), 16), np.uint8)
         # 16 bytes a lane, one matrix of 8 rows a pass
