@@ -26,11 +26,11 @@ _log = logging.getLogger("fastbert")
 class Stopped(Exception):
     """A signal ended the run after a whole step; a checkpoint of that step is written."""
 
-    def __init__(self, signum: int, step: int, out: Path) -> None:
+    def __init__(self, signum: int, step: int, out: Path, command: str = "pretrain") -> None:
         self.exit_code = 128 + signum
         super().__init__(
             f"stopped by {signal.Signals(signum).name} after step {step}; go on with: "
-            f"fastbert pretrain --out {out} --resume"
+            f"fastbert {command} --out {out} --resume"
         )
 
 
@@ -71,7 +71,12 @@ class Signals:
 
 
 class Run:
-    """A trainer with its output folder: when to log, to evaluate, to write a checkpoint, and to stop."""
+    """A trainer with its output folder: when to log, to evaluate, to write a checkpoint, and to stop.
+
+    Here it pretrains; another kind of training overrides `losses`, `evaluation`, `finished` and `extra`.
+    """
+
+    command = "pretrain"
 
     def __init__(
         self,
@@ -99,14 +104,14 @@ class Run:
             with Signals() as signals, self.progress:
                 while True:
                     self._evaluate_if_due()
-                    if t.at.step == t.steps:
+                    if self.finished():
                         break
                     self._step()
                     due = _due(t.at.step, t.config.checkpoint_every) and t.at.step < t.steps
                     if due or signals.caught:
                         self.save()
                     if signals.caught:
-                        raise Stopped(signals.caught, t.at.step, self.out)
+                        raise Stopped(signals.caught, t.at.step, self.out, self.command)
                 self.save()
         finally:
             self.metrics.close()
@@ -133,11 +138,7 @@ class Run:
     def _log(self, result: StepResult) -> None:
         """Write the means since the last line, and start over."""
         t, at = self.trainer, self.trainer.at
-        n = at.window_steps
-        values = {"loss": at.window_loss / n, "mlm_loss": at.window_mlm / n}
-        if t.config.recipe == "bert":
-            values["nsp_loss"] = at.window_nsp / n
-        values |= {
+        values = self.losses() | {
             "lr": t.optimiser.param_groups[0]["lr"],
             "grad_norm": result.norm,
             "epoch": at.epoch,
@@ -156,16 +157,38 @@ class Run:
         due = _due(at.step, t.config.eval_every) or at.step == t.steps
         if not due or at.evaluated == at.step:
             return
-        values = evaluate(t.model, self.feed.held_out(), self.feed.mask_id, t.config.precision)
+        values, line = self.evaluation()
         self.metrics.write("eval", at.step, values)
         self.last_evaluation = values
         at.evaluated = at.step
-        line = f"held out at step {at.step}: loss {values['mlm_loss_masked']:.4f} where [MASK]"
+        self.progress.say(line)
+
+    def finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.trainer.at.step == self.trainer.steps
+
+    def losses(self) -> dict[str, float]:
+        """The mean losses of the steps since the last log line."""
+        at, n = self.trainer.at, self.trainer.at.window_steps
+        values = {"loss": at.window_loss / n, "mlm_loss": at.window_mlm / n}
+        if getattr(self.trainer.config, "recipe", None) == "bert":
+            values["nsp_loss"] = at.window_nsp / n
+        return values
+
+    def evaluation(self) -> tuple[dict[str, float], str]:
+        """Judge the model as it is: the values to log, and a sentence of them."""
+        t = self.trainer
+        values = evaluate(t.model, self.feed.held_out(), self.feed.mask_id, t.config.precision)
+        line = f"held out at step {t.at.step}: loss {values['mlm_loss_masked']:.4f} where [MASK]"
         line += f", accuracy {values['accuracy_masked']:.1%}"
         if "nsp_accuracy" in values:
             low, high = values["nsp_low"], values["nsp_high"]
             line += f"; next sentence {values['nsp_accuracy']:.1%} ({low:.1%} to {high:.1%})"
-        self.progress.say(line)
+        return values, line
+
+    def extra(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the trainer's state."""
+        return {}
 
     def save(self) -> Path:
         """Write a checkpoint of this step; raises TrainingError, with the older ones kept, where it can't."""
@@ -176,6 +199,7 @@ class Run:
             "identity": self.identity,
             "evaluation": self.last_evaluation,
             "torch": str(torch.__version__),
+            **self.extra(),
         }
         try:
             return self.checkpoints.save(at.step, state)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from fastbert import backend
 from fastbert.data import Batch
 from fastbert.train import store
-from fastbert.train.config import PretrainConfig
 from fastbert.train.evaluate import autocast
 from fastbert.train.optim import learning_rate, make_optimiser, set_learning_rate
+from fastbert.train.settings import TrainingSettings
 from fastbert.train.world import World
 from fastbert.training_graphs import TrainingRunner
 
@@ -61,10 +61,13 @@ class StepResult:
 
 
 class Trainer:
-    """A model, its optimiser, its data and its position; `config.steps` is known."""
+    """A model, its optimiser, its data and its position; `config.steps` is known.
+
+    Here it pretrains; other losses override `_counts` and `_backward`.
+    """
 
     def __init__(
-        self, model: nn.Module, data: Stream, config: PretrainConfig, world: World | None = None
+        self, model: nn.Module, data: Stream, config: TrainingSettings, world: World | None = None
     ) -> None:
         assert config.steps is not None
         self.model = model
@@ -96,9 +99,8 @@ class Trainer:
         """One optimiser step on the next batches; raises TrainingError, with the weights unchanged, if not finite."""
         self.model.train()
         batches = self.take()
-        labelled = self.world.total(sum(len(b["label_rows"]) for b in batches))
-        pairs = self.world.total(sum(_pairs(b) for b in batches))
-        parts = [self._backward(batch.to(self.device), labelled, pairs) for batch in batches]
+        counts = self._counts(batches)
+        parts = [self._backward(batch.to(self.device), counts) for batch in batches]
         norm_there = self._clip()
         # one wait for the device in a step
         mlm, nsp, norm = torch.cat([torch.stack(parts).sum(0), norm_there.double()[None]]).tolist()
@@ -113,11 +115,17 @@ class Trainer:
         at.step += 1
         return StepResult(mlm + nsp, mlm, nsp, norm, sum(len(b["input_ids"]) for b in batches))
 
-    def _backward(self, batch: Batch, labelled: float, pairs: float) -> Tensor:
-        """Add one batch's gradients; returns its MLM and NSP losses, sums / the number of terms in the whole step."""
+    def _counts(self, batches: list[Batch]) -> dict[str, int]:
+        """The number of each loss's terms in the whole step, over all processes."""
+        labelled = self.world.total(sum(len(b["label_rows"]) for b in batches))
+        pairs = self.world.total(sum(_pairs(b) for b in batches))
         counts = {"num_items_in_batch": max(int(labelled), 1)}
         if pairs:
             counts["num_pairs_in_batch"] = int(pairs)
+        return counts
+
+    def _backward(self, batch: Batch, counts: dict[str, int]) -> Tensor:
+        """Add one batch's gradients; returns its MLM and NSP losses, sums / the number of terms in the whole step."""
         call: Any = self._replayed or self.model
         with autocast(self.device, self.config.precision):
             output = call(**batch, **counts)
