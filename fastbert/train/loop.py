@@ -73,7 +73,7 @@ class Signals:
 class Run:
     """A trainer with its output folder: when to log, to evaluate, to write a checkpoint, and to stop.
 
-    Here it pretrains; another kind of training overrides `losses`, `evaluation`, `finished` and `extra`.
+    Here it pretrains; another kind of training overrides the methods from `finished` to `restore_extra`.
     """
 
     command = "pretrain"
@@ -190,6 +190,9 @@ class Run:
         """What a checkpoint holds beside the trainer's state."""
         return {}
 
+    def restore_extra(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint with what `extra` gave."""
+
     def save(self) -> Path:
         """Write a checkpoint of this step; raises TrainingError, with the older ones kept, where it can't."""
         at = self.trainer.at
@@ -224,6 +227,7 @@ class Run:
                 torch.__version__,
             )
         self.trainer.restore(state)
+        self.restore_extra(state)
         self.last_evaluation = state["evaluation"]
         self._metrics_size = state["metrics"]
         return self.trainer.at.step
