@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from fastbert.config import BertConfig
 from fastbert.data import load_tokenizer, tokenizer_hash
 from fastbert.finetune.config import FinetuneConfig
 from fastbert.finetune.features import split
@@ -63,6 +64,7 @@ def load_data(config: FinetuneConfig, given: Sources) -> Data:
     assert config.model is not None
     task = make_task(config.options())
     train = _training(config, given, task)
+    task.learn(train)
     validation = _optional(given.validation or config.validation, "validation", task)
     if validation is None:
         groups = [task.group(e) for e in train]
@@ -73,20 +75,20 @@ def load_data(config: FinetuneConfig, given: Sources) -> Data:
         kept, held = split(groups, config.heldout, config.split_seed)
         train, validation = [train[i] for i in kept], [train[i] for i in held]
     test = _optional(given.test or config.test, "test", task)
-    task.learn(train)
     # a model that was never shown a question without an answer can't tell one
     unanswerable = config.task == "answer" and not all(e.answers for e in train)
     task.options = replace(task.options, unanswerable=unanswerable)
     for name, examples in (("validation", validation), ("test", test or [])):
         _check_labels(task, examples, name)
     tokenizer = load_tokenizer(config.model)
-    parts = [
-        None if examples is None else Part(examples, task.encode(tokenizer, examples))
-        for examples in (train, validation, test)
-    ]
-    assert parts[0] is not None
-    assert parts[1] is not None
-    return Data(task, tokenizer, parts[0], parts[1], parts[2])
+    base = BertConfig.from_file(config.model)
+    return Data(
+        task,
+        tokenizer,
+        Part.of(train, task, tokenizer, base),
+        Part.of(validation, task, tokenizer, base),
+        None if test is None else Part.of(test, task, tokenizer, base),
+    )
 
 
 def _training(config: FinetuneConfig, given: Sources, task: Any) -> list[Any]:

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from fastbert.config import BertConfig
 from fastbert.finetune.answer import Answer
 from fastbert.finetune.classify import Classify
 from fastbert.finetune.config import Options
@@ -32,6 +34,14 @@ class Part:
 
     examples: list[Any]
     features: Features
+
+    @classmethod
+    def of(cls, examples: list[Any], task: Any, tokenizer: Any, config: BertConfig) -> Part:
+        """Tokenised for a model of this config; one with a single token type is given no other."""
+        features = task.encode(tokenizer, examples)
+        if config.type_vocab_size == 1:
+            features.types = [np.zeros_like(types) for types in features.types]
+        return cls(examples, features)
 
 
 @torch.no_grad()

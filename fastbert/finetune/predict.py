@@ -90,9 +90,8 @@ class Predictor:
         return predictions, self.task.metrics(examples, predictions)
 
     def _run(self, examples: list[Any]) -> list[dict[str, Any]]:
-        features = self.task.encode(self.tokenizer, examples)
-        self.cut = features.cut
-        part = Part(examples, features)
+        part = Part.of(examples, self.task, self.tokenizer, self.model.config)
+        self.cut = part.features.cut
         predictions, loss = predict(self.model, self.task, part, self.batch_size)
         assert math.isnan(loss)
         return predictions

@@ -1,0 +1,329 @@
+"""Whole runs in this process: that they learn, what they keep, how they stop and go on, what they refuse."""
+
+import json
+import os
+import shutil
+import signal
+
+import datasets
+import pytest
+import tiny_tasks
+import torch
+from PIL import Image
+from tiny_tasks import ROWS, tiny_config, tiny_settings
+
+from fastbert.finetune import FinetuneConfig, Predictor, finetune
+from fastbert.finetune import run as module
+from fastbert.finetune.loop import FinetuneRun, FinetuneTrainer
+from fastbert.train.loop import Stopped
+from fastbert.train.metrics import read_metrics
+from fastbert.train.settings import load_settings
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_tasks.base_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Those of the finished runs are looked at; the others' would take longer than the training."""
+    monkeypatch.setattr(module, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(module, "plot_confusion", lambda *_: None)
+
+
+def run(task, base, out, count=96, **settings):
+    rows = ROWS[task]
+    parts = {"train": rows(count), "validation": rows(32, seed=1), "test": rows(32, seed=2)}
+    return finetune(tiny_config(task, base, **settings), out, quiet=True, **parts)
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
+    """A run of every task."""
+    folder = tmp_path_factory.mktemp("finished")
+    return {task: run(task, base, folder / task) for task in ROWS}
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_it_learns(finished, task):
+    """What the words say is learnt on examples that training has not seen."""
+    result = finished[task]
+    assert result.test[result.metric] > 0.9
+    assert result.validation[result.metric] > 0.9
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_what_a_run_leaves(finished, task):
+    out = finished[task].out
+    pictures = {"curves.png"} | (
+        {"confusion.png", "confusion_test.png"} if task != "answer" else set()
+    )
+    files = {"config.toml", "about.json", "metrics.jsonl", "result.json"} | pictures
+    assert {p.name for p in out.iterdir()} == files | {"checkpoints", "model", "tensorboard"}
+    for picture in pictures:
+        with Image.open(out / picture) as image:
+            assert image.format == "PNG"
+            assert len(image.convert("RGB").getcolors(1 << 22)) > 10
+    about = json.loads((out / "about.json").read_text())
+    assert about["backends"]["attention"] == "torch"
+    assert about["examples"] == {"train": 96, "validation": 32, "test": 32}
+    config = FinetuneConfig(**load_settings(out / "config.toml", FinetuneConfig))
+    assert (config.eval_every, config.checkpoint_every) == (6, 6)
+    found = json.loads((out / "result.json").read_text())
+    assert found["validation"] == finished[task].validation
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_the_saved_model_is_the_best_one(finished, task):
+    result = finished[task]
+    evaluations = [m for m in read_metrics(result.out / "metrics.jsonl") if m["kind"] == "eval"]
+    best = max(evaluations, key=lambda m: m[result.metric])
+    # the first of equals
+    assert result.best_step == best["step"]
+    assert result.validation == {k: v for k, v in best.items() if k not in ("kind", "step")}
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_predictions_need_no_labels(finished, task):
+    """The saved run on the same records gives the same figures, with labels and, as predictions, without."""
+    rows, result = ROWS[task](32, seed=2), finished[task]
+    predictions, metrics = Predictor(result.out).records(rows)
+    assert metrics == pytest.approx({k: v for k, v in result.test.items() if k != "loss"})
+    hidden = {"label", "tags", "answers"}
+    bare = [{k: v for k, v in row.items() if k not in hidden} for row in rows]
+    again, none = Predictor(result.model, batch_size=5).records(bare)
+    assert none == {}
+    for one, other in zip(predictions, again, strict=True):
+        assert {k: v for k, v in one.items() if isinstance(v, (str, list)) and k != "entities"} == {
+            k: v for k, v in other.items() if isinstance(v, (str, list)) and k != "entities"
+        }
+
+
+def test_transformers_loads_and_agrees(finished):
+    transformers = pytest.importorskip("transformers")
+    model = str(finished["classify"].model)
+    pipe = transformers.pipeline("text-classification", model=model, top_k=None)
+    text = "the film was great"
+    theirs = {found["label"]: found["score"] for found in pipe(text)[0]}
+    (ours,) = Predictor(model).texts([text])
+    assert ours["probabilities"] == pytest.approx(theirs, abs=1e-5)
+    model = str(finished["tag"].model)
+    pipe = transformers.pipeline("token-classification", model=model)
+    text = "the man met anna smith in rome"
+    theirs = [found["entity"] for found in pipe(text, ignore_labels=[])]
+    assert Predictor(model).texts([text])[0]["tags"] == theirs
+
+
+def test_entities_of_plain_text(finished):
+    text = "The man saw Anna Smith, met Rome."
+    (found,) = Predictor(finished["tag"].out).texts([text])
+    spans = [(e["type"], text[e["start"] : e["end"]]) for e in found["entities"]]
+    assert ("PER", "Anna Smith") in spans
+    assert found["words"][5:7] == [",", "met"]
+
+
+def test_answers_to_plain_questions(finished):
+    context = "the man met Karl in Oslo . the film was fine ."
+    questions = ["who was with the man", "where was the man"]
+    found = Predictor(finished["answer"].out).texts(questions, contexts=[context] * 2)
+    assert [f["answer"] for f in found] == ["Karl", "Oslo"]
+
+
+def losses(out):
+    """Every line without its times."""
+    timed = ("seconds", "tokens_per_s")
+    return [
+        {k: v for k, v in m.items() if k not in timed} for m in read_metrics(out / "metrics.jsonl")
+    ]
+
+
+@pytest.mark.parametrize("place", ["step", "evaluation"])
+def test_interrupted_runs_leave_no_trace(finished, base, tmp_path, monkeypatch, place):
+    """Broken off within a step, or right after a better model was written: the same losses, best step and figures."""
+    kind, name = (FinetuneTrainer, "_backward") if place == "step" else (FinetuneRun, "evaluation")
+    original, calls = getattr(kind, name), []
+
+    def breaks(self, *arguments):
+        calls.append(1)
+        found = original(self, *arguments)
+        if len(calls) == (15 if place == "step" else 2):
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(kind, name, breaks)
+    out, whole, rows = tmp_path / "run", finished["classify"], ROWS["classify"]
+    with pytest.raises(KeyboardInterrupt):
+        run("classify", base, out)
+    monkeypatch.setattr(kind, name, original)
+    again = {"train": rows(96), "validation": rows(32, seed=1), "test": rows(32, seed=2)}
+    result = finetune(None, out, resume=True, quiet=True, **again)
+    assert losses(out) == losses(whole.out)
+    assert (result.best_step, result.validation) == (whole.best_step, whole.validation)
+    last = "checkpoints/step-00000024.pt"
+    mine, theirs = (torch.load(r / last)["model"] for r in (out, whole.out))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_asked_to_stop(base, tmp_path, monkeypatch):
+    original = FinetuneTrainer.train_step
+
+    def stopped(self):
+        if self.at.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self)
+
+    monkeypatch.setattr(FinetuneTrainer, "train_step", stopped)
+    with pytest.raises(
+        Stopped, match=r"after step 3; go on with: fastbert finetune --out .* --resume"
+    ):
+        run("classify", base, tmp_path / "run")
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["step-00000003.pt"]
+
+
+def test_early_stopping_and_going_on_after_it(base, tmp_path):
+    """A metric that can't rise: two evaluations after the first one are enough, and a resumption adds nothing."""
+    out = tmp_path / "run"
+    result = run("classify", base, out, lr=1e-12, patience=2, eval_every=2, checkpoint_every=1)
+    assert (result.steps, result.best_step) == (6, 2)
+    before = losses(out)
+    rows = ROWS["classify"]
+    again = {"train": rows(96), "validation": rows(32, seed=1), "test": rows(32, seed=2)}
+    assert finetune(None, out, resume=True, quiet=True, **again).steps == 6
+    assert losses(out) == before
+
+
+def test_accumulated_steps_are_those_of_larger_batches(base, tmp_path):
+    """Tags: batches have different numbers of labels, and the mean of their means would be another loss."""
+    common = {"steps": 4, "dropout": 0.0, "attention_dropout": 0.0}
+    whole = run("tag", base, tmp_path / "whole", **common)
+    parts = run("tag", base, tmp_path / "parts", **common, batch_size=4, accumulate=4)
+    found = [
+        [m["loss"] for m in read_metrics(r.out / "metrics.jsonl") if m["kind"] == "train"]
+        for r in (whole, parts)
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert len(set(found[0])) == 4
+
+
+def test_validation_is_taken_from_the_training_data(base, tmp_path):
+    rows = ROWS["answer"](60)
+    config = tiny_config("answer", base, steps=1, heldout=0.2)
+    result = finetune(config, tmp_path / "run", train=rows, quiet=True)
+    sizes = json.loads((result.out / "about.json").read_text())["examples"]
+    assert sizes["train"] + sizes["validation"] == 60
+    assert 6 <= sizes["validation"] <= 20
+
+
+def test_questions_without_answers(base, tmp_path):
+    rows = tiny_tasks.questions(96, unanswerable=0.4)
+    data = {"train": rows, "validation": tiny_tasks.questions(40, 1, unanswerable=0.4)}
+    result = finetune(tiny_config("answer", base, epochs=6), tmp_path / "run", quiet=True, **data)
+    assert result.validation["exact"] > 0.8
+    (found,) = Predictor(result.out).texts(
+        ["who was with the man"], contexts=["the man met the man in Oslo ."]
+    )
+    assert found["answer"] == ""
+
+
+@pytest.mark.parametrize("family", ["roberta", "distilbert"])
+def test_other_families(family, tmp_path):
+    """Their heads, and inputs without token types."""
+    sizes = {"model_type": family, "type_vocab_size": 1 if family == "roberta" else 0}
+    sizes |= {"pad_token_id": 1} if family == "roberta" else {}
+    base = tiny_tasks.base_model(tmp_path / "base", **sizes)
+    for task in ROWS:
+        result = run(task, base, tmp_path / task, count=32, steps=2)
+        assert Predictor(result.out).records(ROWS[task](4))[1].keys() < result.test.keys()
+
+
+def test_datasets_and_folders(base, tmp_path):
+    rows = ROWS["classify"](64)
+    labels = datasets.ClassLabel(names=["good", "bad"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": labels})
+    table = {"text": [r["text"] for r in rows], "label": [r["label"] for r in rows]}
+    data = datasets.Dataset.from_dict(table, features)
+    datasets.DatasetDict(train=data, validation=data.select(range(8))).save_to_disk(
+        str(tmp_path / "d")
+    )
+    settings = tiny_settings("classify", base, steps=2)
+    paths = {"sources": [str(tmp_path / "d")], "validation": str(tmp_path / "d")}
+    one = finetune(FinetuneConfig(**settings, **paths), tmp_path / "one", quiet=True)
+    parts = {"train": data, "validation": data.select(range(8))}
+    other = finetune(FinetuneConfig(**settings), tmp_path / "other", quiet=True, **parts)
+    assert losses(one.out) == losses(other.out)
+
+
+def refuse(error, sentence, config, out, **arguments):
+    with pytest.raises(error) as caught:
+        finetune(config, out, quiet=True, **arguments)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "sentence"),
+    [
+        ({"task": None}, None, "task is not said: choose classify, tag or answer"),
+        ({"model": None}, None, "model is not said"),
+        ({"max_length": 100}, None, "max_length is 100 and the model in"),
+        ({}, [{"text": "x", "label": "a"}] * 9, "the training data has one label only, a"),
+        ({}, [{"text": "x"}], "the data, row 0 has no field 'label'"),
+        ({}, [], "the data holds no record"),
+        ({}, [{"text": f"x{i}", "label": str(i / 7)} for i in range(40)], "are these classes?"),
+        ({"label": "stars"}, None, "has no field 'stars', only text, label"),
+        ({"task": "tag"}, None, "has no field 'tokens', only text, label"),
+    ],
+)
+def test_bad_settings_write_no_run(base, tmp_path, settings, rows, sentence):
+    rows = ROWS["classify"](40) if rows is None else rows
+    config = FinetuneConfig(**tiny_settings("classify", base) | settings)
+    refuse(ValueError, sentence, config, tmp_path / "run", train=rows)
+    assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_strange_labels_are_refused_before_training(base, tmp_path):
+    config = tiny_config("classify", base)
+    strange = {"train": ROWS["classify"](40), "validation": [{"text": "x", "label": "so so"}]}
+    refuse(ValueError, "label 'so so' of the validation data", config, tmp_path / "run", **strange)
+    tags = [{"tokens": ["a", "b"], "tags": ["DET", "NOUN"]}] * 9 + [
+        {"tokens": ["c"], "tags": ["DET"]}
+    ]
+    config = tiny_config("tag", base, metric="f1")
+    refuse(ValueError, "the tags mark no entities", config, tmp_path / "run", train=tags)
+
+
+def test_sources_must_be_named(base, tmp_path):
+    refuse(ValueError, "sources is empty", tiny_config("tag", base), tmp_path / "run")
+
+
+def test_a_run_goes_on_with_the_same_data_only(finished, tmp_path):
+    out = shutil.copytree(finished["classify"].out, tmp_path / "run")
+    rows = ROWS["classify"]
+    parts = {"train": rows(96, seed=5), "validation": rows(32, seed=1), "test": rows(32, seed=2)}
+    refuse(ValueError, "the train data was", None, out, resume=True, **parts)
+    other = tiny_config("classify", finished["classify"].out, lr=1.0)
+    refuse(ValueError, "lr is 0.003 there and 1.0 here", other, out, resume=True, **parts)
+    refuse(FileExistsError, "already holds a run", other, out, **parts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"task": "rank"}, "task is 'rank': choose one of classify, tag, answer"),
+        ({"task": "answer", "metric": "accuracy"}, "metric is 'accuracy': choose one of f1, exact"),
+        ({"max_length": 4}, "max_length is 4: it must be at least 8"),
+        ({"stride": 60}, "stride is 60: it must be at most a third of max_length 128"),
+        ({"heldout": 0.0}, "heldout is 0 and there is no validation"),
+        ({"patience": -1}, "patience is -1: it must be at least 0"),
+        ({"batch_size": 0}, "batch_size is 0: it must be above 0"),
+    ],
+)
+def test_bad_values(settings, sentence):
+    with pytest.raises(ValueError, match=r".") as caught:
+        FinetuneConfig(**settings)
+    assert sentence in str(caught.value)
+
+
+def test_defaults_follow_the_task():
+    assert FinetuneConfig(task="answer").stride == 128
+    assert (FinetuneConfig(task="tag").max_length, FinetuneConfig(steps=3).epochs) == (128, None)
