@@ -144,6 +144,7 @@ def _is_expected(error: Exception) -> bool:
     from fastbert.testing.fetch import FetchError
     from fastbert.train.loop import Stopped
     from fastbert.train.trainer import TrainingError
+    from fastbert.train.world import PeerLost
 
-    own = (Unsupported, FetchError, Stopped, TrainingError)
+    own = (Unsupported, FetchError, PeerLost, Stopped, TrainingError)
     return isinstance(error, (ValueError, TypeError, IndexError, OSError, *own))

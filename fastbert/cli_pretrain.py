@@ -44,7 +44,7 @@ def _pretrain(
     result = run.pretrain(
         config, out, resume=resume, rebuild=rebuild, quiet=quiet, say=None if quiet else say
     )
-    for line in run.summary(result):
+    for line in run.summary(result) if result.main else ():
         typer.echo(line)
 
 

@@ -74,9 +74,15 @@ class PretrainConfig(TrainingSettings):
     minutes: float | None = setting(
         None, BATCH, "time for the steps; the first ones are timed and fix the number of steps"
     )
+    shards: int | None = setting(
+        None, BATCH, "parts of a step's data that processes share; default their number"
+    )
     max_tokens: int | None = setting(None, BATCH, "tokens in a batch; default 8192")
     batch_size: int | None = setting(None, BATCH, "sequences in a batch, instead of max_tokens")
 
+    strategy: str = setting(
+        "ddp", RUN, "between processes: ddp (whole weights on each) or fsdp (parts of them)"
+    )
     eval_tokens: int = setting(65536, RUN, "held-out tokens that an evaluation reads, 0 for all")
 
     def __post_init__(self) -> None:
@@ -98,6 +104,7 @@ class PretrainConfig(TrainingSettings):
                 "tokenizer_kind": ("wordpiece", "bpe", None),
                 "positions": ("absolute", "sinusoidal"),
                 "start": ("normal", "neighbours"),
+                "strategy": ("ddp", "fsdp"),
             }
         )
         if self.max_tokens is not None and self.batch_size is not None:
@@ -111,7 +118,9 @@ class PretrainConfig(TrainingSettings):
             )
         self._check_least(0, "eval_tokens")
         sizes = ("max_length", "vocab_size", "layers", "hidden", "heads", "ffn", "max_position")
-        self._check_least(1, *sizes, "minutes", "max_tokens", "batch_size", "initializer_range")
+        self._check_least(
+            1, *sizes, "minutes", "max_tokens", "batch_size", "initializer_range", "shards"
+        )
         if self.max_length > self.max_position:
             raise ValueError(
                 f"max_length {self.max_length} is above max_position {self.max_position}: raise max_position"

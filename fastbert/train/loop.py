@@ -18,6 +18,7 @@ from fastbert.train import store
 from fastbert.train.evaluate import evaluate
 from fastbert.train.metrics import Metrics
 from fastbert.train.progress import Progress
+from fastbert.train.sharded import ShardedCheckpoints
 from fastbert.train.trainer import StepResult, Trainer, TrainingError
 
 _log = logging.getLogger("fastbert")
@@ -91,15 +92,19 @@ class Run:
         self.out = out
         self.identity = identity
         self.quiet = quiet
-        self.checkpoints = store.Checkpoints(out / "checkpoints", trainer.config.keep_last)
+        world, folder, keep = trainer.world, out / "checkpoints", trainer.config.keep_last
+        self.world = world
+        self.checkpoints: store.Checkpoints | ShardedCheckpoints = store.Checkpoints(folder, keep)
+        if world.shards > 1:
+            self.checkpoints = ShardedCheckpoints(folder, keep, world, trainer.state)
         self.last_evaluation: dict[str, float] = {}
         self._metrics_size = 0
 
     def train(self) -> dict[str, float]:
         """Run to the last step and return the evaluation there. Raises Stopped after a signal, TrainingError."""
         t = self.trainer
-        self.metrics = Metrics(self.out, t.at.step, self._metrics_size)
-        self.progress = Progress(t.steps, t.at.step, self.quiet)
+        self.metrics = Metrics(self.out, t.at.step, self._metrics_size, self.world.main)
+        self.progress = Progress(t.steps, t.at.step, self.quiet or not self.world.main)
         try:
             with Signals() as signals, self.progress:
                 while True:
@@ -108,10 +113,12 @@ class Run:
                         break
                     self._step()
                     due = _due(t.at.step, t.config.checkpoint_every) and t.at.step < t.steps
-                    if due or signals.caught:
+                    # one process that was asked to stop stops all, after the same step
+                    caught = int(self.world.most(signals.caught or 0))
+                    if due or caught:
                         self.save()
-                    if signals.caught:
-                        raise Stopped(signals.caught, t.at.step, self.out, self.command)
+                    if caught:
+                        raise Stopped(caught, t.at.step, self.out, self.command)
                 self.save()
         finally:
             self.metrics.close()
@@ -178,7 +185,9 @@ class Run:
     def evaluation(self) -> tuple[dict[str, float], str]:
         """Judge the model as it is: the values to log, and a sentence of them."""
         t = self.trainer
-        values = evaluate(t.model, self.feed.held_out(), self.feed.mask_id, t.config.precision)
+        values = evaluate(
+            t.model, self.feed.held_out(), self.feed.mask_id, t.config.precision, self.world
+        )
         line = f"held out at step {t.at.step}: loss {values['mlm_loss_masked']:.4f} where [MASK]"
         line += f", accuracy {values['accuracy_masked']:.1%}"
         if "nsp_accuracy" in values:
@@ -214,8 +223,9 @@ class Run:
 
     def resume(self) -> int:
         """Go on from the newest checkpoint, where there is one; returns its step, or 0."""
-        store.remove_unfinished(self.out)
-        store.remove_unfinished(self.checkpoints.folder)
+        if self.world.main:
+            store.remove_unfinished(self.out)
+            store.remove_unfinished(self.checkpoints.folder)
         state = self.checkpoints.load()
         if state is None:
             return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fastbert.train.plot import plot_losses
 from fastbert.train.progress import duration
 from fastbert.train.settings import FREE, check_length_said
 from fastbert.train.trainer import Trainer, TrainingError
-from fastbert.train.world import World
+from fastbert.train.world import World, joined
 
 # the part of a time budget that is spent on finding out how many steps fit into it
 _TIMED_PART = 0.05
@@ -41,6 +42,8 @@ class Result:
     evaluation: dict[str, float]
     # what simple predictors reach at the same held-out places
     baselines: dict[str, float]
+    # whether this process is the one that reports
+    main: bool = True
 
 
 def pretrain(
@@ -58,51 +61,98 @@ def pretrain(
     folders that can't be used, loop.Stopped after SIGTERM or SIGINT, and TrainingError when training can't go on.
     """
     out, say = Path(out), say or session.silent
-    config = _settled(_checked(config, out, resume))
-    with session.alone(out), session.threads(config.threads), session.forced(config.backend):
-        world = World()
-        if resume:
-            feed = reopen_feed(config, out, world, rebuild)
-        else:
-            feed = prepare_feed(config, out, world, quiet, rebuild)
-        session.seed_all(config.seed)
-        model = build_model(config, feed.tokenizer).to(config.device)
-        if config.recompute:
-            model.gradient_checkpointing_enable()
-        say(_description(config, model, feed))
-        if not resume:
-            session.check_space(model, config, out)
-            config = replace(config, steps=_steps(config, model, feed))
-            store.write_json(out / "about.json", session.about(config))
-            # the last thing before training: a folder that has it holds a run
-            store.write_text(out / "config.toml", config.to_toml())
-        return _train(config, model, feed, world, out, resume, quiet, say)
+    with joined(torch.cuda.is_available()) as world:
+        say = say if world.main else session.silent
+        config = _settled(_checked(config, out, resume))
+        config, world = _divided(config, world, resume)
+        # all have looked before one of them writes
+        world.meet()
+        alone = session.alone(out) if world.main else nullcontext()
+        with alone, session.threads(config.threads), session.forced(config.backend):
+            return _run(config, out, world, resume, rebuild, quiet, say)
 
 
-def _train(
+def _divided(config: PretrainConfig, world: World, resume: bool) -> tuple[PretrainConfig, World]:
+    """The settings and the world with the number of parts that a step's data has: as many for each process."""
+    shards = (config.shards or 1) if resume else (config.shards or world.size)
+    if shards % world.size:
+        raise ValueError(
+            f"the data of a step has {shards} parts and there are {world.size} processes: start a number that "
+            "divides it, or a run with another number of shards"
+        )
+    return replace(config, shards=shards), replace(world, shards=shards)
+
+
+def _run(
     config: PretrainConfig,
-    model: Any,
-    feed: Feed,
-    world: World,
     out: Path,
+    world: World,
     resume: bool,
+    rebuild: bool,
     quiet: bool,
     say: Callable[[str], None],
 ) -> Result:
-    run = Run(Trainer(model, feed.train, config, world), feed, out, _identity(config, feed), quiet)
+    """What a process does when it has met the others."""
+    feed = _feed(config, out, world, resume, rebuild, quiet)
+    session.seed_all(config.seed)
+    assert config.device is not None
+    model = build_model(config, feed.tokenizer).to(world.device(config.device))
+    # processes start from the same weights, and drop different things
+    if world.rank:
+        session.seed_all((config.seed + 1_000_003 * world.rank) % 2**63)
+    if config.recompute:
+        model.gradient_checkpointing_enable()
+    say(_description(config, model, feed))
+    if not resume:
+        session.check_space(model, config, out)
+        # timed steps are as many as on the slowest process
+        config = replace(config, steps=int(world.most(_steps(config, model, feed))))
+        if world.main:
+            store.write_json(out / "about.json", session.about(config))
+            # the last thing before training: a folder that has it holds a run
+            store.write_text(out / "config.toml", config.to_toml())
+    trainer = Trainer(model, feed.batches, config, world)
+    run = Run(trainer, feed, out, _identity(config, feed), quiet)
     if resume:
         say(f"going on after step {run.resume()} of {config.steps}")
-    evaluation = run.train()
-    baselines = feed.baselines()
-    target = out / "model"
-    store.write_folder(target, lambda folder: _export(folder, model, feed))
-    plot_losses(out / "metrics.jsonl", out / "loss.png", baselines, f"{config.recipe} pretraining")
-    at = run.trainer.at
-    result = Result(out, target, out / "loss.png", at.step, at.seconds, evaluation, baselines)
-    store.write_json(
-        out / "result.json",
-        {"steps": at.step, "seconds": at.seconds, "held_out": evaluation, "baselines": baselines},
-    )
+    return _report(run, feed, run.train())
+
+
+def _feed(
+    config: PretrainConfig, out: Path, world: World, resume: bool, rebuild: bool, quiet: bool
+) -> Feed:
+    """The data; one process makes what there is to be made, then the others open it."""
+    if not world.main:
+        world.meet()
+        return reopen_feed(config, out, world)
+    if resume:
+        feed = reopen_feed(config, out, world, rebuild)
+    else:
+        feed = prepare_feed(config, out, world, quiet, rebuild)
+    world.meet()
+    return feed
+
+
+def _report(run: Run, feed: Feed, evaluation: dict[str, float]) -> Result:
+    """Write the model, the curve and the final figures."""
+    trainer, out, world = run.trainer, run.out, run.world
+    at, target, plot = trainer.at, out / "model", out / "loss.png"
+    model = trainer.model
+    if trainer.spread.sharded:
+        weights = trainer.spread.whole()
+        if world.main:
+            model = type(model)(model.config)
+            model.load_state_dict(weights)
+    baselines = feed.baselines() if world.main else {}
+    result = Result(out, target, plot, at.step, at.seconds, evaluation, baselines, world.main)
+    if world.main:
+        store.write_folder(target, lambda folder: _export(folder, model, feed))
+        title = f"{getattr(trainer.config, 'recipe', '')} pretraining"
+        plot_losses(out / "metrics.jsonl", plot, baselines, title)
+        values = {"steps": at.step, "seconds": at.seconds, "held_out": evaluation}
+        store.write_json(out / "result.json", {**values, "baselines": baselines})
+    # whoever ends first must not be taken for lost
+    world.meet()
     return result
 
 
