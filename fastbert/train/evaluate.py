@@ -49,7 +49,7 @@ def evaluate(
     judged = getattr(model, "judge", partial(judge, model))
     # loss, right and count over labelled tokens; the same over [MASK]; pairs right and count
     sums = torch.zeros(8, dtype=torch.float64, device=device)
-    training = model.training
+    training, number = model.training, -1
     model.eval()
     try:
         with torch.no_grad(), autocast(device, precision):

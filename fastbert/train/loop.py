@@ -117,6 +117,9 @@ class Run:
                     caught = int(self.world.most(signals.caught or 0))
                     if due or caught:
                         self.save()
+                    if caught and not self.world.main:
+                        # one of them says so
+                        raise SystemExit(128 + caught)
                     if caught:
                         raise Stopped(caught, t.at.step, self.out, self.command)
                 self.save()

@@ -34,7 +34,7 @@ class Spread:
         self.sharded = strategy == "fsdp" and world.size > 1
         self.call = model
         if self.sharded:
-            _shard(model)
+            _shard(model, world.size)
         elif world.size > 1:
             device = next(model.parameters()).device
             own = [device.index] if device.type == "cuda" else None
@@ -75,13 +75,15 @@ class Spread:
         return get_model_state_dict(self.model, options=options)
 
 
-def _shard(model: Any) -> None:
+def _shard(model: Any, size: int) -> None:
     """Every layer by itself, and the rest: embeddings, heads, which the model's own methods read."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    mesh = init_device_mesh(next(model.parameters()).device.type, (size,))
     for layer in model.bert.layers:
-        fully_shard(layer)
+        fully_shard(layer, mesh=mesh)
     # a tied decoder reads the word embedding after the layers
-    fully_shard(model, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
     model.judge = types.MethodType(judge, model)
     register_fsdp_forward_method(model, "judge")

@@ -96,7 +96,11 @@ def _run(
     feed = _feed(config, out, world, resume, rebuild, quiet)
     session.seed_all(config.seed)
     assert config.device is not None
-    model = build_model(config, feed.tokenizer).to(world.device(config.device))
+    device = world.device(config.device)
+    if device.startswith("cuda:"):
+        # libraries of several GPUs go by the current one
+        torch.cuda.set_device(device)
+    model = build_model(config, feed.tokenizer).to(device)
     # processes start from the same weights, and drop different things
     if world.rank:
         session.seed_all((config.seed + 1_000_003 * world.rank) % 2**63)
@@ -106,7 +110,7 @@ def _run(
     if not resume:
         session.check_space(model, config, out)
         # timed steps are as many as on the slowest process
-        config = replace(config, steps=int(world.most(_steps(config, model, feed))))
+        config = replace(config, steps=int(world.most(_steps(config, model, feed, world))))
         if world.main:
             store.write_json(out / "about.json", session.about(config))
             # the last thing before training: a folder that has it holds a run
@@ -236,7 +240,7 @@ def _identity(config: PretrainConfig, feed: Feed) -> dict[str, Any]:
     }
 
 
-def _steps(config: PretrainConfig, model: torch.nn.Module, feed: Feed) -> int:
+def _steps(config: PretrainConfig, model: torch.nn.Module, feed: Feed, world: World) -> int:
     """The number of optimiser steps that the settings ask for."""
     if config.steps is not None:
         return config.steps
@@ -246,14 +250,20 @@ def _steps(config: PretrainConfig, model: torch.nn.Module, feed: Feed) -> int:
         batches += round(part * feed.train.num_batches(whole)) if part else 0
         return max(batches // config.accumulate, 1)
     assert config.minutes is not None
-    return max(round(60.0 * config.minutes / seconds_per_step(model, feed, config)), 1)
+    return max(round(60.0 * config.minutes / seconds_per_step(model, feed, config, world)), 1)
 
 
-def seconds_per_step(model: torch.nn.Module, feed: Feed, config: PretrainConfig) -> float:
-    """Time some steps on a copy of the model; the model and the generators are left as they were."""
+def seconds_per_step(
+    model: torch.nn.Module, feed: Feed, config: PretrainConfig, world: World
+) -> float:
+    """Time some steps on a copy of the model; the model and the generators are left as they were.
+
+    Several processes time their own work without exchanging gradients.
+    """
     assert config.minutes is not None
     rng = store.capture_rng()
-    trial = Trainer(copy.deepcopy(model), feed.train, replace(config, steps=1_000_000))
+    alone, settings = World(shards=len(world.parts)), replace(config, steps=1_000_000)
+    trial = Trainer(copy.deepcopy(model), feed.batches, settings, alone)
     # the first step is slower than the rest: memory, imports
     trial.train_step()
     started, steps, elapsed = time.perf_counter(), 0, 0.0

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,8 @@ class ShardedCheckpoints:
         spread = {name: state[name] for name in _SPREAD}
         rest = {name: value for name, value in state.items() if name not in (*_SPREAD, "rng")}
         try:
-            dcp.save(spread, checkpoint_id=new, no_dist=self.world.size == 1)
+            with _quiet():
+                dcp.save(spread, checkpoint_id=new, no_dist=self.world.size == 1)
             torch.save(state["rng"], new / f"rng-{self.world.rank}.pt")
             if self.world.main:
                 torch.save(rest, new / "run.pt")
@@ -75,7 +78,8 @@ class ShardedCheckpoints:
         spread = {name: present[name] for name in _SPREAD}
         try:
             rest = torch.load(path / "run.pt", map_location="cpu", weights_only=True)
-            dcp.load(spread, checkpoint_id=path, no_dist=self.world.size == 1)
+            with _quiet():
+                dcp.load(spread, checkpoint_id=path, no_dist=self.world.size == 1)
             rng = path / f"rng-{self.world.rank}.pt"
             own = torch.load(rng, weights_only=True) if rng.exists() else present["rng"]
         except Exception as error:  # a damaged file raises nearly anything
@@ -83,6 +87,14 @@ class ShardedCheckpoints:
                 f"{path} is damaged ({str(error).splitlines()[0]}): delete it to resume from the one before it"
             ) from error
         return {**rest, **spread, "rng": own}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that one process is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _finish(new: Path, path: Path) -> None:
