@@ -14,10 +14,12 @@ from tiny_tasks import ROWS, tiny_config, tiny_settings
 
 from fastbert.finetune import FinetuneConfig, Predictor, finetune
 from fastbert.finetune import run as module
-from fastbert.finetune.loop import FinetuneRun, FinetuneTrainer
+from fastbert.finetune.data import Sources, load_data
+from fastbert.finetune.loop import FinetuneRun, FinetuneTrainer, training_data
 from fastbert.train.loop import Stopped
 from fastbert.train.metrics import read_metrics
 from fastbert.train.settings import load_settings
+from fastbert.training_graphs import TrainingRunner
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,43 @@ def test_transformers_loads_and_agrees(finished):
     text = "the man met anna smith in rome"
     theirs = [found["entity"] for found in pipe(text, ignore_labels=[])]
     assert Predictor(model).texts([text])[0]["tags"] == theirs
+
+
+def test_models_from_elsewhere_say_their_task_by_their_head(finished, tmp_path):
+    """As transformers saves them: without the file that says how inputs were made."""
+    for task, result in finished.items():
+        model = shutil.copytree(result.model, tmp_path / task)
+        (model / "finetune.json").unlink()
+        rows = ROWS[task](8)
+        assert Predictor(model).records(rows)[1] == Predictor(result.model).records(rows)[1]
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_a_replayed_step_is_the_same_step(base, task):
+    """On a GPU steps are replayed by TrainingRunner, which on a CPU makes the same padded call."""
+    steps = []
+    for replayed in (False, True):
+        config = tiny_config(task, base, steps=3, dropout=0.0, attention_dropout=0.0)
+        data = load_data(config, Sources(ROWS[task](32)))
+        torch.manual_seed(0)
+        model = module.build_model(config, data)
+        trainer = FinetuneTrainer(model, training_data(data, config), config)
+        trainer._replayed = TrainingRunner(model) if replayed else None
+        steps.append([trainer.train_step().loss for _ in range(3)])
+    assert steps[1] == pytest.approx(steps[0], rel=1e-5)
+    assert len(set(steps[0])) == 3
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_bf16_trains_close_to_fp32(base, tmp_path, task):
+    common = {"steps": 3, "dropout": 0.0, "attention_dropout": 0.0}
+    found = []
+    for precision in ("fp32", "bf16"):
+        out = tmp_path / precision
+        run(task, base, out, count=48, precision=precision, **common)
+        found.append([m["loss"] for m in read_metrics(out / "metrics.jsonl")])
+    assert found[0] != found[1]
+    assert found[1] == pytest.approx(found[0], rel=3e-2)
 
 
 def test_entities_of_plain_text(finished):
