@@ -18,8 +18,6 @@ from torch.distributed.checkpoint.state_dict import (
 from fastbert.train.evaluate import judge
 from fastbert.train.world import World
 
-STRATEGIES = ("ddp", "fsdp")
-
 
 class Spread:
     """A model on this process of several. `call` is what steps call; its gradients are means over the processes.
@@ -28,10 +26,10 @@ class Spread:
     weight and of its moments on every process and gathers a layer's weights while it runs.
     """
 
-    def __init__(self, model: Any, strategy: str, world: World) -> None:
+    def __init__(self, model: Any, world: World) -> None:
         self.model = model
         self.world = world
-        self.sharded = strategy == "fsdp" and world.size > 1
+        self.sharded = world.strategy == "fsdp" and world.size > 1
         self.call = model
         if self.sharded:
             _shard(model, world.size)

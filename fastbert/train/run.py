@@ -80,7 +80,7 @@ def _divided(config: PretrainConfig, world: World, resume: bool) -> tuple[Pretra
             f"the data of a step has {shards} parts and there are {world.size} processes: start a number that "
             "divides it, or a run with another number of shards"
         )
-    return replace(config, shards=shards), replace(world, shards=shards)
+    return replace(config, shards=shards), replace(world, shards=shards, strategy=config.strategy)
 
 
 def _run(

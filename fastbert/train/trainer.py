@@ -76,7 +76,7 @@ class Trainer:
         self.config = config
         self.steps: int = config.steps
         self.world = world or World()
-        self.spread = Spread(model, getattr(config, "strategy", "ddp"), self.world)
+        self.spread = Spread(model, self.world)
         self.optimiser = make_optimiser(model, config)
         self.at = Position()
         self.device = next(model.parameters()).device

@@ -35,6 +35,8 @@ class World:
     shards: int = 1
     # this process's number on its machine
     local: int = 0
+    # how the model is spread: ddp or fsdp (parallel.py)
+    strategy: str = "ddp"
 
     @property
     def main(self) -> bool:

@@ -1,9 +1,12 @@
 """Whole runs in this process: that they learn, what they keep, how they stop and go on, what they refuse."""
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
+from pathlib import Path
 
 import datasets
 import pytest
@@ -14,8 +17,10 @@ from tiny_tasks import ROWS, tiny_config, tiny_settings
 
 from fastbert.finetune import FinetuneConfig, Predictor, finetune
 from fastbert.finetune import run as module
+from fastbert.finetune.config import Options
 from fastbert.finetune.data import Sources, load_data
 from fastbert.finetune.loop import FinetuneRun, FinetuneTrainer, training_data
+from fastbert.train import loop as training
 from fastbert.train.loop import Stopped
 from fastbert.train.metrics import read_metrics
 from fastbert.train.settings import load_settings
@@ -366,3 +371,17 @@ def test_bad_values(settings, sentence):
 def test_defaults_follow_the_task():
     assert FinetuneConfig(task="answer").stride == 128
     assert (FinetuneConfig(task="tag").max_length, FinetuneConfig(steps=3).epochs) == (128, None)
+
+
+def test_every_setting_reaches_the_run():
+    """A field that nothing reads would be a promise that is not kept."""
+    folders = [Path(module.__file__).parent, Path(training.__file__).parent]
+    files = [p for folder in folders for p in folder.glob("*.py") if p.name != "config.py"]
+    text = "".join(p.read_text() for p in files)
+    # those of Options are read from there; the optimiser takes both betas in one line
+    options = {f.name for f in dataclasses.fields(Options)}
+    for f in dataclasses.fields(FinetuneConfig):
+        read = rf"(config|settings|options|o|self)\.{f.name}\b"
+        assert re.search(read, text), f.name
+        if f.name in options:
+            assert re.search(rf"(options|o)\.{f.name}\b", text), f.name
