@@ -6,6 +6,7 @@ import fcntl
 import os
 import random
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -26,9 +27,8 @@ def writable(out: Path) -> None:
     """Make the folder of a run; raises OSError where nothing can be written into it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".probe"
-        probe.write_bytes(b"")
-        probe.unlink()
+        # without a name that another process of the run might take
+        tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise OSError(f"--out {out} can't be written to: {error}") from error
 
