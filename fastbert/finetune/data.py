@@ -65,6 +65,11 @@ def load_data(config: FinetuneConfig, given: Sources) -> Data:
     task = make_task(config.options())
     train = _training(config, given, task)
     task.learn(train)
+    base = BertConfig.from_file(config.model)
+    own = [name for _, name in sorted((base.id2label or {}).items())]
+    if set(own) == set(task.names):
+        # a classifier that is trained further keeps its numbers
+        task.names = own
     validation = _optional(given.validation or config.validation, "validation", task)
     if validation is None:
         groups = [task.group(e) for e in train]
@@ -81,7 +86,6 @@ def load_data(config: FinetuneConfig, given: Sources) -> Data:
     for name, examples in (("validation", validation), ("test", test or [])):
         _check_labels(task, examples, name)
     tokenizer = load_tokenizer(config.model)
-    base = BertConfig.from_file(config.model)
     return Data(
         task,
         tokenizer,

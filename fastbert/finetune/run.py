@@ -92,7 +92,15 @@ def build_model(config: FinetuneConfig, data: Data) -> Any:
     if names := data.task.names:
         given["id2label"] = dict(enumerate(names))
         given["label2id"] = {name: i for i, name in enumerate(names)}
-    return data.task.kind.from_pretrained(config.model, **given)
+    try:
+        return data.task.kind.from_pretrained(config.model, **given)
+    except ValueError as error:
+        if "pass num_labels=" not in str(error):
+            raise
+        raise ValueError(
+            f"the model in {config.model} has a head for another number of labels than the data's {len(names)}: start "
+            "from its encoder alone, BertModel.from_pretrained(...).save_pretrained(...) and the tokenizer"
+        ) from error
 
 
 def summary(result: Result) -> list[str]:

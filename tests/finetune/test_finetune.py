@@ -336,6 +336,23 @@ def test_strange_labels_are_refused_before_training(base, tmp_path):
     refuse(ValueError, "the tags mark no entities", config, tmp_path / "run", train=tags)
 
 
+def test_a_classifier_is_trained_further(finished, tmp_path):
+    """Its labels keep their numbers, whatever their order; another number of labels needs another head."""
+    model = shutil.copytree(finished["classify"].model, tmp_path / "model")
+    settings = json.loads((model / "config.json").read_text())
+    settings["id2label"] = {"0": "good", "1": "bad"}
+    (model / "config.json").write_text(json.dumps(settings))
+    rows = ROWS["classify"](32)
+    config = tiny_config("classify", model, steps=1, lr=1e-12)
+    result = finetune(config, tmp_path / "run", train=rows, quiet=True)
+    # as wrong as it can be, now that the names are exchanged
+    assert result.validation["accuracy"] < 0.1
+    rows = [*rows, {"text": "the man", "label": "neither"}]
+    sentence = "has a head for another number of labels than the data's 3"
+    refuse(ValueError, sentence, config, tmp_path / "other", train=rows)
+    assert not (tmp_path / "other" / "config.toml").exists()
+
+
 def test_sources_must_be_named(base, tmp_path):
     refuse(ValueError, "sources is empty", tiny_config("tag", base), tmp_path / "run")
 
