@@ -1,4 +1,4 @@
-"""The `fastbert` command: pretrain, fill-mask, embed, tune, info; slow imports wait until needed."""
+"""The `fastbert` command: pretrain, finetune, predict, fill-mask, embed, tune, info; slow imports wait until needed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastbert.cli_finetune import finetune, predict
 from fastbert.cli_pretrain import pretrain
 from fastbert.cli_text import embed, fill_mask
 from fastbert.cli_tune import tune
@@ -33,6 +34,8 @@ def _command(name: str, function: Callable[..., None], bare: bool = False) -> No
 
 
 _command("pretrain", pretrain)
+_command("finetune", finetune)
+_command("predict", predict)
 _command("fill-mask", fill_mask)
 _command("embed", embed)
 _command("tune", tune, bare=True)
@@ -141,6 +144,7 @@ def _is_expected(error: Exception) -> bool:
     from fastbert.testing.fetch import FetchError
     from fastbert.train.loop import Stopped
     from fastbert.train.trainer import TrainingError
+    from fastbert.train.world import PeerLost
 
-    own = (Unsupported, FetchError, Stopped, TrainingError)
+    own = (Unsupported, FetchError, PeerLost, Stopped, TrainingError)
     return isinstance(error, (ValueError, TypeError, IndexError, OSError, *own))

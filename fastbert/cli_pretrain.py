@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-import typing
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fastbert.train.config import PretrainConfig, check_length_said, load_settings, merge
+from fastbert.cli_settings import say, signature
+from fastbert.train.config import PretrainConfig, load_settings
+from fastbert.train.settings import check_length_said, merge
 
 
 def pretrain(**flags: Any) -> None:
@@ -43,61 +42,15 @@ def _pretrain(
     if config is None:
         config = run.resumed(out, settings)
     result = run.pretrain(
-        config, out, resume=resume, rebuild=rebuild, quiet=quiet, say=None if quiet else _say
+        config, out, resume=resume, rebuild=rebuild, quiet=quiet, say=None if quiet else say
     )
-    for line in run.summary(result):
+    for line in run.summary(result) if result.main else ():
         typer.echo(line)
 
 
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
-
-
-def _parameters() -> list[inspect.Parameter]:
-    """The command's parameters: a few of its own, then one for every setting."""
-    own: list[tuple[str, Any, Any]] = [
-        ("out", Annotated[Path, typer.Option(help="folder of the run")], inspect.Parameter.empty),
-        (
-            "config",
-            Annotated[Path | None, typer.Option(help="TOML or YAML file of settings")],
-            None,
-        ),
-        (
-            "resume",
-            Annotated[bool, typer.Option("--resume", help="go on with the run in OUT")],
-            False,
-        ),
-        (
-            "rebuild",
-            Annotated[bool, typer.Option("--rebuild", help="tokenise again in a stale --data-dir")],
-            False,
-        ),
-        ("quiet", Annotated[bool, typer.Option("--quiet", help="show no progress")], False),
-    ]
-    hints = typing.get_type_hints(PretrainConfig)
-    for f in dataclasses.fields(PretrainConfig):
-        own.append((f.name, Annotated[_optional(hints[f.name]), _flag(f)], None))
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    return [
-        inspect.Parameter(name, keyword, default=default, annotation=annotation)
-        for name, annotation, default in own
-    ]
-
-
-def _optional(hint: Any) -> Any:
-    return hint if type(None) in typing.get_args(hint) else hint | None
-
-
-def _flag(f: dataclasses.Field[Any]) -> Any:
-    comment = f.metadata["comment"]
-    if f.name == "sources":
-        return typer.Argument(help=comment, show_default=False)
-    if f.default is not None:
-        comment += f"; default {str(f.default).lower()}"
-    name = "--" + f.name.replace("_", "-")
-    if isinstance(f.default, bool):
-        name += "/--no-" + f.name.replace("_", "-")
-    return typer.Option(name, help=comment, rich_help_panel=f.metadata["group"])
-
-
-pretrain.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
+_REBUILD = (
+    "rebuild",
+    Annotated[bool, typer.Option("--rebuild", help="tokenise again in a stale --data-dir")],
+    False,
+)
+pretrain.__signature__ = signature(PretrainConfig, _REBUILD)  # type: ignore[attr-defined]

@@ -34,7 +34,7 @@ def fill_mask(
     from fastbert.infer import Filler
 
     filler = Filler(model)
-    results = [(text, filler(text, top)) for text in _lines(texts)]
+    results = [(text, filler(text, top)) for text in read_lines(texts)]
     if as_json:
         for text, masks in results:
             words = [[{"word": w, "probability": p} for w, p in mask] for mask in masks]
@@ -91,7 +91,7 @@ def embed(
 
     # the model first: it is what is wrong more often, and stdin may be slow
     embedder = Embedder(model, pooling, normalize)
-    lines = _lines(texts, file)
+    lines = read_lines(texts, file)
     vectors = embedder(lines, batch_size)
     if embedder.cut:
         typer.echo(f"{embedder.cut} texts were cut to {embedder.max_length} tokens", err=True)
@@ -104,7 +104,7 @@ def embed(
     typer.echo(f"{tuple(vectors.shape)} written to {out}", err=True)
 
 
-def _lines(texts: list[str] | None, file: Path | None = None) -> list[str]:
+def read_lines(texts: list[str] | None, file: Path | None = None) -> list[str]:
     """The texts: those given, or the lines of a file or of standard input; an empty one is refused."""
     name = "the text"
     if not texts:

@@ -196,7 +196,7 @@ def test_command(tmp_path):
 
 def test_a_run_s_manifest_names_the_winners(monkeypatch):
     """A resumed run must not compute by other backends than it began with."""
-    from fastbert.train.run import backends
+    from fastbert.train.session import backends
 
     before = backends("cpu")
     winner("layer_norm", "torch", monkeypatch, torch.randn(5, 24))

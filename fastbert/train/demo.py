@@ -31,8 +31,9 @@ def demo(
     from rich.console import Console
 
     from fastbert.testing.fetch import fetch
-    from fastbert.train.config import PretrainConfig, load_settings, merge
+    from fastbert.train.config import PretrainConfig, load_settings
     from fastbert.train.run import pretrain, summary
+    from fastbert.train.settings import merge
 
     console = Console(highlight=False, soft_wrap=True)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as stock
 
 from fastbert.data import Batch
+from fastbert.train.world import World
 
 # of a 95 % interval
 _Z = 1.959963984540054
@@ -31,24 +33,37 @@ def wilson(right: int, total: int) -> tuple[float, float]:
 
 
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], mask_id: int, precision: str = "fp32"
+    model: nn.Module,
+    batches: Iterable[Batch],
+    mask_id: int,
+    precision: str = "fp32",
+    world: World | None = None,
 ) -> dict[str, float]:
     """Judge a pretraining model on packed batches: MLM loss, perplexity and accuracy, NSP accuracy.
 
-    Loss and accuracy are means over labelled tokens, and once more over those whose input is `mask_id`.
+    Loss and accuracy are means over labelled tokens, and once more over those whose input is `mask_id`. Processes share
+    the batches.
     """
-    device = next(model.parameters()).device
+    device, world = next(model.parameters()).device, world or World()
+    # a model whose weights are spread has a method that gathers them
+    judged = getattr(model, "judge", partial(judge, model))
     # loss, right and count over labelled tokens; the same over [MASK]; pairs right and count
     sums = torch.zeros(8, dtype=torch.float64, device=device)
-    training = model.training
+    training, number = model.training, -1
     model.eval()
     try:
         with torch.no_grad(), autocast(device, precision):
-            for batch in batches:
-                sums += _judge(model, batch.to(device), mask_id)
+            for number, batch in enumerate(batches):
+                if number % world.size == world.rank:
+                    sums += judged(batch.to(device), mask_id)
+            if 0 < (number + 1) % world.size <= world.rank:
+                # no batch is left for this one, but the others may wait for its part of the weights
+                judged(batch.to(device), mask_id)
     finally:
         model.train(training)
-    loss, right, n, masked_loss, masked_right, masked_n, pairs_right, pairs = sums.tolist()
+    loss, right, n, masked_loss, masked_right, masked_n, pairs_right, pairs = world.totals(
+        *sums.tolist()
+    )
     if masked_n == 0:
         raise ValueError("the held-out data has no masked token: hold out more of the documents")
     values = {
@@ -67,8 +82,8 @@ def evaluate(
     return values
 
 
-def _judge(model: Any, batch: Batch, mask_id: int) -> Tensor:
-    """The eight sums of one batch."""
+def judge(model: Any, batch: Batch, mask_id: int) -> Tensor:
+    """The eight sums of one batch: of loss, right and count, of these at [MASK], of pairs right and count."""
     rows, ids = batch["label_rows"], batch["input_ids"]
     inputs = {k: v for k, v in batch.items() if k in _INPUTS}
     encoded = model.bert(**inputs)

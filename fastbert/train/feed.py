@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,18 @@ from fastbert.train.world import World
 _COUNTED_TOKENS = 20_000_000
 
 
+class Interleaved:
+    """The batches of several parts of the data in turn: those of number 0, those of number 1, and so on."""
+
+    def __init__(self, parts: Sequence[PretrainingData]) -> None:
+        self.parts = parts
+
+    def stream(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """Batches without end from number `start` of `epoch` on; all parts have as many in an epoch."""
+        for batches in zip(*(part.stream(epoch, start) for part in self.parts), strict=True):
+            yield from batches
+
+
 class Feed:
     """Training and held-out batches of some shards; `eval_batches` of the held-out ones are read."""
 
@@ -56,8 +68,13 @@ class Feed:
         self.tokenizer = tokenizer
         self.shards = shards
         self.train = PretrainingData(
-            shards, tokenizer, settings, rank=world.rank, world_size=world.size
+            shards, tokenizer, settings, rank=world.rank, world_size=world.shards
         )
+        others = [
+            PretrainingData(shards, tokenizer, settings, rank=part, world_size=world.shards)
+            for part in world.parts[1:]
+        ]
+        self.batches = Interleaved([self.train, *others]) if others else self.train
         self.heldout = PretrainingData(shards, tokenizer, settings, part="heldout")
         self.mask_id = self.heldout.special.mask
         self.eval_batches = _first_batches(self.heldout, config.eval_tokens)

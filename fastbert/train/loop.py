@@ -18,6 +18,7 @@ from fastbert.train import store
 from fastbert.train.evaluate import evaluate
 from fastbert.train.metrics import Metrics
 from fastbert.train.progress import Progress
+from fastbert.train.sharded import ShardedCheckpoints
 from fastbert.train.trainer import StepResult, Trainer, TrainingError
 
 _log = logging.getLogger("fastbert")
@@ -26,11 +27,11 @@ _log = logging.getLogger("fastbert")
 class Stopped(Exception):
     """A signal ended the run after a whole step; a checkpoint of that step is written."""
 
-    def __init__(self, signum: int, step: int, out: Path) -> None:
+    def __init__(self, signum: int, step: int, out: Path, command: str = "pretrain") -> None:
         self.exit_code = 128 + signum
         super().__init__(
             f"stopped by {signal.Signals(signum).name} after step {step}; go on with: "
-            f"fastbert pretrain --out {out} --resume"
+            f"fastbert {command} --out {out} --resume"
         )
 
 
@@ -71,7 +72,12 @@ class Signals:
 
 
 class Run:
-    """A trainer with its output folder: when to log, to evaluate, to write a checkpoint, and to stop."""
+    """A trainer with its output folder: when to log, to evaluate, to write a checkpoint, and to stop.
+
+    Here it pretrains; another kind of training overrides the methods from `finished` to `restore_extra`.
+    """
+
+    command = "pretrain"
 
     def __init__(
         self,
@@ -86,27 +92,36 @@ class Run:
         self.out = out
         self.identity = identity
         self.quiet = quiet
-        self.checkpoints = store.Checkpoints(out / "checkpoints", trainer.config.keep_last)
+        world, folder, keep = trainer.world, out / "checkpoints", trainer.config.keep_last
+        self.world = world
+        self.checkpoints: store.Checkpoints | ShardedCheckpoints = store.Checkpoints(folder, keep)
+        if world.shards > 1:
+            self.checkpoints = ShardedCheckpoints(folder, keep, world, trainer.state)
         self.last_evaluation: dict[str, float] = {}
         self._metrics_size = 0
 
     def train(self) -> dict[str, float]:
         """Run to the last step and return the evaluation there. Raises Stopped after a signal, TrainingError."""
         t = self.trainer
-        self.metrics = Metrics(self.out, t.at.step, self._metrics_size)
-        self.progress = Progress(t.steps, t.at.step, self.quiet)
+        self.metrics = Metrics(self.out, t.at.step, self._metrics_size, self.world.main)
+        self.progress = Progress(t.steps, t.at.step, self.quiet or not self.world.main)
         try:
             with Signals() as signals, self.progress:
                 while True:
                     self._evaluate_if_due()
-                    if t.at.step == t.steps:
+                    if self.finished():
                         break
                     self._step()
                     due = _due(t.at.step, t.config.checkpoint_every) and t.at.step < t.steps
-                    if due or signals.caught:
+                    # one process that was asked to stop stops all, after the same step
+                    caught = int(self.world.most(signals.caught or 0))
+                    if due or caught:
                         self.save()
-                    if signals.caught:
-                        raise Stopped(signals.caught, t.at.step, self.out)
+                    if caught and not self.world.main:
+                        # one of them says so
+                        raise SystemExit(128 + caught)
+                    if caught:
+                        raise Stopped(caught, t.at.step, self.out, self.command)
                 self.save()
         finally:
             self.metrics.close()
@@ -133,11 +148,7 @@ class Run:
     def _log(self, result: StepResult) -> None:
         """Write the means since the last line, and start over."""
         t, at = self.trainer, self.trainer.at
-        n = at.window_steps
-        values = {"loss": at.window_loss / n, "mlm_loss": at.window_mlm / n}
-        if t.config.recipe == "bert":
-            values["nsp_loss"] = at.window_nsp / n
-        values |= {
+        values = self.losses() | {
             "lr": t.optimiser.param_groups[0]["lr"],
             "grad_norm": result.norm,
             "epoch": at.epoch,
@@ -156,16 +167,43 @@ class Run:
         due = _due(at.step, t.config.eval_every) or at.step == t.steps
         if not due or at.evaluated == at.step:
             return
-        values = evaluate(t.model, self.feed.held_out(), self.feed.mask_id, t.config.precision)
+        values, line = self.evaluation()
         self.metrics.write("eval", at.step, values)
         self.last_evaluation = values
         at.evaluated = at.step
-        line = f"held out at step {at.step}: loss {values['mlm_loss_masked']:.4f} where [MASK]"
+        self.progress.say(line)
+
+    def finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.trainer.at.step == self.trainer.steps
+
+    def losses(self) -> dict[str, float]:
+        """The mean losses of the steps since the last log line."""
+        at, n = self.trainer.at, self.trainer.at.window_steps
+        values = {"loss": at.window_loss / n, "mlm_loss": at.window_mlm / n}
+        if getattr(self.trainer.config, "recipe", None) == "bert":
+            values["nsp_loss"] = at.window_nsp / n
+        return values
+
+    def evaluation(self) -> tuple[dict[str, float], str]:
+        """Judge the model as it is: the values to log, and a sentence of them."""
+        t = self.trainer
+        values = evaluate(
+            t.model, self.feed.held_out(), self.feed.mask_id, t.config.precision, self.world
+        )
+        line = f"held out at step {t.at.step}: loss {values['mlm_loss_masked']:.4f} where [MASK]"
         line += f", accuracy {values['accuracy_masked']:.1%}"
         if "nsp_accuracy" in values:
             low, high = values["nsp_low"], values["nsp_high"]
             line += f"; next sentence {values['nsp_accuracy']:.1%} ({low:.1%} to {high:.1%})"
-        self.progress.say(line)
+        return values, line
+
+    def extra(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the trainer's state."""
+        return {}
+
+    def restore_extra(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint with what `extra` gave."""
 
     def save(self) -> Path:
         """Write a checkpoint of this step; raises TrainingError, with the older ones kept, where it can't."""
@@ -176,6 +214,7 @@ class Run:
             "identity": self.identity,
             "evaluation": self.last_evaluation,
             "torch": str(torch.__version__),
+            **self.extra(),
         }
         try:
             return self.checkpoints.save(at.step, state)
@@ -187,8 +226,9 @@ class Run:
 
     def resume(self) -> int:
         """Go on from the newest checkpoint, where there is one; returns its step, or 0."""
-        store.remove_unfinished(self.out)
-        store.remove_unfinished(self.checkpoints.folder)
+        if self.world.main:
+            store.remove_unfinished(self.out)
+            store.remove_unfinished(self.checkpoints.folder)
         state = self.checkpoints.load()
         if state is None:
             return 0
@@ -200,6 +240,7 @@ class Run:
                 torch.__version__,
             )
         self.trainer.restore(state)
+        self.restore_extra(state)
         self.last_evaluation = state["evaluation"]
         self._metrics_size = state["metrics"]
         return self.trainer.at.step

@@ -21,16 +21,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class Metrics:
     """Appends to OUT/metrics.jsonl and OUT/tensorboard; what a run resumed at `step` will write again is dropped.
 
-    `size` is the length of metrics.jsonl at that step's checkpoint.
+    `size` is the length of metrics.jsonl at that step's checkpoint. Not `main`, it writes nothing.
     """
 
-    def __init__(self, out: Path, step: int = 0, size: int = 0) -> None:
+    def __init__(self, out: Path, step: int = 0, size: int = 0, main: bool = True) -> None:
+        self._main = main
+        if not main:
+            return
         self._file = open(out / "metrics.jsonl", "ab")  # noqa: SIM115 -- closed by close()
         self._file.truncate(min(size, self._file.tell()))
         self._board = _board(out / "tensorboard", step)
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Add one line; `kind` is train or eval."""
+        if not self._main:
+            return
         line = json.dumps({"kind": kind, "step": step, **values}) + "\n"
         self._file.write(line.encode())
         self._file.flush()
@@ -40,11 +45,15 @@ class Metrics:
 
     def sync(self) -> int:
         """Put the lines on the disk, as a checkpoint of the same step wants them; returns the file's length."""
+        if not self._main:
+            return 0
         os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
         """Close both."""
+        if not self._main:
+            return
         self._file.close()
         if self._board is not None:
             self._board.close()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert.train.config import PretrainConfig
+from fastbert.train.settings import TrainingSettings
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -35,7 +35,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def make_optimiser(model: nn.Module, config: PretrainConfig) -> torch.optim.AdamW:
+def make_optimiser(model: nn.Module, config: TrainingSettings) -> torch.optim.AdamW:
     """Fused AdamW (Loshchilov and Hutter 2019) on the two groups of `parameter_groups`."""
     groups = [
         {"params": g["params"], "weight_decay": g["weight_decay"]}

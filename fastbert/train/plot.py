@@ -13,25 +13,37 @@ from fastbert.train.metrics import read_metrics
 
 def plot_losses(metrics: Path, image: Path, baselines: Mapping[str, float], title: str) -> None:
     """Draw training loss, held-out loss at [MASK], and baselines as horizontal lines, from a metrics.jsonl."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     lines = read_metrics(metrics)
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(title=title, xlabel="step", ylabel="nats per predicted token")
-    _curve(axes, lines, "train", "mlm_loss", label="training, all labelled tokens", alpha=0.7)
-    _curve(axes, lines, "eval", "mlm_loss_masked", label="held out, where [MASK]", marker="o")
+    picture = figure()
+    axes = picture.add_subplot(title=title, xlabel="step", ylabel="nats per predicted token")
+    curve(axes, lines, "train", "mlm_loss", label="training, all labelled tokens", alpha=0.7)
+    curve(axes, lines, "eval", "mlm_loss_masked", label="held out, where [MASK]", marker="o")
     for i, (name, value) in enumerate(baselines.items()):
         axes.axhline(value, color=f"C{i + 2}", linestyle="--", label=f"{name}: {value:.3f}")
     axes.grid(alpha=0.3)
     axes.legend()
+    save(picture, image)
+
+
+def figure(width: float = 8, height: float = 5) -> Any:
+    """An empty figure that needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(made)
+    return made
+
+
+def save(figure: Any, image: Path) -> None:
+    """Write a figure as a PNG, all of it or nothing."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_bytes(image, buffer.getvalue())
 
 
-def _curve(axes: Any, lines: list[dict[str, Any]], kind: str, name: str, **style: Any) -> None:
+def curve(axes: Any, lines: list[dict[str, Any]], kind: str, name: str, **style: Any) -> None:
+    """Draw one value of a metrics.jsonl's train or eval lines over the steps."""
     points = [(line["step"], line[name]) for line in lines if line["kind"] == kind and name in line]
     if points:
         axes.plot(*zip(*points, strict=True), **style)

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import copy
-import fcntl
-import os
-import random
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-import fastbert
-from fastbert import backend, tuned
 from fastbert.data import save_tokenizer
-from fastbert.train import store
+from fastbert.train import session, store
 from fastbert.train.build import build_model, check_model
-from fastbert.train.config import FREE, PretrainConfig, check_length_said, load_settings
+from fastbert.train.config import PretrainConfig
 from fastbert.train.feed import Feed, prepare_feed, reopen_feed
 from fastbert.train.loop import Run
 from fastbert.train.plot import plot_losses
 from fastbert.train.progress import duration
+from fastbert.train.settings import FREE, check_length_said
 from fastbert.train.trainer import Trainer, TrainingError
-from fastbert.train.world import World
+from fastbert.train.world import World, joined
 
 # the part of a time budget that is spent on finding out how many steps fit into it
 _TIMED_PART = 0.05
@@ -48,6 +42,8 @@ class Result:
     evaluation: dict[str, float]
     # what simple predictors reach at the same held-out places
     baselines: dict[str, float]
+    # whether this process is the one that reports
+    main: bool = True
 
 
 def pretrain(
@@ -64,52 +60,103 @@ def pretrain(
     `config` may be None with `resume`. Raises ValueError, TypeError or OSError before training for settings, data or
     folders that can't be used, loop.Stopped after SIGTERM or SIGINT, and TrainingError when training can't go on.
     """
-    out, say = Path(out), say or _silent
-    config = _settled(_checked(config, out, resume))
-    with _alone(out), _threads(config.threads), _forced(config.backend):
-        world = World()
-        if resume:
-            feed = reopen_feed(config, out, world, rebuild)
-        else:
-            feed = prepare_feed(config, out, world, quiet, rebuild)
-        _seed(config.seed)
-        model = build_model(config, feed.tokenizer).to(config.device)
-        if config.recompute:
-            model.gradient_checkpointing_enable()
-        say(_description(config, model, feed))
-        if not resume:
-            _check_space(model, config, out)
-            config = replace(config, steps=_steps(config, model, feed))
-            store.write_json(out / "about.json", _about(config))
-            # the last thing before training: a folder that has it holds a run
-            store.write_text(out / "config.toml", config.to_toml())
-        return _train(config, model, feed, world, out, resume, quiet, say)
+    out, say = Path(out), say or session.silent
+    with joined(torch.cuda.is_available()) as world:
+        say = say if world.main else session.silent
+        config = _settled(_checked(config, out, resume))
+        config, world = _divided(config, world, resume)
+        # all have looked before one of them writes
+        world.meet()
+        alone = session.alone(out) if world.main else nullcontext()
+        with alone, session.threads(config.threads), session.forced(config.backend):
+            return _run(config, out, world, resume, rebuild, quiet, say)
 
 
-def _train(
+def _divided(config: PretrainConfig, world: World, resume: bool) -> tuple[PretrainConfig, World]:
+    """The settings and the world with the number of parts that a step's data has: as many for each process."""
+    shards = (config.shards or 1) if resume else (config.shards or world.size)
+    if shards % world.size:
+        raise ValueError(
+            f"the data of a step has {shards} parts and there are {world.size} processes: start a number that "
+            "divides it, or a run with another number of shards"
+        )
+    return replace(config, shards=shards), replace(world, shards=shards, strategy=config.strategy)
+
+
+def _run(
     config: PretrainConfig,
-    model: Any,
-    feed: Feed,
-    world: World,
     out: Path,
+    world: World,
     resume: bool,
+    rebuild: bool,
     quiet: bool,
     say: Callable[[str], None],
 ) -> Result:
-    run = Run(Trainer(model, feed.train, config, world), feed, out, _identity(config, feed), quiet)
+    """What a process does when it has met the others."""
+    feed = _feed(config, out, world, resume, rebuild, quiet)
+    session.seed_all(config.seed)
+    assert config.device is not None
+    device = world.device(config.device)
+    if device.startswith("cuda:"):
+        # libraries of several GPUs go by the current one
+        torch.cuda.set_device(device)
+    model = build_model(config, feed.tokenizer).to(device)
+    # processes start from the same weights, and drop different things
+    if world.rank:
+        session.seed_all((config.seed + 1_000_003 * world.rank) % 2**63)
+    if config.recompute:
+        model.gradient_checkpointing_enable()
+    say(_description(config, model, feed))
+    if not resume:
+        session.check_space(model, config, out)
+        # timed steps are as many as on the slowest process
+        config = replace(config, steps=int(world.most(_steps(config, model, feed, world))))
+        if world.main:
+            store.write_json(out / "about.json", session.about(config))
+            # the last thing before training: a folder that has it holds a run
+            store.write_text(out / "config.toml", config.to_toml())
+    trainer = Trainer(model, feed.batches, config, world)
+    run = Run(trainer, feed, out, _identity(config, feed), quiet)
     if resume:
         say(f"going on after step {run.resume()} of {config.steps}")
-    evaluation = run.train()
-    baselines = feed.baselines()
-    target = out / "model"
-    store.write_folder(target, lambda folder: _export(folder, model, feed))
-    plot_losses(out / "metrics.jsonl", out / "loss.png", baselines, f"{config.recipe} pretraining")
-    at = run.trainer.at
-    result = Result(out, target, out / "loss.png", at.step, at.seconds, evaluation, baselines)
-    store.write_json(
-        out / "result.json",
-        {"steps": at.step, "seconds": at.seconds, "held_out": evaluation, "baselines": baselines},
-    )
+    return _report(run, feed, run.train())
+
+
+def _feed(
+    config: PretrainConfig, out: Path, world: World, resume: bool, rebuild: bool, quiet: bool
+) -> Feed:
+    """The data; one process makes what there is to be made, then the others open it."""
+    if not world.main:
+        world.meet()
+        return reopen_feed(config, out, world)
+    if resume:
+        feed = reopen_feed(config, out, world, rebuild)
+    else:
+        feed = prepare_feed(config, out, world, quiet, rebuild)
+    world.meet()
+    return feed
+
+
+def _report(run: Run, feed: Feed, evaluation: dict[str, float]) -> Result:
+    """Write the model, the curve and the final figures."""
+    trainer, out, world = run.trainer, run.out, run.world
+    at, target, plot = trainer.at, out / "model", out / "loss.png"
+    model = trainer.model
+    if trainer.spread.sharded:
+        weights = trainer.spread.whole()
+        if world.main:
+            model = type(model)(model.config)
+            model.load_state_dict(weights)
+    baselines = feed.baselines() if world.main else {}
+    result = Result(out, target, plot, at.step, at.seconds, evaluation, baselines, world.main)
+    if world.main:
+        store.write_folder(target, lambda folder: _export(folder, model, feed))
+        title = f"{getattr(trainer.config, 'recipe', '')} pretraining"
+        plot_losses(out / "metrics.jsonl", plot, baselines, title)
+        values = {"steps": at.step, "seconds": at.seconds, "held_out": evaluation}
+        store.write_json(out / "result.json", {**values, "baselines": baselines})
+    # whoever ends first must not be taken for lost
+    world.meet()
     return result
 
 
@@ -144,20 +191,13 @@ def _export(folder: Path, model: Any, feed: Feed) -> None:
     save_tokenizer(feed.tokenizer, folder)
 
 
-def _silent(text: str) -> None:
-    """Say nothing."""
-
-
 def _checked(config: PretrainConfig | None, out: Path, resume: bool) -> PretrainConfig:
     """The run's settings, after the checks that need no data."""
     if resume:
         return resumed(out, {} if config is None else config.to_dict())
     if config is None:
         raise TypeError("config is None: only a run that is resumed has its settings in OUT")
-    if (out / "config.toml").exists():
-        raise FileExistsError(
-            f"{out} already holds a run: go on with --resume, or choose another --out"
-        )
+    session.fresh(out)
     if not config.sources:
         raise ValueError("sources is empty: name the text to train on, or - for standard input")
     for source in config.sources:
@@ -167,13 +207,7 @@ def _checked(config: PretrainConfig | None, out: Path, resume: bool) -> Pretrain
             )
     check_length_said(config.to_dict())
     check_model(config)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".probe"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"--out {out} can't be written to: {error}") from error
+    session.writable(out)
     return config
 
 
@@ -182,77 +216,18 @@ def resumed(out: Path, given: Mapping[str, Any]) -> PretrainConfig:
 
     Raises FileNotFoundError where there is no run, and ValueError, naming what differs, for any other difference.
     """
-    if not (out / "config.toml").exists():
-        raise FileNotFoundError(f"{out} holds no run to resume: start one without --resume")
-    recorded = PretrainConfig(**load_settings(out / "config.toml"))
-    # what the run found out by itself is not contradicted by leaving it open
-    given = {name: value for name, value in given.items() if value is not None}
-    if "sources" in given:
+    given = dict(given)
+    if given.get("sources") is not None:
         given["sources"] = _absolute(given["sources"])
-    if differences := recorded.differences(given):
-        raise ValueError(f"the run can't be resumed with other settings: {'; '.join(differences)}")
-    return replace(recorded, **{name: given[name] for name in FREE if name in given})
+    return session.recorded(out, given, PretrainConfig)
 
 
 def _settled(config: PretrainConfig) -> PretrainConfig:
-    """The settings with what was left to the machine filled in, so that a resumption finds the same."""
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        if torch.device(device).type == "meta":
-            raise RuntimeError("it holds no values")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {device!r} can't be used: {str(error).splitlines()[0]}"
-        ) from error
-    return replace(
-        config,
-        device=device,
-        threads=config.threads or torch.get_num_threads(),
-        backend=config.backend or backend.forced(),
-        sources=_absolute(config.sources),
-    )
+    return replace(session.settled(config), sources=_absolute(config.sources))
 
 
 def _absolute(sources: Sequence[str]) -> list[str]:
     return [s if s == "-" else str(Path(s).absolute()) for s in sources]
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Hold the folder of a run; the lock goes with the process, however that ends, and leaves no file."""
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise FileExistsError(
-            f"another process is training in {out}: wait for it, or choose another --out"
-        ) from None
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Let torch use so many threads inside the block."""
-    assert count is not None
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _forced(name: str | None) -> AbstractContextManager[Any]:
-    return fastbert.use(name) if name else nullcontext()
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 -- libraries may draw from the global generator
 
 
 def _identity(config: PretrainConfig, feed: Feed) -> dict[str, Any]:
@@ -261,38 +236,11 @@ def _identity(config: PretrainConfig, feed: Feed) -> dict[str, Any]:
     return {
         **settings,
         **feed.identity(),
-        "the backend of each op": backends(config.device or "cpu"),
+        "the backend of each op": session.backends(config.device or "cpu"),
     }
 
 
-def backends(device: str) -> dict[str, str]:
-    """The first backend in each op's order on a device that this machine has, or the one in force by name.
-
-    With what fastbert.tune() has found for the device, which comes before the order.
-    """
-    kind, forced = torch.device(device).type, backend.forced()
-    found = {
-        slug: forced or next(name for name in backend.order(kind) if reasons[name] is None)
-        for slug, reasons in backend.matrix().items()
-    }
-    winners = {} if forced else tuned.winners(backend.tuned_tables, kind)
-    return {**found, **winners}
-
-
-def _check_space(model: torch.nn.Module, config: PretrainConfig, out: Path) -> None:
-    """Refuse to start when the disk can't hold the run's checkpoints and its model."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    # a checkpoint holds the weights and two moments; one more than is kept exists while it is written
-    needed = weights * (3 * (config.keep_last + 1) + 1)
-    free = shutil.disk_usage(out).free
-    if free < needed:
-        raise OSError(
-            f"{out} has {free / 1e9:.2f} GB free and the run needs {needed / 1e9:.2f} GB for {config.keep_last} "
-            "checkpoints: free some space or lower keep_last"
-        )
-
-
-def _steps(config: PretrainConfig, model: torch.nn.Module, feed: Feed) -> int:
+def _steps(config: PretrainConfig, model: torch.nn.Module, feed: Feed, world: World) -> int:
     """The number of optimiser steps that the settings ask for."""
     if config.steps is not None:
         return config.steps
@@ -302,14 +250,20 @@ def _steps(config: PretrainConfig, model: torch.nn.Module, feed: Feed) -> int:
         batches += round(part * feed.train.num_batches(whole)) if part else 0
         return max(batches // config.accumulate, 1)
     assert config.minutes is not None
-    return max(round(60.0 * config.minutes / seconds_per_step(model, feed, config)), 1)
+    return max(round(60.0 * config.minutes / seconds_per_step(model, feed, config, world)), 1)
 
 
-def seconds_per_step(model: torch.nn.Module, feed: Feed, config: PretrainConfig) -> float:
-    """Time some steps on a copy of the model; the model and the generators are left as they were."""
+def seconds_per_step(
+    model: torch.nn.Module, feed: Feed, config: PretrainConfig, world: World
+) -> float:
+    """Time some steps on a copy of the model; the model and the generators are left as they were.
+
+    Several processes time their own work without exchanging gradients.
+    """
     assert config.minutes is not None
     rng = store.capture_rng()
-    trial = Trainer(copy.deepcopy(model), feed.train, replace(config, steps=1_000_000))
+    alone, settings = World(shards=len(world.parts)), replace(config, steps=1_000_000)
+    trial = Trainer(copy.deepcopy(model), feed.batches, settings, alone)
     # the first step is slower than the rest: memory, imports
     trial.train_step()
     started, steps, elapsed = time.perf_counter(), 0, 0.0
@@ -328,12 +282,6 @@ def _description(config: PretrainConfig, model: Any, feed: Feed) -> str:
         f"{sizes.hidden_size}, vocabulary {sizes.vocab_size}; {feed.describe()}; {config.precision} on "
         f"{config.device}, {config.threads} threads"
     )
-
-
-def _about(config: PretrainConfig) -> dict[str, Any]:
-    from fastbert.testing.machine import machine_info
-
-    return {"machine": machine_info(), "backends": backends(config.device or "cpu")}
 
 
 __all__ = ["Result", "TrainingError", "pretrain"]

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from fastbert import backend
 from fastbert.data import Batch
 from fastbert.train import store
-from fastbert.train.config import PretrainConfig
 from fastbert.train.evaluate import autocast
 from fastbert.train.optim import learning_rate, make_optimiser, set_learning_rate
+from fastbert.train.parallel import Spread
+from fastbert.train.settings import TrainingSettings
 from fastbert.train.world import World
 from fastbert.training_graphs import TrainingRunner
 
@@ -61,10 +62,13 @@ class StepResult:
 
 
 class Trainer:
-    """A model, its optimiser, its data and its position; `config.steps` is known."""
+    """A model, its optimiser, its data and its position; `config.steps` is known.
+
+    Here it pretrains; other losses override `_counts` and `_backward`.
+    """
 
     def __init__(
-        self, model: nn.Module, data: Stream, config: PretrainConfig, world: World | None = None
+        self, model: nn.Module, data: Stream, config: TrainingSettings, world: World | None = None
     ) -> None:
         assert config.steps is not None
         self.model = model
@@ -72,12 +76,13 @@ class Trainer:
         self.config = config
         self.steps: int = config.steps
         self.world = world or World()
+        self.spread = Spread(model, self.world)
         self.optimiser = make_optimiser(model, config)
         self.at = Position()
         self.device = next(model.parameters()).device
         # a host takes longer to launch a step's kernels one by one than a GPU to run them
         fused = backend.forced() in (None, "triton", "cuda")
-        graphs = self.device.type == "cuda" and fused
+        graphs = self.device.type == "cuda" and fused and self.world.size == 1
         self._replayed = TrainingRunner(model) if graphs else None
         self._batches: Iterator[Batch] | None = None
 
@@ -85,7 +90,8 @@ class Trainer:
         """The batches of the next step; the position moves past them."""
         if self._batches is None:
             self._batches = self.data.stream(self.at.epoch, self.at.batch)
-        batches = [next(self._batches) for _ in range(self.config.accumulate)]
+        count = self.config.accumulate * len(self.world.parts)
+        batches = [next(self._batches) for _ in range(count)]
         last = batches[-1]
         assert last.epoch is not None
         assert last.number is not None
@@ -96,13 +102,17 @@ class Trainer:
         """One optimiser step on the next batches; raises TrainingError, with the weights unchanged, if not finite."""
         self.model.train()
         batches = self.take()
-        labelled = self.world.total(sum(len(b["label_rows"]) for b in batches))
-        pairs = self.world.total(sum(_pairs(b) for b in batches))
-        parts = [self._backward(batch.to(self.device), labelled, pairs) for batch in batches]
-        norm_there = self._clip()
+        counts = self._counts(batches)
+        parts = []
+        for batch in batches:
+            with self.spread.step_part(last=batch is batches[-1]):
+                parts.append(self._backward(batch.to(self.device), counts))
+        # an infinite limit measures and leaves the gradient alone
+        norm_there = self.spread.clip(self.config.clip or math.inf)
         # one wait for the device in a step
         mlm, nsp, norm = torch.cat([torch.stack(parts).sum(0), norm_there.double()[None]]).tolist()
-        mlm, nsp = self.world.total(mlm), self.world.total(nsp)
+        own = sum(len(b["input_ids"]) for b in batches)
+        mlm, nsp, tokens = self.world.totals(mlm, nsp, own)
         if not math.isfinite(mlm + nsp) or not math.isfinite(norm):
             self._refuse(mlm + nsp, norm, batches)
         at = self.at
@@ -111,28 +121,29 @@ class Trainer:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         at.step += 1
-        return StepResult(mlm + nsp, mlm, nsp, norm, sum(len(b["input_ids"]) for b in batches))
+        return StepResult(mlm + nsp, mlm, nsp, norm, int(tokens))
 
-    def _backward(self, batch: Batch, labelled: float, pairs: float) -> Tensor:
-        """Add one batch's gradients; returns its MLM and NSP losses, sums / the number of terms in the whole step."""
+    def _counts(self, batches: list[Batch]) -> dict[str, int]:
+        """The number of each loss's terms in the whole step, over all processes."""
+        own = sum(len(b["label_rows"]) for b in batches), sum(_pairs(b) for b in batches)
+        labelled, pairs = self.world.totals(*own)
         counts = {"num_items_in_batch": max(int(labelled), 1)}
         if pairs:
             counts["num_pairs_in_batch"] = int(pairs)
-        call: Any = self._replayed or self.model
+        return counts
+
+    def _backward(self, batch: Batch, counts: dict[str, int]) -> Tensor:
+        """Add one batch's gradients; returns its MLM and NSP losses, sums / the number of terms in the whole step."""
+        call: Any = self._replayed or self.spread.call
         with autocast(self.device, self.config.precision):
             output = call(**batch, **counts)
         if self._replayed is None:
-            output.loss.backward()
+            # gradients come back as means over the processes, where sums are wanted
+            (output.loss * self.world.size).backward()
         nsp = output.nsp_loss
         if nsp is None:
             return torch.stack([output.loss, torch.zeros_like(output.loss)]).detach().double()
         return torch.stack([output.mlm_loss, nsp]).detach().double()
-
-    def _clip(self) -> Tensor:
-        """Scale the gradient down to the largest norm allowed; returns what it was."""
-        # an infinite limit measures and leaves the gradient alone
-        limit = self.config.clip or math.inf
-        return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
 
     def _refuse(self, loss: float, norm: float, batches: list[Batch]) -> None:
         names = "; ".join(batch.identity for batch in batches)
@@ -143,17 +154,26 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
+        if self.world.shards > 1:
+            weights = self.spread.state(self.optimiser)
+        else:
+            weights = {
+                "model": self.model.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+            }
         return {
-            "model": self.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            **weights,
             "position": asdict(self.at),
             "rng": store.capture_rng(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from where `state` was taken."""
-        self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        if self.world.shards > 1:
+            self.spread.restore(state, self.optimiser)
+        else:
+            self.model.load_state_dict(state["model"])
+            self.optimiser.load_state_dict(state["optimiser"])
         self.at = Position(**state["position"])
         self._batches = None
         store.restore_rng(state["rng"])

@@ -1,18 +1,100 @@
-"""The processes that train one model together. There is one so far; distributed training is to be added here."""
+"""The processes that train one model together: who this one is, and what they tell each other.
+
+torchrun starts them and says where they meet; without it there is one. Numbers travel through host memory (gloo), so
+that no GPU has to wait for them; gradients travel by the strategy, DDP or FSDP2 (parallel.py).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# in what the libraries say of a process that is gone; gloo names its source file
+_GONE = ("gloo", "by peer", "Broken pipe")
+
+
+class PeerLost(RuntimeError):
+    """Another process of the training has ended, and this one can't go on without it."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's number and how many there are; the data gives each its own batches."""
+    """This process's number, how many there are, and the parts (`shards`) that the data of a step is divided into.
+
+    Part j belongs to process j % size: a run that was started with as many processes as parts has the same batches, and
+    at dropout 0 the same losses, on fewer of them.
+    """
 
     rank: int = 0
     size: int = 1
+    shards: int = 1
+    # this process's number on its machine
+    local: int = 0
+    # how the model is spread: ddp or fsdp (parallel.py)
+    strategy: str = "ddp"
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and reports."""
+        return self.rank == 0
+
+    @property
+    def parts(self) -> range:
+        """The parts of the data that are this process's own."""
+        return range(self.rank, self.shards, self.size)
+
+    def totals(self, *values: float) -> list[float]:
+        """The sums over all processes of each value."""
+        return self._reduced(list(values), dist.ReduceOp.SUM)
 
     def total(self, value: float) -> float:
-        """The sum of every process's value."""
-        assert self.size == 1
-        return value
+        """The sum over all processes."""
+        return self.totals(value)[0]
+
+    def most(self, value: float) -> float:
+        """The largest of all processes' values."""
+        return self._reduced([value], dist.ReduceOp.MAX)[0]
+
+    def meet(self) -> None:
+        """Wait until every process is here."""
+        self.total(0.0)
+
+    def device(self, name: str) -> str:
+        """The device of this process: every one on a machine has its own GPU."""
+        return f"cuda:{self.local}" if name == "cuda" and self.size > 1 else name
+
+    def _reduced(self, values: list[float], how: dist.ReduceOp.RedOpType) -> list[float]:
+        if self.size == 1:
+            return values
+        found = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(found, how)
+        return found.tolist()
+
+
+@contextmanager
+def joined(gpu: bool) -> Iterator[World]:
+    """Meet the other processes that torchrun has started, where it has, and part at the end.
+
+    Raises PeerLost, in the place of what the libraries say, where another process has ended.
+    """
+    if not dist.is_torchelastic_launched():
+        yield World()
+        return
+    # a first step may wait for another process to tokenise the text
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(hours=2))
+    try:
+        size = dist.get_world_size()
+        yield World(dist.get_rank(), size, size, dist.get_node_local_rank(0))
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in _GONE):
+            raise PeerLost(
+                "another process of this training has ended: its own message says why"
+            ) from error
+        raise
+    finally:
+        dist.destroy_process_group()

@@ -5,7 +5,8 @@ import tiny_run
 
 from fastbert.testing import fetch
 from fastbert.train import PretrainConfig, demo
-from fastbert.train.config import check_length_said, load_settings
+from fastbert.train.config import load_settings
+from fastbert.train.settings import check_length_said
 
 
 def test_recipe_is_valid():

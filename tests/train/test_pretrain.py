@@ -11,7 +11,7 @@ import torch
 
 from fastbert.bert import BertForMaskedLM, BertForPreTraining
 from fastbert.data import ShardsError, load_tokenizer
-from fastbert.train import PretrainConfig, pretrain, run
+from fastbert.train import PretrainConfig, pretrain, run, session
 from fastbert.train.config import load_settings
 from fastbert.train.loop import Run
 from fastbert.train.metrics import read_metrics
@@ -279,7 +279,7 @@ def test_full_disk_at_a_checkpoint_keeps_the_older_one(corpus, finished, tmp_pat
 
 
 def test_identity_names_a_changed_backend(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "backends", lambda device: {"attention": "cpu"})
+    monkeypatch.setattr(session, "backends", lambda device: {"attention": "cpu"})
     text = "the backend of each op was"
     refuse(ValueError, text, config=None, out=copied(finished, tmp_path), resume=True)
 
@@ -301,7 +301,7 @@ def test_two_processes_in_one_folder(corpus, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     settings = PretrainConfig(**tiny_run.tiny_settings(corpus))
-    with run._alone(out), pytest.raises(FileExistsError, match="another process is training"):
+    with session.alone(out), pytest.raises(FileExistsError, match="another process is training"):
         pretrain(settings, out, quiet=True)
     assert not list(out.iterdir())
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from fastbert.train.config import PretrainConfig, check_length_said, load_settings, merge
+from fastbert.train.config import PretrainConfig, load_settings
+from fastbert.train.settings import check_length_said, merge
 
 
 def test_resolved_file_reads_back(tmp_path):

@@ -1,0 +1,119 @@
+"""Fine-tuning's own steps and its own run: the best step is kept, and training ends when it no longer improves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.data import Batch, save_tokenizer
+from fastbert.finetune.config import FinetuneConfig
+from fastbert.finetune.data import Data
+from fastbert.finetune.features import Shuffled, items
+from fastbert.finetune.judge import Part, predict
+from fastbert.train import store
+from fastbert.train.evaluate import autocast
+from fastbert.train.loop import Run
+from fastbert.train.trainer import Trainer
+
+
+class FinetuneTrainer(Trainer):
+    """Steps on labelled batches; the loss of a step is the sum over its labels / their number, over all batches."""
+
+    def _counts(self, batches: list[Batch]) -> dict[str, int]:
+        if self.config.accumulate > 1:
+            # a replayed step's loss is the mean over its own batch
+            self._replayed = None
+        return {"items": max(int(self.world.total(sum(map(items, batches)))), 1)}
+
+    def _backward(self, batch: Batch, counts: dict[str, int]) -> Tensor:
+        """Add one batch's gradients; returns its part of the loss, and 0 where pretraining has a second one."""
+        with autocast(self.device, self.config.precision):
+            if self._replayed is not None:
+                loss = self._replayed(**batch).loss
+            else:
+                loss = self.model(**batch).loss * (items(batch) / counts["items"])
+                loss.backward()
+        assert loss is not None
+        return torch.stack([loss, torch.zeros_like(loss)]).detach().double()
+
+
+class FinetuneRun(Run):
+    """A run that writes the model of its best evaluation to OUT/model as it goes."""
+
+    command = "finetune"
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        data: Data,
+        out: Path,
+        identity: dict[str, Any],
+        config: FinetuneConfig,
+        quiet: bool = False,
+    ) -> None:
+        # evaluation is this class's own: nothing reads a feed of held-out batches
+        super().__init__(trainer, None, out, identity, quiet)  # type: ignore[arg-type]
+        self.data = data
+        self.settings = config
+        self.metric = config.metric or data.task.metric
+        # the best evaluation so far, and how many have come after it
+        self.best: dict[str, Any] = {"step": 0, "value": None, "since": 0}
+
+    def evaluation(self) -> tuple[dict[str, float], str]:
+        """Judge the model on the validation data, and keep it if it is the best so far."""
+        values = judge(self.trainer.model, self.data, self.data.validation, self.settings)[0]
+        value, step = values[self.metric], self.trainer.at.step
+        if self.best["value"] is None or value > self.best["value"]:
+            self.best = {"step": step, "value": value, "since": 0}
+            store.write_folder(self.out / "model", exporter(self.trainer.model, self.data))
+        else:
+            self.best["since"] += 1
+        line = f"validation at step {step}: loss {values['loss']:.4f}, {self.metric} {value:.4f}"
+        if self.best["since"]:
+            line += f" (best {self.best['value']:.4f} at step {self.best['step']})"
+        return values, line
+
+    def finished(self) -> bool:
+        """Whether all steps are made, or the metric has not improved for as long as `patience` says."""
+        patience = self.settings.patience
+        return super().finished() or 0 < patience <= self.best["since"]
+
+    def losses(self) -> dict[str, float]:
+        """The mean loss of the steps since the last log line."""
+        return {"loss": self.trainer.at.window_loss / self.trainer.at.window_steps}
+
+    def extra(self) -> dict[str, Any]:
+        """The best evaluation so far."""
+        return {"best": self.best}
+
+    def restore_extra(self, state: dict[str, Any]) -> None:
+        """Go on from what `extra` gave."""
+        self.best = state["best"]
+
+
+def judge(
+    model: nn.Module, data: Data, part: Part, config: FinetuneConfig
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """The metrics of a model on labelled examples, and its predictions."""
+    predictions, loss = predict(model, data.task, part, config.batch_size, config.precision)
+    return {"loss": loss, **data.task.metrics(part.examples, predictions)}, predictions
+
+
+def exporter(model: Any, data: Data) -> Callable[[Path], None]:
+    """What fills a folder with the model, its tokenizer and what `fastbert predict` needs to know."""
+
+    def fill(folder: Path) -> None:
+        model.save_pretrained(folder)
+        save_tokenizer(data.tokenizer, folder)
+        data.task.options.save(folder)
+
+    return fill
+
+
+def training_data(data: Data, config: FinetuneConfig) -> Shuffled:
+    """The batches that the trainer takes."""
+    return Shuffled(data.train.features, config.batch_size, config.seed)

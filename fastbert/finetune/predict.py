@@ -1,0 +1,141 @@
+"""Predictions of a fine-tuned model on texts, or on files of records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastbert.config import BertConfig
+from fastbert.data import load_tokenizer
+from fastbert.finetune.answer import Question
+from fastbert.finetune.classify import Text
+from fastbert.finetune.config import Options
+from fastbert.finetune.judge import Part, make_task, predict
+from fastbert.finetune.records import read_records
+from fastbert.finetune.tag import Words
+
+# the last part of an architecture's name in config.json
+_HEADS = {
+    "ForSequenceClassification": "classify",
+    "ForTokenClassification": "tag",
+    "ForQuestionAnswering": "answer",
+}
+
+
+class Predictor:
+    """Uses the model in a folder: a run of `fastbert finetune`, or any that transformers saved with one of the heads.
+
+    Raises FileNotFoundError or ValueError for a folder without such a model.
+    """
+
+    def __init__(self, folder: str | Path, batch_size: int = 32) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        folder = Path(folder)
+        if (folder / "config.toml").is_file() and not (folder / "model").is_dir():
+            raise FileNotFoundError(
+                f"{folder} is a run that has evaluated no model yet: wait for it"
+            )
+        folder = folder / "model" if (folder / "model").is_dir() else folder
+        config = BertConfig.from_file(folder)
+        options = Options.load(folder) or _guessed(config, folder)
+        self.options = options
+        self.batch_size = batch_size
+        names = config.id2label or {i: f"LABEL_{i}" for i in range(config.num_labels or 0)}
+        self.task = make_task(options, [names[i] for i in sorted(names)])
+        self.model = self.task.kind.from_pretrained(folder)
+        self.tokenizer = load_tokenizer(folder)
+        # examples of the last call that were longer than the model takes
+        self.cut = 0
+
+    def texts(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        contexts: Sequence[str] | None = None,
+    ) -> list[dict[str, Any]]:
+        """A prediction per text; `pairs` are second texts, `contexts` the texts that questions are answered from."""
+        task = self.options.task
+        _check_count("pairs", pairs, texts, task == "classify" and self.options.pair is not None)
+        _check_count("contexts", contexts, texts, task == "answer")
+        for number, text in enumerate(texts, 1):
+            if not text.strip():
+                raise ValueError(f"text {number} is empty: leave it out")
+        if task == "tag":
+            return self._run([Words.of_text(text) for text in texts])
+        if task == "answer":
+            assert contexts is not None
+            return self._run([Question(q, c) for q, c in zip(texts, contexts, strict=True)])
+        seconds: Sequence[str | None] = pairs or [None] * len(texts)
+        return self._run([Text(a, b) for a, b in zip(texts, seconds, strict=True)])
+
+    def records(
+        self, source: Any, split: str = "test"
+    ) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """A prediction per record of a file, a data set or a list of dicts; metrics where all records have labels."""
+        found = read_records(source, split, conll=self.options.task == "tag")
+        examples = [self.task.read(record, labelled=False) for record in found]
+        predictions = self._run([_bare(e) for e in examples])
+        if not all(_answered(e) for e in examples):
+            return predictions, {}
+        known = set(self.task.names)
+        strangers = {name for e in examples for name in self.task.labels(e)} - known
+        if strangers:
+            raise ValueError(
+                f"{_named(source)} has labels that the model has not, {', '.join(sorted(strangers)[:5])}: it has "
+                f"{', '.join(self.task.names[:20])}"
+            )
+        return predictions, self.task.metrics(examples, predictions)
+
+    def _run(self, examples: list[Any]) -> list[dict[str, Any]]:
+        part = Part.of(examples, self.task, self.tokenizer, self.model.config)
+        self.cut = part.features.cut
+        predictions, loss = predict(self.model, self.task, part, self.batch_size)
+        assert math.isnan(loss)
+        return predictions
+
+
+def _guessed(config: BertConfig, folder: Path) -> Options:
+    """For a model that was trained elsewhere: its head says what it does."""
+    names = config.extra.get("architectures") or [""]
+    task = next((t for head, t in _HEADS.items() if str(names[0]).endswith(head)), None)
+    if task is None:
+        raise ValueError(
+            f"the model in {folder} is {names[0] or 'of no named class'}: predict takes one with a head for "
+            "classification, tags or answers, such as fastbert finetune makes"
+        )
+    longest = min(config.max_length, 512)
+    # whether it was shown questions without an answer can't be seen: it always gives one
+    return Options(task, longest, stride=longest // 3, unanswerable=False)
+
+
+def _check_count(
+    name: str, values: Sequence[str] | None, texts: Sequence[str], wanted: bool
+) -> None:
+    if wanted and values is None:
+        raise ValueError(f"this model takes two texts at once: pass {name} too")
+    if values is not None and name == "contexts" and not wanted:
+        raise ValueError("contexts belong to questions, which this model does not answer")
+    if values is not None and len(values) != len(texts):
+        raise ValueError(f"{len(texts)} texts and {len(values)} {name}: pass as many of each")
+
+
+def _bare(example: Any) -> Any:
+    """The example without its labels, which predictions must not depend on."""
+    if isinstance(example, Text):
+        return Text(example.text, example.pair)
+    if isinstance(example, Words):
+        return Words(example.words, None, example.spans)
+    return Question(example.question, example.context, None, example.name)
+
+
+def _answered(example: Any) -> bool:
+    if isinstance(example, Text):
+        return example.label is not None
+    return (example.tags if isinstance(example, Words) else example.answers) is not None
+
+
+def _named(source: Any) -> str:
+    return str(source) if isinstance(source, (str, Path)) else "the data"

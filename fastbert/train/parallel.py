@@ -1,0 +1,87 @@
+"""A model spread over processes: data parallel (DDP), or with sharded weights as well (FSDP2)."""
+
+from __future__ import annotations
+
+import types
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+
+from fastbert.train.evaluate import judge
+from fastbert.train.world import World
+
+
+class Spread:
+    """A model on this process of several. `call` is what steps call; its gradients are means over the processes.
+
+    DDP copies weights and exchanges gradients while backward goes on; FSDP2 (Zhao et al. 2023) keeps a part of each
+    weight and of its moments on every process and gathers a layer's weights while it runs.
+    """
+
+    def __init__(self, model: Any, world: World) -> None:
+        self.model = model
+        self.world = world
+        self.sharded = world.strategy == "fsdp" and world.size > 1
+        self.call = model
+        if self.sharded:
+            _shard(model, world.size)
+        elif world.size > 1:
+            device = next(model.parameters()).device
+            own = [device.index] if device.type == "cuda" else None
+            self.call = nn.parallel.DistributedDataParallel(
+                model, device_ids=own, gradient_as_bucket_view=True
+            )
+
+    def step_part(self, last: bool) -> AbstractContextManager[Any]:
+        """Around one of a step's batches: gradients are exchanged after the last one only."""
+        if self.sharded:
+            self.model.set_requires_gradient_sync(last)
+        elif self.world.size > 1 and not last:
+            return self.call.no_sync()
+        return nullcontext()
+
+    def clip(self, limit: float) -> Tensor:
+        """Scale the gradient down to the largest norm allowed; returns what it was, of all parts together."""
+        norm: Any = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def state(self, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+        """Weights and moments by the weights' names, each process with its part of them."""
+        model, moments = get_state_dict(self.model, optimiser)
+        return {"model": model, "optimiser": moments}
+
+    def restore(self, state: dict[str, Any], optimiser: torch.optim.Optimizer) -> None:
+        """Go on from what `state` gave, there or on another number of processes."""
+        set_state_dict(
+            self.model,
+            optimiser,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimiser"],
+        )
+
+    def whole(self) -> dict[str, Any]:
+        """All weights in the main process's memory; every process must call it."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_model_state_dict(self.model, options=options)
+
+
+def _shard(model: Any, size: int) -> None:
+    """Every layer by itself, and the rest: embeddings, heads, which the model's own methods read."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(next(model.parameters()).device.type, (size,))
+    for layer in model.bert.layers:
+        fully_shard(layer, mesh=mesh)
+    # a tied decoder reads the word embedding after the layers
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    model.judge = types.MethodType(judge, model)
+    register_fsdp_forward_method(model, "judge")

@@ -1,0 +1,241 @@
+"""What the settings of every command share: types, ranges, files, flags, and those of a training of any kind."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import math
+import sys
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+# settings that may differ between a run and its resumption: they change no loss
+FREE = ("checkpoint_every", "keep_last")
+# one of these says how long to train; what it came to in steps is recorded
+LENGTHS = ("steps", "epochs", "minutes")
+
+DATA, TOKENIZER, MODEL = "Data", "Tokenizer", "Model"
+BATCH, OPTIMISER, RUN = "Length and batches", "Optimiser", "Run"
+GROUPS = (DATA, TOKENIZER, MODEL, BATCH, OPTIMISER, RUN)
+
+Config = TypeVar("Config", bound="Settings")
+
+
+def setting(default: Any, group: str, comment: str) -> Any:
+    """A field whose comment is also its line in the command's --help."""
+    metadata = {"group": group, "comment": comment}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=list, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def settings_of(kind: type[Settings]) -> list[dataclasses.Field[Any]]:
+    """The fields of a class of settings, group by group."""
+    return sorted(dataclasses.fields(kind), key=lambda f: GROUPS.index(f.metadata["group"]))
+
+
+@dataclass
+class Settings:
+    """Settings with checked types; raises TypeError or ValueError, naming the setting, for values that can't be."""
+
+    def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(type(self)).items():
+            setattr(self, name, _typed(name, getattr(self, name), hint))
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse what a value's type does not."""
+
+    def _check_choices(self, choices: Mapping[str, tuple[str | None, ...]]) -> None:
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                known = ", ".join(str(a) for a in allowed if a is not None)
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {known}")
+
+    def _check_shares(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < 1.0:
+                raise ValueError(f"{name} is {value}: it must be in [0, 1)")
+
+    def _check_least(self, least: int, *names: str) -> None:
+        """At least 0, or above 0 where `least` is 1."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and (value < 0 or (least and value <= 0)):
+                bound = "above 0" if least else "at least 0"
+                raise ValueError(f"{name} is {value}: it must be {bound}")
+
+    def _check_most(self, most: Mapping[str, float]) -> None:
+        """More than these are slips of the keyboard that would hang or crash what is below."""
+        for name, bound in most.items():
+            value = getattr(self, name)
+            if value is not None and value > bound:
+                raise ValueError(f"{name} is {value}: it must be at most {bound}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings by name."""
+        return dataclasses.asdict(self)
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """How `other`, some settings by name, differs: "lr is 0.001 there and 0.0001 here"."""
+        mine = self.to_dict()
+        return [
+            f"{name} is {mine[name]!r} there and {value!r} here"
+            for name, value in other.items()
+            if name not in FREE and mine[name] != value
+        ]
+
+    def to_toml(self) -> str:
+        """The text of a file that load_settings reads back; settings that are None are left out."""
+        lines, group = [], None
+        for f in settings_of(type(self)):
+            if f.metadata["group"] != group:
+                group = f.metadata["group"]
+                lines += ["", f"# {group}"]
+            value = getattr(self, f.name)
+            if value is not None:
+                # JSON's numbers, strings, booleans and lists of these are also TOML's
+                lines.append(f"{f.name} = {json.dumps(value, ensure_ascii=False)}")
+        return "\n".join(lines[1:]) + "\n"
+
+
+@dataclass
+class TrainingSettings(Settings):
+    """The settings of a training of any kind."""
+
+    steps: int | None = setting(None, BATCH, "optimiser steps; wins over epochs and minutes")
+    epochs: float | None = setting(None, BATCH, "passes over the training data")
+    accumulate: int = setting(1, BATCH, "batches whose gradients make one step")
+
+    lr: float = setting(1e-4, OPTIMISER, "peak learning rate of AdamW")
+    warmup: float = setting(
+        0.1, OPTIMISER, "steps of linear warm-up, as a part of all steps, or as a number from 1 on"
+    )
+    weight_decay: float = setting(0.01, OPTIMISER, "not applied to biases and LayerNorm")
+    beta1: float = setting(0.9, OPTIMISER, "decay of AdamW's first moment")
+    beta2: float = setting(0.999, OPTIMISER, "decay of AdamW's second moment")
+    epsilon: float = setting(1e-6, OPTIMISER, "AdamW's epsilon")
+    clip: float = setting(1.0, OPTIMISER, "largest norm of the gradient, 0 for no limit")
+
+    precision: str = setting("fp32", RUN, "fp32, or bf16 autocast with fp32 weights")
+    device: str | None = setting(None, RUN, "cpu, cuda or cuda:1; default cuda where there is one")
+    threads: int | None = setting(None, RUN, "CPU threads; default what torch takes")
+    backend: str | None = setting(
+        None, RUN, "force one kernel backend; default the fastest of each"
+    )
+    recompute: bool = setting(False, RUN, "keep fewer activations and compute them twice")
+    seed: int = setting(0, RUN, "of weights, data order, masks and dropout")
+    split_seed: int = setting(0, RUN, "of the choice of held-out documents, and of their masks")
+    log_every: int = setting(10, RUN, "steps between lines of metrics.jsonl")
+    eval_every: int = setting(500, RUN, "steps between evaluations, 0 for one at the end only")
+    checkpoint_every: int = setting(500, RUN, "steps between checkpoints, 0 for none but the last")
+    keep_last: int = setting(2, RUN, "checkpoints to keep")
+
+    def _check(self) -> None:
+        from fastbert.backend import BACKENDS
+
+        self._check_choices({"precision": ("fp32", "bf16"), "backend": (*BACKENDS, None)})
+        self._check_shares("beta1", "beta2")
+        least = ("weight_decay", "clip", "warmup", "seed", "split_seed", "eval_every")
+        self._check_least(0, *least, "checkpoint_every")
+        above = ("steps", "epochs", "accumulate", "lr", "epsilon", "threads", "log_every")
+        self._check_least(1, *above, "keep_last")
+        seeds = dict.fromkeys(("seed", "split_seed"), 2**63 - 1)
+        self._check_most({**seeds, "threads": 1024, "epochs": 10_000})
+
+    @property
+    def warmup_steps(self) -> int:
+        """The steps of warm-up of a run whose number of steps is known."""
+        assert self.steps is not None
+        return round(self.warmup * self.steps) if self.warmup < 1 else round(self.warmup)
+
+
+def check_length_said(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the settings say how long to train, once; steps may stand with what they came from."""
+    given = [name for name in LENGTHS if settings.get(name) is not None]
+    if not given:
+        raise ValueError("how long to train is not said: pass one of steps, epochs and minutes")
+    if len(given) > 1 and "steps" not in given:
+        raise ValueError("epochs and minutes are both set: pass one of them")
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """The value in the setting's type; whole numbers serve as floats, nothing else is converted."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) is not list else (hint,)
+    kinds = kinds or (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    if any(typing.get_origin(kind) is list for kind in kinds):
+        values = list(value) if isinstance(value, (list, tuple)) else [value]
+        if all(isinstance(v, (str, Path)) for v in values):
+            return [str(v) for v in values]
+    if isinstance(value, Path) and str in kinds:
+        return str(value)
+    if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
+        value = float(value)
+    if isinstance(value, str) and float in kinds and str not in kinds:
+        # YAML 1.1 reads 1e-4 as a string
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    kind = next(k for k in kinds if k is not type(None))
+    if type(value) is not kind:
+        wanted = "list of strings" if typing.get_origin(kind) is list else kind.__name__
+        raise TypeError(f"{name} is {value!r}: it must be a {wanted}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}: it must be finite")
+    return value
+
+
+def load_settings(path: str | Path, kind: type[Settings]) -> dict[str, Any]:
+    """Read the settings of `kind` in a .toml, .yaml or .yml file.
+
+    Raises FileNotFoundError, or ValueError for a file that can't be read or that has a name that is no setting.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no configuration file {path}")
+    try:
+        values = _parse(path)
+    except (UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"{path} can't be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no settings: write lines such as `lr = 1e-4`")
+    names = [f.name for f in dataclasses.fields(kind)]
+    for name in values:
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
+            raise ValueError(f"{path}: there is no setting {name!r}: did you mean {near[0]!r}?")
+    return values
+
+
+def _parse(path: Path) -> Any:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".toml":
+        if sys.version_info >= (3, 11):
+            import tomllib
+        else:
+            import tomli as tomllib
+        return tomllib.loads(text)
+    if path.suffix in (".yaml", ".yml"):
+        import yaml
+
+        try:
+            return yaml.safe_load(text) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(str(error)) from error
+    raise ValueError(f"its suffix is {path.suffix!r}, and a configuration is .toml, .yaml or .yml")
+
+
+def merge(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a file and of flags, which win; a flag for the length replaces the file's whole length."""
+    settings = dict(file)
+    for group in (LENGTHS, ("max_tokens", "batch_size")):
+        if any(name in flags for name in group):
+            settings = {k: v for k, v in settings.items() if k not in group}
+    return {**settings, **flags}

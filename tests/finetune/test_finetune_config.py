@@ -1,0 +1,98 @@
+"""The settings of fine-tuning: what is refused, before anything is written, and that each of them is read."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import tiny_tasks
+from tiny_tasks import ROWS, tiny_config, tiny_settings
+
+from fastbert.finetune import FinetuneConfig, finetune
+from fastbert.finetune import run as module
+from fastbert.finetune.config import Options
+from fastbert.train import loop as training
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_tasks.base_model(tmp_path_factory.mktemp("base"))
+
+
+def refuse(error, sentence, config, out, **arguments):
+    with pytest.raises(error) as caught:
+        finetune(config, out, quiet=True, **arguments)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "sentence"),
+    [
+        ({"task": None}, None, "task is not said: choose classify, tag or answer"),
+        ({"model": None}, None, "model is not said"),
+        ({"max_length": 100}, None, "max_length is 100 and the model in"),
+        ({}, [{"text": "x", "label": "a"}] * 9, "the training data has one label only, a"),
+        ({}, [{"text": "x"}], "the data, row 0 has no field 'label'"),
+        ({}, [], "the data holds no record"),
+        ({}, [{"text": f"x{i}", "label": str(i / 7)} for i in range(40)], "are these classes?"),
+        ({"label": "stars"}, None, "has no field 'stars', only text, label"),
+        ({"task": "tag"}, None, "has no field 'tokens', only text, label"),
+    ],
+)
+def test_bad_settings_write_no_run(base, tmp_path, settings, rows, sentence):
+    rows = ROWS["classify"](40) if rows is None else rows
+    config = FinetuneConfig(**tiny_settings("classify", base) | settings)
+    refuse(ValueError, sentence, config, tmp_path / "run", train=rows)
+    assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_strange_labels_are_refused_before_training(base, tmp_path):
+    config = tiny_config("classify", base)
+    strange = {"train": ROWS["classify"](40), "validation": [{"text": "x", "label": "so so"}]}
+    refuse(ValueError, "label 'so so' of the validation data", config, tmp_path / "run", **strange)
+    tags = [{"tokens": ["a", "b"], "tags": ["DET", "NOUN"]}] * 9 + [
+        {"tokens": ["c"], "tags": ["DET"]}
+    ]
+    config = tiny_config("tag", base, metric="f1")
+    refuse(ValueError, "the tags mark no entities", config, tmp_path / "run", train=tags)
+
+
+def test_sources_must_be_named(base, tmp_path):
+    refuse(ValueError, "sources is empty", tiny_config("tag", base), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"task": "rank"}, "task is 'rank': choose one of classify, tag, answer"),
+        ({"task": "answer", "metric": "accuracy"}, "metric is 'accuracy': choose one of f1, exact"),
+        ({"max_length": 4}, "max_length is 4: it must be at least 8"),
+        ({"stride": 60}, "stride is 60: it must be at most a third of max_length 128"),
+        ({"heldout": 0.0}, "heldout is 0 and there is no validation"),
+        ({"patience": -1}, "patience is -1: it must be at least 0"),
+        ({"batch_size": 0}, "batch_size is 0: it must be above 0"),
+    ],
+)
+def test_bad_values(settings, sentence):
+    with pytest.raises(ValueError, match=r".") as caught:
+        FinetuneConfig(**settings)
+    assert sentence in str(caught.value)
+
+
+def test_defaults_follow_the_task():
+    assert FinetuneConfig(task="answer").stride == 128
+    assert (FinetuneConfig(task="tag").max_length, FinetuneConfig(steps=3).epochs) == (128, None)
+
+
+def test_every_setting_reaches_the_run():
+    """A field that nothing reads would be a promise that is not kept."""
+    folders = [Path(module.__file__).parent, Path(training.__file__).parent]
+    files = [p for folder in folders for p in folder.glob("*.py") if p.name != "config.py"]
+    text = "".join(p.read_text() for p in files)
+    # those of Options are read from there; the optimiser takes both betas in one line
+    options = {f.name for f in dataclasses.fields(Options)}
+    for f in dataclasses.fields(FinetuneConfig):
+        read = rf"(config|settings|options|o|self)\.{f.name}\b"
+        assert re.search(read, text), f.name
+        if f.name in options:
+            assert re.search(rf"(options|o)\.{f.name}\b", text), f.name
