@@ -106,9 +106,7 @@ __device__ inline void write_rows(const Tile<T, W>& tile, int row, T* matrix, in
   for (int i = lane_id(); i < 16 * kChunks; i += 32) {
     const int r = i / kChunks, chunk = i % kChunks;
     if (r >= count) continue;
-    float values[kN];
-    load<kN>(tile.at(row, r, 0, chunk), 0, kN, true, values);
-    store<kN>(matrix + int64_t{r} * stride, chunk * kN, D, wide, values);
+    copy_chunk(tile.at(row, r, 0, chunk), matrix + int64_t{r} * stride, chunk * kN, D, wide);
   }
 }
 

@@ -95,6 +95,19 @@ __device__ inline void fetch_rows(const Tile<T, W>& tile, int rows, From from, c
   }
 }
 
+// 16 bytes of a tile to row[col .. stop); as numbers, widened and narrowed, they would leave one by
+// one
+template <typename T>
+__device__ inline void copy_chunk(const T* chunk, T* row, int col, int stop, bool wide) {
+  if (wide) {
+    if (col < stop) *reinterpret_cast<uint4*>(row + col) = *reinterpret_cast<const uint4*>(chunk);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVec<T>; ++i)
+      if (col + i < stop) row[col + i] = chunk[i];
+  }
+}
+
 template <typename T>
 struct FragmentA {
   uint32_t word[2 * sizeof(T)];

@@ -140,9 +140,8 @@ __global__ void __launch_bounds__(Product<T>::kThreads, Product<T>::kResident)
   constexpr int kVector = kVec<T>, kChunks = P::kN / kVector;
   for (int i = threadIdx.x; i < count * kChunks; i += P::kThreads) {
     const int r = i / kChunks, chunk = i % kChunks;
-    float values[kVector];
-    load<kVector>(out.at(r & ~7, r & 7, 0, chunk), 0, kVector, true, values);
-    store<kVector>(y + (row0 + r) * N, column0 + chunk * kVector, N, wide_out, values);
+    copy_chunk(out.at(r & ~7, r & 7, 0, chunk), y + (row0 + r) * N, column0 + chunk * kVector, N,
+               wide_out);
   }
 }
 

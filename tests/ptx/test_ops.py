@@ -17,7 +17,7 @@ from fastbert import backend, functional, kernels
 from fastbert.testing import parity
 from ptx import cuda_host, host
 from ptx.host import on_machine
-from ptx.memory import PtxError
+from ptx.memory import SECTOR, PtxError
 
 if kernels.INTERPRETED:
     pytest.skip("under TRITON_INTERPRET=1 nothing is compiled", allow_module_level=True)
@@ -147,6 +147,25 @@ def test_a_tensor_that_nobody_wrote_is_seen():
         functional.layer_norm(torch.empty(4, 8).fill_(1.0), x)
         empty[:] = 2.0
         functional.layer_norm(empty, x)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs it")
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_requests_of_attention_fill_their_sectors(name):
+    """Aligned rows of a head move 16 bytes a lane, without bank conflicts; backward is five products."""
+    if name == "cuda" and (reason := cuda_host.missing()):
+        pytest.skip(reason)
+    qkv, cu = torch.randn(64, 3, 1, 64).bfloat16(), torch.tensor([0, 64], dtype=torch.int32)
+    with on_machine(name) as launches, backend.use(name):
+        parity.call(
+            functional.attention, {"qkv": qkv, "cu_seqlens": cu, "max_seqlen": 64}, backward=True
+        )
+    for launch in launches:
+        counts = launch.counts
+        assert sum(counts.asked.values()) > 0.9 * SECTOR * sum(counts.sectors.values()), launch
+        assert counts.shared_wavefronts <= 1.01 * counts.shared_accesses, launch
+    # S S D a product: two forward, five backward
+    assert sum(launch.counts.macs for launch in launches) == 7 * 64**3
 
 
 def test_the_small_samples_promise_every_kernel():
