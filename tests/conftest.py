@@ -19,6 +19,15 @@ from fastbert.testing.fetch import FetchError, fetch
 torch.set_num_threads(1)
 
 
+# files of minutes, which one worker would be left alone with if they came last
+LONG = ("test_gpu_rehearsal.py", "test_install.py", "test_triton_static.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first; the order is the same in every worker."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     """Every test draws the same numbers, alone or in the suite, and leaves no backend forced."""
