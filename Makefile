@@ -42,7 +42,7 @@ demo: $(INSTALLED)
 
 # the second process has Triton run its kernels on the CPU, which it decides when it is imported
 test: $(INSTALLED)
-	$(PY) -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 $(PY) -m pytest -n auto -k triton $(PYTEST_ARGS) tests/ops tests/test_triton.py tests/test_triton_tune.py
 
 test-slow: $(INSTALLED)
