@@ -1,16 +1,14 @@
 """The CUDA module as nvcc built it, read without a GPU: it imports, nothing spills, accesses are of 16 bytes."""
 
-import functools
 import json
 import re
-import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from ptx.cuda_host import cuobjdump, plain
 
 from fastbert import backend, cuda
 
@@ -41,34 +39,11 @@ LIMITS = {
 NARROW = {"sum_partials_kernel"}
 
 
-def tool() -> str:
-    """cuobjdump: of the toolkit, or the one that Triton brings."""
-    found = shutil.which("cuobjdump")
-    spec = None if found else find_spec("triton")
-    if spec is not None and spec.origin:
-        found = shutil.which(
-            "cuobjdump", path=str(Path(spec.origin).parent / "backends" / "nvidia" / "bin")
-        )
-    return found or pytest.skip("there is no cuobjdump: install the CUDA toolkit, or triton")
-
-
-@functools.cache
-def dump(*arguments: str) -> str:
-    """What cuobjdump says of the module."""
-    command = [tool(), *arguments, cuda.native.__file__]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def kernel(mangled: str) -> str:
-    """The kernel's own name, which follows its length and is followed by template arguments or the end of a scope."""
-    return re.search(r"(?<=\d)[a-z_]+_kernel(?=[IE])", mangled)[0]
-
-
 def resources() -> list[tuple[str, str, dict[str, int]]]:
     """(architecture, mangled name, what it takes) of each kernel."""
     found, arch = [], ""
     pattern = r"arch = (\w+)|Function (\S+):\s+((?:\S+:\d+\s?)+)"
-    for match in re.finditer(pattern, dump("-res-usage")):
+    for match in re.finditer(pattern, cuobjdump("-res-usage")):
         arch = match[1] or arch
         if match[2]:
             numbers = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", match[3])
@@ -86,10 +61,10 @@ def own(name: str) -> bool:
 
 
 def test_registers_spills_and_shared_memory_are_bounded():
-    assert {kernel(name) for _, name, _ in resources() if own(kernel(name))} == LIMITS.keys()
+    assert {plain(name) for _, name, _ in resources() if own(plain(name))} == LIMITS.keys()
     problems = []
     for arch, mangled, numbers in resources():
-        name = kernel(mangled)
+        name = plain(mangled)
         limit = LIMITS.get(name, THREAD_REGISTERS)
         allowed = SPILLED if re.search(WIDE_FP32_ATTENTION, mangled) else 0
         if numbers["STACK"] + numbers["LOCAL"] > allowed:
@@ -104,7 +79,7 @@ def test_registers_spills_and_shared_memory_are_bounded():
 def test_the_template_budget():
     """Instantiations of a kernel on one architecture: three element types times four shapes, or two forms."""
     arch = resources()[0][0]
-    names = [kernel(name) for found, name, _ in resources() if found == arch]
+    names = [plain(name) for found, name, _ in resources() if found == arch]
     many = {name: names.count(name) for name in names if own(name) and name not in NARROW}
     assert max(many.values()) <= 12, many
 
@@ -113,10 +88,10 @@ def test_accesses_are_of_16_bytes():
     arch = resources()[0][0]
     wide, name = {}, ""
     pattern = r"Function : (\S+)|\b(?:LDG|STG)\.E\.128\b"
-    for match in re.finditer(pattern, dump("-sass", "-arch", arch)):
+    for match in re.finditer(pattern, cuobjdump("-sass", "-arch", arch)):
         name = match[1] or name
         wide[name] = wide.get(name, 0) + (match[1] is None)
-    narrow = {kernel(name) for name, count in wide.items() if own(kernel(name)) and not count}
+    narrow = {plain(name) for name, count in wide.items() if own(plain(name)) and not count}
     assert narrow == NARROW
 
 

@@ -11,7 +11,6 @@ from ptx import arithmetic
 from ptx.memory import (
     IN_FLIGHT,
     LOCAL_WINDOW,
-    READ,
     SHARED_WINDOW,
     PtxError,
     Space,
@@ -85,7 +84,7 @@ def gather(m: Machine, space: str, at: Array, width: int, lanes: Array) -> Array
             m.shared.reads(rows, width, some, m.lanes)
             _count_shared(m, offsets, width, some)
         elif memory is m.memory:
-            m.memory.touched(rows, width, READ)
+            m.memory.was_read(rows, width)
             _count_global(m, "load", offsets, width, some)
     return result
 
@@ -148,9 +147,7 @@ def _parameter(m: Machine, operand: Operand, width: int) -> Callable[[Array], Ar
     assert isinstance(operand, Address)
     base = operand.base
     if isinstance(base, Symbol) and base.name not in {v.name for v in m.entry.parameters}:
-        variables = [v for f in m.functions for v in (*f.variables.values(), *f.results)]
-        size = next(v.size for v in variables if v.name == base.name)
-        frame = m.frame(base.name, size)
+        frame = m.frame(base.name)
         return lambda lanes: frame[lanes, operand.offset : operand.offset + width]
     at, block = addresses(m, operand), np.frombuffer(m.parameters, np.uint8)
 
@@ -180,9 +177,7 @@ def st(m: Machine, ins: Instruction) -> Step:
     if space == "param":
         assert isinstance(target, Address)
         assert isinstance(target.base, Symbol)
-        name, first = target.base.name, target.offset
-        variables = [v for f in m.functions for v in (*f.variables.values(), *f.results)]
-        frame = m.frame(name, next(v.size for v in variables if v.name == name))
+        frame, first = m.frame(target.base.name), target.offset
 
         def store_parameter(mask: Array) -> None:
             lanes = mask.nonzero()[0]
@@ -311,7 +306,7 @@ def atom(m: Machine, ins: Instruction) -> Step:
                 if memory is m.shared:
                     m.shared.updates(row, size, one, m.lanes)
                 elif memory is m.memory:
-                    m.memory.touched(row, size, READ)
+                    m.memory.was_read(row, size)
                 old = memory.load(row, size).view(dtype)[0, 0]
                 new = np.array([_ATOMIC[mode](old, *(g[i] for g in given))], dtype)
                 memory.store(row, new.view(np.uint8)[None])

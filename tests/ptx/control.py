@@ -32,7 +32,7 @@ def call(m: Machine, ins: Instruction) -> Step:
     given = parts[1].parts if len(parts) > 1 and isinstance(parts[1], Vector) else ()
     assert isinstance(name, Symbol)
     function, back = m.program.functions[name.name], m.pc + 1
-    into = [(m.frame(v.name, v.size), p) for v, p in zip(function.parameters, given, strict=True)]
+    into = [(m.frame(v.name), p) for v, p in zip(function.parameters, given, strict=True)]
     out = [(p, v) for v, p in zip(function.results, results, strict=True)]
 
     def step(mask: Array) -> list[tuple[int, Array]]:
@@ -59,7 +59,7 @@ def ret(m: Machine, ins: Instruction) -> Step:
                 callers &= ~some
                 left &= ~some
                 for actual, formal in m.returns[back]:
-                    m.frames[actual.name][some] = m.frame(formal.name, formal.size)[some]
+                    m.frames[actual.name][some] = m.frame(formal.name)[some]
                 groups.append((back, some))
         m.stack = [(callers, back) for callers, back in m.stack if callers.any()]
         return groups

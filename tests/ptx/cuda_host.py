@@ -117,17 +117,24 @@ def modules() -> Iterator[ModuleType]:
 
 
 @cache
+def cuobjdump(*arguments: str) -> str:
+    """What cuobjdump, the toolkit's or the one that Triton brings, says of the built module."""
+    tool = shutil.which("cuobjdump")
+    spec = None if tool else importlib.util.find_spec("triton")
+    if spec is not None and spec.origin:
+        folder = Path(spec.origin).parent / "backends" / "nvidia" / "bin"
+        tool = shutil.which("cuobjdump", path=str(folder))
+    if tool is None:
+        pytest.skip("there is no cuobjdump: install the CUDA toolkit, or triton")
+    assert BUILT is not None
+    command = [tool, *arguments, str(BUILT.__file__)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@cache
 def texts() -> dict[str, str]:
     """Kernel -> PTX of a module that has it alone, as the built module carries it."""
-    tool = shutil.which("cuobjdump")
-    if tool is None:
-        import triton
-
-        folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-        tool = str(folder / "cuobjdump")
-    assert BUILT is not None
-    command = [tool, "-ptx", str(BUILT.__file__)]
-    dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    dump = cuobjdump("-ptx")
     found = {}
     for module in re.findall(r"^\.version.*?(?=^Fatbin|\Z)", dump, re.MULTILINE | re.DOTALL):
         head, *entries = re.split(
@@ -154,11 +161,8 @@ def program(kernel: str) -> Program:
 
 def line(kernel: str, index: int) -> str:
     """Where an instruction of the built module comes from: its source compiled once more, with lines. "" if unknown."""
-    source = (
-        ROOT / "csrc" / "cuda" / f"{_SOURCE.search(kernel)[1]}.cu"
-        if _SOURCE.search(kernel)
-        else None
-    )
+    named = _SOURCE.search(kernel)
+    source = ROOT / "csrc" / "cuda" / f"{named[1]}.cu" if named else None
     if source is None or not source.is_file() or shutil.which("nvcc") is None:
         return ""
     command = [
@@ -187,6 +191,5 @@ _HASH = re.compile(r"(?<=GLOBAL__N__)[0-9a-f]{8}|(?<=_cu_)[0-9a-f]{8}")
 
 
 def plain(mangled: str) -> str:
-    """The kernel's own name."""
-    found = re.search(r"(?<=\d)[a-z_]+_kernel(?=[IE])", mangled)
-    return found[0] if found else mangled
+    """The kernel's own name, which follows its length and is followed by template arguments or the end of a scope."""
+    return re.search(r"(?<=\d)[a-z_]+_kernel(?=[IE])", mangled)[0]  # type: ignore[index]

@@ -166,9 +166,13 @@ class Machine(Operands):
 
         return step
 
-    def frame(self, name: str, size: int) -> Array:
-        """The bytes of a device function's parameter, (lanes, size or more)."""
-        return self.frames.setdefault(name, np.zeros((self.count, max(size, 64)), np.uint8))
+    def frame(self, name: str) -> Array:
+        """The bytes of a device function's parameter or result, (lanes, its size or more)."""
+        if name not in self.frames:
+            variables = [v for f in self.functions for v in (*f.variables.values(), *f.results)]
+            size = next(v.size for v in variables if v.name == name)
+            self.frames[name] = np.zeros((self.count, max(size, 64)), np.uint8)
+        return self.frames[name]
 
     def together(self, members: Operand | None, run: Callable[[Array], None]) -> Step:
         """A step for lanes whose mask's other lanes are there too; the rest wait."""

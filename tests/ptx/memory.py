@@ -70,7 +70,6 @@ class Lanes:
         per_block = -(-threads // 32)
         self.warp = self.block * per_block + self.lane % threads // 32
         self.in_warp = self.lane % threads % 32
-        self.warps = blocks * per_block
         self.clock = 1
         self.block_sync = np.zeros(count, np.int64)
         self.warp_sync = np.zeros(count, np.int64)
@@ -168,7 +167,7 @@ class Global(Space):
             self.state[start : start + len(b.bytes)] = b.state & (LEGAL | WRITTEN)
 
     def offsets(self, addresses: Array) -> Array:
-        """Where the addresses are in this memory; -1 for those in no buffer."""
+        """Where the addresses are in this memory; -16 for those in no buffer."""
         i = np.maximum(np.searchsorted(self.bases, addresses, side="right") - 1, 0)
         inside = (addresses >= self.bases[i]) & (addresses < self.ends[i])
         return np.where(inside, addresses + self.shift[i], -16)
@@ -190,10 +189,9 @@ class Global(Space):
             before = counts.distinct.get(b.name, (0, 0))
             counts.distinct[b.name] = (before[0] + int(read), before[1] + int(stored))
 
-    def touched(self, rows: Array, width: int, flag: int) -> None:
-        """Remember that these bytes were read or written."""
-        state = self.state.reshape(-1, width)
-        state[rows] |= flag
+    def was_read(self, rows: Array, width: int) -> None:
+        """Remember that these bytes were read."""
+        self.state.reshape(-1, width)[rows] |= READ
 
 
 class Shared(Space):

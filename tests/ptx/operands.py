@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Source = Callable[[], Array]
+Write = Callable[[Array, Array], None]
 # what an instruction does to the lanes of a mask; groups (program counter, lanes) where they do not just go on
 Step = Callable[[Array], "list[tuple[int, Array]] | None"]
 
@@ -103,7 +104,7 @@ class Operands:
         values = read()
         return values if len(values) == self.count else np.broadcast_to(values, (self.count,))
 
-    def target(self, operand: Operand, type_: str) -> Callable[[Array, Array], None]:
+    def target(self, operand: Operand, type_: str) -> Write:
         """A function that writes numbers of `type_` where its mask is set."""
         if isinstance(operand, Register) and operand.name == "_":
             return lambda value, mask: None

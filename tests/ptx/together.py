@@ -13,9 +13,30 @@ from ptx.program import Instruction, Vector
 
 if TYPE_CHECKING:
     from ptx.machine import Machine
-    from ptx.operands import Source, Step
+    from ptx.operands import Source, Step, Write
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def _by_warp(m: Machine, read: Source) -> Array:
+    return m.wide(read).reshape(-1, 32)
+
+
+def _whole(mask: Array, ins: Instruction) -> Array:
+    """Which warps take part, (warps,): each with all of its lanes."""
+    warps = mask.reshape(-1, 32)
+    some = warps.any(1)
+    if not warps[some].all():
+        raise PtxError("divergence", f"{ins.opcode} without all lanes of a warp")
+    return some
+
+
+def _spread(writes: list[Write], found: list[Array], some: Array, mask: Array) -> None:
+    """Write registers (some warps, 32) to those warps' lanes."""
+    for write, value in zip(writes, found, strict=True):
+        whole = np.zeros((len(some), 32), np.uint32)
+        whole[some] = value
+        write(whole.ravel(), mask)
 
 
 def ldmatrix(m: Machine, ins: Instruction) -> Step:
@@ -25,20 +46,11 @@ def ldmatrix(m: Machine, ins: Instruction) -> Step:
     at, rows = addresses(m, ins.operands[1]), 8 * len(to.parts)
 
     def run(mask: Array) -> None:
-        warps = mask.reshape(-1, 32)
-        some = warps.any(1)
-        addressing = mask & (m.lanes.in_warp < rows)
-        lanes = addressing.nonzero()[0]
-        if not warps[some].all():
-            raise PtxError("divergence", "ldmatrix without all lanes of a warp")
-        data = np.empty((len(lanes), 16), np.uint8)
-        # 16 bytes a lane, one matrix of 8 rows a pass
-        data[:] = gather(m, "shared", m.wide(at)[lanes], 16, lanes)
+        some = _whole(mask, ins)
+        lanes = (mask & (m.lanes.in_warp < rows)).nonzero()[0]
+        data = gather(m, "shared", m.wide(at)[lanes], 16, lanes)
         found = warp.ldmatrix(data.reshape(-1, rows, 16), "trans" in ins.modifiers)
-        for write, value in zip(writes, found, strict=True):
-            whole = np.zeros(warps.shape, np.uint32)
-            whole[some] = value
-            write(whole.ravel(), mask)
+        _spread(writes, found, some, mask)
 
     return m.together(None, run)
 
@@ -50,26 +62,16 @@ def mma(m: Machine, ins: Instruction) -> Step:
     size = int(np.prod(warp.shape_of(ins.modifiers)))
 
     def run(mask: Array) -> None:
-        warps = mask.reshape(-1, 32)
-        some = warps.any(1)
-        if not warps[some].all():
-            raise PtxError("divergence", "mma.sync without all lanes of a warp")
+        some = _whole(mask, ins)
 
         def bits(read: Source) -> Array:
-            return m.wide(read).reshape(-1, 32)[some].view(np.uint32)
+            return _by_warp(m, read)[some].view(np.uint32)
 
         found = warp.mma(ins.modifiers, *([bits(r) for r in part] for part in reads))
         m.counts.macs += size * int(some.sum())
-        for write, value in zip(writes, found, strict=True):
-            whole = np.zeros(warps.shape, np.uint32)
-            whole[some] = value
-            write(whole.ravel(), mask)
+        _spread(writes, found, some, mask)
 
     return m.together(None, run)
-
-
-def _by_warp(m: Machine, read: Source) -> Array:
-    return m.wide(read).reshape(-1, 32)
 
 
 def shfl(m: Machine, ins: Instruction) -> Step:
