@@ -46,20 +46,18 @@ struct Biases {
   const void* data[3];  // (part,) each, or null
   int dtype, part;
 
+  template <typename P>
+  __device__ float read(int n) const {
+    const Pieces<P> pieces = {{static_cast<const P*>(data[0]), static_cast<const P*>(data[1]),
+                               static_cast<const P*>(data[2])},
+                              part};
+    return widen(*pieces.row(n, 1));
+  }
+
   template <typename T>
   __device__ float at(int n) const {
     if (!data[0]) return 0.f;
-    if (sizeof(T) == 4 || dtype == kFloat32) {
-      const Pieces<float> pieces = {
-          {static_cast<const float*>(data[0]), static_cast<const float*>(data[1]),
-           static_cast<const float*>(data[2])},
-          part};
-      return *pieces.row(n, 1);
-    }
-    const Pieces<T> pieces = {{static_cast<const T*>(data[0]), static_cast<const T*>(data[1]),
-                               static_cast<const T*>(data[2])},
-                              part};
-    return widen(*pieces.row(n, 1));
+    return sizeof(T) == 4 || dtype == kFloat32 ? read<float>(n) : read<T>(n);
   }
 };
 
