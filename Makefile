@@ -4,7 +4,7 @@
 #   make bench       the benchmarks that need no environment but this one
 #   make bench-peers the end-to-end benchmark against all peers, each in its own environment
 #   make bench-scaling  cost against the number of tokens and the length of a sequence, with a plot; 4 to 6 minutes
-#   make bench-finetune  fine-tuning on real tasks beside stock transformers, the same batches step by step; about an hour
+#   make bench-scripts  users' scripts (Trainer, sentence-transformers) as they are and accelerated, step by step; about an hour
 #   make test-gpu-static  the Triton kernels in every configuration compiled for GPUs that are not here, and inspected
 #   make test-ptx    every sample of every op, forward and backward, with the GPU backends on the PTX machine
 #   make gpu         on a machine with a GPU: parity, memory and race checks, timings, into docs/gpu.md
@@ -27,7 +27,7 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-slow test-gpu-static test-ptx gpu gpu-report sanitize bench bench-peers bench-scaling bench-finetune lint
+.PHONY: install demo test test-slow test-gpu-static test-ptx gpu gpu-report sanitize bench bench-peers bench-scaling bench-scripts lint
 
 install: $(INSTALLED)
 
@@ -92,9 +92,8 @@ bench-peers: $(INSTALLED)
 bench-scaling: $(INSTALLED)
 	$(PY) benchmarks/scaling.py $(BENCH_ARGS)
 
-bench-finetune: $(INSTALLED)
-	$(PY) benchmarks/finetuning.py --task classify $(BENCH_ARGS)
-	$(PY) benchmarks/finetuning.py --task tag $(BENCH_ARGS)
+bench-scripts: $(INSTALLED)
+	$(PY) benchmarks/scripts.py $(BENCH_ARGS)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -13,6 +13,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import bench_bert  # noqa: E402
 import readme  # noqa: E402
 import scaling  # noqa: E402
+import scripts  # noqa: E402
 import tables  # noqa: E402
 from peers.driver import Outcome, Race  # noqa: E402
 
@@ -150,8 +151,44 @@ def test_every_script_has_a_target_and_a_description():
     assert len(scripts) > 4
     for file in scripts:
         assert file.name in page, f"docs/benchmarks.md does not name {file.name}"
-        started = file.name in make or file.name == "worker.py"
+        started = file.name in make or file.name in ("worker.py", "script.py")
         assert started, f"no target runs {file.name}"
+
+
+def test_a_script_is_compared_with_stock_step_by_step():
+    def run(seconds, peak, **more):
+        return {"seconds": [9.0, *seconds], "before": 100, "peak": peak, **more}
+
+    stock = [run([2.0, 4.0, 6.0], 300, metric=0.8), run([4.0, 4.0, 4.0], 300, metric=0.9)]
+    ours = [run([1.0, 1.0, 3.0], 200, metric=0.85), run([1.0, 2.0, 4.0], 200, metric=0.88)]
+    found = scripts.summary(
+        [{"stock": s, "accelerated": o} for s, o in zip(stock, ours, strict=True)], "accelerated", 1
+    )
+    # ratios 2, 4, 2, 4, 2, 1
+    assert found["speed"]["median"] == 2.0
+    assert found["speed"]["rounds"] == 6
+    assert found["metrics"] == [0.85, 0.88]
+    assert (found["peak"], found["added"]) == (pytest.approx(2 / 3), 0.5)
+    row = {"work": "tag", "precision": "fp32", "steps": 4, "date": "2026-11-26"}
+    row["competitors"] = {"accelerated": found}
+    machine = {**MACHINE, "versions": {"torch": "2", "transformers": "5"}}
+    line = scripts.table({"machine": machine, "rows": {"tag-fp32": row}}).splitlines()[2]
+    assert "2.00x" in line
+    assert "1.5x: met" in line
+    assert "0.8500, 0.8800" in line
+    assert "67% | 50%" in line
+
+
+def test_encoded_vectors_are_compared_one_by_one(tmp_path):
+    x = np.eye(3, dtype=np.float32)
+    np.save(tmp_path / "a.npy", x)
+    x[1] = [0, 1, 1]
+    np.save(tmp_path / "b.npy", x)
+    found = {
+        name: {"vectors": str(tmp_path / f"{f}.npy")} for name, f in (("stock", "a"), ("o", "b"))
+    }
+    scripts._compare(found)
+    assert found == {"stock": {"cosine": 1.0}, "o": {"cosine": pytest.approx(0.5**0.5)}}
 
 
 def test_scaling_draws_and_tells_the_growth(tmp_path):

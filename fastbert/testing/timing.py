@@ -45,7 +45,7 @@ def interleave(
     names = list(competitors)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warmup, rounds):
-        for name in _rotated(names, number):
+        for name in rotated(names, number):
             taken = _time(competitors[name])
             if number >= 0:
                 seconds[name].append(taken)
@@ -74,7 +74,7 @@ def interleave_training(
     end = time.perf_counter() + seconds
     done = 0
     while done < least or (done < most and time.perf_counter() < end):
-        for name in _rotated(names, done):
+        for name in rotated(names, done):
             taken[name].append(_time_pair(*competitors[name]))
         done += 1
     return {
@@ -87,7 +87,7 @@ def interleave_training(
     }
 
 
-def _rotated(names: list[str], number: int) -> list[str]:
+def rotated(names: list[str], number: int) -> list[str]:
     """The order of a round: whoever followed the same neighbour every time would always find the same caches."""
     shift = number % len(names)
     return names[shift:] + names[:shift]
