@@ -144,7 +144,7 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     reason = _model_reason(self, given)
     packing: Packing | None = None
     if reason is None:
-        packing, reason = _packing(given)
+        packing, reason = _packing(given, self.fastbert_old)
     if packing is None:
         log_once(f"accelerate: {type(self).__name__} runs transformers' code: {reason}")
         return stock(self, **given)
@@ -270,7 +270,7 @@ def _shape_reason(self: Any, given: dict[str, Any], implementation: str) -> str 
     return None
 
 
-def _packing(given: dict[str, Any]) -> tuple[Packing | None, str | None]:
+def _packing(given: dict[str, Any], old: bool) -> tuple[Packing | None, str | None]:
     """How to pack the batch, or why not; one host sync where there is a mask."""
     ids = given.get("input_ids")
     values = given["inputs_embeds"] if ids is None else ids
@@ -278,10 +278,14 @@ def _packing(given: dict[str, Any]) -> tuple[Packing | None, str | None]:
     full = Packing.full(values.shape[0], values.shape[1], values.device)
     if mask is None:
         return full, None
-    token = mask.to(values.device) != 0
-    packing, left = Packing.from_tokens(token, ~token[:, 0] & token.any(1))
-    if left:
-        return None, "a sequence begins with padding, and transformers' heads read its first column"
+    mask = mask.to(values.device)
+    token = mask != 0
+    left = ~token[:, 0] & token.any(1)
+    # to transformers 4 other numbers than 0 and 1 are not tokens
+    packing, bad = Packing.from_tokens(token, left[:, None] | (mask != token) if old else left)
+    if bad:
+        odd = ", or its mask is not of 0 and 1" if old else ""
+        return None, f"a sequence begins with padding, which transformers' heads read{odd}"
     if packing.rows is not None and packing.rows.shape[0] == token.numel():
         return full, None
     return packing, None

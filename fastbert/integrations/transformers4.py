@@ -56,7 +56,9 @@ def bridged(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[...
 
     def called(self: Any, **given: Any) -> Any:
         if "fastbert" in given:
-            given["head_mask"] = Handed(given.pop("fastbert"))
+            handed = Handed(given.pop("fastbert"))
+            # with the caller's own head_mask the model runs transformers' code anyway
+            given.setdefault("head_mask", handed)
         return stock(self, **{theirs.get(name, name): value for name, value in given.items()})
 
     def forward(self: Any, _: Any, given: dict[str, Any]) -> Any:
@@ -82,7 +84,7 @@ def encoder(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     if call.packed:
         x = packing.unpad(x)[None]
     # later versions' layers do it themselves
-    checkpointing = self.training and self.gradient_checkpointing
+    checkpointing = self.training and getattr(self, "gradient_checkpointing", False)
     for i, layer in enumerate(self.layer):
         if given.get("output_hidden_states"):
             states.append((packing.pad(x[0]) if call.packed else x).to(dtype))
