@@ -1,6 +1,7 @@
 # Every target makes .venv and installs what it needs; only Python, a C++ compiler and a package index are assumed.
 #   make demo        pretrain a small BERT on a real corpus and fill masks with it (about two minutes of training)
 #   make test        the default test suite        make test-slow   what takes longer than that
+#   make test-transformers4  accelerate() with transformers 4.48 and 4.57, each in an environment below build/
 #   make bench       the benchmarks that need no environment but this one
 #   make bench-peers the end-to-end benchmark against all peers, each in its own environment
 #   make bench-scaling  cost against the number of tokens and the length of a sequence, with a plot; 4 to 6 minutes
@@ -27,7 +28,7 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-slow test-gpu-static test-ptx gpu gpu-report sanitize bench bench-peers bench-scaling bench-scripts lint
+.PHONY: install demo test test-slow test-transformers4 test-gpu-static test-ptx gpu gpu-report sanitize bench bench-peers bench-scaling bench-scripts lint
 
 install: $(INSTALLED)
 
@@ -47,6 +48,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+test-transformers4: $(INSTALLED)
+	$(PY) tests/transformers4.py --pip-args="$(PIP_ARGS)" -n auto $(PYTEST_ARGS)
 
 test-gpu-static: $(INSTALLED)
 	$(PY) -m pytest -m gpu_static -n auto $(PYTEST_ARGS) tests/test_triton_static.py

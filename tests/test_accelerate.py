@@ -15,6 +15,7 @@ from hf_models import (
     FAMILIES,
     HEADS,
     MASK,
+    OLD,
     B,
     S,
     accelerated,
@@ -136,7 +137,7 @@ def test_training_computes_labelled_rows_only():
     assert model(**given).logits is None
     assert len(model(**given, return_dict=False)) == 1
     assert model(**given, return_logits=True).logits.shape == (B, S, 99)
-    assert model(**given, num_items_in_batch=7).logits is None
+    assert OLD or model(**given, num_items_in_batch=7).logits is None
     assert model.eval()(**given).logits.shape == (B, S, 99)
     none = given | {"labels": torch.full_like(given["labels"], -100)}
     loss = model.train()(**none).loss

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from hf_models import B, accelerated, at_tokens, batch, build, transformers, without_dropout
+from hf_models import OLD, B, accelerated, at_tokens, batch, build, transformers, without_dropout
 from torch import nn
 
 import fastbert
@@ -216,6 +216,8 @@ def test_heads_that_read_more_get_more():
     ],
 )
 def test_what_is_not_fused_is_transformers_own(family, changes, options, word, said):
+    if OLD and {"is_causal", "cu_seq_lens_q"} & options.keys():
+        pytest.skip("transformers 4 refuses the argument")
     stock, given = build(family, **changes), batch(family)
     with torch.no_grad():
         outputs = [m(**given, **options) for m in (stock, accelerated(stock))]

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hf_models import MASK, B, S, V, accelerated, at_tokens, batch, build
+from hf_models import MASK, OLD, B, S, V, accelerated, at_tokens, batch, build
 from torch import nn
 
 import fastbert
@@ -94,7 +94,14 @@ def outputs(model, given):
 @pytest.mark.parametrize("family", MODELS)
 def test_odd_inputs(family, name):
     given, mask = ODD[name]
-    x, y = outputs(MODELS[family], given), outputs(OURS[family], given)
+    try:
+        x = outputs(MODELS[family], given)
+    except (TypeError, ValueError) as error:
+        assert OLD  # it knows neither 4-D masks nor DistilBERT's positions
+        with pytest.raises(type(error)):
+            outputs(OURS[family], given)
+        return
+    y = outputs(OURS[family], given)
     for a, b in zip((*x.hidden_states, x[0]), (*y.hidden_states, y[0]), strict=True):
         assert a.shape == b.shape
         assert a.dtype == b.dtype

@@ -78,15 +78,21 @@ def test_adapters_count_before_and_after(name, head):
 
 def _train(model, folder, **options):
     torch.manual_seed(0)
+    per_token = "MaskedLM" in type(model).__name__
     rows = [
-        {"input_ids": torch.randint(5, V, (n,)), "labels": torch.randint(5, V, (n,))}
+        {
+            "input_ids": torch.randint(5, V, (n,)),
+            "labels": torch.randint(5, V, (n,)) if per_token else torch.tensor(n % 3),
+        }
         for n in (3, 9, 5, 7, 11, 2, 6, 4)
     ]
 
     def collate(rows):
         pad = nn.utils.rnn.pad_sequence
         ids = pad([r["input_ids"] for r in rows], batch_first=True)
-        labels = pad([r["labels"] for r in rows], batch_first=True, padding_value=-100)
+        labels = [r["labels"] for r in rows]
+        fill = {"batch_first": True, "padding_value": -100}
+        labels = pad(labels, **fill) if per_token else torch.stack(labels)
         return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
 
     arguments = transformers.TrainingArguments(
@@ -109,12 +115,13 @@ def _train(model, folder, **options):
     return [r.get("loss", r.get("eval_loss")) for r in trainer.state.log_history][:-1]
 
 
+@pytest.mark.parametrize("head", ["ForMaskedLM", "ForSequenceClassification"])
 @pytest.mark.parametrize(
     "options", [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}]
 )
-def test_trainer_has_the_same_loss_curve(options, tmp_path):
+def test_trainer_has_the_same_loss_curve(options, head, tmp_path):
     pytest.importorskip("accelerate")
-    model = build("Bert", "ForMaskedLM", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = build("Bert", head, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     ours = accelerated(model)
     curves = [_train(m, tmp_path, **options) for m in (model, ours)]
     assert len(curves[0]) == 5

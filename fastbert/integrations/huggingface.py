@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.blocks import hooked, log_once
-from fastbert.integrations import heads, layers
+from fastbert.integrations import heads, layers, transformers4
 from fastbert.integrations.families import FAMILIES, Family
 from fastbert.integrations.layers import Call
 from fastbert.ops._register import seed_for
@@ -36,9 +36,9 @@ def replacement(kind: type[nn.Module]) -> type[nn.Module] | None:
     if family is None or family.kind(kind.__name__) is None:
         return None
     version = importlib.import_module("transformers").__version__
-    if int(version.partition(".")[0]) < 5:
+    if not transformers4.supported(version):
         log_once(
-            f"accelerate: transformers {version} is older than 5: only its torch.nn layers are accelerated"
+            f"accelerate: transformers {version} is older than 4.48: only its torch.nn layers are accelerated"
         )
         return None
     return globals().get(kind.__name__) or _make(family, kind.__name__)
@@ -68,7 +68,10 @@ def _make(family: Family, name: str) -> type[nn.Module]:
             "forward": _forward(stock.forward, _FORWARDS[kind]),
             "fastbert_family": family,
             "fastbert_output": _output(family, kind),
+            "fastbert_old": transformers4.is_old(stock.forward),
         }
+        if kind == "model" and space["fastbert_old"]:
+            space |= transformers4.methods(stock)
         if hasattr(stock, "is_custom_code"):
             # weights are initialised and converted as those of transformers' own classes
             space["is_custom_code"] = classmethod(lambda cls: False)
@@ -92,6 +95,8 @@ def _forward(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..
     """A method with the signature of transformers' that hands it, and all arguments by name, to one of ours."""
     parameters = list(inspect.signature(stock).parameters.values())[1:]
     names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    if transformers4.is_old(stock):
+        ours = transformers4.bridged(stock, transformers4.encoder if ours is _encoder else ours)
 
     @wraps(stock)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -139,7 +144,7 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     reason = _model_reason(self, given)
     packing: Packing | None = None
     if reason is None:
-        packing, reason = _packing(given)
+        packing, reason = _packing(given, self.fastbert_old)
     if packing is None:
         log_once(f"accelerate: {type(self).__name__} runs transformers' code: {reason}")
         return stock(self, **given)
@@ -154,6 +159,8 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
         return stock(self, **given, fastbert=call)
     if not given.get("output_hidden_states", getattr(self.config, "output_hidden_states", False)):
         call = _narrowed(self, call, wanted, values)
+    if self.fastbert_old:  # its encoder packs
+        return stock(self, **given, fastbert=call)
     as_dict = given.pop("return_dict", getattr(self.config, "return_dict", True))
     shape = values.shape[:2]
     given["position_ids"] = _positions(self, given, shape)
@@ -263,7 +270,7 @@ def _shape_reason(self: Any, given: dict[str, Any], implementation: str) -> str 
     return None
 
 
-def _packing(given: dict[str, Any]) -> tuple[Packing | None, str | None]:
+def _packing(given: dict[str, Any], old: bool) -> tuple[Packing | None, str | None]:
     """How to pack the batch, or why not; one host sync where there is a mask."""
     ids = given.get("input_ids")
     values = given["inputs_embeds"] if ids is None else ids
@@ -271,10 +278,14 @@ def _packing(given: dict[str, Any]) -> tuple[Packing | None, str | None]:
     full = Packing.full(values.shape[0], values.shape[1], values.device)
     if mask is None:
         return full, None
-    token = mask.to(values.device) != 0
-    packing, left = Packing.from_tokens(token, ~token[:, 0] & token.any(1))
-    if left:
-        return None, "a sequence begins with padding, and transformers' heads read its first column"
+    mask = mask.to(values.device)
+    token = mask != 0
+    left = ~token[:, 0] & token.any(1)
+    # to transformers 4 other numbers than 0 and 1 are not tokens
+    packing, bad = Packing.from_tokens(token, left[:, None] | (mask != token) if old else left)
+    if bad:
+        odd = ", or its mask is not of 0 and 1" if old else ""
+        return None, f"a sequence begins with padding, which transformers' heads read{odd}"
     if packing.rows is not None and packing.rows.shape[0] == token.numel():
         return full, None
     return packing, None

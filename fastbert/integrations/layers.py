@@ -115,6 +115,9 @@ def unsuited(layer: nn.Module, layout: Layout, module: str) -> str | None:
             return f"hooks are attached to its {name}"
     if getattr(parts.core, "is_causal", False):
         return "its attention is causal"
+    # transformers 4 only
+    if getattr(parts.core, "position_embedding_type", "absolute") != "absolute":
+        return f"its attention has {parts.core.position_embedding_type!r} positions"
     checks = (
         (_linear_like, ("query", "key", "value", "out", "up", "down")),
         (_norm_like, ("attention_norm", "output_norm")),
@@ -128,6 +131,9 @@ def unsuited(layer: nn.Module, layout: Layout, module: str) -> str | None:
                 return f"its {name} is {str(m).splitlines()[0]}"
             if isinstance(m, nn.Module) and hooked(m, *RECORDERS, SHARDING):
                 return f"hooks are attached to its {name}"
+    # transformers 4's sdpa classes have a rate of their own
+    if not 0.0 <= getattr(parts.core, "dropout_prob", 0.0) < 1.0:
+        return f"its attention's dropout_prob is {parts.core.dropout_prob}"
     return None
 
 
@@ -167,9 +173,11 @@ def _attention(m: Parts, x: Tensor, call: Call, site: int) -> Tensor:
     else:
         qkv = torch.stack([_tokens(p, x) for p in projections], 1)
         qkv = qkv.view(*qkv.shape[:2], qkv.shape[2] // size, size)
-    p = m.attention_dropout.p if m.core.training else 0.0
+    # transformers 4 names no scale
+    p = getattr(m.core, "dropout_prob", m.attention_dropout.p) if m.core.training else 0.0
+    scale = getattr(m.core, "scaling", size**-0.5)
     packing = call.packing
-    options = {"scale": m.core.scaling, "p": p, "seed": call.seed if p else None, "site": site}
+    options = {"scale": scale, "p": p, "seed": call.seed if p else None, "site": site}
     return attend(qkv, packing.cu_seqlens, packing.max_seqlen, **options)
 
 

@@ -163,8 +163,10 @@ def _kept(model: nn.Module) -> Iterator[None]:
         for name, kind in (
             ("p", nn.modules.dropout._DropoutNd),
             ("dropout", nn.MultiheadAttention),
+            # the sdpa attention classes of transformers 4
+            ("dropout_prob", nn.Module),
         )
-        if isinstance(m, kind)
+        if isinstance(m, kind) and hasattr(m, name)
     ]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices):
