@@ -138,14 +138,11 @@ def _key_padding(mask: Tensor | None, x: Tensor) -> tuple[Packing, str | None]:
         raise ValueError(
             f"key_padding_mask has shape {tuple(mask.shape)}: pass (B, S) = {tuple(x.shape[:2])}"
         )
-    if mask.dtype == torch.bool:
-        return Packing.from_tokens(~mask, torch.zeros_like(mask))[0], None
-    if not mask.is_floating_point():
+    if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(
             f"key_padding_mask is {mask.dtype}: pass bool, True at padding, for instance mask == 0"
         )
-    token, hidden = mask == 0, mask == float("-inf")
-    packing, others = Packing.from_tokens(token, ~(token | hidden))
+    packing, others = Packing.read(mask, "key_padding")
     return (
         packing,
         "the float key_padding_mask holds other values than 0 and -inf" if others else None,

@@ -10,6 +10,96 @@ import torch.nn.functional as stock
 from torch import Tensor
 
 from fastbert.config import BertConfig
+from fastbert.ops._register import untraced
+
+# --- from values to indices: ops, so that torch.compile's graph breaks here and nowhere else ---
+
+
+def _mask(mask: Tensor) -> tuple[Tensor, Tensor]:
+    token = mask != 0
+    return token, mask != token
+
+
+def _mask_of_heads(mask: Tensor) -> tuple[Tensor, Tensor]:
+    token = mask != 0
+    return token, ~token[:, :1] & token.any(1, keepdim=True)
+
+
+def _mask_of_heads4(mask: Tensor) -> tuple[Tensor, Tensor]:
+    token, left = _mask_of_heads(mask)
+    return token, left | (mask != token)
+
+
+def _key_padding(mask: Tensor) -> tuple[Tensor, Tensor]:
+    token = mask == 0
+    if mask.dtype == torch.bool:
+        return token, token[:0]
+    return token, ~token & (mask != float("-inf"))
+
+
+# what a mask (B, S) says: booleans (B, S), True at tokens, and booleans that are True at what is wrong
+READINGS = {
+    "mask": _mask,  # 1 at tokens, 0 at padding; other values are wrong
+    "heads": _mask_of_heads,  # 0 at padding; sequences that begin with padding are wrong
+    "heads4": _mask_of_heads4,  # so are numbers but 0 and 1, which are no tokens to transformers 4
+    "key_padding": _key_padding,  # True or -inf at padding; numbers but 0 are wrong
+}
+
+
+def _fake_tokens(mask: Tensor, reading: str) -> tuple[Tensor, Tensor, Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size
+    return (
+        mask.new_empty(mask.shape[0] + 1, dtype=torch.int32),
+        mask.new_empty(size(), dtype=torch.int64),
+        mask.new_empty((size(), size(), 0), dtype=torch.int32),
+    )
+
+
+@untraced("find_tokens", _fake_tokens)
+def find_tokens(mask: Tensor, reading: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A mask's tokens: cu_seqlens (B + 1,), rows (T,) and a tensor whose shape (max_seqlen, wrong, 0) tells numbers.
+
+    A shape, because code that is traced after the op takes it as it takes every other size.
+    """
+    token, bad = READINGS[reading](mask)
+    lengths = token.sum(1, dtype=torch.int32)
+    cu_seqlens = stock.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    if token.numel() == 0:
+        return cu_seqlens, lengths.new_empty(0, dtype=torch.int64), lengths.new_empty(1, 0, 0)
+    counts = torch.stack([cu_seqlens[-1], lengths.max(), bad.sum(dtype=torch.int32)])
+    total, longest, wrong = counts.tolist()
+    return cu_seqlens, _places(token, total), lengths.new_empty(max(longest, 1), wrong, 0)
+
+
+def _places(flags: Tensor, total: int) -> Tensor:
+    """Where the flattened booleans are True, `total` places, in order; no host sync."""
+    if flags.device.type == "cpu":
+        return flags.flatten().nonzero().squeeze(1)
+    # a stable sort puts them first and in order; nonzero would sync once more
+    return torch.argsort((~flags).flatten().to(torch.uint8), stable=True)[:total]
+
+
+def _fake_labelled(labels: Tensor, mask: Tensor | None, values: Tensor) -> tuple[Tensor, Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size
+    return labels.new_empty(size(), dtype=torch.int64), labels.new_empty((size(), size(), 0))
+
+
+@untraced("find_labelled", _fake_labelled)
+def find_labelled(labels: Tensor, mask: Tensor | None, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Places (R,) of the labels (B, S) but -100 in the flat (B * S); a shape (at padding, misshaped, 0) as above.
+
+    The first number counts labelled places at padding, the second is 1 where labels don't fit values (B, S, ...).
+    """
+    labelled = labels != -100
+    outside = labelled.new_zeros(())
+    if mask is not None and mask.shape == labels.shape:
+        outside = labelled & (mask == 0).to(labels.device)
+    total, wrong = torch.stack([labelled.sum(), outside.sum()]).tolist()
+    misshaped = int(labels.shape != values.shape[:2])
+    return _places(labelled, total), labels.new_empty((wrong, misshaped, 0))
+
+
+# --- packed tokens ---
 
 
 @dataclass(frozen=True)
@@ -42,8 +132,7 @@ class Packing:
 
         Raises ValueError for a mask of another shape or with other values.
         """
-        token = mask != 0
-        packing, bad = cls.from_tokens(token, mask != token)
+        packing, bad = cls.read(mask, "mask")
         if bad:
             raise ValueError(
                 f"attention_mask holds {bad} values that are neither 0 nor 1: pass 1 at tokens and 0 at padding"
@@ -51,24 +140,19 @@ class Packing:
         return packing
 
     @classmethod
-    def from_tokens(cls, token: Tensor, bad: Tensor) -> tuple[Packing, int]:
-        """Pack by booleans (B, S), True at tokens, and count the True elements of `bad`: all in one host sync."""
-        if token.dim() != 2:
+    def read(cls, mask: Tensor, reading: str) -> tuple[Packing, int]:
+        """Pack by a mask (B, S) as a name of READINGS takes it, and count what is wrong with it: one host sync."""
+        if mask.dim() != 2:
             raise ValueError(
-                f"the mask has shape {tuple(token.shape)}: pass (B, S), one value per token"
+                f"the mask has shape {tuple(mask.shape)}: pass (B, S), one value per token"
             )
-        lengths = token.sum(1, dtype=torch.int32)
-        cu_seqlens = stock.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        if token.numel() == 0:
-            return cls(cu_seqlens, 1, lengths.new_empty(0, dtype=torch.int64), token.shape[1]), 0
-        counts = torch.stack([cu_seqlens[-1], lengths.max(), bad.sum(dtype=torch.int32)])
-        total, longest, wrong = counts.tolist()
-        if token.device.type == "cpu":
-            rows = token.flatten().nonzero().squeeze(1)
-        else:
-            # a stable sort puts the tokens first and in order; nonzero would sync once more
-            rows = torch.argsort((~token).flatten().to(torch.uint8), stable=True)[:total]
-        return cls(cu_seqlens, max(longest, 1), rows, token.shape[1]), wrong
+        return cls.found(find_tokens(mask, reading), mask.shape[1])
+
+    @classmethod
+    def found(cls, indices: tuple[Tensor, Tensor, Tensor], length: int) -> tuple[Packing, int]:
+        """The packing of what find_tokens returns, and the number of things that are wrong."""
+        cu_seqlens, rows, sizes = indices
+        return cls(cu_seqlens, sizes.shape[0], rows, length), sizes.shape[1]
 
     @classmethod
     def given(cls, cu_seqlens: Tensor, max_seqlen: int | None) -> Packing:

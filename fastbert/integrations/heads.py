@@ -13,6 +13,7 @@ from fastbert import functional as F
 from fastbert.blocks import hooked, log_once
 from fastbert.integrations import layers
 from fastbert.integrations.families import found
+from fastbert.packing import find_labelled
 
 Stock = Callable[..., Any]
 
@@ -32,7 +33,8 @@ def observed() -> str | None:
 
 def token_labels(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
     """A head with a label per token: where padding is labelled, outputs there count, and nothing is packed."""
-    if _labelled_padding(given):
+    tensors = _values(given), given.get("labels"), given.get("attention_mask")
+    if all(isinstance(t, Tensor) for t in tensors) and _labelled(given)[1]:
         given |= _asked(self, None)
     return stock(self, **given)
 
@@ -54,16 +56,24 @@ def _asked(self: Any, tokens: Any) -> dict[str, Any]:
     return {"fastbert": tokens} if hasattr(type(base), "fastbert_family") else {}
 
 
-def _labelled_padding(given: dict[str, Any]) -> bool:
-    labels, mask = given.get("labels"), given.get("attention_mask")
-    if not (isinstance(labels, Tensor) and isinstance(mask, Tensor) and labels.shape == mask.shape):
-        return False
-    if not ((labels != -100) & (mask == 0).to(labels.device)).any():
-        return False
-    log_once(
-        "accelerate: labels at padding are not -100 and count in transformers' loss: its own code runs, padding and all"
-    )
-    return True
+def _values(given: dict[str, Any]) -> Any:
+    """What there is one of for every token, if the caller has given it."""
+    ids = given.get("input_ids")
+    return given.get("inputs_embeds") if ids is None else ids
+
+
+def _labelled(given: dict[str, Any]) -> tuple[Tensor, int, int]:
+    """Places of the labels but -100 in the flat (B * S), how many are at padding, and whether labels are misshaped."""
+    mask = given.get("attention_mask")
+    mask = mask if isinstance(mask, Tensor) else None
+    rows, sizes = find_labelled(given["labels"], mask, _values(given))
+    outside, misshaped = sizes.shape[:2]
+    if outside:
+        log_once(
+            "accelerate: labels at padding are not -100 and count in transformers' loss: "
+            "its own code runs, padding and all"
+        )
+    return rows, outside, misshaped
 
 
 # --- masked LM ---
@@ -84,19 +94,23 @@ def _with_mlm_loss(self: Any, stock: Stock, given: dict[str, Any], others: tuple
     targets = [given.get(name) for name in ("labels", *others)]
     if logits_wanted or not self.training or any(t is None for t in targets):
         return token_labels(self, stock, given)
-    if reason := _head_reason(self, given):
+    reason = _head_reason(self, given)
+    if reason is None:
+        rows, outside, misshaped = _labelled(given)
+        reason = "labels is not (B, S)" if misshaped else None
+    if reason is not None:
         log_once(f"accelerate: {type(self).__name__} computes all logits: {reason}")
         return token_labels(self, stock, given)
-    if _labelled_padding(given):
+    if outside:
         return stock(self, **given, **_asked(self, None))
     as_dict = given.pop("return_dict", None)
     inputs = {k: v for k, v in given.items() if k not in ("labels", *others)}
-    labels = given["labels"].reshape(-1)
-    rows = (labels != -100).nonzero().squeeze(1)
     if not others:
         inputs |= _asked(self, rows)
     encoded = getattr(self, self.base_model_prefix)(**inputs, return_dict=True)
-    rows, labels = (t.to(encoded[0].device) for t in (rows, labels.index_select(0, rows)))
+    # the first work with tensors, so that torch.compile makes no graph of what stands before the encoder
+    labels = given["labels"].reshape(-1).index_select(0, rows)
+    rows, labels = (t.to(encoded[0].device) for t in (rows, labels))
     fields = {
         "loss": _mlm_loss(self, encoded[0].flatten(0, 1).index_select(0, rows), labels),
         "hidden_states": encoded.get("hidden_states"),
@@ -115,9 +129,7 @@ def _with_mlm_loss(self: Any, stock: Stock, given: dict[str, Any], others: tuple
 
 def _head_reason(self: Any, given: dict[str, Any]) -> str | None:
     """Why a masked-LM head must compute all logits, None if labelled rows will do."""
-    values = given.get("input_ids")
-    values = given.get("inputs_embeds") if values is None else values
-    if not isinstance(values, Tensor) or values.shape[:2] != given["labels"].shape:
+    if not all(isinstance(t, Tensor) for t in (_values(given), given["labels"])):
         return "labels is not (B, S)"
     family = self.fastbert_family
     for name in (*family.transform, family.decoder):
@@ -152,22 +164,22 @@ def _mlm_loss(self: Any, x: Tensor, labels: Tensor) -> Tensor:
 
 def question_answering(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
     """Start and end scores at padding are the dtype's lowest value, so that no softmax or argmax sees padding."""
-    mask, values = given.get("attention_mask"), given.get("input_ids")
-    values = given.get("inputs_embeds") if values is None else values
+    mask, values = given.get("attention_mask"), _values(given)
     if not isinstance(mask, Tensor) or not isinstance(values, Tensor):
         return stock(self, **given)
-    if mask.shape != values.shape[:2] or mask.all():
-        return stock(self, **given)
+    ends = {name: given.pop(name, None) for name in ("start_positions", "end_positions")}
+    as_dict = given.pop("return_dict", None)
+    output = stock(self, **given, return_dict=True)
+    # only now: a comparison before the encoder would be a graph of torch.compile's
+    if mask.shape != output.start_logits.shape:
+        return stock(self, **given, **ends, return_dict=as_dict)
     log_once(
         "accelerate: answers' scores at padding are the lowest value, and their loss runs over tokens only"
     )
-    ends = [given.pop(name, None) for name in ("start_positions", "end_positions")]
-    as_dict = given.pop("return_dict", None)
-    output = stock(self, **given, return_dict=True)
     token = (mask != 0).to(output.start_logits.device)
     fields = dict(output)
     losses = []
-    for name, position in zip(("start_logits", "end_logits"), ends, strict=True):
+    for name, position in zip(("start_logits", "end_logits"), ends.values(), strict=True):
         scores = fields[name]
         fields[name] = scores = scores.masked_fill(~token, torch.finfo(scores.dtype).min)
         losses.append(_position_loss(scores, token, position) if position is not None else None)

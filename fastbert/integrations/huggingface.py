@@ -23,7 +23,7 @@ from fastbert.integrations import heads, layers, transformers4
 from fastbert.integrations.families import FAMILIES, Family
 from fastbert.integrations.layers import Call
 from fastbert.ops._register import seed_for
-from fastbert.packing import Packing
+from fastbert.packing import Packing, find_tokens
 
 # --- the classes ---
 
@@ -144,12 +144,14 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     reason = _model_reason(self, given)
     packing: Packing | None = None
     if reason is None:
-        packing, reason = _packing(given, self.fastbert_old)
+        indices = _indices(given, self.fastbert_old)
+        reason = _shape_reason(self, given)
+    if reason is None:
+        packing, reason = _packing(given, indices, self.fastbert_old)
     if packing is None:
         log_once(f"accelerate: {type(self).__name__} runs transformers' code: {reason}")
         return stock(self, **given)
-    ids = given.get("input_ids")
-    values = given["inputs_embeds"] if ids is None else ids
+    values = _values(given)
     # one seed for the whole forward: layers that are computed again must see the same masks
     seed = seed_for(1.0, None, values) if self.training else None
     reason = _padded_reason(self)
@@ -230,37 +232,46 @@ def _model_reason(self: Any, given: dict[str, Any]) -> str | None:
     for name, value in given.items():
         if name not in _KNOWN and value is not None and value is not False:
             return f"the argument {name} is not known to the packed path"
-    if heads.observed():
-        return heads.observed()
-    return _shape_reason(self, given, implementation)
-
-
-def _shape_reason(self: Any, given: dict[str, Any], implementation: str) -> str | None:
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         return "one of input_ids and inputs_embeds must be given"
     values, dims = (embeds, 3) if ids is None else (ids, 2)
-    if not isinstance(values, Tensor) or values.dim() != dims or values.numel() == 0:
-        return "the batch is empty, or not (B, S)"
-    shape = values.shape[:2]
+    if not isinstance(values, Tensor) or values.dim() != dims:
+        return "the batch is not (B, S)"
+    if values.device.type == "meta":
+        return "the tensors are on meta"
+    mask = given.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        return "attention_mask is not (B, S)"
+    if given.get("position_ids") is not None and "flash" in implementation:
+        return "position_ids may mark packed sequences for flash attention"
+    return heads.observed()
+
+
+def _values(given: dict[str, Any]) -> Tensor:
+    """What there is one of for every token: ids (B, S) or embeddings (B, S, C)."""
+    ids = given.get("input_ids")
+    return given["inputs_embeds"] if ids is None else ids
+
+
+def _shape_reason(self: Any, given: dict[str, Any]) -> str | None:
+    """Why these sizes need transformers' own code; after the indices, or torch.compile made a graph of comparisons."""
+    shape = _values(given).shape[:2]
+    if shape.numel() == 0:
+        return "the batch is empty"
     mask, types, positions = map(given.get, ("attention_mask", "token_type_ids", "position_ids"))
-    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != shape):
+    if mask is not None and mask.shape != shape:
         return "attention_mask is not (B, S)"
     if types is not None and types.shape != shape:
         return f"token_type_ids has shape {tuple(types.shape)}, not {tuple(shape)}"
-    if positions is not None:
-        if "flash" in implementation:
-            return "position_ids may mark packed sequences for flash attention"
-        if positions.shape not in (shape, (1, shape[1])):
-            return f"position_ids has shape {tuple(positions.shape)}, not {tuple(shape)}"
+    if positions is not None and positions.shape not in (shape, (1, shape[1])):
+        return f"position_ids has shape {tuple(positions.shape)}, not {tuple(shape)}"
     table = self.embeddings.position_embeddings
     longest = getattr(table, "num_embeddings", shape[1])
     if positions is None and shape[1] > longest:
         raise ValueError(
             f"the batch is {shape[1]} tokens long but the model has {longest} positions: truncate it"
         )
-    if values.device.type == "meta":
-        return "the tensors are on meta"
     stack = getattr(self, self.fastbert_family.stack)
     ours = [stack, *stack.layer]
     if len(ours) == 1:
@@ -270,24 +281,26 @@ def _shape_reason(self: Any, given: dict[str, Any], implementation: str) -> str 
     return None
 
 
-def _packing(given: dict[str, Any], old: bool) -> tuple[Packing | None, str | None]:
-    """How to pack the batch, or why not; one host sync where there is a mask."""
-    ids = given.get("input_ids")
-    values = given["inputs_embeds"] if ids is None else ids
-    mask = given.get("attention_mask")
-    full = Packing.full(values.shape[0], values.shape[1], values.device)
+def _indices(given: dict[str, Any], old: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Where the mask's tokens are, None without one; one host sync, and torch.compile's only break."""
+    mask, device = given.get("attention_mask"), _values(given).device
     if mask is None:
-        return full, None
-    mask = mask.to(values.device)
-    token = mask != 0
-    left = ~token[:, 0] & token.any(1)
-    # to transformers 4 other numbers than 0 and 1 are not tokens
-    packing, bad = Packing.from_tokens(token, left[:, None] | (mask != token) if old else left)
-    if bad:
+        return None
+    mask = mask if mask.device == device else mask.to(device)
+    return find_tokens(mask, "heads4" if old else "heads")
+
+
+def _packing(
+    given: dict[str, Any], indices: tuple[Tensor, Tensor, Tensor] | None, old: bool
+) -> tuple[Packing | None, str | None]:
+    """How to pack the batch, or why not."""
+    values = _values(given)
+    if indices is None:
+        return Packing.full(values.shape[0], values.shape[1], values.device), None
+    packing, wrong = Packing.found(indices, values.shape[1])
+    if wrong:
         odd = ", or its mask is not of 0 and 1" if old else ""
         return None, f"a sequence begins with padding, which transformers' heads read{odd}"
-    if packing.rows is not None and packing.rows.shape[0] == token.numel():
-        return full, None
     return packing, None
 
 

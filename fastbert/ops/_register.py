@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -57,6 +57,28 @@ def register(
         return registered(*args) if _observed(args) else body(*args)
 
     return call
+
+
+def untraced(
+    name: str, fake: Callable[..., Any]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a function of tensors that torch.compile must not look into: there it is the op `fastbert::<name>`.
+
+    For results whose size depends on values: the graph breaks at the op, and the function runs between the graphs.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        op = torch.library.custom_op(f"fastbert::{name}", function, mutates_args=())
+        op.register_fake(fake)
+        registered = getattr(torch.ops.fastbert, name).default
+
+        @wraps(function)
+        def call(*args: Any) -> Any:
+            return registered(*args) if _observed(args) else function(*args)
+
+        return call
+
+    return decorate
 
 
 def _on_device(run: Callable[..., Any], *inputs: Any) -> Any:
