@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-LONGEST = {"mlm": 256, "classify": 128, "tag": 128}
+LONGEST = {"mlm": 512, "classify": 128, "tag": 128}
 BATCH = {"mlm": 16, "classify": 32, "tag": 32}
 RATES = {"mlm": 1e-4, "classify": 1e-4, "tag": 3e-4}
 SENTENCES = 5000
