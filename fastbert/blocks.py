@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fastbert import functional as F
 from fastbert.packing import Packing
@@ -39,6 +40,26 @@ def hooked(m: nn.Module, *indifferent: str) -> bool:
         return False
     hooks = [hook for name in _HOOKS for hook in state[name].values()]
     return any(not (getattr(h, "__module__", None) or "").startswith(indifferent) for h in hooks)
+
+
+def observed() -> str | None:
+    """Why modules must be called as they stand, whatever the model: somebody records or transforms all of them."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return "global module hooks are registered"
+    if torch.compiler.is_compiling():
+        return "it is being exported" if torch.compiler.is_exporting() else None
+    if torch._C._get_tracing_state() is not None:
+        return "it is being traced"
+    return transformed()
+
+
+def transformed() -> str | None:
+    """Which transformation of torch is under way that the ops have no rule for."""
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives are taken"
+    return None
 
 
 def attend(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Any) -> Tensor:

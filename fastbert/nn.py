@@ -22,7 +22,9 @@ from fastbert.blocks import (
     attend,
     hooked,
     log_once,
+    observed,
     sinusoidal_positions,
+    transformed,
 )
 from fastbert.graphs import InferenceRunner
 from fastbert.ops._register import seed_for
@@ -68,9 +70,7 @@ def _odd(x: Tensor) -> str | None:
         return f"the input is a {'nested tensor' if x.is_nested else type(x).__name__}"
     if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] == 0:
         return f"the input is {x.dtype} of shape {tuple(x.shape)}"
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func is active"
-    return None
+    return transformed()
 
 
 # --- drop-ins ---
@@ -165,7 +165,7 @@ def _attention_reason(m: nn.MultiheadAttention, x: Tensor) -> str | None:
         return "batch_first is False: pass batch_first=True"
     if x.is_nested or x.dim() != 3 or x.numel() == 0:
         return "the input is not a padded batch (B, S, C)"
-    if reason := _odd(x):
+    if reason := _odd(x) or observed():
         return reason
     if m.in_proj_weight is None:
         return "kdim or vdim differ from embed_dim"
@@ -175,7 +175,27 @@ def _attention_reason(m: nn.MultiheadAttention, x: Tensor) -> str | None:
         return "add_bias_kv or add_zero_attn is set"
     if m.head_dim > 128:
         return f"the head size is {m.head_dim}, more than 128"
+    if m.training and m.dropout == 1.0:
+        return "a dropout is 1"
     return None
+
+
+def _activation(m: nn.TransformerEncoderLayer) -> str | None:
+    """relu, none (exact GELU) or tanh, as the layer's activation is now; None for any other."""
+    activation = m.activation
+    if activation in (nn.functional.relu, torch.relu):
+        return "relu"
+    if activation is nn.functional.gelu:
+        return "none"
+    if not isinstance(activation, nn.Module) or hooked(activation):
+        return None
+    if type(activation) in (nn.GELU, GELU):
+        return str(activation.approximate)
+    return "relu" if type(activation) is nn.ReLU else None
+
+
+def _rate(m: nn.Dropout) -> float:
+    return m.p if m.training else 0.0
 
 
 def _attend(
@@ -263,8 +283,11 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         """Why the packed path can't serve this layer and input, or None."""
         if reason := _attention_reason(self.self_attn, src):
             return reason
-        if not self.activation_relu_or_gelu:
+        if _activation(self) is None:
             return "the activation is neither GELU nor ReLU"
+        for name in ("_sa_block", "_ff_block"):
+            if name in self.__dict__:
+                return f"its {name} was replaced"
         parts = (
             (nn.Linear, self.linear1, self.linear2),
             (nn.LayerNorm, self.norm1, self.norm2),
@@ -275,7 +298,12 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             for m in modules:
                 if reason := _changed(m, kind):
                     return reason
-        return None
+        return "a dropout is 1" if max(self.rates()) == 1.0 else None
+
+    def rates(self) -> tuple[float, float, float, float]:
+        """Probabilities of dropout now: of attention weights, inside the feed-forward, after attention, after it."""
+        attention = self.self_attn.dropout if self.self_attn.training else 0.0
+        return attention, _rate(self.dropout), _rate(self.dropout1), _rate(self.dropout2)
 
     def packed(
         self,
@@ -286,26 +314,24 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         site: int = 0,
     ) -> Tensor:
         """The layer on packed tokens; its four dropouts take the sites from `site` on."""
-        p1, p2 = (self.dropout1.p, self.dropout2.p) if self.training else (0.0, 0.0)
-        if self.training:
-            seed = seed_for(max(p1, p2, self.dropout.p, self.self_attn.dropout), seed, x)
+        p, p1, p2 = self.rates()[1:]
+        seed = seed_for(max(self.rates()), seed, x)
         if self.norm_first:
             y = _attend(self.self_attn, _norm(self.norm1, x), packing, causal, seed, site)
             x = x + dropout(y, p1, seed, site + 1)
-            y = self._feed_forward(_norm(self.norm2, x), seed, site + 2)
+            y = self._feed_forward(_norm(self.norm2, x), p, seed, site + 2)
             return x + dropout(y, p2, seed, site + 3)
         y = _attend(self.self_attn, x, packing, causal, seed, site)
         x = _add_norm(self.norm1, y, x, p1, seed, site + 1)
-        y = self._feed_forward(x, seed, site + 2)
+        y = self._feed_forward(x, p, seed, site + 2)
         return _add_norm(self.norm2, y, x, p2, seed, site + 3)
 
-    def _feed_forward(self, x: Tensor, seed: Tensor | None, site: int) -> Tensor:
-        up, down = self.linear1, self.linear2
-        p = self.dropout.p if self.training else 0.0
-        if self.activation_relu_or_gelu == 1:
+    def _feed_forward(self, x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
+        up, down, approximate = self.linear1, self.linear2, _activation(self)
+        assert approximate is not None
+        if approximate == "relu":
             hidden = torch.relu(F.linear(x, up.weight, up.bias))
         else:
-            approximate = getattr(self.activation, "approximate", "none")
             if p == 0.0:
                 return F.feed_forward(x, up.weight, up.bias, down.weight, down.bias, approximate)
             hidden = F.bias_gelu(F.linear(x, up.weight), up.bias, approximate)
@@ -334,7 +360,7 @@ class TransformerEncoder(nn.TransformerEncoder):
             _log_stock(self, reason)
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         x = packing.unpad(src)
-        seed = seed_for(0.5 if self.training else 0.0, None, x)
+        seed = seed_for(max(max(layer.rates()) for layer in self.layers), None, x)
         for i, layer in enumerate(self.layers):
             x = layer.packed(x, packing, causal, seed, 4 * i)
         return packing.pad(x if self.norm is None else self.norm(x))

@@ -10,25 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as stock_functional
 
 from fastbert import functional as F
-from fastbert.blocks import hooked, log_once
+from fastbert.blocks import hooked, log_once, observed
 from fastbert.integrations import layers
 from fastbert.integrations.families import found
 from fastbert.packing import find_labelled
 
 Stock = Callable[..., Any]
-
-
-def observed() -> str | None:
-    """Why modules must be called as they stand, whatever the model: somebody records all of them."""
-    if torch.nn.modules.module._has_any_global_hook():
-        return "global module hooks are registered"
-    if torch.compiler.is_compiling():
-        return "it is being exported" if torch.compiler.is_exporting() else None
-    if torch._C._get_tracing_state() is not None:
-        return "it is being traced"
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func is active"
-    return None
 
 
 def token_labels(self: Any, stock: Stock, given: dict[str, Any]) -> Any:

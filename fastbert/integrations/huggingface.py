@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert.blocks import hooked, log_once
+from fastbert.blocks import hooked, log_once, observed
 from fastbert.integrations import heads, layers, transformers4
 from fastbert.integrations.families import FAMILIES, Family
 from fastbert.integrations.layers import Call
@@ -245,7 +245,7 @@ def _model_reason(self: Any, given: dict[str, Any]) -> str | None:
         return "attention_mask is not (B, S)"
     if given.get("position_ids") is not None and "flash" in implementation:
         return "position_ids may mark packed sequences for flash attention"
-    return heads.observed()
+    return observed()
 
 
 def _values(given: dict[str, Any]) -> Tensor:

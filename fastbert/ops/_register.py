@@ -7,6 +7,7 @@ from functools import partial, wraps
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from fastbert import backend
 
@@ -121,10 +122,55 @@ def record(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
+class _Once(torch.autograd.Function):
+    """Passes the first `count` tensors on; what comes back to any of them or of the others is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: torch.Tensor | None) -> Any:
+        return tuple(None if t is None else t.detach() for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "fastbert's kernels have no second derivatives: use stock modules for them (fastbert.restore(model))"
+        )
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a Function's backward: a second derivative raises, wherever it is taken from.
+
+    torch's decorator of this name cuts the graph: torch.autograd.functional.hvp and jvp would come out as zeros.
+    """
+
+    @wraps(backward)
+    def once(ctx: Any, *grads: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return backward(ctx, *grads)
+        if torch._C._are_functorch_transforms_active():
+            _refuse_wrapped(grads)
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        sources = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        if not sources:
+            return found
+        found = found if isinstance(found, tuple) else (found,)
+        places = [i for i, t in enumerate(found) if isinstance(t, torch.Tensor)]
+        passed = _Once.apply(len(places), *(found[i] for i in places), *sources)
+        passed = dict(zip(places, passed, strict=True))
+        return tuple(passed.get(i, value) for i, value in enumerate(found))
+
+    return once
+
+
 def wants_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd must record a call with these inputs; refuses torch.func's, which would come out wrong."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        _refuse_wrapped(tensors)
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            _refuse_wrapped(tensors)
+        if forward_ad._current_level >= 0:
+            _refuse_duals(tensors)
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
@@ -136,6 +182,13 @@ def _refuse_wrapped(tensors: Sequence[torch.Tensor | None]) -> None:
     if any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
         raise NotImplementedError(
             "fastbert's ops do not run under torch.func (grad, jvp, vmap): use torch.autograd, or stock ops in there"
+        )
+
+
+def _refuse_duals(tensors: Sequence[torch.Tensor | None]) -> None:
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "fastbert's ops have no forward-mode derivatives: use stock modules for them (fastbert.restore(model))"
         )
 
 

@@ -6,11 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import autocast, record, register, seed_for, wants_grad
+from fastbert.ops._register import (
+    autocast,
+    once_differentiable,
+    record,
+    register,
+    seed_for,
+    wants_grad,
+)
 
 
 def _fwd_check(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *_: Any) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
@@ -15,6 +14,7 @@ from fastbert.ops._register import (
     as_shape,
     autocast,
     none_if_empty,
+    once_differentiable,
     record,
     register,
     wants_grad,

@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import record, register, wants_grad
+from fastbert.ops._register import (
+    once_differentiable,
+    record,
+    register,
+    wants_grad,
+)
 
 
 def _fwd_check(logits: Tensor, labels: Tensor, ignore_index: int) -> None:

@@ -6,11 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import as_rows, as_shape, record, register, seed_for, sums, wants_grad
+from fastbert.ops._register import (
+    as_rows,
+    as_shape,
+    once_differentiable,
+    record,
+    register,
+    seed_for,
+    sums,
+    wants_grad,
+)
 from fastbert.ops.layer_norm import row_stats
 
 

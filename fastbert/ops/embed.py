@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
 from fastbert.ops._register import (
     autocast_dtype,
     none_if_empty,
+    once_differentiable,
     record,
     register,
     seed_for,

@@ -7,11 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import as_rows, autocast, record, register, shared, sums, wants_grad
+from fastbert.ops._register import (
+    as_rows,
+    autocast,
+    once_differentiable,
+    record,
+    register,
+    shared,
+    sums,
+    wants_grad,
+)
 
 
 def _fwd_fake(

@@ -7,11 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import autocast, record, register, sums, wants_grad
+from fastbert.ops._register import (
+    autocast,
+    once_differentiable,
+    record,
+    register,
+    sums,
+    wants_grad,
+)
 
 # above this many labelled rows the logits are built again in backward, a chunk at a time, instead of being kept
 MAX_ROWS = 8192
