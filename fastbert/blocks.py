@@ -7,6 +7,7 @@ draws its own.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -39,6 +40,22 @@ def hooked(m: nn.Module, *indifferent: str) -> bool:
         return False
     hooks = [hook for name in _HOOKS for hook in state[name].values()]
     return any(not (getattr(h, "__module__", None) or "").startswith(indifferent) for h in hooks)
+
+
+def first_hooked(modules: Iterable[nn.Module], *indifferent: str) -> nn.Module | None:
+    """The first of these modules that is `hooked`, None if none is: one call instead of one a module."""
+    for m in modules:
+        state = m.__dict__
+        watched = (
+            state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+            or "forward" in state
+        )
+        if watched and hooked(m, *indifferent):
+            return m
+    return None
 
 
 def attend(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Any) -> Tensor:

@@ -151,9 +151,9 @@ def _mlm_loss(self: Any, x: Tensor, labels: Tensor) -> Tensor:
     family = self.fastbert_family
     for name in family.transform:
         x = stock_functional.gelu(x) if name == "gelu" else found(self, name)(x)
-    decoder: nn.Module = found(self, family.decoder)
-    if layers.plain(decoder):
-        return F.mlm_loss(x, decoder.weight, decoder.bias, labels, compacted=True)  # type: ignore[arg-type]
+    decoder = found(self, family.decoder)
+    if (own := layers.plain(decoder)) is not None:
+        return F.mlm_loss(x, *own, labels, compacted=True)
     # an adapter, or whatever stands there, computes the labelled rows' logits
     total = F.cross_entropy(decoder(x), labels, reduction="sum")
     return total / max(labels.shape[0], 1)
