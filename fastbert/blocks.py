@@ -7,6 +7,7 @@ draws its own.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -59,6 +60,22 @@ def transformed() -> str | None:
         return "torch.func is active"
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives are taken"
+    return None
+
+
+def first_hooked(modules: Iterable[nn.Module], *indifferent: str) -> nn.Module | None:
+    """The first of these modules that is `hooked`, None if none is: one call instead of one a module."""
+    for m in modules:
+        state = m.__dict__
+        watched = (
+            state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+            or "forward" in state
+        )
+        if watched and hooked(m, *indifferent):
+            return m
     return None
 
 

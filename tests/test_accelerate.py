@@ -1,5 +1,6 @@
 """accelerate() on models of transformers: the same results, in place, under everything that touches modules."""
 
+import collections
 import copy
 import inspect
 import io
@@ -124,12 +125,35 @@ def test_padding_is_removed_once(monkeypatch):
     monkeypatch.setattr(
         layers,
         "run",
-        lambda m, layout, x, call: rows.append(tuple(x.shape)) or run(m, layout, x, call),
+        lambda m, x, call: rows.append(tuple(x.shape)) or run(m, x, call),
     )
     output = model(**batch("Bert")).last_hidden_state
     assert rows == [(int(MASK.sum()), 32)] * 2
     assert output.shape == (B, S, 32)
     assert not output[MASK == 0].any()
+
+
+def test_a_layer_costs_few_checks():
+    """Python calls of a layer more, by where they go: what is asked of modules must not grow back unseen."""
+
+    def calls(count):
+        model, given = accelerated(build("Bert", num_hidden_layers=count)), batch("Bert")
+        seen = collections.Counter()
+
+        def watch(frame, event, _):
+            if event == "call":
+                seen[frame.f_code.co_filename.rpartition("fastbert")[2]] += 1
+
+        with torch.no_grad():
+            model(**given)
+            sys.setprofile(watch)
+            try:
+                model(**given)
+            finally:
+                sys.setprofile(None)
+        return sum(n for path, n in seen.items() if path.startswith(("/integrations", "/blocks")))
+
+    assert calls(3) - calls(2) <= 50
 
 
 def test_training_computes_labelled_rows_only():

@@ -8,6 +8,22 @@ import torch
 import torch._dynamo.testing
 from hf_models import V, accelerated, at_tokens, batch, build, without_dropout
 
+from fastbert.packing import READINGS, find_labelled
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_the_ops_at_the_breaks_are_registered_soundly(reading):
+    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    checks = ("test_schema", "test_faketensor")
+    ops = torch.ops.fastbert
+    torch.library.opcheck(ops.find_tokens.default, (mask, reading), test_utils=checks)
+    labels = mask.long() * 5 - 100 * (mask == 0)
+    for given in (None, mask):
+        inputs = (labels, given, labels)
+        torch.library.opcheck(ops.find_labelled.default, inputs, test_utils=checks)
+    assert find_labelled(labels, mask, labels)[0].tolist() == [0, 1, 3]
+    assert find_labelled(labels, 1 - mask, labels[:1])[1].shape == (3, 1, 0)
+
 
 def _one_layer(family, head):
     name = "n_layers" if family == "DistilBert" else "num_hidden_layers"

@@ -26,31 +26,45 @@ class Parts(NamedTuple):
     output_norm: Any
 
 
+Path = tuple[str, ...]
+
+
+def _paths(*names: str) -> tuple[Path, ...]:
+    return tuple(tuple(name.split(".")) if name else () for name in names)
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Where a layer keeps its parts: dotted names in the order of Parts, and the modules that only hold others."""
+    """Where a layer keeps its parts: the ways to them in the order of Parts, and to modules that only hold others."""
 
-    parts: tuple[str, ...]
-    holders: tuple[str, ...]
+    parts: tuple[Path, ...]
+    holders: tuple[Path, ...]
 
     def of(self, layer: nn.Module) -> Parts:
         """The layer's parts as they are now."""
-        return Parts(*(found(layer, name) for name in self.parts))
+        return Parts(*follow(layer, self.parts))
 
     def holding(self, layer: nn.Module) -> list[Any]:
         """The modules that only hold others."""
-        return [found(layer, name) for name in self.holders]
+        return follow(layer, self.holders)
+
+
+def follow(root: Any, paths: tuple[Path, ...]) -> list[Any]:
+    """What stands at the end of each way from a module, None for no way and for one that leads nowhere."""
+    ends = []
+    for path in paths:
+        m = root if path else None
+        for step in path:
+            # nn.Module's own look-up is ten times slower, and every forward asks for every part
+            modules = getattr(m, "__dict__", {}).get("_modules", ())
+            m = modules[step] if step in modules else getattr(m, step, None)
+        ends.append(m)
+    return ends
 
 
 def found(m: Any, name: str) -> Any:
-    """The attribute that a dotted name leads to, None for no name."""
-    if not name:
-        return None
-    for step in name.split("."):
-        # nn.Module's own look-up is ten times slower, and every forward asks for every part
-        modules = m.__dict__.get("_modules", ())
-        m = modules[step] if step in modules else getattr(m, step)
-    return m
+    """The attribute that a dotted name leads to."""
+    return follow(m, _paths(name))[0]
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,7 @@ _KINDS = {
 }
 
 _BERT = Layout(
-    (
+    _paths(
         "attention.self",
         "attention.self.query",
         "attention.self.key",
@@ -110,10 +124,10 @@ _BERT = Layout(
         "output.dropout",
         "output.LayerNorm",
     ),
-    ("attention", "attention.self", "attention.output", "intermediate", "output"),
+    _paths("attention", "attention.self", "attention.output", "intermediate", "output"),
 )
 _DISTILBERT = Layout(
-    (
+    _paths(
         "attention",
         "attention.q_lin",
         "attention.k_lin",
@@ -128,7 +142,7 @@ _DISTILBERT = Layout(
         "ffn.dropout",
         "output_layer_norm",
     ),
-    ("attention", "ffn"),
+    _paths("attention", "ffn"),
 )
 
 

@@ -98,6 +98,7 @@ def _with_mlm_loss(self: Any, stock: Stock, given: dict[str, Any], others: tuple
     # the first work with tensors, so that torch.compile makes no graph of what stands before the encoder
     labels = given["labels"].reshape(-1).index_select(0, rows)
     rows, labels = (t.to(encoded[0].device) for t in (rows, labels))
+    log_once("accelerate: no logits in training with labels: pass return_logits=True to have them")
     fields = {
         "loss": _mlm_loss(self, encoded[0].flatten(0, 1).index_select(0, rows), labels),
         "hidden_states": encoded.get("hidden_states"),
@@ -120,9 +121,14 @@ def _head_reason(self: Any, given: dict[str, Any]) -> str | None:
         return "labels is not (B, S)"
     family = self.fastbert_family
     for name in (*family.transform, family.decoder):
-        top = name.split(".", maxsplit=1)[0]
         if name == "gelu":
             continue
+        top, *inner = name.split(".")
+        holder = self
+        for step in (top, *inner)[:-1]:
+            holder = getattr(holder, step, None)
+            if type(holder).__module__ != family.module:
+                return f"its {step} is a {type(holder).__name__}"
         for m in getattr(self, top).modules():
             if hooked(m, *layers.RECORDERS, layers.SHARDING):
                 return f"hooks are attached to its {top}"
@@ -138,9 +144,9 @@ def _mlm_loss(self: Any, x: Tensor, labels: Tensor) -> Tensor:
     family = self.fastbert_family
     for name in family.transform:
         x = stock_functional.gelu(x) if name == "gelu" else found(self, name)(x)
-    decoder: nn.Module = found(self, family.decoder)
-    if layers.plain(decoder):
-        return F.mlm_loss(x, decoder.weight, decoder.bias, labels, compacted=True)  # type: ignore[arg-type]
+    decoder = found(self, family.decoder)
+    if (own := layers.plain(decoder)) is not None:
+        return F.mlm_loss(x, *own, labels, compacted=True)
     # an adapter, or whatever stands there, computes the labelled rows' logits
     total = F.cross_entropy(decoder(x), labels, reduction="sum")
     return total / max(labels.shape[0], 1)
@@ -152,7 +158,7 @@ def _mlm_loss(self: Any, x: Tensor, labels: Tensor) -> Tensor:
 def question_answering(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
     """Start and end scores at padding are the dtype's lowest value, so that no softmax or argmax sees padding."""
     mask, values = given.get("attention_mask"), _values(given)
-    if not isinstance(mask, Tensor) or not isinstance(values, Tensor):
+    if not isinstance(mask, Tensor) or not isinstance(values, Tensor) or mask.dim() != 2:
         return stock(self, **given)
     ends = {name: given.pop(name, None) for name in ("start_positions", "end_positions")}
     as_dict = given.pop("return_dict", None)

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert.blocks import hooked, log_once, observed
+from fastbert.blocks import first_hooked, hooked, log_once, observed
 from fastbert.integrations import heads, layers, transformers4
-from fastbert.integrations.families import FAMILIES, Family
+from fastbert.integrations.families import FAMILIES, Family, Parts
 from fastbert.integrations.layers import Call
 from fastbert.ops._register import seed_for
 from fastbert.packing import Packing, find_tokens
@@ -100,8 +100,9 @@ def _forward(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..
 
     @wraps(stock)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(args) > len(names):
-            return stock(self, *args, **kwargs)  # which says what is wrong
+        # too many: it says what is wrong. restored: somebody has kept the bound method
+        if len(args) > len(names) or not hasattr(type(self), "fastbert_family"):
+            return stock(self, *args, **kwargs)
         return ours(self, stock, dict(zip(names, args, strict=False), **kwargs))
 
     return forward
@@ -154,8 +155,10 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     values = _values(given)
     # one seed for the whole forward: layers that are computed again must see the same masks
     seed = seed_for(1.0, None, values) if self.training else None
-    reason = _padded_reason(self)
-    call = Call(packing, seed, reason is None)
+    family = self.fastbert_family
+    parts = tuple(family.layout.of(layer) for layer in getattr(self, family.stack).layer)
+    reason = _padded_reason(self, parts)
+    call = Call(packing, seed, reason is None, parts=parts)
     if reason is not None:
         log_once(f"accelerate: {type(self).__name__} takes padding out layer by layer: {reason}")
         return stock(self, **given, fastbert=call)
@@ -304,26 +307,27 @@ def _packing(
     return packing, None
 
 
-def _padded_reason(self: Any) -> str | None:
+def _padded_reason(self: Any, parts: tuple[Parts, ...]) -> str | None:
     """Why hidden states must go from layer to layer as (B, S, C): somebody else sees them."""
     family = self.fastbert_family
     stack = getattr(self, family.stack)
     embeddings = self.embeddings
     if type(embeddings).__module__ != family.module:
         return f"the embeddings are a {type(embeddings).__name__}"
-    parts = list(embeddings.modules())
+    inputs = list(embeddings.modules())
     if (project := self._modules.get("embeddings_project")) is not None:
-        parts.append(project)
-    for m in parts[1:]:
+        inputs.append(project)
+    for m in inputs[1:]:
         if not layers.tokenwise(m):
             return f"the embeddings hold a {type(m).__name__}"
-    outer = [("embeddings", m) for m in parts]
-    outer += [("encoder", stack), *((f"layer {i}", layer) for i, layer in enumerate(stack.layer))]
-    for name, m in outer:
-        if hooked(m, *layers.RECORDERS, layers.SHARDING):
-            return f"hooks are attached to the {name}"
-    for i, layer in enumerate(stack.layer):
-        if reason := layers.unsuited(layer, family.layout, family.module):
+    stacked = list(stack.layer)
+    seen = first_hooked((*inputs, stack, *stacked), *layers.RECORDERS, layers.SHARDING)
+    if seen is not None:
+        name = "encoder" if seen is stack else "embeddings"
+        name = f"layer {stacked.index(seen)}" if seen in stacked else name
+        return f"hooks are attached to the {name}"
+    for i, layer in enumerate(stacked):
+        if reason := layers.unsuited(layer, parts[i], family.layout, family.module):
             return f"layer {i} runs transformers' code: {reason}"
     return None
 
@@ -350,14 +354,16 @@ def _layer(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     call = given.pop("fastbert", None)
     if call is None:
         return stock(self, **given)
-    family = self.fastbert_family
     x = given["hidden_states"]
     if call.packed:
-        return layers.run(self, family.layout, x[0], call)[None]
-    if layers.unsuited(self, family.layout, family.module):
+        return layers.run(call.parts[0], x[0], call)[None]
+    family = self.fastbert_family
+    # hooks of the modules around may have changed it since the forward began
+    parts = family.layout.of(self)
+    if layers.unsuited(self, parts, family.layout, family.module):
         return stock(self, **given)
     packing = call.packing
-    return packing.pad(layers.run(self, family.layout, packing.unpad(x), call))
+    return packing.pad(layers.run(parts, packing.unpad(x), call))
 
 
 _FORWARDS = {

@@ -6,6 +6,7 @@ called.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as stock
 
 from fastbert import functional as F
 from fastbert import nn as drop_in
-from fastbert.blocks import attend, hooked, log_once
+from fastbert.blocks import attend, first_hooked, hooked, log_once
 from fastbert.integrations.families import Layout, Parts
 from fastbert.packing import Packing
 
@@ -29,10 +30,13 @@ class Call(NamedTuple):
     rows: Tensor | None = None
     firsts: bool = False  # whether these are the sequences' first tokens
     layer: int = 0
+    # the layers' parts, looked up and checked when this forward began; a layer sees its own only
+    parts: tuple[Parts, ...] = ()
 
     def at(self, layer: int, last: bool) -> Call:
         """What the layer of this number sees."""
-        return self._replace(layer=layer, rows=self.rows if last else None)
+        rows, parts = self.rows if last else None, self.parts[layer : layer + 1]
+        return self._replace(layer=layer, rows=rows, parts=parts)
 
     def padded(self, x: Tensor) -> Tensor:
         """What the last layer returned, (T, C) or (R, C), as (B, S, C), zeros elsewhere."""
@@ -55,22 +59,37 @@ _GELUS = {
     "GELUTanh": "tanh",
     "PytorchGELUTanh": "tanh",
 }
+_FUNCTIONS = {
+    *(getattr(torch, name) for name in ("relu", "sigmoid", "tanh", "selu", "celu")),
+    *(
+        getattr(stock, name)
+        for name in ("elu", "gelu", "hardswish", "hardtanh", "leaky_relu", "mish", "relu")
+    ),
+    *(
+        getattr(stock, name)
+        for name in ("relu6", "selu", "sigmoid", "silu", "softplus", "softsign", "tanh")
+    ),
+}
 # hooks that packed tokens do not matter to: those that record hidden states, which are padded afterwards, and
 # attentions, which are not asked for here; those that make the embeddings' output require a gradient
 RECORDERS = ("transformers.utils.", "transformers.modeling_utils", "peft.utils.")
+_ORDINARY = (nn.Parameter, Tensor)
+_NORMS = (nn.LayerNorm, drop_in.LayerNorm)
 # FSDP2's, on modules that are called
 SHARDING = "torch.distributed."
 
 
-def plain(m: nn.Module) -> bool:
-    """Whether a Linear's weight says everything about it: exactly nn.Linear, untouched, with ordinary tensors."""
-    ordinary = (nn.Parameter, Tensor)
-    return (
-        type(m) is nn.Linear
-        and type(m.weight) in ordinary
-        and (m.bias is None or type(m.bias) in ordinary)
-        and not hooked(m, *RECORDERS)
-    )
+def plain(m: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """A Linear's weight and bias where they say everything about it, else None.
+
+    They do in exactly nn.Linear, untouched, with ordinary tensors.
+    """
+    if type(m) is not nn.Linear or hooked(m, *RECORDERS):
+        return None
+    weight, bias = m.weight, m.bias
+    if type(weight) in _ORDINARY and (bias is None or type(bias) in _ORDINARY):
+        return weight, bias
+    return None
 
 
 def _adapter(m: nn.Module) -> bool:
@@ -99,53 +118,61 @@ def _dropout_like(m: nn.Module | None) -> bool:
 def elementwise(m: Any) -> bool:
     """Whether an activation, a module or a function, treats every number by itself."""
     if not isinstance(m, nn.Module):
-        return getattr(m, "__module__", None) in ("torch.nn.functional", "torch._C._nn", "torch")
+        return m in _FUNCTIONS
     if _gelu(m) is not None or type(m).__module__ == "transformers.activations":
         return True
     return type(m) in (nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Mish, nn.ELU, nn.Identity)
 
 
-def unsuited(layer: nn.Module, layout: Layout, module: str) -> str | None:
-    """Why a layer must be run by transformers' own code, None if it can be run here."""
-    parts = layout.of(layer)
-    for name, holder in zip(layout.holders, layout.holding(layer), strict=True):
+# classes that surely fit, what others must fulfil, and the parts that it is asked of
+_CHECKS: tuple[tuple[tuple[type, ...], Callable[[Any], bool], tuple[str, ...]], ...] = (
+    ((nn.Linear,), _linear_like, ("query", "key", "value", "out", "up", "down")),
+    (_NORMS, _norm_like, ("attention_norm", "output_norm")),
+    ((), _dropout_like, ("attention_dropout", "out_dropout", "down_dropout")),
+    ((), elementwise, ("activation",)),
+)
+
+
+def unsuited(layer: nn.Module, parts: Parts, layout: Layout, module: str) -> str | None:
+    """Why a layer of these parts must be run by transformers' own code, None if it can be run here."""
+    holders = layout.holding(layer)
+    for path, holder in zip(layout.holders, holders, strict=True):
         if type(holder).__module__ != module:
-            return f"its {name} was replaced by a {type(holder).__name__}"
-        if hooked(holder, *RECORDERS):
-            return f"hooks are attached to its {name}"
+            return f"its {'.'.join(path)} was replaced by a {type(holder).__name__}"
+    if (seen := first_hooked(holders, *RECORDERS)) is not None:
+        return f"hooks are attached to its {'.'.join(layout.holders[holders.index(seen)])}"
+    if "feed_forward_chunk" in layer.__dict__ or "ff_chunk" in layer.__dict__:
+        return "its feed_forward_chunk was replaced"
     if getattr(parts.core, "is_causal", False):
         return "its attention is causal"
     # transformers 4 only
     if getattr(parts.core, "position_embedding_type", "absolute") != "absolute":
         return f"its attention has {parts.core.position_embedding_type!r} positions"
-    checks = (
-        (_linear_like, ("query", "key", "value", "out", "up", "down")),
-        (_norm_like, ("attention_norm", "output_norm")),
-        (_dropout_like, ("attention_dropout", "out_dropout", "down_dropout")),
-        (elementwise, ("activation",)),
-    )
-    for fits, names in checks:
-        for name in names:
-            m = getattr(parts, name)
-            if not fits(m):
-                return f"its {name} is {str(m).splitlines()[0]}"
-            if isinstance(m, nn.Module) and hooked(m, *RECORDERS, SHARDING):
-                return f"hooks are attached to its {name}"
-    # transformers 4's sdpa classes have a rate of their own
+    # and its sdpa classes have a rate of their own
     if not 0.0 <= getattr(parts.core, "dropout_prob", 0.0) < 1.0:
         return f"its attention's dropout_prob is {parts.core.dropout_prob}"
+    named: dict[str, nn.Module] = {}
+    for known, fits, names in _CHECKS:
+        for name in names:
+            m = getattr(parts, name)
+            if type(m) not in known and not fits(m):
+                return f"its {name} is {str(m).splitlines()[0]}"
+            if isinstance(m, nn.Module):
+                named[name] = m
+    if (seen := first_hooked(named.values(), *RECORDERS, SHARDING)) is not None:
+        return f"hooks are attached to its {next(n for n, m in named.items() if m is seen)}"
     return None
 
 
 # --- the layer ---
 
 
-def run(layer: nn.Module, layout: Layout, x: Tensor, call: Call) -> Tensor:
-    """One layer on packed tokens: LN(x + attention), then LN(x + feed-forward), (T, C), or (R, C) at call.rows.
+def run(m: Parts, x: Tensor, call: Call) -> Tensor:
+    """One layer of these parts on packed tokens: LN(x + attention), then LN(x + feed-forward).
 
-    It takes three dropout sites.
+    (T, C), or (R, C) at call.rows. It takes three dropout sites.
     """
-    m, rows = layout.of(layer), call.rows
+    rows = call.rows
     site = 1 + 3 * call.layer
     y = _attention(m, x, call, site)
     if rows is not None:
@@ -157,36 +184,44 @@ def run(layer: nn.Module, layout: Layout, x: Tensor, call: Call) -> Tensor:
 
 def _tokens(m: nn.Module, x: Tensor) -> Tensor:
     """A Linear, or what stands in its place, on packed tokens; the latter sees a batch of one sequence."""
-    if plain(m):
-        return F.linear(x, m.weight, m.bias)  # type: ignore[arg-type]
+    if (own := plain(m)) is not None:
+        return F.linear(x, *own)
     return m(x[None])[0]
 
 
 def _attention(m: Parts, x: Tensor, call: Call, site: int) -> Tensor:
     """(T, C) -> (T, H * D), before the output projection."""
-    projections = (m.query, m.key, m.value)
-    size = m.core.attention_head_size
-    biases = [p.bias for p in projections if plain(p) and p.bias is not None]
-    if all(map(plain, projections)) and _alike(*projections) and len(biases) in (0, 3):
-        heads = m.query.out_features // size
-        qkv = F.qkv_proj(x, [p.weight for p in projections], biases, heads)
+    core, size = m.core, m.core.attention_head_size
+    fused = _fused(plain(m.query), plain(m.key), plain(m.value))
+    if fused is not None:
+        qkv = F.qkv_proj(x, *fused, m.query.out_features // size)
     else:
-        qkv = torch.stack([_tokens(p, x) for p in projections], 1)
+        qkv = torch.stack([_tokens(p, x) for p in (m.query, m.key, m.value)], 1)
         qkv = qkv.view(*qkv.shape[:2], qkv.shape[2] // size, size)
     # transformers 4 names no scale
-    p = getattr(m.core, "dropout_prob", m.attention_dropout.p) if m.core.training else 0.0
-    scale = getattr(m.core, "scaling", size**-0.5)
+    p = getattr(core, "dropout_prob", m.attention_dropout.p) if core.training else 0.0
+    scale = getattr(core, "scaling", size**-0.5)
     packing = call.packing
     options = {"scale": scale, "p": p, "seed": call.seed if p else None, "site": site}
     return attend(qkv, packing.cu_seqlens, packing.max_seqlen, **options)
 
 
-def _alike(first: nn.Linear, *others: nn.Linear) -> bool:
-    """Whether one GEMM can do all of them."""
-    weight = first.weight
-    return all(
-        o.weight.shape == weight.shape and o.weight.dtype == weight.dtype for o in others
-    ) and all(p.bias is None or p.bias.dtype == weight.dtype for p in (first, *others))
+def _fused(*own: tuple[Tensor, Tensor | None] | None) -> tuple[list[Tensor], list[Tensor]] | None:
+    """The weights and biases of projections that one GEMM can do, None where it can't."""
+    weights, biases = [], []
+    for pair in own:
+        if pair is None:
+            return None
+        weight, bias = pair
+        weights.append(weight)
+        if bias is not None:
+            biases.append(bias)
+        first = weights[0]
+        if weight.shape != first.shape or weight.dtype != first.dtype:
+            return None
+        if bias is not None and bias.dtype != first.dtype:
+            return None
+    return (weights, biases) if len(biases) in (0, len(weights)) else None
 
 
 def _gelu(activation: Any) -> str | None:
@@ -200,27 +235,29 @@ def _gelu(activation: Any) -> str | None:
 
 
 def _feed_forward(m: Parts, x: Tensor) -> Tensor:
-    up, down, approximate = m.up, m.down, _gelu(m.activation)
-    if approximate is not None and plain(up) and plain(down):
-        return F.feed_forward(x, up.weight, up.bias, down.weight, down.bias, approximate)
+    approximate = _gelu(m.activation)
+    if approximate is not None:
+        up, down = plain(m.up), plain(m.down)
+        if up is not None and down is not None:
+            return F.feed_forward(x, *up, *down, approximate)
     if approximate is None:
         log_once(
             f"accelerate: the activation {type(m.activation).__name__} is transformers', not fused"
         )
-    return _tokens(down, m.activation(_tokens(up, x)))
+    return _tokens(m.down, m.activation(_tokens(m.up, x)))
 
 
 def _add_norm(
     norm: Any, dropout: Any, y: Tensor, residual: Tensor, call: Call, site: int
 ) -> Tensor:
     p = dropout.p if dropout is not None and dropout.training else 0.0
-    exact = type(norm) in (nn.LayerNorm, drop_in.LayerNorm)
-    if exact and len(norm.normalized_shape) == 1 and norm.bias is not None:
+    bias = norm.bias if type(norm) in _NORMS and len(norm.normalized_shape) == 1 else None
+    if bias is not None:
         return F.dropout_add_layer_norm(
             y,
             residual,
             norm.weight,
-            norm.bias,
+            bias,
             eps=norm.eps,
             p=p,
             seed=call.seed if p else None,
