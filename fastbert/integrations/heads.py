@@ -30,6 +30,11 @@ def observed() -> str | None:
     return None
 
 
+def _traced() -> bool:
+    """Whether no tensor's values may be read: it is being exported or traced, and transformers' own code runs."""
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+
+
 def token_labels(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
     """A head with a label per token: where padding is labelled, outputs there count, and nothing is packed."""
     if _labelled_padding(given):
@@ -58,7 +63,7 @@ def _labelled_padding(given: dict[str, Any]) -> bool:
     labels, mask = given.get("labels"), given.get("attention_mask")
     if not (isinstance(labels, Tensor) and isinstance(mask, Tensor) and labels.shape == mask.shape):
         return False
-    if not ((labels != -100) & (mask == 0).to(labels.device)).any():
+    if _traced() or not ((labels != -100) & (mask == 0).to(labels.device)).any():
         return False
     log_once(
         "accelerate: labels at padding are not -100 and count in transformers' loss: its own code runs, padding and all"
@@ -156,7 +161,7 @@ def question_answering(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
     values = given.get("inputs_embeds") if values is None else values
     if not isinstance(mask, Tensor) or not isinstance(values, Tensor):
         return stock(self, **given)
-    if mask.shape != values.shape[:2] or mask.all():
+    if mask.shape != values.shape[:2] or _traced() or mask.all():
         return stock(self, **given)
     log_once(
         "accelerate: answers' scores at padding are the lowest value, and their loss runs over tokens only"
