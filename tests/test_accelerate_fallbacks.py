@@ -239,3 +239,14 @@ def test_as_an_encoder_of_encoder_decoder():
     given = batch("Bert") | {"decoder_input_ids": torch.randint(5, 99, (B, 4))}
     with torch.no_grad():
         torch.testing.assert_close(*(m(**given).logits for m in (stock, accelerated(stock))))
+
+
+@pytest.mark.parametrize("head", ["ForQuestionAnswering", "ForTokenClassification"])
+def test_exported_heads_are_transformers_own(head):
+    """Without restore() too: no head reads values of the mask or the labels in a graph."""
+    stock, given = build("Bert", head), batch("Bert", head)
+    wanted = stock(**given)
+    program = torch.export.export(accelerated(stock), (), given, strict=False)
+    found = program.module()(**given)
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name])

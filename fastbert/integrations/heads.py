@@ -18,10 +18,16 @@ from fastbert.packing import find_labelled
 Stock = Callable[..., Any]
 
 
+def _traced() -> bool:
+    """Whether no tensor's values may be read: it is being exported or traced, and transformers' own code runs."""
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+
+
 def token_labels(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
     """A head with a label per token: where padding is labelled, outputs there count, and nothing is packed."""
     tensors = _values(given), given.get("labels"), given.get("attention_mask")
-    if all(isinstance(t, Tensor) for t in tensors) and _labelled(given)[1]:
+    known = all(isinstance(t, Tensor) for t in tensors) and not _traced()
+    if known and _labelled(given)[1]:
         given |= _asked(self, None)
     return stock(self, **given)
 
@@ -158,7 +164,8 @@ def _mlm_loss(self: Any, x: Tensor, labels: Tensor) -> Tensor:
 def question_answering(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
     """Start and end scores at padding are the dtype's lowest value, so that no softmax or argmax sees padding."""
     mask, values = given.get("attention_mask"), _values(given)
-    if not isinstance(mask, Tensor) or not isinstance(values, Tensor) or mask.dim() != 2:
+    unfit = not isinstance(mask, Tensor) or not isinstance(values, Tensor) or mask.dim() != 2
+    if unfit or _traced():
         return stock(self, **given)
     ends = {name: given.pop(name, None) for name in ("start_positions", "end_positions")}
     as_dict = given.pop("return_dict", None)
