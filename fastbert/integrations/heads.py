@@ -104,7 +104,6 @@ def _with_mlm_loss(self: Any, stock: Stock, given: dict[str, Any], others: tuple
     # the first work with tensors, so that torch.compile makes no graph of what stands before the encoder
     labels = given["labels"].reshape(-1).index_select(0, rows)
     rows, labels = (t.to(encoded[0].device) for t in (rows, labels))
-    log_once("accelerate: no logits in training with labels: pass return_logits=True to have them")
     fields = {
         "loss": _mlm_loss(self, encoded[0].flatten(0, 1).index_select(0, rows), labels),
         "hidden_states": encoded.get("hidden_states"),
@@ -164,8 +163,12 @@ def _mlm_loss(self: Any, x: Tensor, labels: Tensor) -> Tensor:
 def question_answering(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
     """Start and end scores at padding are the dtype's lowest value, so that no softmax or argmax sees padding."""
     mask, values = given.get("attention_mask"), _values(given)
-    unfit = not isinstance(mask, Tensor) or not isinstance(values, Tensor) or mask.dim() != 2
-    if unfit or _traced():
+    if (
+        not isinstance(mask, Tensor)
+        or mask.dim() != 2
+        or not isinstance(values, Tensor)
+        or _traced()
+    ):
         return stock(self, **given)
     ends = {name: given.pop(name, None) for name in ("start_positions", "end_positions")}
     as_dict = given.pop("return_dict", None)
