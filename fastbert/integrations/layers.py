@@ -29,6 +29,7 @@ class Call(NamedTuple):
     rows: Tensor | None = None
     firsts: bool = False  # whether these are the sequences' first tokens
     layer: int = 0
+    sdpa: bool = False  # whether transformers' own layers want masks for sdpa; known with transformers 4 only
 
     def at(self, layer: int, last: bool) -> Call:
         """What the layer of this number sees."""
