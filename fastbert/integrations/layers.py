@@ -32,6 +32,7 @@ class Call(NamedTuple):
     layer: int = 0
     # the layers' parts, looked up and checked when this forward began; a layer sees its own only
     parts: tuple[Parts, ...] = ()
+    sdpa: bool = False  # whether transformers' own layers want masks for sdpa; known with transformers 4 only
 
     def at(self, layer: int, last: bool) -> Call:
         """What the layer of this number sees."""

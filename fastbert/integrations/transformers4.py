@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastbert.integrations.layers import Call
+
 OLDEST = (4, 48)
 # how DistilBERT's encoder and layer call their first arguments
 _NAMES = {"x": "hidden_states", "attn_mask": "attention_mask"}
@@ -39,11 +41,12 @@ def is_old(stock: Callable[..., Any]) -> bool:
 
 
 def methods(stock: type) -> dict[str, Any]:
-    """What a model's class of transformers 4 gets besides its forward: what was handed in goes on as it is."""
+    """What a model's class of transformers 4 gets besides its forward: what was handed in goes on to the encoder."""
 
     def get_head_mask(self: Any, head_mask: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(head_mask, Handed):
-            return head_mask
+            sdpa = self.config._attn_implementation == "sdpa"
+            return Handed(head_mask.value._replace(sdpa=sdpa))
         return stock.get_head_mask(self, head_mask, *args, **kwargs)  # type: ignore[attr-defined]
 
     return {"get_head_mask": get_head_mask}
@@ -79,7 +82,7 @@ def encoder(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     call = given.pop("fastbert", None)
     if call is None:
         return stock(self, **given)
-    x, mask = given["hidden_states"], _mask(self, given)
+    x, mask = given["hidden_states"], _mask(call, given)
     dtype, packing, states = x.dtype, call.packing, []
     if call.packed:
         x = packing.unpad(x)[None]
@@ -99,13 +102,11 @@ def encoder(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     return output if given.get("return_dict", True) else output.to_tuple()
 
 
-def _mask(self: Any, given: dict[str, Any]) -> Tensor | None:
+def _mask(call: Call, given: dict[str, Any]) -> Tensor | None:
     """The mask for layers of transformers' own, which the model has made as for a real head_mask."""
-    mask = given.get("attention_mask")
-    if mask is None or mask.dim() != 2 or "Sdpa" not in type(self.layer[0].attention).__name__:
+    x, mask = given["hidden_states"], given.get("attention_mask")
+    if mask is None or mask.dim() != 2 or not call.sdpa:
         return mask
     # with a head_mask DistilBERT's model leaves (B, S) to its attention, which sdpa doesn't take
-    lowest = torch.finfo(given["hidden_states"].dtype).min
-    return torch.zeros_like(mask, dtype=given["hidden_states"].dtype).masked_fill(
-        mask == 0, lowest
-    )[:, None, None]
+    added = torch.zeros_like(mask, dtype=x.dtype)
+    return added.masked_fill(mask == 0, torch.finfo(x.dtype).min)[:, None, None]
