@@ -191,6 +191,8 @@ HEAD_SIZES = st.one_of(st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 33, 6
 # more keys than a block of scores has rows, and sequences of one token alone
 @example(FIRST, [700], 1, 3, 0.25, True, 0)
 @example(PAIRS, [1, 1, 0, 1], 2, 5, 0.25, False, 2)
+# a shorter sequence that needs more room than the longest: its blocks have more queries
+@example(FIRST, [545, 544, 548, 544, 657, 656, 660, 656, 668, 664], 1, 8, 0.25, False, 0)
 def test_attention(
     d: Drawn, lengths: list[int], H: int, D: int, p: float, causal: bool, tail: int
 ) -> None:

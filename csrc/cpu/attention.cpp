@@ -287,6 +287,14 @@ struct Batch {
     }
     return total;
   }
+  // floats that a thread needs for any of the sequences: not the longest needs most, because the
+  // blocks of a shorter one have more queries
+  template <typename Pass>
+  int64_t room() const {
+    int64_t most = 0;
+    for (int64_t b = 0; b < B; ++b) most = imax(most, Pass::room(cu[b + 1] - cu[b], D));
+    return most;
+  }
   Head head(int64_t task) const {
     const int64_t b = task / H, L = cu[b + 1] - cu[b];
     return {cu[b], L, D, H, b, task % H, round_up(L, kNR), round_up(D, kNR), scale, causal};
@@ -316,7 +324,7 @@ void attention_fwd(int dtype, const void* qkv, const int32_t* cu_seqlens, void* 
     using E = decltype(t);
     auto* y = static_cast<E*>(out);
     const Forward<E> forward(static_cast<const E*>(qkv), y, lse, T, dropout);
-    const Scratch rooms(team, Forward<E>::room(L, D));
+    const Scratch rooms(team, batch.template room<Forward<E>>());
     int64_t next = 0;
 #pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
     for (int thread = 0; thread < team; ++thread)
@@ -345,7 +353,7 @@ void attention_bwd(int dtype, const void* dout, const void* qkv, const void* out
     auto* d = static_cast<E*>(dqkv);
     const Backward<E> backward(static_cast<const E*>(dout), static_cast<const E*>(qkv),
                                static_cast<const E*>(out), d, dropout);
-    const Scratch rooms(team, Backward<E>::room(batch.longest(), D));
+    const Scratch rooms(team, batch.template room<Backward<E>>());
     int64_t next = 0;
 #pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
     for (int thread = 0; thread < team; ++thread)
