@@ -43,7 +43,7 @@ VARIANTS = {
     "mlm": ("stock", "accelerated"),
     "classify": ("stock", "accelerated", "fastbert"),
     "tag": ("stock", "accelerated", "fastbert"),
-    "encode": ("stock", "accelerated"),
+    "encode": ("stock", "accelerated", "frozen"),
 }
 # steps that are not timed: imports, memory that is asked for the first time
 WARM = {"mlm": 2, "classify": 5, "tag": 5, "encode": 0}

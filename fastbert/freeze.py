@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from fastbert import backend, cpu
 from fastbert.blocks import EncoderLayer, FeedForward, QKVProjection, SelfAttention, log_once
 from fastbert.blocks import Linear as BlockLinear
+from fastbert.cpu import _gemm
 from fastbert.ops._check import cu_seqlens_valid
 from fastbert.packing import Packing
 
@@ -44,44 +46,54 @@ SETTINGS: dict[type[nn.Module], tuple[str, str]] = {
     FeedForward: ("approximate", "approximate"),
 }
 # those that hold copies
-_live: weakref.WeakSet[Frozen] = weakref.WeakSet()
+_live: weakref.WeakSet[Copies] = weakref.WeakSet()
 
 
 def freeze(model: nn.Module) -> nn.Module:
     """Use packed copies of the encoder's weights in inference (CPU, no gradient); returns the model in eval mode.
 
-    The copies are made at the first forward under torch.no_grad() or torch.inference_mode(), or of a model without
-    trainable weights, once per dtype of the activations (fp32, or bf16 under autocast), in addition to the weights:
+    Takes fastbert.bert's models, and transformers' after fastbert.accelerate; raises TypeError for others. The copies
+    are made at the first forward under torch.no_grad() or torch.inference_mode(), or of a model without trainable
+    weights, once per dtype of the activations (fp32, or bf16 under autocast), in addition to the weights:
     `frozen_bytes` tells their size. They are made again when a weight was written to, loaded, moved, replaced or
     stepped by an optimiser. Writes that PyTorch does not count (`.data`, numpy, memory shared with another process)
-    are not seen: call `freeze` again after them. Raises TypeError for a model without a fastbert encoder.
+    are not seen: call `freeze` again after them.
     """
-    for encoder in _encoders(model):
-        encoder.frozen = Frozen()
+    encoders = [m for m in model.modules() if _copies_of(m) is not None]
+    if not encoders:
+        raise TypeError(
+            f"{type(model).__name__} has no fastbert encoder: pass a fastbert.bert model, or an accelerated one"
+        )
+    for m in encoders:
+        m.frozen = _copies_of(m)  # type: ignore[assignment]
     return model.eval()
 
 
 def unfreeze(model: nn.Module) -> nn.Module:
     """Drop the packed copies that `freeze` made; returns the model."""
-    for encoder in _encoders(model):
-        encoder.frozen = None
+    for m in model.modules():
+        if vars(m).get("frozen") is not None:
+            m.frozen = None  # type: ignore[assignment]
     return model
 
 
 def frozen_bytes(model: nn.Module) -> int:
     """Bytes of all packed copies in the model, over and above its weights."""
-    return sum(0 if e.frozen is None else e.frozen.nbytes() for e in _encoders(model))
+    found = (vars(m).get("frozen") for m in model.modules())
+    return sum(copies.nbytes() for copies in found if isinstance(copies, Copies))
 
 
-def _encoders(model: nn.Module) -> list[BertModel]:
+def _copies_of(m: nn.Module) -> Copies | None:
+    """New, empty copies for an encoder, None for any other module."""
     from fastbert.bert import BertModel
+    from fastbert.integrations.frozen import FrozenLayers
 
-    found = [m for m in model.modules() if isinstance(m, BertModel)]
-    if not found:
-        raise TypeError(
-            f"{type(model).__name__} has no fastbert encoder: freeze takes fastbert.bert models"
-        )
-    return found
+    if isinstance(m, BertModel):
+        return Frozen()
+    family = getattr(type(m), "fastbert_family", None)
+    if family is not None and family.kind(type(m).__name__) == "encoder":
+        return FrozenLayers()
+    return None
 
 
 class Origin:
@@ -125,18 +137,17 @@ class Origin:
         )
 
 
-class Frozen:
+class Copies:
     """An encoder's packed copies, {dtype: table of addresses and the copies behind them}."""
 
     def __init__(self) -> None:
         self._packs: dict[torch.dtype, tuple[Tensor, list[Tensor]]] = {}
-        self._origin: Origin | None = None
 
-    def __deepcopy__(self, memo: Any) -> Frozen:
-        return Frozen()
+    def __deepcopy__(self, memo: Any) -> Copies:
+        return type(self)()
 
     def __reduce__(self) -> Any:
-        return Frozen, ()
+        return type(self), ()
 
     def nbytes(self) -> int:
         """Bytes of the copies, of every dtype."""
@@ -145,12 +156,89 @@ class Frozen:
     def drop(self) -> None:
         """Forget the copies; the next forward makes them again."""
         self._packs.clear()
-        self._origin = None
         _live.discard(self)
 
     def made_from(self, ids: set[int]) -> bool:
         """Whether a parameter with one of these ids was packed."""
-        return self._origin is not None and any(id(p) in ids for p in self._origin.parameters)
+        return any(id(p) in ids for p in self.sources())
+
+    def sources(self) -> Sequence[Tensor]:
+        """The parameters that were packed."""
+        raise NotImplementedError
+
+    def pack(self, dtype: torch.dtype, layers: Iterable[Sequence[Sequence[Tensor]]]) -> None:
+        """Copy every layer's fields, in the order of encoder.h's Layer; pieces of one lie one below the other."""
+        kept: list[Tensor] = []
+        rows: list[list[int]] = []
+        for fields in layers:
+            packed = [_packed(f, dtype) if f[0].dim() == 2 else _joined(f) for f in fields]
+            rows.append([cpu.address(t) for t in packed])
+            # fp32 biases and norms are read where they are
+            kept += [t for t, f in zip(packed, fields, strict=True) if t is not f[0]]
+        self._packs[dtype] = torch.tensor(rows, dtype=torch.int64), kept
+        # here, not in `freeze`: deep copies and unpickled models come by as well
+        _live.add(self)
+        _watch_optimizers()
+
+    def run(
+        self,
+        x: Tensor,  # (T, C)
+        packing: Packing,
+        rows: Tensor | None,  # (R,) int64
+        shape: Shape,
+    ) -> Tensor:
+        """The last layer's output (T, C), or (R, C) at `rows`."""
+        table, _ = self._packs[x.dtype]
+        T, C = x.shape
+        count = T if rows is None else rows.shape[0]
+        x, y = x.contiguous(), x.new_empty(count, C)
+        cu_seqlens, rows = packing.cu_seqlens.contiguous(), cpu.int64(rows)
+        cu_seqlens_valid(cu_seqlens, T, packing.max_seqlen)
+        cpu.native.encoder_infer(  # type: ignore[union-attr]
+            cpu.DTYPES[x.dtype],
+            x.data_ptr(),
+            cu_seqlens.data_ptr(),
+            table.data_ptr(),
+            table.shape[0],
+            cpu.address(rows),
+            0 if rows is None else count,
+            y.data_ptr(),
+            T,
+            cu_seqlens.shape[0] - 1,
+            shape.heads,
+            C // shape.heads,
+            shape.intermediate_size,
+            shape.eps,
+            shape.approximate == "tanh",
+            torch.get_num_threads(),
+        )
+        return y
+
+
+class Shape(NamedTuple):
+    """What the native call is told of all layers beside their weights."""
+
+    heads: int
+    intermediate_size: int
+    eps: float
+    approximate: str | None
+
+
+class Frozen(Copies):
+    """The copies of one of our own encoders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._origin: Origin | None = None
+
+    def drop(self) -> None:
+        """Forget the copies and what they were made from."""
+        super().drop()
+        self._origin = None
+
+    def sources(self) -> Sequence[Tensor]:
+        """The parameters that were packed."""
+        return () if self._origin is None else self._origin.parameters
 
     def serves(self, encoder: BertModel, x: Tensor) -> bool:
         """Whether a forward on embeddings x (T, C) can run on packed copies; makes them if they are missing."""
@@ -190,21 +278,9 @@ class Frozen:
     def _pack(self, encoder: BertModel, dtype: torch.dtype) -> None:
         if self._origin is None:
             self._origin = Origin(encoder)
-        kept: list[Tensor] = []
-        rows: list[list[int]] = []
-        for layer in encoder.layers:
-            parameters = dict(layer.named_parameters(remove_duplicate=False))
-            ordered = [parameters[name] for name in _shapes(encoder.config)]
-            fields = [_packed(p, dtype) if p.dim() == 2 else cpu.fp32(p) for p in ordered]
-            rows.append([cpu.address(t) for t in fields])
-            # fp32 biases and norms are read where they are
-            kept += [
-                t for t, p in zip(fields, ordered, strict=True) if t is not None and t is not p
-            ]
-        self._packs[dtype] = torch.tensor(rows, dtype=torch.int64), kept
-        # here, not in `freeze`: deep copies and unpickled models come by as well
-        _live.add(self)
-        _watch_optimizers()
+        layers = (dict(m.named_parameters(remove_duplicate=False)) for m in encoder.layers)
+        names = _shapes(encoder.config)
+        self.pack(dtype, ([[parameters[name]] for name in names] for parameters in layers))
 
     def encode(
         self,
@@ -214,52 +290,34 @@ class Frozen:
         rows: Tensor | None,  # (R,) int64
     ) -> Tensor:
         """The last layer's output (T, C), or (R, C) at `rows`."""
-        table, _ = self._packs[x.dtype]
-        config, (T, C) = encoder.config, x.shape
-        count = T if rows is None else rows.shape[0]
-        x, y = x.contiguous(), x.new_empty(count, C)
-        cu_seqlens, rows = packing.cu_seqlens.contiguous(), cpu.int64(rows)
-        cu_seqlens_valid(cu_seqlens, T, packing.max_seqlen)
-        H = config.num_attention_heads
-        cpu.native.encoder_infer(  # type: ignore[union-attr]
-            cpu.DTYPES[x.dtype],
-            x.data_ptr(),
-            cu_seqlens.data_ptr(),
-            table.data_ptr(),
-            table.shape[0],
-            cpu.address(rows),
-            0 if rows is None else count,
-            y.data_ptr(),
-            T,
-            cu_seqlens.shape[0] - 1,
-            H,
-            C // H,
-            config.intermediate_size,
-            config.layer_norm_eps,
-            config.approximate == "tanh",
-            torch.get_num_threads(),
-        )
-        return y
+        c = encoder.config
+        shape = Shape(c.num_attention_heads, c.intermediate_size, c.layer_norm_eps, c.approximate)
+        return self.run(x, packing, rows, shape)
 
 
-def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight (N, K) in the GEMM's own order, for inputs of this dtype."""
+def _packed(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """One weight or three, one below the other, (N, K) in the GEMM's own order, for inputs of this dtype."""
     assert cpu.native is not None
-    N, K = weight.shape
-    weight, kind = weight.detach().contiguous(), cpu.DTYPES[dtype]
-    packed = cpu.fresh(weight, cpu.native.linear_packed_size(kind, N, K), dtype=torch.float32)
-    pieces = (weight.data_ptr(),) * 3
+    (first, *others), rows, N = _gemm.stacked([w.detach() for w in weights])
+    K, kind = first.shape[1], cpu.DTYPES[dtype]
+    packed = cpu.fresh(first, cpu.native.linear_packed_size(kind, N, K), dtype=torch.float32)
     cpu.native.linear_pack(
         kind,
-        cpu.DTYPES[weight.dtype],
-        *pieces,
-        N,
+        cpu.DTYPES[first.dtype],
+        *(w.data_ptr() for w in (first, *others)),
+        rows,
         packed.data_ptr(),
         N,
         K,
         torch.get_num_threads(),
     )
     return packed
+
+
+def _joined(vectors: Sequence[Tensor]) -> Tensor:
+    """Biases side by side in fp32; a single one that is fp32 itself."""
+    whole = vectors[0] if len(vectors) == 1 else torch.cat([v.detach().float() for v in vectors])
+    return cpu.fp32(whole)  # type: ignore[return-value]
 
 
 def _unusual(encoder: BertModel) -> str | None:

@@ -304,8 +304,10 @@ def encoded(work: str, variant: str, pace: Pace) -> dict[str, Any]:
     # the checkpoint's package has none of sentence-transformers' own files
     words = Transformer(checkpoint())
     model = SentenceTransformer(modules=[words, Pooling(words.get_embedding_dimension())])
-    if variant == "accelerated":
+    if variant != "stock":
         model = fastbert.accelerate(model)
+    if variant == "frozen":
+        model = fastbert.freeze(model)
     texts = sentences()
     model.encode(texts[:256])
     pace.ready()

@@ -13,7 +13,7 @@ from fastbert.cpu import DTYPES, address, fresh, native
 def project(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
     """x (T, K) times the weights' rows, one below the other, plus an fp32 bias (N,): (T, N) in x's dtype."""
     T, K = x.shape
-    pieces, rows, N = _pieces(weights)
+    pieces, rows, N = stacked(weights)
     y = fresh(x, T, N)
     native.linear_fwd(  # type: ignore[union-attr]
         DTYPES[x.dtype],
@@ -46,7 +46,7 @@ def gradients(
     kind = DTYPES[dy.dtype]
     dx, dweight, dbias = (dy.new_empty(0) for _ in range(3))
     if needs[0]:
-        pieces, rows, _ = _pieces(weights)
+        pieces, rows, _ = stacked(weights)
         dx = fresh(x, *x.shape)
         native.linear_bwd_dx(  # type: ignore[union-attr]
             kind,
@@ -81,7 +81,7 @@ def gradients(
     return dx, dweight, dbias
 
 
-def _pieces(weights: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor, Tensor], int, int]:
+def stacked(weights: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor, Tensor], int, int]:
     """Three contiguous pieces (the first again where there is one), the rows of each, and of all."""
     first = weights[0].contiguous()
     rest = (

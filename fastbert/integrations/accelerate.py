@@ -69,6 +69,7 @@ def restore(model: M) -> M:
             )
     for m in changed:
         m.__class__ = m.__dict__.pop(_STOCK)
+        m.__dict__.pop("frozen", None)
     return model
 
 

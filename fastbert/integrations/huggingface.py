@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.blocks import first_hooked, hooked, log_once, observed
-from fastbert.integrations import heads, layers, transformers4
+from fastbert.integrations import frozen, heads, layers, transformers4
 from fastbert.integrations.families import FAMILIES, Family, Parts
 from fastbert.integrations.layers import Call
 from fastbert.ops._register import seed_for
@@ -163,7 +163,7 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
         log_once(f"accelerate: {type(self).__name__} takes padding out layer by layer: {reason}")
         return stock(self, **given, fastbert=call)
     if not given.get("output_hidden_states", getattr(self.config, "output_hidden_states", False)):
-        call = _narrowed(self, call, wanted, values)
+        call = _narrowed(self, call, wanted, values)._replace(alone=True)
     if self.fastbert_old:  # its encoder packs
         return stock(self, **given, fastbert=call)
     as_dict = given.pop("return_dict", getattr(self.config, "return_dict", True))
@@ -343,8 +343,10 @@ def _encoder(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any
     x, mask = given.pop("hidden_states"), given.pop("attention_mask", None)
     given.pop("use_cache", None)
     dtype = x.dtype
-    for i, layer in enumerate(self.layer):
+    y = frozen.served(self, x, call)
+    for i, layer in enumerate(self.layer if y is None else ()):
         x = layer(x, mask, fastbert=call.at(i, last=i == len(self.layer) - 1), **given)
+    x = x if y is None else y
     x = call.padded(x[0] if call.packed else call.packing.unpad(x))
     # under autocast layers compute in its dtype, and transformers' output is in the embeddings'
     return self.fastbert_output(last_hidden_state=x.to(dtype))

@@ -30,6 +30,7 @@ class Call(NamedTuple):
     rows: Tensor | None = None
     firsts: bool = False  # whether these are the sequences' first tokens
     layer: int = 0
+    alone: bool = False  # whether nobody asks for what is between the layers
     # the layers' parts, looked up and checked when this forward began; a layer sees its own only
     parts: tuple[Parts, ...] = ()
     sdpa: bool = False  # whether transformers' own layers want masks for sdpa; known with transformers 4 only
@@ -75,7 +76,7 @@ _FUNCTIONS = {
 # attentions, which are not asked for here; those that make the embeddings' output require a gradient
 RECORDERS = ("transformers.utils.", "transformers.modeling_utils", "peft.utils.")
 _ORDINARY = (nn.Parameter, Tensor)
-_NORMS = (nn.LayerNorm, drop_in.LayerNorm)
+NORMS = (nn.LayerNorm, drop_in.LayerNorm)
 # FSDP2's, on modules that are called
 SHARDING = "torch.distributed."
 
@@ -120,7 +121,7 @@ def elementwise(m: Any) -> bool:
     """Whether an activation, a module or a function, treats every number by itself."""
     if not isinstance(m, nn.Module):
         return m in _FUNCTIONS
-    if _gelu(m) is not None or type(m).__module__ == "transformers.activations":
+    if gelu(m) is not None or type(m).__module__ == "transformers.activations":
         return True
     return type(m) in (nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Mish, nn.ELU, nn.Identity)
 
@@ -128,7 +129,7 @@ def elementwise(m: Any) -> bool:
 # classes that surely fit, what others must fulfil, and the parts that it is asked of
 _CHECKS: tuple[tuple[tuple[type, ...], Callable[[Any], bool], tuple[str, ...]], ...] = (
     ((nn.Linear,), _linear_like, ("query", "key", "value", "out", "up", "down")),
-    (_NORMS, _norm_like, ("attention_norm", "output_norm")),
+    (NORMS, _norm_like, ("attention_norm", "output_norm")),
     ((), _dropout_like, ("attention_dropout", "out_dropout", "down_dropout")),
     ((), elementwise, ("activation",)),
 )
@@ -225,7 +226,7 @@ def _fused(*own: tuple[Tensor, Tensor | None] | None) -> tuple[list[Tensor], lis
     return (weights, biases) if len(biases) in (0, len(weights)) else None
 
 
-def _gelu(activation: Any) -> str | None:
+def gelu(activation: Any) -> str | None:
     """The `approximate` of a GELU, None for any other activation."""
     if type(activation) in (nn.GELU, drop_in.GELU):
         return activation.approximate
@@ -236,7 +237,7 @@ def _gelu(activation: Any) -> str | None:
 
 
 def _feed_forward(m: Parts, x: Tensor) -> Tensor:
-    approximate = _gelu(m.activation)
+    approximate = gelu(m.activation)
     if approximate is not None:
         up, down = plain(m.up), plain(m.down)
         if up is not None and down is not None:
@@ -252,7 +253,7 @@ def _add_norm(
     norm: Any, dropout: Any, y: Tensor, residual: Tensor, call: Call, site: int
 ) -> Tensor:
     p = dropout.p if dropout is not None and dropout.training else 0.0
-    bias = norm.bias if type(norm) in _NORMS and len(norm.normalized_shape) == 1 else None
+    bias = norm.bias if type(norm) in NORMS and len(norm.normalized_shape) == 1 else None
     if bias is not None:
         return F.dropout_add_layer_norm(
             y,

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastbert.integrations.frozen import served
 from fastbert.integrations.layers import Call
 
 OLDEST = (4, 48)
@@ -88,7 +89,8 @@ def encoder(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
         x = packing.unpad(x)[None]
     # later versions' layers do it themselves
     checkpointing = self.training and getattr(self, "gradient_checkpointing", False)
-    for i, layer in enumerate(self.layer):
+    y = served(self, x, call)
+    for i, layer in enumerate(self.layer if y is None else ()):
         if given.get("output_hidden_states"):
             states.append((packing.pad(x[0]) if call.packed else x).to(dtype))
         run = partial(layer, fastbert=call.at(i, last=i == len(self.layer) - 1))
@@ -96,6 +98,7 @@ def encoder(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
             x = self._gradient_checkpointing_func(run, x, mask)[0]
         else:
             x = run(x, mask)[0]
+    x = x if y is None else y
     x = call.padded(x[0] if call.packed else packing.unpad(x)).to(dtype)
     shown = (*states, x) if states else None
     output = self.fastbert_output(last_hidden_state=x, hidden_states=shown)
