@@ -120,8 +120,10 @@ def _squad(articles: Sequence[Any], name: str) -> Iterator[Record]:
                 for qa in paragraph["qas"]:
                     record = {**qa, "context": paragraph["context"]}
                     yield Record(f"{name}, question {qa['id']}", record)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{name} is not in SQuAD's layout: {error!r} is missing") from error
+    except KeyError as error:
+        raise ValueError(f"{name} is not in SQuAD's layout: {error} is missing") from error
+    except TypeError as error:
+        raise ValueError(f"{name} is not in SQuAD's layout: {error}") from error
 
 
 def _conll(text: str, name: str) -> Iterator[Record]:

@@ -8,7 +8,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,16 +35,24 @@ def writable(out: Path) -> None:
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Hold the folder of a run; the lock goes with the process, however that ends, and leaves no file."""
+    """Hold the folder of a run; the lock goes with the process, however that ends, and leaves no file.
+
+    A folder in which nothing was written goes too.
+    """
     handle = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
     except BlockingIOError:
+        os.close(handle)
         raise FileExistsError(
             f"another process is training in {out}: wait for it, or choose another --out"
         ) from None
+    try:
+        yield
     finally:
+        # only an empty one can be removed
+        with suppress(OSError):
+            out.rmdir()
         os.close(handle)
 
 

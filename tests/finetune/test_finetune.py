@@ -313,7 +313,7 @@ def test_a_classifier_is_trained_further(finished, tmp_path):
     rows = [*rows, {"text": "the man", "label": "neither"}]
     sentence = "has a head for another number of labels than the data's 3"
     refuse(ValueError, sentence, config, tmp_path / "other", train=rows)
-    assert not (tmp_path / "other" / "config.toml").exists()
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_run_goes_on_with_the_same_data_only(finished, tmp_path):
