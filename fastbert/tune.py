@@ -67,9 +67,10 @@ class _Timer(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func.namespace != "fastbert":
-            return func(*args, **(kwargs or {}))
         slug, _, direction = func._schema.name.removeprefix("fastbert::").rpartition("_")
+        # nor those that find tokens and labels, which have no backends
+        if func.namespace != "fastbert" or direction not in ("fwd", "bwd"):
+            return func(*args, **(kwargs or {}))
         key = tuned.key(slug, args, backward=direction == "bwd")
         self.asked.clear()
         copies = () if self.checked is None else tree_map_only(torch.Tensor, torch.clone, args)
