@@ -45,6 +45,8 @@ SETTINGS: dict[type[nn.Module], tuple[str, str]] = {
     QKVProjection: ("num_heads", "num_attention_heads"),
     FeedForward: ("approximate", "approximate"),
 }
+# why layers have to run
+RECORDED = "gradients are recorded, call it under torch.no_grad() or torch.inference_mode()"
 # those that hold copies
 _live: weakref.WeakSet[Copies] = weakref.WeakSet()
 
@@ -59,13 +61,14 @@ def freeze(model: nn.Module) -> nn.Module:
     stepped by an optimiser. Writes that PyTorch does not count (`.data`, numpy, memory shared with another process)
     are not seen: call `freeze` again after them.
     """
-    encoders = [m for m in model.modules() if _copies_of(m) is not None]
-    if not encoders:
+    copies = [(m, _copies_of(m)) for m in model.modules()]
+    if all(empty is None for _, empty in copies):
         raise TypeError(
             f"{type(model).__name__} has no fastbert encoder: pass a fastbert.bert model, or an accelerated one"
         )
-    for m in encoders:
-        m.frozen = _copies_of(m)  # type: ignore[assignment]
+    for m, empty in copies:
+        if empty is not None:
+            m.frozen = empty  # type: ignore[assignment]
     return model.eval()
 
 
@@ -272,7 +275,7 @@ class Frozen(Copies):
             encoder.layers.parameters() if self._origin is None else self._origin.parameters
         )
         if x.requires_grad or any(p.requires_grad for p in parameters):
-            return "gradients are recorded, call it under torch.no_grad() or torch.inference_mode()"
+            return RECORDED
         return None
 
     def _pack(self, encoder: BertModel, dtype: torch.dtype) -> None:
@@ -356,14 +359,7 @@ def _unusual_weights(layer: nn.Module, config: BertConfig) -> str | None:
     parameters = dict(layer.named_parameters(remove_duplicate=False))
     if {name: tuple(p.shape) for name, p in parameters.items()} != _shapes(config):
         return "a layer's weights do not have the names and shapes that the configuration asks for"
-    for name, p in parameters.items():
-        if p.dtype not in cpu.DTYPES:
-            return cpu.unsupported_dtype(name, p)
-        if p.device.type != "cpu":
-            return f"{name} is on {p.device}"
-        if p.is_inference():
-            return f"{name} was made in inference mode and counts no writes, load the model outside of it"
-    return None
+    return next(filter(None, (cpu.unpackable(name, p) for name, p in parameters.items())), None)
 
 
 def _shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:

@@ -314,8 +314,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         site: int = 0,
     ) -> Tensor:
         """The layer on packed tokens; its four dropouts take the sites from `site` on."""
-        p, p1, p2 = self.rates()[1:]
-        seed = seed_for(max(self.rates()), seed, x)
+        _, p, p1, p2 = rates = self.rates()
+        seed = seed_for(max(rates), seed, x)
         if self.norm_first:
             y = _attend(self.self_attn, _norm(self.norm1, x), packing, causal, seed, site)
             x = x + dropout(y, p1, seed, site + 1)

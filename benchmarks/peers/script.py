@@ -8,11 +8,9 @@ answered when the next is made, "finish" with the figures at its end.
 from __future__ import annotations
 
 import ctypes
-import gc
 import json
 import os
 import random
-import re
 import sys
 import time
 import traceback
@@ -22,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from worker import resident, settled
 
 LONGEST = {"mlm": 512, "classify": 128, "tag": 128}
 BATCH = {"mlm": 16, "classify": 32, "tag": 32}
@@ -52,25 +51,16 @@ class Pace:
 
     def ready(self) -> None:
         """Everything is loaded; returns when the first step is wanted."""
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        self.before = _resident("VmRSS")
+        self.before = settled()
         self.answer(before=self.before)
         self._next()
 
     def step(self) -> None:
         """A step is made; returns when the next is wanted, or when the script is to come to its end."""
         seconds = time.perf_counter() - self.started
-        self.peak = _resident("VmHWM")
+        self.peak = resident()["VmHWM"]
         self.answer(seconds=seconds)
         self._next()
-
-
-def _resident(name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 # --- data ---
@@ -207,13 +197,15 @@ def _tag(folder: Path) -> tuple[Any, ...]:
         DataCollatorForTokenClassification,
     )
 
-    parts = [_conll(path) for path in labelled("tag", folder)]
-    names = sorted({tag for _, tags in parts[0] for tag in tags})
+    from fastbert.finetune.records import read_records
+
+    parts = [read_records(path, conll=True) for path in labelled("tag", folder)]
+    names = sorted({tag for record in parts[0] for tag in record.values["tags"]})
     tokenizer = AutoTokenizer.from_pretrained(checkpoint())
 
-    def encode(words: list[str], tags: list[str]) -> dict[str, Any]:
+    def encode(tokens: list[str], tags: list[str]) -> dict[str, Any]:
         encoded = tokenizer(
-            words, is_split_into_words=True, truncation=True, max_length=LONGEST["tag"]
+            tokens, is_split_into_words=True, truncation=True, max_length=LONGEST["tag"]
         )
         places = encoded.word_ids()
         # a word's first piece has its tag
@@ -223,7 +215,7 @@ def _tag(folder: Path) -> tuple[Any, ...]:
         ]
         return {**encoded, "labels": labels}
 
-    train, test = ([encode(*sentence) for sentence in part] for part in parts)
+    train, test = ([encode(**record.values) for record in part] for part in parts)
     model = AutoModelForTokenClassification.from_pretrained(checkpoint(), num_labels=len(names))
 
     def entity_f1(found: Any) -> float:
@@ -235,16 +227,6 @@ def _tag(folder: Path) -> tuple[Any, ...]:
         return float(f1_score(true, guessed))
 
     return model, train, test, DataCollatorForTokenClassification(tokenizer), entity_f1
-
-
-def _conll(path: Path) -> list[tuple[list[str], list[str]]]:
-    """Sentences as words and tags."""
-    found = []
-    for block in path.read_text(encoding="utf-8").split("\n\n"):
-        lines = [line.split() for line in block.splitlines() if line.strip()]
-        if lines and lines[0][0] != "-DOCSTART-":
-            found.append(([line[0] for line in lines], [line[-1] for line in lines]))
-    return found
 
 
 SCRIPTS: dict[str, Callable[[Path], tuple[Any, ...]]] = {

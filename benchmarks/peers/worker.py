@@ -49,6 +49,15 @@ def resident() -> dict[str, int]:
     return {k: int(v) * 1024 for k, v in re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB", text, re.M)}
 
 
+def settled() -> int:
+    """Bytes resident now, from where the peak (VmHWM) is counted anew."""
+    gc.collect()
+    # freed memory that malloc has kept would hide a part of what comes next
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident()["VmRSS"]
+
+
 class Worker:
     """Answers the driver's requests."""
 
@@ -94,11 +103,7 @@ class Worker:
 
     def memory(self, batch: int) -> dict[str, Any]:
         """Seconds of one call, and the bytes resident before it and at its peak."""
-        gc.collect()
-        # freed memory that malloc has kept would hide a part of what the call needs
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = resident()["VmRSS"]
+        before = settled()
         seconds = self.once(batch)["seconds"]
         return {"seconds": seconds, "before": before, "peak": resident()["VmHWM"]}
 

@@ -92,6 +92,19 @@ def unsupported_dtype(name: str, t: Tensor) -> str | None:
     return None
 
 
+def unpackable(name: str, p: Tensor) -> str | None:
+    """Why a parameter can't be copied once and watched for changes, None if it can be."""
+    if p.dtype not in DTYPES:
+        return unsupported_dtype(name, p)
+    if p.device.type != "cpu":
+        return f"{name} is on {p.device}"
+    if p.is_inference():
+        return (
+            f"{name} was made in inference mode and counts no writes, load the model outside of it"
+        )
+    return None
+
+
 def unsupported_dropout(p: float) -> str | None:
     """Why no kernel here takes this dropout probability, or None."""
     if p > 1 - 2**-32:

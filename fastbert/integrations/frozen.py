@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from fastbert import backend, cpu
 from fastbert.blocks import log_once
-from fastbert.freeze import Copies, Shape
+from fastbert.freeze import RECORDED, Copies, Shape
 from fastbert.integrations import layers
 from fastbert.integrations.families import Parts
 from fastbert.ops._register import autocast
 
 # a layer's Linears and norms behind query, key and value, in the order of encoder.h's Layer
-_RECORDED = "gradients are recorded, call it under torch.no_grad() or torch.inference_mode()"
 _ORDER = ("out", "attention_norm", "up", "down", "output_norm")
 
 
@@ -60,7 +59,7 @@ class FrozenLayers(Copies):
         shape, reason = _shape(parts)
         fields = [_fields(m) for m in parts]
         if torch.is_grad_enabled() and x.requires_grad:
-            reason = _RECORDED
+            reason = RECORDED
         reason = reason or cpu.unsupported_dtype("x", x) or _unusual(fields, shape, x)
         if reason is not None or shape is None:
             log_once(f"the frozen encoder runs its layers one by one: {reason}")
@@ -149,12 +148,6 @@ def _unusual(fields: Sequence[Any], shape: Shape | None, x: Tensor) -> str | Non
 def _unfit(t: Tensor) -> str | None:
     if type(t) not in (nn.Parameter, Tensor):
         return f"a parameter is a {type(t).__name__}"
-    if t.dtype not in cpu.DTYPES:
-        return cpu.unsupported_dtype("a parameter", t)
-    if t.device.type != "cpu":
-        return f"a parameter is on {t.device}"
-    if t.is_inference():
-        return "a parameter was made in inference mode and counts no writes, load the model outside of it"
-    if torch.is_grad_enabled() and t.requires_grad:
-        return _RECORDED
-    return None
+    if reason := cpu.unpackable("a parameter", t):
+        return reason
+    return RECORDED if torch.is_grad_enabled() and t.requires_grad else None

@@ -25,7 +25,7 @@ def _traced() -> bool:
 
 def token_labels(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
     """A head with a label per token: where padding is labelled, outputs there count, and nothing is packed."""
-    tensors = _values(given), given.get("labels"), given.get("attention_mask")
+    tensors = values(given), given.get("labels"), given.get("attention_mask")
     known = all(isinstance(t, Tensor) for t in tensors) and not _traced()
     if known and _labelled(given)[1]:
         given |= _asked(self, None)
@@ -49,8 +49,8 @@ def _asked(self: Any, tokens: Any) -> dict[str, Any]:
     return {"fastbert": tokens} if hasattr(type(base), "fastbert_family") else {}
 
 
-def _values(given: dict[str, Any]) -> Any:
-    """What there is one of for every token, if the caller has given it."""
+def values(given: dict[str, Any]) -> Any:
+    """What there is one of for every token, if the caller has given it: ids (B, S) or embeddings (B, S, C)."""
     ids = given.get("input_ids")
     return given.get("inputs_embeds") if ids is None else ids
 
@@ -59,7 +59,7 @@ def _labelled(given: dict[str, Any]) -> tuple[Tensor, int, int]:
     """Places of the labels but -100 in the flat (B * S), how many are at padding, and whether labels are misshaped."""
     mask = given.get("attention_mask")
     mask = mask if isinstance(mask, Tensor) else None
-    rows, sizes = find_labelled(given["labels"], mask, _values(given))
+    rows, sizes = find_labelled(given["labels"], mask, values(given))
     outside, misshaped = sizes.shape[:2]
     if outside:
         log_once(
@@ -122,7 +122,7 @@ def _with_mlm_loss(self: Any, stock: Stock, given: dict[str, Any], others: tuple
 
 def _head_reason(self: Any, given: dict[str, Any]) -> str | None:
     """Why a masked-LM head must compute all logits, None if labelled rows will do."""
-    if not all(isinstance(t, Tensor) for t in (_values(given), given["labels"])):
+    if not all(isinstance(t, Tensor) for t in (values(given), given["labels"])):
         return "labels is not (B, S)"
     family = self.fastbert_family
     for name in (*family.transform, family.decoder):
@@ -162,11 +162,11 @@ def _mlm_loss(self: Any, x: Tensor, labels: Tensor) -> Tensor:
 
 def question_answering(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
     """Start and end scores at padding are the dtype's lowest value, so that no softmax or argmax sees padding."""
-    mask, values = given.get("attention_mask"), _values(given)
+    mask, batch = given.get("attention_mask"), values(given)
     if (
         not isinstance(mask, Tensor)
         or mask.dim() != 2
-        or not isinstance(values, Tensor)
+        or not isinstance(batch, Tensor)
         or _traced()
     ):
         return stock(self, **given)

@@ -152,7 +152,7 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     if packing is None:
         log_once(f"accelerate: {type(self).__name__} runs transformers' code: {reason}")
         return stock(self, **given)
-    values = _values(given)
+    values = heads.values(given)
     # one seed for the whole forward: layers that are computed again must see the same masks
     seed = seed_for(1.0, None, values) if self.training else None
     family = self.fastbert_family
@@ -251,15 +251,9 @@ def _model_reason(self: Any, given: dict[str, Any]) -> str | None:
     return observed()
 
 
-def _values(given: dict[str, Any]) -> Tensor:
-    """What there is one of for every token: ids (B, S) or embeddings (B, S, C)."""
-    ids = given.get("input_ids")
-    return given["inputs_embeds"] if ids is None else ids
-
-
 def _shape_reason(self: Any, given: dict[str, Any]) -> str | None:
     """Why these sizes need transformers' own code; after the indices, or torch.compile made a graph of comparisons."""
-    shape = _values(given).shape[:2]
+    shape = heads.values(given).shape[:2]
     if shape.numel() == 0:
         return "the batch is empty"
     mask, types, positions = map(given.get, ("attention_mask", "token_type_ids", "position_ids"))
@@ -286,7 +280,7 @@ def _shape_reason(self: Any, given: dict[str, Any]) -> str | None:
 
 def _indices(given: dict[str, Any], old: bool) -> tuple[Tensor, Tensor, Tensor] | None:
     """Where the mask's tokens are, None without one; one host sync, and torch.compile's only break."""
-    mask, device = given.get("attention_mask"), _values(given).device
+    mask, device = given.get("attention_mask"), heads.values(given).device
     if mask is None:
         return None
     mask = mask if mask.device == device else mask.to(device)
@@ -297,7 +291,7 @@ def _packing(
     given: dict[str, Any], indices: tuple[Tensor, Tensor, Tensor] | None, old: bool
 ) -> tuple[Packing | None, str | None]:
     """How to pack the batch, or why not."""
-    values = _values(given)
+    values = heads.values(given)
     if indices is None:
         return Packing.full(values.shape[0], values.shape[1], values.device), None
     packing, wrong = Packing.found(indices, values.shape[1])
