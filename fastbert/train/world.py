@@ -6,6 +6,7 @@ that no GPU has to wait for them; gradients travel by the strategy, DDP or FSDP2
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,11 @@ import torch.distributed as dist
 
 # in what the libraries say of a process that is gone; gloo names its source file
 _GONE = ("gloo", "by peer", "Broken pipe")
+
+# groups that were parted from, kept to the program's end: a DDP object that outlives its group would be the last to
+# hold it, and with the GIL held would wait for gloo's thread, which needs the GIL to let go of a tensor (torch 2.13)
+_parted: list[dist.ProcessGroup | None] = []
+atexit.register(_parted.clear)
 
 
 class PeerLost(RuntimeError):
@@ -97,4 +103,5 @@ def joined(gpu: bool) -> Iterator[World]:
             ) from error
         raise
     finally:
+        _parted.append(dist.group.WORLD)
         dist.destroy_process_group()

@@ -105,8 +105,6 @@ def test_bad_settings_end_all_before_anything_is_written(corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# after its work the second process now and then does not end (2026-11-26, about one run in four, cause unknown)
-@pytest.mark.slow
 def test_gradients_are_exchanged_once_a_step(tmp_path):
     found = {}
     for accumulate in (1, 4):
