@@ -22,7 +22,7 @@ import torch
 from peers.driver import Handle, Limits, Outcome, Race, WorkerError
 from peers.install import find
 from saved import against_stock
-from summary import row
+from summary import earlier, row
 from works import OURS, PEERS, STOCK, WORKS, Peer, Work, make_inputs, make_models
 
 from fastbert.files import write_text
@@ -30,7 +30,6 @@ from fastbert.testing import machine
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "bert.json"
-MEASURED = ("cpu", "cores", "threads", "instructions")
 
 
 def arguments() -> argparse.Namespace:
@@ -115,23 +114,6 @@ def measure(
     return row(work, outcomes, inputs, facts), outcomes
 
 
-def earlier(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """The results so far, or none where they are from another machine or in an older form.
-
-    A file that holds no results of this benchmark ends the program: it is somebody's.
-    """
-    try:
-        results = json.loads(out.read_text()) if out.exists() else {}
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{out} can't be read: {error}; move it or choose another --out") from None
-    if results and not (isinstance(results, dict) and {"machine", "rows"} <= results.keys()):
-        raise SystemExit(f"{out} holds no results of this benchmark: choose another --out")
-    same = "environments" in results and all(results["machine"][k] == facts[k] for k in MEASURED)
-    if results and not same:
-        print(f"{out} is from another machine or an older form: it begins anew")
-    return results if same else {"machine": facts, "environments": {}, "rows": []}
-
-
 def merge(results: dict[str, Any], new: dict[str, Any], outcomes: dict[str, Outcome]) -> None:
     """Put a row in its place, and note the versions that were used."""
     rows = {r["work"]: r for r in results["rows"]}
@@ -146,8 +128,7 @@ def merge(results: dict[str, Any], new: dict[str, Any], outcomes: dict[str, Outc
 def run(options: argparse.Namespace) -> bool:
     """Measure the chosen rows, saving each that has a measurement; tells whether there was one."""
     facts = machine.machine_info()
-    results = earlier(options.out, facts)
-    results["machine"] = facts
+    results = earlier(options.out, facts, environments={}, rows=[])
     peaks = machine.peaks()
     make_models(options.folder)
     saved = False

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from peers.driver import Handle
 from readme import replaced
+from summary import earlier
 
 from fastbert.files import write_text
 from fastbert.testing.machine import machine_info
@@ -47,7 +48,6 @@ VARIANTS = {
 }
 # steps that are not timed: imports, memory that is asked for the first time
 WARM = {"mlm": 2, "classify": 5, "tag": 5, "encode": 0}
-MEASURED = ("cpu", "cores", "threads", "instructions")
 SECONDS = 3600.0
 # steps whose mean loss is shown
 LAST = 5
@@ -185,18 +185,11 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def earlier(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """The results so far, none of another machine."""
-    results = json.loads(out.read_text()) if out.exists() else {}
-    same = results and all(results["machine"][k] == facts[k] for k in MEASURED)
-    return {**results, "machine": facts} if same else {"machine": facts, "rows": {}}
-
-
 def main() -> None:
     """Measure, print, and write the JSON; the page only where the JSON is the repository's."""
     options = arguments()
     facts = machine_info()
-    results = earlier(options.out, facts)
+    results = earlier(options.out, facts, rows={})
     for work in options.works:
         steps = options.steps or STEPS[work]
         seeds = options.seeds if work in ("classify", "tag") else 1

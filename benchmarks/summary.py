@@ -14,6 +14,27 @@ COSINE = 0.9999
 # relative difference of the loss without dropout
 LOSS = {"fp32": 1e-4, "bf16": 1e-2}
 
+# what must be the same for two rows to stand in one table
+MEASURED = ("cpu", "cores", "threads", "instructions")
+
+
+def earlier(out: Path, facts: dict[str, Any], **empty: Any) -> dict[str, Any]:
+    """The results so far, or `empty` where there are none of this machine in this form; `facts` are its own now.
+
+    A file that holds no results ends the program: it is somebody's.
+    """
+    try:
+        results = json.loads(out.read_text()) if out.exists() else {}
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{out} can't be read: {error}; move it or choose another --out") from None
+    if results and not (isinstance(results, dict) and {"machine", "rows"} <= results.keys()):
+        raise SystemExit(f"{out} holds no results of this benchmark: choose another --out")
+    same = results and all(results["machine"][k] == facts[k] for k in MEASURED)
+    if results and not (same and empty.keys() <= results.keys()):
+        print(f"{out} is from another machine or an older form: it begins anew")
+        results = {}
+    return empty | results | {"machine": facts}
+
 
 def percentiles(values: Any) -> dict[str, float]:
     """Median, p20 and p80."""

@@ -318,10 +318,10 @@ def test_the_table_replaces_what_stands_between_the_markers():
 
 def test_rows_are_merged_in_order_and_other_machines_are_dropped(results, tmp_path):
     out = tmp_path / "bert.json"
-    facts = results["machine"]
-    assert bench_bert.earlier(out, facts)["rows"] == []
+    facts, empty = results["machine"], {"environments": {}, "rows": []}
+    assert summary.earlier(out, facts, **empty)["rows"] == []
     out.write_text(json.dumps(results))
-    kept = bench_bert.earlier(out, facts)
+    kept = summary.earlier(out, facts, **empty)
     new = {**results["rows"][0], "date": "later"}
     bench_bert.merge(kept, new, {"openvino": Outcome(versions={"openvino": "1"})})
     assert [(r["work"], r["date"]) for r in kept["rows"]] == [
@@ -329,7 +329,9 @@ def test_rows_are_merged_in_order_and_other_machines_are_dropped(results, tmp_pa
         ("pretrain-real-fp32", "2026-11-25"),
     ]
     assert kept["environments"].keys() == {"sdpa", "openvino"}
-    assert bench_bert.earlier(out, {**facts, "cpu": "another"})["rows"] == []
+    other = {**facts, "cpu": "another"}
+    assert summary.earlier(out, other, **empty) == {"machine": other, **empty}
+    assert summary.earlier(out, facts, runs={})["runs"] == {}
 
 
 @pytest.fixture
