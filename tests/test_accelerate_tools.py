@@ -10,6 +10,7 @@ from hf_models import MASK, V, accelerated, at_tokens, batch, build, transformer
 from torch import nn
 
 import fastbert
+from fastbert.integrations.accelerate import is_accelerated
 from fastbert.testing.checkpoints import SENTENCES
 
 # --- adapters: one that is skipped would be the worst of all bugs ---
@@ -224,6 +225,34 @@ def test_two_processes(how, tmp_path):
 
 
 # --- validate ---
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    torch.distributed.init_process_group(
+        "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_what_is_sharded_already_is_refused(alone):
+    from torch.distributed.fsdp import fully_shard
+
+    model = build("Bert", "ForMaskedLM")
+    fully_shard(model.bert.encoder.layer[1])
+    with pytest.raises(ValueError, match=r"a BertLayer is sharded already: .* before fully_shard"):
+        fastbert.accelerate(model)
+    assert not is_accelerated(model)
+    # what was accelerated before stays so, and a second call is no error
+    model = accelerated(build("Bert", "ForMaskedLM"))
+    fully_shard(model.bert.encoder.layer[1])
+    assert fastbert.accelerate(model) is model
+    # a class that accelerate leaves alone may be sharded
+    wrapper = nn.Sequential(build("Bert"))
+    fully_shard(wrapper)
+    assert is_accelerated(fastbert.accelerate(wrapper))
 
 
 def test_validate_agrees_and_leaves_no_trace(capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import Counter
 from typing import TypeVar
 
@@ -34,9 +35,10 @@ def accelerate(model: M) -> M:
     CamemBERT, DistilBERT and ELECTRA encoders and masked-LM, question-answering and token-level heads, to a subclass of
     the same name. Modules, parameters, their names, state-dict keys, hooks and signatures stay. What a layer can't do
     on packed tokens is done by its own class's code, with one sentence in the log "fastbert". docs/accelerate.md.
-    Refuses what is no torch.nn.Module.
+    Refuses what is no torch.nn.Module and, before anything is changed, a module of these that fully_shard had before.
     """
     _check(model)
+    _check_sharded(model)
     changed: Counter[str] = Counter()
     for m in model.modules():
         kind = _replacement(type(m))
@@ -84,6 +86,18 @@ def _check(model: object) -> None:
         raise TypeError(
             f"model is a {type(model).__name__}: pass a torch.nn.Module, such as what from_pretrained returns"
         )
+
+
+def _check_sharded(model: nn.Module) -> None:
+    """fully_shard gives a module a class of its own, in whose place there is nothing to put."""
+    sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    for m in model.modules():
+        if isinstance(m, sharded) and _STOCK not in m.__dict__:
+            kind = type(m).__mro__[2]
+            if _replacement(kind) is not None:
+                raise ValueError(
+                    f"a {kind.__name__} is sharded already: call accelerate() before fully_shard()"
+                )
 
 
 def _replacement(kind: type[nn.Module]) -> type[nn.Module] | None:
