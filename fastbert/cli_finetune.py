@@ -87,7 +87,9 @@ def predict(
         predictions, metrics = predictor.records(file)
     else:
         lines = read_lines(texts)
-        seconds, contexts = ([value] * len(lines) if value else None for value in (pair, context))
+        seconds, contexts = (
+            None if value is None else [value] * len(lines) for value in (pair, context)
+        )
         predictions = predictor.texts(lines, seconds, contexts)
     if predictor.cut:
         say(f"{predictor.cut} texts were cut to {predictor.options.max_length} tokens")

@@ -115,7 +115,7 @@ def _check_count(
     name: str, values: Sequence[str] | None, texts: Sequence[str], wanted: bool
 ) -> None:
     if wanted and values is None:
-        raise ValueError(f"this model takes two texts at once: pass {name} too")
+        raise ValueError(f"this model takes two texts at once: pass {name} too, --{name[:-1]}")
     if values is not None and name == "contexts" and not wanted:
         raise ValueError("contexts belong to questions, which this model does not answer")
     if values is not None and len(values) != len(texts):
