@@ -5,7 +5,7 @@
 #   make bench       the benchmarks that need no environment but this one
 #   make bench-peers the end-to-end benchmark against all peers, each in its own environment
 #   make bench-scaling  cost against the number of tokens and the length of a sequence, with a plot; 4 to 6 minutes
-#   make bench-scripts  users' scripts (Trainer, sentence-transformers) as they are and accelerated, step by step; about an hour
+#   make bench-scripts  users' scripts (Trainer, sentence-transformers) as they are and accelerated, step by step; two hours
 #   make test-gpu-static  the Triton kernels in every configuration compiled for GPUs that are not here, and inspected
 #   make test-ptx    every sample of every op, forward and backward, with the GPU backends on the PTX machine
 #   make gpu         on a machine with a GPU: parity, memory and race checks, timings, into docs/gpu.md
