@@ -224,9 +224,6 @@ def test_two_processes(how, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-# --- validate ---
-
-
 @pytest.fixture
 def alone():
     """A process group of this process."""
@@ -253,6 +250,9 @@ def test_what_is_sharded_already_is_refused(alone):
     wrapper = nn.Sequential(build("Bert"))
     fully_shard(wrapper)
     assert is_accelerated(fastbert.accelerate(wrapper))
+
+
+# --- validate ---
 
 
 def test_validate_agrees_and_leaves_no_trace(capsys):
