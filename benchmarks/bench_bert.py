@@ -25,8 +25,8 @@ from saved import against_stock
 from summary import earlier, row
 from works import OURS, PEERS, STOCK, WORKS, Peer, Work, make_inputs, make_models
 
+from fastbert import machine
 from fastbert.files import write_text
-from fastbert.testing import machine
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "bert.json"

@@ -95,7 +95,7 @@ def peaks(device: str, rehearsal: bool) -> dict[str, float]:
 
 def op_cases(device: str, rehearsal: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """(op, arguments) at BERT-base's shapes with 16,384 tokens in bf16; tiny ones in a rehearsal."""
-    from fastbert.testing.samples import Draw
+    from fastbert.reference.samples import Draw
 
     T, C, H, V = (64, 32, 2, 200) if rehearsal else (16384, 768, 12, 30522)
     draw = Draw(torch.bfloat16, device)
@@ -358,7 +358,7 @@ def main() -> None:
         )
     import fastbert
     from fastbert.files import write_text
-    from fastbert.testing.machine import machine_info
+    from fastbert.machine import machine_info
 
     device = "cpu" if options.rehearse else "cuda"
     # on a CPU the order has not got it

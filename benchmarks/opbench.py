@@ -23,10 +23,11 @@ from torch import Tensor
 import fastbert
 from fastbert import backend, functional
 from fastbert.files import write_text
+from fastbert.machine import machine_info
+from fastbert.reference.samples import Cost
 from fastbert.testing.budget import assert_within_budget
-from fastbert.testing.machine import machine_info, peaks
 from fastbert.testing.parity import call, detached, leaves_of, tree_map
-from fastbert.testing.samples import Cost
+from fastbert.testing.peaks import peaks
 from fastbert.testing.timing import Timing, interleave_training
 
 RESULTS = Path(__file__).parent / "results" / "ops.json"

@@ -10,7 +10,7 @@ from torch import nn
 from works import LAYERS, OURS, STOCK
 
 from fastbert.bert import BertConfig, BertModel
-from fastbert.testing.memory import saved_bytes
+from fastbert.integrations.memory import saved_bytes
 
 VOCABULARY = 100
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from fastbert import functional
 from fastbert.blocks import EncoderLayer
 from fastbert.files import write_text
-from fastbert.testing.machine import machine_info, peaks
+from fastbert.machine import machine_info
+from fastbert.testing.peaks import peaks
 from fastbert.testing.timing import interleave_training
 
 RESULTS = Path(__file__).parent / "results"

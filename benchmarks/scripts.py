@@ -23,7 +23,7 @@ from readme import replaced
 from summary import earlier
 
 from fastbert.files import write_text
-from fastbert.testing.machine import machine_info
+from fastbert.machine import machine_info
 from fastbert.testing.timing import Timing, rotated
 
 HERE = Path(__file__).resolve().parent

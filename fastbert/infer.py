@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as stock
 
-from fastbert.bert import BertForMaskedLM, BertModel
 from fastbert.data import load_tokenizer
 from fastbert.data.tokenizer import SpecialIds, is_roberta
+from fastbert.models.encoder import BertModel
+from fastbert.models.heads import BertForMaskedLM
 
 
 def packed(encodings: Sequence[Any]) -> dict[str, Any]:

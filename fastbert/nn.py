@@ -6,6 +6,9 @@ docs/modules.md lists when. Encoders compute no padding: their outputs there are
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,17 +23,16 @@ from fastbert.blocks import (
     QKVProjection,
     SelfAttention,
     attend,
-    hooked,
-    log_once,
-    observed,
     sinusoidal_positions,
-    transformed,
 )
-from fastbert.graphs import InferenceRunner
-from fastbert.ops._register import seed_for
+from fastbert.ops.context import seed_for
 from fastbert.packing import Packing
 from fastbert.reference.philox import dropout
-from fastbert.training_graphs import TrainingRunner
+from fastbert.watch import hooked, log_once, observed, transformed
+
+if TYPE_CHECKING:
+    from fastbert.graphs import InferenceRunner
+    from fastbert.training_graphs import TrainingRunner
 
 __all__ = [
     "GELU",
@@ -52,6 +54,19 @@ __all__ = [
     "TransformerEncoderLayer",
     "sinusoidal_positions",
 ]
+
+
+# runners are made of models, which are made of this module
+_RUNNERS = {
+    "InferenceRunner": "fastbert.graphs",
+    "TrainingRunner": "fastbert.training_graphs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _RUNNERS:
+        return getattr(import_module(_RUNNERS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # the class of torch.nn.MultiheadAttention's output projection is not public
@@ -152,7 +167,7 @@ def _key_padding(mask: Tensor | None, x: Tensor) -> tuple[Packing, str | None]:
 def _changed(m: nn.Module, kind: type[nn.Module]) -> str | None:
     """Why a part of a module can't be read instead of called: only an untouched torch.nn (or our) module can."""
     # an adapter or a parametrization is a class of its own, whose weight alone says nothing
-    if type(m) is not kind and type(m).__module__ != __name__:
+    if type(m) is not kind and type(m) is not _OURS.get(kind):
         return f"a {kind.__name__} was replaced by a {type(m).__name__}"
     if hooked(m):
         return f"hooks are attached to a {kind.__name__} inside"
@@ -398,3 +413,11 @@ def _add_norm(
     return F.dropout_add_layer_norm(
         y, residual, m.weight, m.bias, eps=m.eps, p=p, seed=seed, site=site
     )
+
+
+# the class of ours that stands for one of torch.nn's inside a layer
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LayerNorm: LayerNorm,
+    nn.Linear: Linear,
+    nn.MultiheadAttention: MultiheadAttention,
+}

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as stock
 from torch import Tensor, nn
 
-from fastbert import bert
-from fastbert.graphs import Capture, config_of, fill, multiple, padded_inputs, power, touch
-from fastbert.ops._register import autocast_dtype
-from fastbert.packing import Inputs, prepare
+from fastbert.models.inputs import Inputs, prepare
+from fastbert.models.output import Output
+from fastbert.ops.context import autocast_dtype
+from fastbert.runners.capture import Capture, config_of, fill, multiple, padded_inputs, power, touch
 
 
 @dataclasses.dataclass
@@ -23,7 +23,7 @@ class _Step:
 
     inputs: dict[str, Any]
     used: list[nn.Parameter]
-    output: bert.Output | None
+    output: Output | None
     graph: Any
 
 
@@ -47,8 +47,8 @@ class TrainingRunner:
     def __init__(self, model: nn.Module, *, max_graphs: int = 64) -> None:
         self.config = config_of(model, max_graphs)
         self.model, self.max_graphs = model, max_graphs
-        self._masked_lm = hasattr(model, "mlm_head")
-        self._of_tokens = self._masked_lm or isinstance(model, bert.BertForTokenClassification)
+        self._masked_lm = getattr(model, "reads_label_rows", False)
+        self._of_tokens = getattr(model, "labels_per_token", False)
         self._parameters = list(model.parameters())
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._entries: OrderedDict[tuple[Any, ...], _Step] = OrderedDict()
@@ -63,7 +63,7 @@ class TrainingRunner:
         attention_mask: Tensor | None = None,  # (B, S), 1 at tokens
         token_type_ids: Tensor | None = None,  # as input_ids
         **options: Any,  # labels and whatever else the model's forward takes
-    ) -> bert.Output:
+    ) -> Output:
         """The losses of a batch; the gradients of `loss` are added to the parameters'."""
         self._check(input_ids, options)
         if input_ids.numel() == 0:
@@ -189,7 +189,7 @@ class TrainingRunner:
             torch.cuda.set_rng_state(state, device)
         return _Step(inputs, used, output, graph)
 
-    def _step(self, inputs: dict[str, Any]) -> bert.Output:
+    def _step(self, inputs: dict[str, Any]) -> Output:
         output = self.model(**inputs)
         loss = getattr(output, "loss", None)
         if loss is None:
@@ -226,14 +226,14 @@ class TrainingRunner:
                 inputs[name].copy_(value)
 
 
-def _losses(output: Any, copy: Callable[[Tensor], Tensor]) -> bert.Output:
+def _losses(output: Any, copy: Callable[[Tensor], Tensor]) -> Output:
     """An Output of copies of the scalars in one."""
     found: dict[str, Any] = {}
     for name in output.keys():  # noqa: SIM118 -- an Output iterates over values
         value = getattr(output, name)
         if isinstance(value, Tensor) and value.dim() == 0:
             found[name] = copy(value)
-    return bert.Output(**found)
+    return Output(**found)
 
 
 def _offsets(

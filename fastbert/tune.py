@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastbert import backend, tuned
-from fastbert.testing.machine import machine_info
+from fastbert.machine import machine_info
 
 _log = logging.getLogger("fastbert")
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fastbert.files import cache_folder, write_text
+from fastbert.machine import cpu_name
 
 # calls of at most this many rows are tuned apart from longer ones
 FEW_ROWS = 256
@@ -62,8 +63,6 @@ def device_name(device: torch.device) -> str:
     """What entries of a device are filed under."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    from fastbert.testing.machine import cpu_name
-
     return cpu_name()
 
 

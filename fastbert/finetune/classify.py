@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbert.bert import BertForSequenceClassification, Output
 from fastbert.data import Batch
 from fastbert.finetune.config import Options
 from fastbert.finetune.features import Features
 from fastbert.finetune.records import Record
-from fastbert.train.evaluate import wilson
+from fastbert.models.heads import BertForSequenceClassification
+from fastbert.models.output import Output
+from fastbert.train.metrics import wilson
 
 Floats = NDArray[np.float32]
 

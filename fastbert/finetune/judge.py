@@ -16,7 +16,7 @@ from fastbert.finetune.classify import Classify
 from fastbert.finetune.config import Options
 from fastbert.finetune.features import Features, items
 from fastbert.finetune.tag import Tag
-from fastbert.train.evaluate import autocast
+from fastbert.train.session import autocast
 
 Task = Classify | Tag | Answer
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastbert.data import Batch, save_tokenizer
@@ -15,22 +14,26 @@ from fastbert.finetune.data import Data
 from fastbert.finetune.features import Shuffled, items
 from fastbert.finetune.judge import Part, predict
 from fastbert.train import store
-from fastbert.train.evaluate import autocast
 from fastbert.train.loop import Run
+from fastbert.train.session import autocast
 from fastbert.train.trainer import Trainer
 
 
 class FinetuneTrainer(Trainer):
     """Steps on labelled batches; the loss of a step is the sum over its labels / their number, over all batches."""
 
-    def _counts(self, batches: list[Batch]) -> dict[str, int]:
-        if self.config.accumulate > 1:
+    def __init__(self, model: nn.Module, data: Shuffled, config: FinetuneConfig) -> None:
+        super().__init__(model, data, config)
+        if config.accumulate > 1:
             # a replayed step's loss is the mean over its own batch
             self._replayed = None
+
+    def counts(self, batches: list[Batch]) -> dict[str, int]:
+        """The number of labels in the whole step."""
         return {"items": max(int(self.world.total(sum(map(items, batches)))), 1)}
 
-    def _backward(self, batch: Batch, counts: dict[str, int]) -> Tensor:
-        """Add one batch's gradients; returns its part of the loss, and 0 where pretraining has a second one."""
+    def backward(self, batch: Batch, counts: dict[str, int]) -> Tensor:
+        """Add one batch's gradients; returns its part of the loss."""
         with autocast(self.device, self.config.precision):
             if self._replayed is not None:
                 loss = self._replayed(**batch).loss
@@ -38,7 +41,7 @@ class FinetuneTrainer(Trainer):
                 loss = self.model(**batch).loss * (items(batch) / counts["items"])
                 loss.backward()
         assert loss is not None
-        return torch.stack([loss, torch.zeros_like(loss)]).detach().double()
+        return loss[None].detach().double()
 
 
 class FinetuneRun(Run):
@@ -55,8 +58,7 @@ class FinetuneRun(Run):
         config: FinetuneConfig,
         quiet: bool = False,
     ) -> None:
-        # evaluation is this class's own: nothing reads a feed of held-out batches
-        super().__init__(trainer, None, out, identity, quiet)  # type: ignore[arg-type]
+        super().__init__(trainer, out, identity, quiet)
         self.data = data
         self.settings = config
         self.metric = config.metric or data.task.metric
@@ -81,10 +83,6 @@ class FinetuneRun(Run):
         """Whether all steps are made, or the metric has not improved for as long as `patience` says."""
         patience = self.settings.patience
         return super().finished() or 0 < patience <= self.best["since"]
-
-    def losses(self) -> dict[str, float]:
-        """The mean loss of the steps since the last log line."""
-        return {"loss": self.trainer.at.window_loss / self.trainer.at.window_steps}
 
     def extra(self) -> dict[str, Any]:
         """The best evaluation so far."""

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbert.bert import BertForTokenClassification, Output
 from fastbert.data import Batch, SpecialIds
 from fastbert.data.tokenizer import is_roberta
 from fastbert.finetune.classify import counts, ordered, softmax
 from fastbert.finetune.config import Options
 from fastbert.finetune.features import Features
 from fastbert.finetune.records import Record
+from fastbert.models.heads import BertForTokenClassification
+from fastbert.models.output import Output
 
 Floats = NDArray[np.float32]
 

@@ -15,9 +15,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
-from fastbert.bert import BertConfig, BertForMaskedLM
+from fastbert.bert import BertConfig
 from fastbert.checkpoint import State, fill, read_pickle, save, share_decoder
 from fastbert.data.tokenizer import save_tokenizer
+from fastbert.models.heads import BertForMaskedLM
 from fastbert.names import Names, prefixed
 
 _ENCODER: Names = {

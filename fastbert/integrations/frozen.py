@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import backend, cpu
-from fastbert.blocks import log_once
-from fastbert.freeze import RECORDED, Copies, Shape
 from fastbert.integrations import layers
 from fastbert.integrations.families import Parts
-from fastbert.ops._register import autocast
+from fastbert.ops.context import autocast
+from fastbert.runners.copies import RECORDED, Copies, Shape
+from fastbert.watch import log_once
 
 # a layer's Linears and norms behind query, key and value, in the order of encoder.h's Layer
 _ORDER = ("out", "attention_norm", "up", "down", "output_norm")

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as stock_functional
 
 from fastbert import functional as F
-from fastbert.blocks import hooked, log_once, observed
 from fastbert.integrations import layers
 from fastbert.integrations.families import found
 from fastbert.packing import find_labelled
+from fastbert.watch import hooked, log_once, observed
 
 Stock = Callable[..., Any]
 

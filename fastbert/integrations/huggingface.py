@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert.blocks import first_hooked, hooked, log_once, observed
 from fastbert.integrations import frozen, heads, layers, transformers4
 from fastbert.integrations.families import FAMILIES, Family, Parts
 from fastbert.integrations.layers import Call
-from fastbert.ops._register import seed_for
+from fastbert.ops.context import seed_for
 from fastbert.packing import Packing, find_tokens
+from fastbert.watch import first_hooked, hooked, log_once, observed
 
 # --- the classes ---
 
@@ -70,6 +70,8 @@ def _make(family: Family, name: str) -> type[nn.Module]:
             "fastbert_output": _output(family, kind),
             "fastbert_old": transformers4.is_old(stock.forward),
         }
+        if kind == "encoder":
+            space["fastbert_copies"] = frozen.FrozenLayers
         if kind == "model" and space["fastbert_old"]:
             space |= transformers4.methods(stock)
         if hasattr(stock, "is_custom_code"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.integrations.accelerate import accelerate, is_accelerated, restore
-from fastbert.testing.memory import saved_bytes
+from fastbert.integrations.memory import saved_bytes
 
 NAMES = ("stock", "fastbert")
 COSINE = 0.9999

@@ -10,6 +10,7 @@ import torch
 from torch.autograd import forward_ad
 
 from fastbert import backend
+from fastbert.ops.context import autocast_dtype, needs_dispatcher
 
 _lib = torch.library.Library("fastbert", "DEF")
 
@@ -55,31 +56,9 @@ def register(
     registered = getattr(torch.ops.fastbert, name).default
 
     def call(*args: Any) -> Any:
-        return registered(*args) if _observed(args) else body(*args)
+        return registered(*args) if needs_dispatcher(args) else body(*args)
 
     return call
-
-
-def untraced(
-    name: str, fake: Callable[..., Any]
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a function of tensors that torch.compile must not look into: there it is the op `fastbert::<name>`.
-
-    For results whose size depends on values: the graph breaks at the op, and the function runs between the graphs.
-    """
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        op = torch.library.custom_op(f"fastbert::{name}", function, mutates_args=())
-        op.register_fake(fake)
-        registered = getattr(torch.ops.fastbert, name).default
-
-        @wraps(function)
-        def call(*args: Any) -> Any:
-            return registered(*args) if _observed(args) else function(*args)
-
-        return call
-
-    return decorate
 
 
 def _on_device(run: Callable[..., Any], *inputs: Any) -> Any:
@@ -89,30 +68,6 @@ def _on_device(run: Callable[..., Any], *inputs: Any) -> Any:
         return run(*inputs)
     with torch.cuda.device(device):
         return run(*inputs)
-
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-def _observed(args: Sequence[Any]) -> bool:
-    """Whether somebody must see the registered op: a tracer, a dispatch mode, the profiler, a subclass of Tensor.
-
-    Plain eager calls skip torch's dispatcher, which takes 25 us of Python to box and unbox them (torch 2.13).
-    """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._get_tracing_state() is not None
-    ):
-        return True
-    for a in args:
-        if isinstance(a, torch.Tensor):
-            if a.is_meta or type(a) not in _PLAIN:
-                return True
-        elif type(a) is list and _observed(a):
-            return True
-    return False
 
 
 def record(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -192,21 +147,6 @@ def _refuse_duals(tensors: Sequence[torch.Tensor | None]) -> None:
         )
 
 
-def autocast_dtype(kind: str) -> torch.dtype | None:
-    """The autocast dtype of a device type, None where autocast is off or unknown (meta)."""
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
-
-
-def autocast(x: torch.Tensor) -> torch.Tensor:
-    """x in the autocast dtype where autocast is on for its device, else x itself; fp64 is left alone, as by stock."""
-    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
-        return x
-    dtype = autocast_dtype(x.device.type)
-    return x.to(dtype) if dtype is not None and x.dtype != torch.float64 else x
-
-
 def shared(x: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor]:
     """The weights, of one dtype, as forward and backward read them: on a GPU one cast to x's dtype serves both.
 
@@ -232,20 +172,6 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 def as_shape(y: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Rows y (N, C) in the shape of the op's input: y itself where that had rows too."""
     return y if len(shape) == 2 else y.view(shape)
-
-
-def seed_for(p: float, seed: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
-    """The dropout seed: none at p = 0, the caller's, or a fresh one on x's device from torch's generator."""
-    if p == 0.0:
-        return None
-    if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
-        raise ValueError(
-            f"seed must be one int64 on {x.device}, got {tuple(seed.shape)} {seed.dtype} on {seed.device}: "
-            "draw it with torch.randint(2**62, (1,), device=x.device)"
-        )
-    return seed if seed.dim() == 1 else seed.reshape(1)
 
 
 def sums(x: torch.Tensor) -> torch.dtype:

@@ -9,14 +9,8 @@ from torch import Tensor
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import (
-    autocast,
-    once_differentiable,
-    record,
-    register,
-    seed_for,
-    wants_grad,
-)
+from fastbert.ops._register import once_differentiable, record, register, wants_grad
+from fastbert.ops.context import autocast, seed_for
 
 
 def _fwd_check(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *_: Any) -> None:

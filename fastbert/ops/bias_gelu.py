@@ -12,13 +12,13 @@ from fastbert.ops import _check
 from fastbert.ops._register import (
     as_rows,
     as_shape,
-    autocast,
     none_if_empty,
     once_differentiable,
     record,
     register,
     wants_grad,
 )
+from fastbert.ops.context import autocast
 
 
 def _fwd_fake(x: Tensor, bias: Tensor | None, *_: Any) -> Any:

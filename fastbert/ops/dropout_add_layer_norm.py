@@ -15,10 +15,10 @@ from fastbert.ops._register import (
     once_differentiable,
     record,
     register,
-    seed_for,
     sums,
     wants_grad,
 )
+from fastbert.ops.context import seed_for
 from fastbert.ops.layer_norm import row_stats
 
 

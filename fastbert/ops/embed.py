@@ -10,15 +10,14 @@ from torch import Tensor
 from fastbert.backend import choose
 from fastbert.ops import _check
 from fastbert.ops._register import (
-    autocast_dtype,
     none_if_empty,
     once_differentiable,
     record,
     register,
-    seed_for,
     sums,
     wants_grad,
 )
+from fastbert.ops.context import autocast_dtype, seed_for
 
 
 def _fwd_check(

@@ -12,7 +12,6 @@ from fastbert.backend import choose
 from fastbert.ops import _check
 from fastbert.ops._register import (
     as_rows,
-    autocast,
     once_differentiable,
     record,
     register,
@@ -20,6 +19,7 @@ from fastbert.ops._register import (
     sums,
     wants_grad,
 )
+from fastbert.ops.context import autocast
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, *_: Any) -> Any:

@@ -10,14 +10,8 @@ from torch import Tensor
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import (
-    autocast,
-    once_differentiable,
-    record,
-    register,
-    sums,
-    wants_grad,
-)
+from fastbert.ops._register import once_differentiable, record, register, sums, wants_grad
+from fastbert.ops.context import autocast
 
 # above this many labelled rows the logits are built again in backward, a chunk at a time, instead of being kept
 MAX_ROWS = 8192

@@ -10,15 +10,8 @@ from torch import Tensor
 
 from fastbert.backend import choose
 from fastbert.ops import _check
-from fastbert.ops._register import (
-    autocast,
-    once_differentiable,
-    record,
-    register,
-    shared,
-    sums,
-    wants_grad,
-)
+from fastbert.ops._register import once_differentiable, record, register, shared, sums, wants_grad
+from fastbert.ops.context import autocast
 
 
 def _fwd_fake(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastbert.reference.layer_norm import widen
-from fastbert.testing.samples import Cost, Draw, Sample, low_precision, nbytes
+from fastbert.reference.samples import Cost, Draw, Sample, low_precision, nbytes
 
 _A, _B = math.sqrt(2 / math.pi), 0.044715
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastbert.reference import layer_norm, philox
 from fastbert.reference.layer_norm import widen
-from fastbert.testing.samples import Cost, Draw, Sample, nbytes
+from fastbert.reference.samples import Cost, Draw, Sample, nbytes
 
 
 def unsupported(*args: object) -> str | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastbert.reference import bias_gelu, linear
 from fastbert.reference.layer_norm import widen
-from fastbert.testing.samples import Cost, Draw, Sample, low_precision
+from fastbert.reference.samples import Cost, Draw, Sample, low_precision
 
 
 def unsupported(*args: object) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert.testing.samples import Cost, Draw, Sample, low_precision, nbytes
+from fastbert.reference.samples import Cost, Draw, Sample, low_precision, nbytes
 
 
 def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> str | None:

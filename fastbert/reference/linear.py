@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastbert.reference.layer_norm import widen
-from fastbert.testing.samples import Cost, Draw, Sample, low_precision, nbytes
+from fastbert.reference.samples import Cost, Draw, Sample, low_precision, nbytes
 
 
 def unsupported(*args: object) -> str | None:

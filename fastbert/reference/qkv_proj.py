@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.reference import linear
-from fastbert.testing.samples import Cost, Draw, Sample, low_precision
+from fastbert.reference.samples import Cost, Draw, Sample, low_precision
 
 
 def unsupported(*args: object) -> str | None:

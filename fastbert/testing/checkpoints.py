@@ -19,9 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 from fastbert import backend, bert
 from fastbert.checkpoint import class_name
 from fastbert.data import load_tokenizer
+from fastbert.data.fetch import fetch
 from fastbert.integrations.fairseq import convert_fairseq_roberta
 from fastbert.names import hf_keys, names_of
-from fastbert.testing.fetch import fetch
 
 LAYOUTS = ("padded", "packed", "single")
 # outputs with one row per token, the others have one per sequence

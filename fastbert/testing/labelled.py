@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fastbert.data import rng
-from fastbert.testing.fetch import fetch
+from fastbert.data.fetch import fetch
 
 _ARCHIVE, _RATINGS = "hutto_ICWSM_2014.tar.gz", "movieReviewSnippets_GroundTruth.txt"
 # sentences rated nearer to 0 than this are neither (DATA.md); the raters' scale runs from -4 to 4

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastbert import backend, functional
+from fastbert.reference.samples import Sample
 from fastbert.testing import poison
 from fastbert.testing.budget import assert_within_budget
-from fastbert.testing.samples import Sample
 
 Results = dict[str, Tensor]
 

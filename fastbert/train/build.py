@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastbert.bert import BertConfig, BertForMaskedLM, BertForPreTraining
+from fastbert.bert import BertConfig
 from fastbert.data import SpecialIds, vocabulary
+from fastbert.models.heads import BertForMaskedLM, BertForPreTraining
 from fastbert.train.config import PretrainConfig
 from fastbert.train.initial import start_with_neighbours
 

@@ -30,7 +30,7 @@ def demo(
     """Pretrain a small BERT on the State of the Union addresses, then fill masks with it."""
     from rich.console import Console
 
-    from fastbert.testing.fetch import fetch
+    from fastbert.data.fetch import fetch
     from fastbert.train.config import PretrainConfig, load_settings
     from fastbert.train.run import pretrain, summary
     from fastbert.train.settings import merge

@@ -7,7 +7,7 @@ One labelled token in ten is left visible, so that loss on all labelled tokens f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -16,20 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as stock
 
 from fastbert.data import Batch
+from fastbert.train.metrics import wilson
+from fastbert.train.session import autocast
 from fastbert.train.world import World
-
-# of a 95 % interval
-_Z = 1.959963984540054
-
-
-def wilson(right: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion (Wilson 1927); (0, 1) where nothing was counted."""
-    if total == 0:
-        return 0.0, 1.0
-    p, z2 = right / total, _Z * _Z
-    centre = (p + z2 / (2 * total)) / (1 + z2 / total)
-    spread = _Z / (1 + z2 / total) * math.sqrt(p * (1 - p) / total + z2 / (4 * total * total))
-    return max(centre - spread, 0.0), min(centre + spread, 1.0)
 
 
 def evaluate(
@@ -38,15 +27,15 @@ def evaluate(
     mask_id: int,
     precision: str = "fp32",
     world: World | None = None,
+    judged: Callable[[Batch, int], Tensor] | None = None,
 ) -> dict[str, float]:
     """Judge a pretraining model on packed batches: MLM loss, perplexity and accuracy, NSP accuracy.
 
     Loss and accuracy are means over labelled tokens, and once more over those whose input is `mask_id`. Processes share
-    the batches.
+    the batches. `judged` is `judge` bound to a model whose weights are spread over processes, which gathers them.
     """
     device, world = next(model.parameters()).device, world or World()
-    # a model whose weights are spread has a method that gathers them
-    judged = getattr(model, "judge", partial(judge, model))
+    judged = judged or partial(judge, model)
     # loss, right and count over labelled tokens; the same over [MASK]; pairs right and count
     sums = torch.zeros(8, dtype=torch.float64, device=device)
     training, number = model.training, -1
@@ -105,8 +94,3 @@ def judge(model: Any, batch: Batch, mask_id: int) -> Tensor:
 
 
 _INPUTS = ("input_ids", "token_type_ids", "cu_seqlens", "max_seqlen")
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bf16 autocast, or a context that changes nothing."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastbert.bert import BertModel
 from fastbert.blocks import sinusoidal_positions
+from fastbert.models.encoder import BertModel
 
 
 def _rotation(head_size: int, hidden: int, shift: int) -> Tensor:

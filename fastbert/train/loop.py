@@ -6,16 +6,13 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from fastbert.data import Batch
 from fastbert.train import store
-from fastbert.train.evaluate import evaluate
 from fastbert.train.metrics import Metrics
 from fastbert.train.progress import Progress
 from fastbert.train.sharded import ShardedCheckpoints
@@ -27,21 +24,12 @@ _log = logging.getLogger("fastbert")
 class Stopped(Exception):
     """A signal ended the run after a whole step; a checkpoint of that step is written."""
 
-    def __init__(self, signum: int, step: int, out: Path, command: str = "pretrain") -> None:
+    def __init__(self, signum: int, step: int, out: Path, command: str) -> None:
         self.exit_code = 128 + signum
         super().__init__(
             f"stopped by {signal.Signals(signum).name} after step {step}; go on with: "
             f"fastbert {command} --out {out} --resume"
         )
-
-
-class HeldOut(Protocol):
-    """Batches to judge by, such as fastbert.train.feed.Feed has them."""
-
-    mask_id: int
-
-    def held_out(self) -> Iterable[Batch]:
-        """The batches, always the same under the same mask."""
 
 
 class Signals:
@@ -74,21 +62,21 @@ class Signals:
 class Run:
     """A trainer with its output folder: when to log, to evaluate, to write a checkpoint, and to stop.
 
-    Here it pretrains; another kind of training overrides the methods from `finished` to `restore_extra`.
+    A kind of training is a subclass with its `command` and `evaluation`; it may override the methods from `finished`
+    to `restore_extra`.
     """
 
-    command = "pretrain"
+    # the command line's name of this kind of training
+    command: str
 
     def __init__(
         self,
         trainer: Trainer,
-        feed: HeldOut,
         out: Path,
         identity: dict[str, Any],
         quiet: bool = False,
     ) -> None:
         self.trainer = trainer
-        self.feed = feed
         self.out = out
         self.identity = identity
         self.quiet = quiet
@@ -135,13 +123,12 @@ class Run:
         at.seconds += seconds
         at.tokens += result.tokens
         at.window_steps += 1
-        at.window_loss += result.loss
-        at.window_mlm += result.mlm
-        at.window_nsp += result.nsp
+        for name, value in result.losses.items():
+            at.window[name] = at.window.get(name, 0.0) + value
         at.window_tokens += result.tokens
         at.window_seconds += seconds
         speed = at.window_tokens / at.window_seconds
-        self.progress.advance(at.step, at.window_loss / at.window_steps, speed)
+        self.progress.advance(at.step, at.window["loss"] / at.window_steps, speed)
         if _due(at.step, t.config.log_every) or at.step == t.steps:
             self._log(result)
 
@@ -158,8 +145,7 @@ class Run:
         }
         self.metrics.write("train", at.step, values)
         self.progress.log(at.step, values, (t.steps - at.step) * at.seconds / at.step)
-        at.window_steps = at.window_tokens = 0
-        at.window_loss = at.window_mlm = at.window_nsp = at.window_seconds = 0.0
+        at.window, at.window_steps, at.window_tokens, at.window_seconds = {}, 0, 0, 0.0
 
     def _evaluate_if_due(self) -> None:
         """Evaluate once at every step where it is due; after a stop that came first, when the run is resumed."""
@@ -179,24 +165,12 @@ class Run:
 
     def losses(self) -> dict[str, float]:
         """The mean losses of the steps since the last log line."""
-        at, n = self.trainer.at, self.trainer.at.window_steps
-        values = {"loss": at.window_loss / n, "mlm_loss": at.window_mlm / n}
-        if getattr(self.trainer.config, "recipe", None) == "bert":
-            values["nsp_loss"] = at.window_nsp / n
-        return values
+        at = self.trainer.at
+        return {name: total / at.window_steps for name, total in at.window.items()}
 
     def evaluation(self) -> tuple[dict[str, float], str]:
         """Judge the model as it is: the values to log, and a sentence of them."""
-        t = self.trainer
-        values = evaluate(
-            t.model, self.feed.held_out(), self.feed.mask_id, t.config.precision, self.world
-        )
-        line = f"held out at step {t.at.step}: loss {values['mlm_loss_masked']:.4f} where [MASK]"
-        line += f", accuracy {values['accuracy_masked']:.1%}"
-        if "nsp_accuracy" in values:
-            low, high = values["nsp_low"], values["nsp_high"]
-            line += f"; next sentence {values['nsp_accuracy']:.1%} ({low:.1%} to {high:.1%})"
-        return values, line
+        raise NotImplementedError
 
     def extra(self) -> dict[str, Any]:
         """What a checkpoint holds beside the trainer's state."""

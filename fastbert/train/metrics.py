@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -68,3 +69,17 @@ def _board(folder: Path, step: int) -> Any:
         return None
     # events after the step resumed at are hidden
     return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+
+# of a 95 % interval
+_Z = 1.959963984540054
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """The 95 % interval of a proportion (Wilson 1927); (0, 1) where nothing was counted."""
+    if total == 0:
+        return 0.0, 1.0
+    p, z2 = right / total, _Z * _Z
+    centre = (p + z2 / (2 * total)) / (1 + z2 / total)
+    spread = _Z / (1 + z2 / total) * math.sqrt(p * (1 - p) / total + z2 / (4 * total * total))
+    return max(centre - spread, 0.0), min(centre + spread, 1.0)

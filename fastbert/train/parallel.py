@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +17,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from fastbert.train.evaluate import judge
 from fastbert.train.world import World
 
 
@@ -48,6 +49,20 @@ class Spread:
             return self.call.no_sync()
         return nullcontext()
 
+    def bound(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` with the model as its first argument, for calls that read weights outside of its forward.
+
+        Sharded weights are gathered around each call.
+        """
+        if not self.sharded:
+            return partial(function, self.model)
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        name = function.__name__
+        setattr(self.model, name, types.MethodType(function, self.model))
+        register_fsdp_forward_method(self.model, name)
+        return getattr(self.model, name)
+
     def clip(self, limit: float) -> Tensor:
         """Scale the gradient down to the largest norm allowed; returns what it was, of all parts together."""
         norm: Any = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
@@ -76,12 +91,10 @@ class Spread:
 def _shard(model: Any, size: int) -> None:
     """Every layer by itself, and the rest: embeddings, heads, which the model's own methods read."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(next(model.parameters()).device.type, (size,))
     for layer in model.bert.layers:
         fully_shard(layer, mesh=mesh)
     # a tied decoder reads the word embedding after the layers
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    model.judge = types.MethodType(judge, model)
-    register_fsdp_forward_method(model, "judge")

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 
 from fastbert.data import save_tokenizer
+from fastbert.pretrain.loop import PretrainRun
+from fastbert.pretrain.trainer import PretrainTrainer
 from fastbert.train import session, store
 from fastbert.train.build import build_model, check_model
 from fastbert.train.config import PretrainConfig
 from fastbert.train.feed import Feed, prepare_feed, reopen_feed
-from fastbert.train.loop import Run
 from fastbert.train.plot import plot_losses
 from fastbert.train.progress import duration
 from fastbert.train.settings import FREE, check_length_said
-from fastbert.train.trainer import Trainer, TrainingError
+from fastbert.train.trainer import TrainingError
 from fastbert.train.world import World, joined
 
 # the part of a time budget that is spent on finding out how many steps fit into it
@@ -115,8 +116,8 @@ def _run(
             store.write_json(out / "about.json", session.about(config))
             # the last thing before training: a folder that has it holds a run
             store.write_text(out / "config.toml", config.to_toml())
-    trainer = Trainer(model, feed.batches, config, world)
-    run = Run(trainer, feed, out, _identity(config, feed), quiet)
+    trainer = PretrainTrainer(model, feed.batches, config, world)
+    run = PretrainRun(trainer, feed, out, _identity(config, feed), quiet)
     if resume:
         say(f"going on after step {run.resume()} of {config.steps}")
     return _report(run, feed, run.train())
@@ -137,7 +138,7 @@ def _feed(
     return feed
 
 
-def _report(run: Run, feed: Feed, evaluation: dict[str, float]) -> Result:
+def _report(run: PretrainRun, feed: Feed, evaluation: dict[str, float]) -> Result:
     """Write the model, the curve and the final figures."""
     trainer, out, world = run.trainer, run.out, run.world
     at, target, plot = trainer.at, out / "model", out / "loss.png"
@@ -263,7 +264,7 @@ def seconds_per_step(
     assert config.minutes is not None
     rng = store.capture_rng()
     alone, settings = World(shards=len(world.parts)), replace(config, steps=1_000_000)
-    trial = Trainer(copy.deepcopy(model), feed.batches, settings, alone)
+    trial = PretrainTrainer(copy.deepcopy(model), feed.batches, settings, alone)
     # the first step is slower than the rest: memory, imports
     trial.train_step()
     started, steps, elapsed = time.perf_counter(), 0, 0.0

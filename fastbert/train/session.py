@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-import fastbert
 from fastbert import backend, tuned
+from fastbert.machine import machine_info
 from fastbert.train.settings import FREE, TrainingSettings, load_settings
 
 Config = TypeVar("Config", bound=TrainingSettings)
@@ -70,7 +70,7 @@ def threads(count: int | None) -> Iterator[None]:
 
 def forced(name: str | None) -> AbstractContextManager[Any]:
     """Force a backend inside the block; None forces nothing."""
-    return fastbert.use(name) if name else nullcontext()
+    return backend.use(name) if name else nullcontext()
 
 
 def seed_all(seed: int) -> None:
@@ -109,8 +109,6 @@ def check_space(model: torch.nn.Module, config: TrainingSettings, out: Path) -> 
 
 def about(config: TrainingSettings) -> dict[str, Any]:
     """The manifest of a run: machine, versions, the backend of each op."""
-    from fastbert.testing.machine import machine_info
-
     return {"machine": machine_info(), "backends": backends(config.device or "cpu")}
 
 
@@ -158,3 +156,8 @@ def fresh(out: Path) -> None:
 
 def silent(text: str) -> None:
     """Say nothing."""
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """bf16 autocast, or a context that changes nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from fastbert import backend
 from fastbert.data import Batch
 from fastbert.train import store
-from fastbert.train.evaluate import autocast
 from fastbert.train.optim import learning_rate, make_optimiser, set_learning_rate
 from fastbert.train.parallel import Spread
 from fastbert.train.settings import TrainingSettings
@@ -43,29 +42,45 @@ class Position:
     tokens: int = 0
     seconds: float = 0.0
     window_steps: int = 0
-    window_loss: float = 0.0
-    window_mlm: float = 0.0
-    window_nsp: float = 0.0
+    # by the losses' names
+    window: dict[str, float] = field(default_factory=dict)
     window_tokens: int = 0
     window_seconds: float = 0.0
+
+    @classmethod
+    def read(cls, saved: dict[str, Any]) -> Position:
+        """The position in a checkpoint; those of version 0.1 hold three losses in fields of their own."""
+        saved = dict(saved)
+        old = {name: saved.pop(f"window_{name}", None) for name in ("loss", "mlm", "nsp")}
+        if old["loss"] is not None:
+            names = {"loss": "loss", "mlm": "mlm_loss", "nsp": "nsp_loss"}
+            saved["window"] = {names[name]: value for name, value in old.items()}
+        return cls(**saved)
 
 
 @dataclass
 class StepResult:
     """The losses of one step, over all of its batches and processes."""
 
-    loss: float
-    mlm: float
-    nsp: float
+    # by name; "loss" is the sum of the others
+    losses: dict[str, float]
     norm: float
     tokens: int
+
+    @property
+    def loss(self) -> float:
+        """The loss that was trained."""
+        return self.losses["loss"]
 
 
 class Trainer:
     """A model, its optimiser, its data and its position; `config.steps` is known.
 
-    Here it pretrains; other losses override `_counts` and `_backward`.
+    A kind of training is a subclass that names its `losses` and has `counts` and `backward`.
     """
+
+    # the losses whose sum is trained, in the order in which `backward` returns them
+    losses: tuple[str, ...] = ("loss",)
 
     def __init__(
         self, model: nn.Module, data: Stream, config: TrainingSettings, world: World | None = None
@@ -102,48 +117,35 @@ class Trainer:
         """One optimiser step on the next batches; raises TrainingError, with the weights unchanged, if not finite."""
         self.model.train()
         batches = self.take()
-        counts = self._counts(batches)
+        counts = self.counts(batches)
         parts = []
         for batch in batches:
             with self.spread.step_part(last=batch is batches[-1]):
-                parts.append(self._backward(batch.to(self.device), counts))
+                parts.append(self.backward(batch.to(self.device), counts))
         # an infinite limit measures and leaves the gradient alone
         norm_there = self.spread.clip(self.config.clip or math.inf)
         # one wait for the device in a step
-        mlm, nsp, norm = torch.cat([torch.stack(parts).sum(0), norm_there.double()[None]]).tolist()
-        own = sum(len(b["input_ids"]) for b in batches)
-        mlm, nsp, tokens = self.world.totals(mlm, nsp, own)
-        if not math.isfinite(mlm + nsp) or not math.isfinite(norm):
-            self._refuse(mlm + nsp, norm, batches)
+        *own, norm = torch.cat([torch.stack(parts).sum(0), norm_there.double()[None]]).tolist()
+        *values, tokens = self.world.totals(*own, sum(len(b["input_ids"]) for b in batches))
+        loss = sum(values)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            self._refuse(loss, norm, batches)
         at = self.at
         rate = learning_rate(at.step, self.steps, self.config.warmup_steps, self.config.lr)
         set_learning_rate(self.optimiser, rate)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         at.step += 1
-        return StepResult(mlm + nsp, mlm, nsp, norm, int(tokens))
+        by_name = dict(zip(self.losses, values, strict=True))
+        return StepResult({"loss": loss, **by_name}, norm, int(tokens))
 
-    def _counts(self, batches: list[Batch]) -> dict[str, int]:
-        """The number of each loss's terms in the whole step, over all processes."""
-        own = sum(len(b["label_rows"]) for b in batches), sum(_pairs(b) for b in batches)
-        labelled, pairs = self.world.totals(*own)
-        counts = {"num_items_in_batch": max(int(labelled), 1)}
-        if pairs:
-            counts["num_pairs_in_batch"] = int(pairs)
-        return counts
+    def counts(self, batches: list[Batch]) -> dict[str, int]:
+        """The number of each loss's terms in the whole step, over all processes, by any names."""
+        raise NotImplementedError
 
-    def _backward(self, batch: Batch, counts: dict[str, int]) -> Tensor:
-        """Add one batch's gradients; returns its MLM and NSP losses, sums / the number of terms in the whole step."""
-        call: Any = self._replayed or self.spread.call
-        with autocast(self.device, self.config.precision):
-            output = call(**batch, **counts)
-        if self._replayed is None:
-            # gradients come back as means over the processes, where sums are wanted
-            (output.loss * self.world.size).backward()
-        nsp = output.nsp_loss
-        if nsp is None:
-            return torch.stack([output.loss, torch.zeros_like(output.loss)]).detach().double()
-        return torch.stack([output.mlm_loss, nsp]).detach().double()
+    def backward(self, batch: Batch, counts: dict[str, int]) -> Tensor:
+        """Add one batch's gradients; returns its `losses` in fp64, each its sum / the number of terms in the step."""
+        raise NotImplementedError
 
     def _refuse(self, loss: float, norm: float, batches: list[Batch]) -> None:
         names = "; ".join(batch.identity for batch in batches)
@@ -174,11 +176,6 @@ class Trainer:
         else:
             self.model.load_state_dict(state["model"])
             self.optimiser.load_state_dict(state["optimiser"])
-        self.at = Position(**state["position"])
+        self.at = Position.read(state["position"])
         self._batches = None
         store.restore_rng(state["rng"])
-
-
-def _pairs(batch: Batch) -> int:
-    answers = batch.get("next_sentence_label")
-    return 0 if answers is None else len(answers)

@@ -180,7 +180,7 @@ def losses(out):
 @pytest.mark.parametrize("place", ["step", "evaluation"])
 def test_interrupted_runs_leave_no_trace(finished, base, tmp_path, monkeypatch, place):
     """Broken off within a step, or right after a better model was written: the same losses, best step and figures."""
-    kind, name = (FinetuneTrainer, "_backward") if place == "step" else (FinetuneRun, "evaluation")
+    kind, name = (FinetuneTrainer, "backward") if place == "step" else (FinetuneRun, "evaluation")
     original, calls = getattr(kind, name), []
 
     def breaks(self, *arguments):

@@ -2,8 +2,8 @@
 
 import pytest
 
+from fastbert.data.fetch import FetchError
 from fastbert.finetune import FinetuneConfig, finetune
-from fastbert.testing.fetch import FetchError
 from fastbert.testing.labelled import MOVIE_FLOOR, conll2003, movie_sentences
 
 

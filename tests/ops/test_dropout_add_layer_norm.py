@@ -3,7 +3,7 @@ import torch
 from harness import check, compiled, gradcheck, parametrize
 
 from fastbert import functional
-from fastbert.testing.memory import saved_bytes
+from fastbert.integrations.memory import saved_bytes
 
 SLUG = "dropout_add_layer_norm"
 

@@ -58,10 +58,10 @@ def run(size, function, *arguments, errors):
 
 def train(settings, out, resume=False, kill=None, fail=None):
     """Pretrain; `kill` = (rank, step) dies there without a word, `fail` = (rank, step) with an error."""
+    from fastbert.pretrain.trainer import PretrainTrainer
     from fastbert.train import PretrainConfig, pretrain
-    from fastbert.train.trainer import Trainer
 
-    original = Trainer.train_step
+    original = PretrainTrainer.train_step
 
     def train_step(self):
         if (self.world.rank, self.at.step) == kill:
@@ -70,7 +70,7 @@ def train(settings, out, resume=False, kill=None, fail=None):
             raise ValueError("this process can't read its data")
         return original(self)
 
-    Trainer.train_step = train_step
+    PretrainTrainer.train_step = train_step
     pretrain(PretrainConfig(**settings), out, resume=resume, quiet=True)
 
 
@@ -81,12 +81,12 @@ def count_exchanges(folder, accumulate):
     from random_feed import RandomFeed, small_config, small_model
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    from fastbert.train.trainer import Trainer
+    from fastbert.pretrain.trainer import PretrainTrainer
     from fastbert.train.world import joined
 
     with joined(gpu=False) as world:
         config = small_config(accumulate=accumulate)
-        trainer = Trainer(small_model(dropout=0.0), RandomFeed(), config, world)
+        trainer = PretrainTrainer(small_model(dropout=0.0), RandomFeed(), config, world)
         calls = []
 
         def hook(state, bucket):

@@ -37,7 +37,7 @@ def ten_losses(folder):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(FILE.parent.parent))
-    from fastbert.testing.machine import machine_info
+    from fastbert.machine import machine_info
 
     with tempfile.TemporaryDirectory() as folder:
         losses = ten_losses(Path(folder))

@@ -3,7 +3,7 @@
 import pytest
 import tiny_run
 
-from fastbert.testing import fetch
+from fastbert.data import fetch
 from fastbert.train import PretrainConfig, demo
 from fastbert.train.config import load_settings
 from fastbert.train.settings import check_length_said

@@ -7,9 +7,11 @@ import pytest
 import torch
 from random_feed import RandomFeed, small_config, small_model
 
+from fastbert.pretrain.trainer import PretrainTrainer
 from fastbert.train import store
-from fastbert.train.evaluate import evaluate, wilson
-from fastbert.train.trainer import Trainer, TrainingError
+from fastbert.train.evaluate import evaluate
+from fastbert.train.metrics import wilson
+from fastbert.train.trainer import TrainingError
 
 
 def losses(trainer, steps):
@@ -27,12 +29,12 @@ def through_a_file(state):
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_restored_trainer_repeats_bitwise(accumulate):
     config = small_config(accumulate=accumulate)
-    trainer = Trainer(small_model(), RandomFeed(), config)
+    trainer = PretrainTrainer(small_model(), RandomFeed(), config)
     losses(trainer, 4)
     state = through_a_file(trainer.state())
     expected = losses(trainer, 5)
     torch.manual_seed(77)
-    other = Trainer(small_model(seed=5), RandomFeed(), config)
+    other = PretrainTrainer(small_model(seed=5), RandomFeed(), config)
     other.restore(state)
     assert losses(other, 5) == expected
     assert len(set(expected)) == 5
@@ -56,7 +58,7 @@ def test_accumulated_loss_is_the_mean_over_the_window():
     feed, model = RandomFeed(), small_model(dropout=0.0)
     joined = copy.deepcopy(model)
     model.train()
-    trainer = Trainer(model, feed, small_config(accumulate=3, clip=0.0))
+    trainer = PretrainTrainer(model, feed, small_config(accumulate=3, clip=0.0))
     result = trainer.train_step()
     batches = [feed.batch(0, i) for i in range(3)]
     outputs = [joined(**b) for b in batches]
@@ -65,7 +67,10 @@ def test_accumulated_loss_is_the_mean_over_the_window():
     nsp = sum(o.nsp_loss for o in outputs) / 3
     assert len(set(labelled)) > 1
     torch.testing.assert_close(
-        [result.mlm, result.nsp], [mlm.item(), nsp.item()], rtol=1e-6, atol=0
+        [result.losses["mlm_loss"], result.losses["nsp_loss"]],
+        [mlm.item(), nsp.item()],
+        rtol=1e-6,
+        atol=0,
     )
     (mlm + nsp).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in joined.parameters()])
@@ -74,7 +79,7 @@ def test_accumulated_loss_is_the_mean_over_the_window():
 
 def test_clipping_bounds_the_update():
     """SGD in AdamW's place would show it directly; here the gradient itself is looked at."""
-    trainer = Trainer(small_model(), RandomFeed(), small_config(clip=0.01))
+    trainer = PretrainTrainer(small_model(), RandomFeed(), small_config(clip=0.01))
     seen = []
     trainer.optimiser.register_step_pre_hook(
         lambda *_: seen.append(
@@ -87,7 +92,7 @@ def test_clipping_bounds_the_update():
 
 def test_bf16_trains_close_to_fp32():
     runs = [
-        losses(Trainer(small_model(), RandomFeed(), small_config(precision=precision)), 5)
+        losses(PretrainTrainer(small_model(), RandomFeed(), small_config(precision=precision)), 5)
         for precision in ("fp32", "bf16")
     ]
     assert runs[0] != runs[1]
@@ -95,7 +100,7 @@ def test_bf16_trains_close_to_fp32():
 
 
 def test_epochs_follow_each_other():
-    trainer = Trainer(small_model(), RandomFeed(per_epoch=4), small_config(accumulate=3))
+    trainer = PretrainTrainer(small_model(), RandomFeed(per_epoch=4), small_config(accumulate=3))
     taken = [[(b.epoch, b.number) for b in trainer.take()] for _ in range(2)]
     assert taken == [[(0, 0), (0, 1), (0, 2)], [(0, 3), (1, 0), (1, 1)]]
     assert (trainer.at.epoch, trainer.at.batch) == (1, 2)
@@ -104,7 +109,7 @@ def test_epochs_follow_each_other():
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_non_finite_is_refused_before_the_update(where):
     model = small_model()
-    trainer = Trainer(model, RandomFeed(), small_config())
+    trainer = PretrainTrainer(model, RandomFeed(), small_config())
     trainer.train_step()
     before = copy.deepcopy(model.state_dict())
     if where == "loss":
@@ -125,9 +130,9 @@ def test_batch_without_labels_trains():
             batch["label_rows"] = torch.empty(0, dtype=torch.int64)
             return batch
 
-    result = Trainer(small_model(), Unlabelled(), small_config()).train_step()
-    assert result.mlm == 0.0
-    assert result.nsp > 0.0
+    result = PretrainTrainer(small_model(), Unlabelled(), small_config()).train_step()
+    assert result.losses["mlm_loss"] == 0.0
+    assert result.losses["nsp_loss"] > 0.0
 
 
 def test_evaluation_counts_by_hand():

@@ -4,8 +4,8 @@ import pytest
 import torch
 from random_feed import RandomFeed, small_config, small_model
 
+from fastbert.pretrain.trainer import PretrainTrainer
 from fastbert.train.optim import learning_rate
-from fastbert.train.trainer import Trainer
 
 transformers = pytest.importorskip("transformers")
 
@@ -44,7 +44,7 @@ def test_ten_losses(tmp_path):
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
     )
-    trainer = Trainer(model, feed, config)
+    trainer = PretrainTrainer(model, feed, config)
     ours, expected = [], []
     for step in range(10):
         loss = theirs(**padded(feed.batch(*divmod(step, 4)))).loss

@@ -1,0 +1,1 @@
+"""BERT, RoBERTa and DistilBERT: configuration, inputs, encoder, heads, checkpoints."""

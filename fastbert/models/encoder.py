@@ -1,0 +1,238 @@
+"""The encoder of every model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from fastbert.blocks import Embeddings, EncoderLayer, Linear, QKVProjection
+from fastbert.config import BertConfig
+from fastbert.models.inputs import Inputs, prepare
+from fastbert.models.output import Output
+from fastbert.ops.context import seed_for
+from fastbert.packing import Packing
+from fastbert.reference.philox import dropout
+from fastbert.watch import log_once
+
+
+class Prepacked(Protocol):
+    """Prepacked copies of an encoder's weights, for inference (fastbert.runners.frozen)."""
+
+    def serves(self, encoder: BertModel, x: Tensor) -> bool:
+        """Whether a forward on embeddings x (T, C) can run on the copies."""
+
+    def encode(
+        self, encoder: BertModel, x: Tensor, packing: Packing, rows: Tensor | None
+    ) -> Tensor:
+        """The last layer's output (T, C), or (R, C) at `rows`."""
+
+
+class Encoded(NamedTuple):
+    """The encoder's result and what the heads need with it."""
+
+    x: Tensor  # (T, C), or (R, C) at the rows that were asked for
+    packing: Packing
+    seed: Tensor | None
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
+
+
+class Pretrained(nn.Module):
+    """What all models share: the configuration, fresh weights, directories, gradient checkpointing."""
+
+    # transformers' Trainer then divides the loss by the accumulation steps itself
+    accepts_loss_kwargs = False
+    # the class's name in checkpoints, inherited by classes that users derive
+    architecture: str
+    # whether `labels` has one label per token, (B, S), not one per sequence
+    labels_per_token = False
+    # whether the loss reads labelled rows only, whose numbers `label_rows` has
+    reads_label_rows = False
+    bert: BertModel
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, **overrides: Any) -> Any:
+        """Load a Hugging Face directory; `overrides` are fields of BertConfig, such as num_labels=3."""
+        from fastbert import checkpoint
+
+        return checkpoint.load(cls, directory, **overrides)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a directory that transformers and from_pretrained load."""
+        from fastbert import checkpoint
+
+        checkpoint.save(self, directory)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Keep only the layers' inputs in training and compute each layer again in backward, with the same dropout."""
+        self.bert.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations, the default."""
+        self.bert.gradient_checkpointing = False
+
+    def norms_from_output(self, on: bool = True) -> None:
+        """Have the layers' norms keep for backward their outputs, which are kept anyway, and not their inputs.
+
+        It saves two rows (T, C) a layer; gradients are less exact where a norm's |bias| is far above its |weight|
+        (functional.dropout_add_layer_norm, from_output).
+        """
+        for layer in self.bert.layers:
+            layer.norms_from_output = on  # type: ignore[assignment]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype."""
+        return next(self.parameters()).dtype
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw the weights of this class as BERT does; a head leaves its encoder alone, which has drawn its own."""
+        inside = set(self.bert.modules()) if self.bert is not self else set()
+        for module in self.modules():
+            if module in inside:
+                continue
+            if isinstance(module, (nn.Linear, nn.Embedding, QKVProjection)):
+                module.weight.normal_(0.0, self.config.initializer_range)
+            if isinstance(module, (nn.Linear, QKVProjection)) and module.bias is not None:
+                module.bias.zero_()
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx].zero_()
+        if self.bert is self and self.bert.embeddings.sinusoidal:
+            self.bert.embeddings.fill_positions()
+
+    def head_dropout(self, x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
+        """Dropout in a head; `site` counts from the last one of the encoder."""
+        site += 1 + 3 * self.config.num_hidden_layers
+        return dropout(x, p if self.training else 0.0, seed, site)
+
+
+class BertModel(Pretrained):
+    """The encoder: embeddings, layers, and the pooler (dense + tanh on the first token) where the family has one.
+
+    An all-padding row gives zeros; with padding on the left the pooler reads the first token, not the first column.
+    """
+
+    architecture = "BertModel"
+
+    def __init__(self, config: BertConfig, add_pooler: bool | None = None) -> None:
+        super().__init__(config)
+        c, width = config, config.hidden_size
+        roberta = c.model_type == "roberta"
+        self.embeddings = Embeddings(
+            c.vocab_size,
+            width,
+            c.max_position_embeddings,
+            c.type_vocab_size or 0,
+            eps=c.layer_norm_eps,
+            p=c.hidden_dropout_prob,
+            padding_idx=c.pad_token_id,
+            position_padding_idx=c.pad_token_id if roberta else None,
+            sinusoidal=c.position_embedding_type == "sinusoidal",
+        )
+        self.layers = nn.ModuleList(
+            EncoderLayer(
+                width,
+                c.num_attention_heads,
+                c.intermediate_size,
+                approximate=c.approximate,
+                eps=c.layer_norm_eps,
+                p=c.hidden_dropout_prob,
+                attention_p=c.attention_probs_dropout_prob,
+            )
+            for _ in range(c.num_hidden_layers)
+        )
+        wanted = c.add_pooler if add_pooler is None else add_pooler
+        self.pooler = Linear(width, width) if wanted else None
+        self.gradient_checkpointing = False
+        # packed copies of the weights, by fastbert.freeze only
+        self.frozen: Prepacked | None = None
+        self.init_weights()
+
+    @property
+    def bert(self) -> BertModel:  # type: ignore[override]
+        """The encoder of every model, here itself."""
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # (B, S) int64, or packed (T,)
+        attention_mask: Tensor | None = None,  # (B, S), 1 at tokens
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,  # (B, S, C), or packed (T, C), instead of input_ids
+        **options: Any,
+    ) -> Output:
+        """Encode a batch; `options` are cu_seqlens, max_seqlen, output_hidden_states, output_attentions."""
+        batch = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        e = self.encode(prepare(self.config, *batch, **options))
+        return Output(
+            last_hidden_state=e.packing.pad(e.x),
+            pooler_output=None if self.pooler is None else self.pool(e.packing.first(e.x)),
+            hidden_states=e.hidden_states,
+            attentions=e.attentions,
+        )
+
+    def encode(self, inputs: Inputs, rows: Tensor | None = None) -> Encoded:
+        """Run the encoder on a packed batch; with `rows` (R,) the result is at these rows, in this order.
+
+        A row may be asked for twice. The last layer leaves out the others, unless the hidden states are wanted too.
+        """
+        packing = inputs.packing
+        # one seed for the whole forward, whatever the modules' p: recomputed layers must see the same masks
+        seed = seed_for(1.0, None, inputs.ids) if self.training else None
+        x = self.embeddings(inputs.ids, inputs.positions, inputs.types, seed, 0)
+        whole = not (inputs.output_hidden_states or inputs.output_attentions)
+        if self.frozen is not None and whole and self.frozen.serves(self, x):
+            return Encoded(self.frozen.encode(self, x, packing, rows), packing, seed, None, None)
+        states: list[Tensor] = []
+        weights: list[Tensor] = []
+        narrow = -1 if inputs.output_hidden_states else len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            if inputs.output_hidden_states:
+                states.append(packing.pad(x))
+            if inputs.output_attentions:
+                log_once(
+                    "output_attentions computes the attention weights a second time, in plain torch"
+                )
+                weights.append(layer.attention.probabilities(x, packing))  # type: ignore[operator, union-attr]
+            last = rows if i == narrow else None
+            arguments = (x, packing.cu_seqlens, packing.max_seqlen, seed, 1 + 3 * i, last)
+            if self.gradient_checkpointing and self.training:
+                # dropout is replayed from the seed tensor, so that the generator's state is not needed
+                x = recompute(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(*arguments)
+        if inputs.output_hidden_states:
+            states.append(packing.pad(x))
+        if rows is not None and narrow < 0:
+            x = x.index_select(0, rows)
+        return Encoded(
+            x,
+            packing,
+            seed,
+            tuple(states) if inputs.output_hidden_states else None,
+            tuple(weights) if inputs.output_attentions else None,
+        )
+
+    def encode_starts(self, inputs: Inputs) -> Encoded:
+        """Run the encoder for every sequence's first token: x is (B, C), zeros where a sequence has none."""
+        e = self.encode(inputs, inputs.packing.starts(inputs.positions.shape[0]))
+        return e._replace(x=e.packing.of_starts(e.x))
+
+    def pool(self, first: Tensor) -> Tensor:
+        """Dense + tanh on every sequence's first token (B, C)."""
+        return torch.tanh(self.pooler(first))  # type: ignore[misc]

@@ -1,0 +1,54 @@
+"""The losses of classifiers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as stock
+
+from fastbert import functional as F
+from fastbert.packing import Packing
+
+
+def class_loss(logits: Tensor, labels: Tensor, count: Tensor | int | None = None) -> Tensor:
+    """Cross-entropies of logits (N, classes) at labels (N,) but -100: their sum, divided by their number or `count`.
+
+    0 where none is left.
+    """
+    labels = labels.reshape(-1)
+    total = F.cross_entropy(logits, labels, reduction="sum")
+    return total / ((labels != -100).sum().clamp(min=1) if count is None else count)
+
+
+def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
+    """A sequence classifier's loss, of the kind that transformers takes from problem_type, or tells from the labels."""
+    classes = logits.shape[-1]
+    if problem_type is None:
+        kinds = "multi_label_classification", "single_label_classification"
+        integers = labels.dtype in (torch.int64, torch.int32)
+        problem_type = "regression" if classes == 1 else kinds[integers]
+    if problem_type == "single_label_classification":
+        return class_loss(logits, labels)
+    if classes == 1:
+        logits, labels = logits.reshape(-1), labels.reshape(-1)
+    if logits.shape != labels.shape or not labels.is_floating_point():
+        raise ValueError(
+            f"{problem_type} takes floating-point labels of shape {tuple(logits.shape)}, "
+            f"not {tuple(labels.shape)} {labels.dtype}"
+        )
+    if problem_type == "regression":
+        return stock.mse_loss(logits, labels)
+    return stock.binary_cross_entropy_with_logits(logits, labels)
+
+
+def position_loss(scores: Tensor, position: Tensor, packing: Packing) -> Tensor:
+    """Cross-entropy of scores (T,) over each sequence's tokens; a position (B,) outside of them is ignored."""
+    grid = packing.spread(scores)  # (B, S)
+    token = packing.spread(torch.ones_like(scores, dtype=torch.bool))
+    length = grid.shape[1]
+    position = position.reshape(-1)
+    inside = (position >= 0) & (position < length)
+    position = position.clamp(0, length - 1)
+    inside = inside & token.gather(1, position[:, None]).squeeze(1)
+    grid = grid.masked_fill(~token, torch.finfo(grid.dtype).min)
+    return class_loss(grid, torch.where(inside, position, -100))

@@ -1,0 +1,84 @@
+"""What surrounds a call of an op: dropout seeds, autocast, tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+
+
+def untraced(
+    name: str, fake: Callable[..., Any]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a function of tensors that torch.compile must not look into: there it is the op `fastbert::<name>`.
+
+    For results whose size depends on values: the graph breaks at the op, and the function runs between the graphs.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        op = torch.library.custom_op(f"fastbert::{name}", function, mutates_args=())
+        op.register_fake(fake)
+        registered = getattr(torch.ops.fastbert, name).default
+
+        @wraps(function)
+        def call(*args: Any) -> Any:
+            return registered(*args) if needs_dispatcher(args) else function(*args)
+
+        return call
+
+    return decorate
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def needs_dispatcher(args: Sequence[Any]) -> bool:
+    """Whether a call must reach the registered op: for a tracer, a dispatch mode, the profiler, a subclass of Tensor.
+
+    Plain eager calls skip torch's dispatcher, which takes 25 us of Python to box and unbox them (torch 2.13).
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return True
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            if a.is_meta or type(a) not in _PLAIN:
+                return True
+        elif type(a) is list and needs_dispatcher(a):
+            return True
+    return False
+
+
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """The autocast dtype of a device type, None where autocast is off or unknown (meta)."""
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def autocast(x: torch.Tensor) -> torch.Tensor:
+    """x in the autocast dtype where autocast is on for its device, else x itself; fp64 is left alone, as by stock."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return x
+    dtype = autocast_dtype(x.device.type)
+    return x.to(dtype) if dtype is not None and x.dtype != torch.float64 else x
+
+
+def seed_for(p: float, seed: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    """The dropout seed: none at p = 0, the caller's, or a fresh one on x's device from torch's generator."""
+    if p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
+        raise ValueError(
+            f"seed must be one int64 on {x.device}, got {tuple(seed.shape)} {seed.dtype} on {seed.device}: "
+            "draw it with torch.randint(2**62, (1,), device=x.device)"
+        )
+    return seed if seed.dim() == 1 else seed.reshape(1)

@@ -1,0 +1,1 @@
+"""Pretraining: settings, data, masked words and next sentences, evaluation."""

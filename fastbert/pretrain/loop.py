@@ -1,0 +1,57 @@
+"""A pretraining run: evaluation on held-out documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastbert.data import Batch
+from fastbert.pretrain.trainer import PretrainTrainer
+from fastbert.train.evaluate import evaluate
+from fastbert.train.loop import Run
+
+
+class HeldOut(Protocol):
+    """Batches to judge by, such as fastbert.train.feed.Feed has them."""
+
+    mask_id: int
+
+    def held_out(self) -> Iterable[Batch]:
+        """The batches, always the same under the same mask."""
+
+
+class PretrainRun(Run):
+    """A run whose evaluations read the held-out batches of `feed`."""
+
+    command = "pretrain"
+
+    def __init__(
+        self,
+        trainer: PretrainTrainer,
+        feed: HeldOut,
+        out: Path,
+        identity: dict[str, Any],
+        quiet: bool = False,
+    ) -> None:
+        super().__init__(trainer, out, identity, quiet)
+        self.feed = feed
+        self.judge = trainer.judge
+
+    def evaluation(self) -> tuple[dict[str, float], str]:
+        """Judge the model as it is: the values to log, and a sentence of them."""
+        t = self.trainer
+        values = evaluate(
+            t.model,
+            self.feed.held_out(),
+            self.feed.mask_id,
+            t.config.precision,
+            self.world,
+            self.judge,
+        )
+        line = f"held out at step {t.at.step}: loss {values['mlm_loss_masked']:.4f} where [MASK]"
+        line += f", accuracy {values['accuracy_masked']:.1%}"
+        if "nsp_accuracy" in values:
+            low, high = values["nsp_low"], values["nsp_high"]
+            line += f"; next sentence {values['nsp_accuracy']:.1%} ({low:.1%} to {high:.1%})"
+        return values, line

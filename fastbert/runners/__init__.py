@@ -1,0 +1,1 @@
+"""Ways to run a whole model: CUDA graphs of inference and training steps, prepacked weights."""

@@ -1,0 +1,1 @@
+"""Which backend runs an op: ask (`explain`) and measure (`tune`)."""
