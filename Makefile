@@ -39,7 +39,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 	touch $@
 
 demo: $(INSTALLED)
-	$(PY) -m fastbert.train.demo --out runs/demo
+	$(PY) -m fastbert.cli.demo --out runs/demo
 
 # the second process has Triton run its kernels on the CPU, which it decides when it is imported
 test: $(INSTALLED)
@@ -78,7 +78,7 @@ sanitize: $(INSTALLED)
 	$(PINNED) $(PY) -m pip install -q $(PIP_ARGS) pybind11 ninja setuptools
 	CXX="$(CXX)" FASTBERT_BUILD=$(SANITIZED) FASTBERT_CUDA=0 FASTBERT_CPU_EMULATE=1 FASTBERT_CPU_FLAGS="$(SANITIZERS)" \
 		$(PY) setup.py -q build --build-base $(SANITIZED)/base --build-lib $(SANITIZED)/lib
-	$(RUN) $(PY) -P -c "from fastbert import cpu; assert 'fsanitize' in cpu.native.build_info()['flags'], cpu.unavailable"
+	$(RUN) $(PY) -P -c "from fastbert.backend import cpu; assert 'fsanitize' in cpu.native.build_info()['flags'], cpu.unavailable"
 	$(RUN) $(VENV)/bin/pytest --capture=sys -x tests/ops -k cpu $(PYTEST_ARGS)
 	$(RUN) $(VENV)/bin/pytest --capture=sys -x $(SANITIZED_TESTS) $(PYTEST_ARGS)
 

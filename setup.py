@@ -95,7 +95,7 @@ def cpu_toolchain(version: str) -> Toolchain:
         f"-isystem{_pybind11_include()}",
     ]
     undefined = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
-    # -fopenmp is left out: fastbert/cpu/__init__.py binds the module to the runtime that torch has loaded
+    # -fopenmp is left out: fastbert/backend/cpu/__init__.py binds the module to the runtime that torch has loaded
     extra = shlex.split(os.environ.get("FASTBERT_CPU_FLAGS", ""))
     link = ["-shared", *extra, *undefined]
     return Toolchain(compiler, flags, link, variants, ("bindings", "runtime"))

@@ -10,7 +10,7 @@ from opbench import DTYPES, HEAD, Case, Spec, grid, run_case
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastbert.reference.samples import Draw
+from fastbert.backend.reference.samples import Draw
 
 SLUG = "attention"
 MIX = (128, 30, 45, 22, 80, 17, 60, 33)

@@ -7,7 +7,7 @@ from opbench import DTYPES, VOCAB, Case, Spec, grid, run_case
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastbert.reference.samples import Draw
+from fastbert.backend.reference.samples import Draw
 
 SLUG = "cross_entropy"
 # 4096 rows of the whole vocabulary would be 0.5 GB a tensor, of which stock holds several

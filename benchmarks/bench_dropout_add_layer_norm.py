@@ -7,7 +7,7 @@ from opbench import DTYPES, Case, Spec, grid, run_case
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastbert.reference.samples import Draw
+from fastbert.backend.reference.samples import Draw
 
 SLUG = "dropout_add_layer_norm"
 GRID = grid(SLUG) + grid(SLUG, (512, 4096), (768,), "bf16")

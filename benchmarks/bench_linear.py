@@ -7,7 +7,7 @@ from opbench import BF16_GEMM, DTYPES, Case, Spec, grid, run_case
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastbert.reference.samples import Draw
+from fastbert.backend.reference.samples import Draw
 
 SLUG = "linear"
 GRID = grid(SLUG) + grid(SLUG, *BF16_GEMM, "bf16")

@@ -7,7 +7,7 @@ from opbench import DTYPES, FAST_BF16, VOCAB, Case, Spec, grid, run_case
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastbert.reference.samples import Draw
+from fastbert.backend.reference.samples import Draw
 
 SLUG = "mlm_loss"
 GRID = grid(SLUG) + grid(SLUG, (512 if FAST_BF16 else 64,), (768 if FAST_BF16 else 384,), "bf16")

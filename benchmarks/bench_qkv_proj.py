@@ -8,7 +8,7 @@ from opbench import BF16_GEMM, DTYPES, HEAD, Case, Spec, grid, run_case
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastbert.reference.samples import Draw
+from fastbert.backend.reference.samples import Draw
 
 SLUG = "qkv_proj"
 GRID = (

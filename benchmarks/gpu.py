@@ -95,7 +95,7 @@ def peaks(device: str, rehearsal: bool) -> dict[str, float]:
 
 def op_cases(device: str, rehearsal: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """(op, arguments) at BERT-base's shapes with 16,384 tokens in bf16; tiny ones in a rehearsal."""
-    from fastbert.reference.samples import Draw
+    from fastbert.backend.reference.samples import Draw
 
     T, C, H, V = (64, 32, 2, 200) if rehearsal else (16384, 768, 12, 30522)
     draw = Draw(torch.bfloat16, device)
@@ -132,7 +132,8 @@ def op_cases(device: str, rehearsal: bool) -> Iterator[tuple[str, dict[str, Any]
 
 def ops(device: str, rehearsal: bool) -> dict[str, Any]:
     """Every op on each backend of a GPU, and the eager specification compiled; a wrong kernel is not timed."""
-    from fastbert import backend, functional
+    from fastbert import functional
+    from fastbert.backend import chooser
     from fastbert.testing.timing import interleave_training
 
     rows, measured = [], peaks(device, rehearsal)
@@ -141,11 +142,11 @@ def ops(device: str, rehearsal: bool) -> dict[str, Any]:
         cost = cost_of(slug, arguments)
         competitors: dict[str, tuple[Callable, Callable]] = {}
         for name in GPU_BACKENDS:
-            if backend.matrix()[slug][name] is not None or backend.device_of(name) is None:
+            if chooser.matrix()[slug][name] is not None or chooser.device_of(name) is None:
                 continue
-            with backend.use(name):
+            with chooser.use(name):
                 gate(slug, arguments, cost)
-            competitors[name] = pair(_forced(backend, name, op), arguments)
+            competitors[name] = pair(_forced(chooser, name, op), arguments)
         if slug == "attention":
             competitors["sdpa"] = pair(_sdpa, arguments)
         elif not rehearsal:
@@ -251,7 +252,7 @@ def works(rehearsal: bool) -> Iterator[tuple[str, list[int], bool]]:
 def models(device: str, rehearsal: bool) -> list[dict[str, Any]]:
     """Whole steps of BERT-base under bf16 autocast: pretraining with dropout, and the encoder's inference."""
     from fastbert import bert
-    from fastbert.config import BertConfig
+    from fastbert.models.config import BertConfig
     from fastbert.nn import InferenceRunner, TrainingRunner
 
     sizes = (

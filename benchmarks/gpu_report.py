@@ -17,9 +17,9 @@ import torch
 import traffic
 from opbench import pair
 
+from fastbert.backend.reference.samples import Draw
 from fastbert.files import write_text
 from fastbert.machine import machine_info
-from fastbert.reference.samples import Draw
 
 ROOT = Path(__file__).resolve().parents[1]
 JSON, PAGE = ROOT / "benchmarks" / "results" / "gpu_static.json", ROOT / "docs" / "gpu_report.md"

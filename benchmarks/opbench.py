@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 import fastbert
-from fastbert import backend, functional
+from fastbert import functional
+from fastbert.backend import chooser
+from fastbert.backend.reference.samples import Cost
 from fastbert.files import write_text
 from fastbert.machine import machine_info
-from fastbert.reference.samples import Cost
 from fastbert.testing.budget import assert_within_budget
 from fastbert.testing.parity import call, detached, leaves_of, tree_map
 from fastbert.testing.peaks import peaks
@@ -105,7 +106,7 @@ def pair(op: Callable[..., Any], args: dict[str, Any]) -> tuple[Callable, Callab
 
 def reference_of(slug: str) -> Any:
     """The module of the op's specification."""
-    return importlib.import_module(f"fastbert.reference.{slug}")
+    return importlib.import_module(f"fastbert.backend.reference.{slug}")
 
 
 def cost_of(slug: str, ours: dict[str, Any]) -> Cost:
@@ -145,7 +146,7 @@ def chosen_backend(slug: str, ours: dict[str, Any]) -> str:
     """The backend that runs this call, gradients wanted."""
     with contextlib.redirect_stdout(io.StringIO()):
         reasons = fastbert.explain(slug, **detached(ours))
-    order = (backend.forced(),) if backend.forced() else backend.ORDER["cpu"]
+    order = (chooser.forced(),) if chooser.forced() else chooser.ORDER["cpu"]
     return next(name for name in order if reasons[name] is None)
 
 
@@ -258,7 +259,7 @@ def order(k: tuple) -> tuple:
     slug, variant, dtype, T, C, direction = k
     directions = ("forward", "backward", "both")
     return (
-        backend.SLUGS.index(slug),
+        chooser.SLUGS.index(slug),
         variant,
         dtype != "fp32",
         T,

@@ -20,9 +20,9 @@ from bench_attention import lengths_of
 from torch import Tensor, nn
 
 from fastbert import functional
-from fastbert.blocks import EncoderLayer
 from fastbert.files import write_text
 from fastbert.machine import machine_info
+from fastbert.nn.blocks import EncoderLayer
 from fastbert.testing.peaks import peaks
 from fastbert.testing.timing import interleave_training
 

@@ -16,8 +16,9 @@ from unittest import mock
 import torch
 from opbench import cost_of, pair
 
-from fastbert import backend, functional
-from fastbert.reference.samples import Draw
+from fastbert import functional
+from fastbert.backend import chooser
+from fastbert.backend.reference.samples import Draw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from ptx import host
@@ -75,7 +76,7 @@ def _directions(
     slug = name.split()[0]
     cost = cost_of(slug, arguments)
     forward, backward = pair(getattr(functional, slug), arguments)
-    with backend.use(whose), host.on_machine(whose) as launches:
+    with chooser.use(whose), host.on_machine(whose) as launches:
         y = forward()
         split = len(launches)
         backward(y)

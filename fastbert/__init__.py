@@ -6,17 +6,18 @@ The names below are imported when they are first used: `import fastbert` imports
 from __future__ import annotations
 
 import sys
-from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from fastbert._lazy import find_moved, lazy
+
 if TYPE_CHECKING:
-    from fastbert.backend import debug, use
-    from fastbert.freeze import freeze, frozen_bytes, unfreeze
+    from fastbert.backend.chooser import debug, use
     from fastbert.integrations.accelerate import accelerate, restore
     from fastbert.integrations.validate import validate
-    from fastbert.tune import tune
+    from fastbert.runners.freeze import freeze, frozen_bytes, unfreeze
     from fastbert.tuning.explain import explain
+    from fastbert.tuning.measure import tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,42 +34,27 @@ __all__ = [
     "validate",
 ]
 
-_MODULES = {
+_NAMES = {
     "accelerate": "fastbert.integrations.accelerate",
-    "debug": "fastbert.backend",
+    "debug": "fastbert.backend.chooser",
     "explain": "fastbert.tuning.explain",
-    "freeze": "fastbert.freeze",
-    "frozen_bytes": "fastbert.freeze",
+    "freeze": "fastbert.runners.freeze",
+    "frozen_bytes": "fastbert.runners.freeze",
     "restore": "fastbert.integrations.accelerate",
-    "tune": "fastbert.tune",
-    "unfreeze": "fastbert.freeze",
-    "use": "fastbert.backend",
+    "tune": "fastbert.tuning.measure",
+    "unfreeze": "fastbert.runners.freeze",
+    "use": "fastbert.backend.chooser",
     "validate": "fastbert.integrations.validate",
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        value = getattr(import_module(_MODULES[name]), name)
-    elif name.startswith("__"):
-        raise AttributeError(f"module 'fastbert' has no attribute {name!r}")
-    else:
-        module = f"fastbert.{name}"
-        try:
-            value = import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name != module:
-                raise
-            raise AttributeError(f"module 'fastbert' has no attribute {name!r}") from None
-    globals()[name] = value
-    return value
+__getattr__ = lazy(__name__, _NAMES)
+find_moved()
 
 
 class _Package(ModuleType):
-    """`fastbert.freeze` and `fastbert.tune` are functions, also after an import of modules of these names."""
+    """Keeps `fastbert.freeze` and `fastbert.tune` functions when the modules of these names are imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _MODULES and isinstance(value, ModuleType)):
+        if not (name in _NAMES and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
 

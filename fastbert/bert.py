@@ -6,7 +6,7 @@ and max_seqlen, needs no sync, and gets packed outputs. Arguments and outputs ar
 forward also takes output_hidden_states, output_attentions, cu_seqlens and max_seqlen.
 """
 
-from fastbert.config import BertConfig
+from fastbert.models.config import BertConfig
 from fastbert.models.encoder import BertModel
 from fastbert.models.heads import (
     BertForMaskedLM,

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastbert import tuned
+from fastbert.backend import tuned
 
 # a function's name and its arguments
 Call = tuple[str, tuple[Any, ...]]

@@ -61,7 +61,7 @@ def philox(seed, c0, c1, c2, c3):
 
 @triton.jit
 def keep(seed, c0, c1, c2, c3, threshold, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Which elements of a tile (ROWS, COLS) dropout keeps; fastbert/reference/philox.py defines the counter c0 to c3.
+    """Which elements of a tile (ROWS, COLS) dropout keeps; backend/reference/philox.py defines the counter c0 to c3.
 
     c0 (1, COLS / 4) numbers the quads of columns, c1 (ROWS, 1) the rows; one Philox call serves four elements.
     """

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastbert.backend import _gpu_feed_forward
+from fastbert.backend.stock import linear as library
 from fastbert.kernels import _gemm, bias_gelu, linear, unsupported_dtype
 from fastbert.kernels.linear import FEW
-from fastbert.stock import _feed_forward
-from fastbert.stock import linear as library
 
 
 def unsupported(
@@ -60,4 +60,4 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dw1, db1, dw2, db2, empty where not needed; gelu(u) is built again from u."""
     args = (dy, x, u, w1, w2, approximate, needs, dtype)
-    return _feed_forward.backward(linear.backward, bias_gelu.gradients, *args)
+    return _gpu_feed_forward.backward(linear.backward, bias_gelu.gradients, *args)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastbert.backend.stock import linear as library
 from fastbert.kernels import _gemm, unsupported_dtype
 from fastbert.kernels._reduce import sum_rows
-from fastbert.stock import linear as library
 
 # up to so many tokens a launch costs more than the product, and _gemm casts weights while it reads them
 FEW = 64

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastbert.backend import _gpu_mlm_loss
 from fastbert.kernels import cross_entropy, unsupported_dtype
 from fastbert.kernels._launch import FUSED
-from fastbert.stock import _decoder
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss (), lse (R,), both fp32, and p - onehot (R, padded V), empty without `save` or above max_rows."""
     args = (hidden, weight, bias, labels, rows, ignore_index, max_rows, save)
-    return _decoder.forward(cross_entropy.row_losses, *args)
+    return _gpu_mlm_loss.forward(cross_entropy.row_losses, *args)
 
 
 def backward(
@@ -81,4 +81,4 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden (T, C), dweight (V, C), dbias (V,) fp32, scaled by dloss after the GEMMs; empty where not needed."""
     args = (dloss, hidden, weight, bias, labels, rows, lse, dlogits, ignore_index, max_rows, needs)
-    return _decoder.backward(cross_entropy.row_losses, _scaled, *args)
+    return _gpu_mlm_loss.backward(cross_entropy.row_losses, _scaled, *args)

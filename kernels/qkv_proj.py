@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastbert.backend.stock import qkv_proj as library
 from fastbert.kernels import _gemm, unsupported_dtype
 from fastbert.kernels._reduce import sum_rows
 from fastbert.kernels.linear import FEW
-from fastbert.stock import qkv_proj as library
 
 
 def unsupported(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastbert import backend
+from fastbert.backend import chooser
 from fastbert.data.fetch import FetchError, fetch
 
 # stock GEMMs add in an order that depends on it, and recorded losses must come back on every machine; small tensors
@@ -34,9 +34,9 @@ def _seeded():
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 -- libraries under test use the global generator
     torch.manual_seed(0)
-    before = backend.forced()
+    before = chooser.forced()
     yield
-    assert backend.forced() == before, "the test left a backend forced by name"
+    assert chooser.forced() == before, "the test left a backend forced by name"
 
 
 @pytest.fixture(scope="session")

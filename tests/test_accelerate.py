@@ -29,7 +29,7 @@ from hf_models import (
 )
 
 import fastbert
-from fastbert import blocks
+from fastbert.nn import blocks
 
 MODELS = [(f, h) for f in FAMILIES for h in HEADS if hasattr(transformers, f + h)]
 

@@ -8,7 +8,7 @@ import torch
 import torch._dynamo.testing
 from hf_models import V, accelerated, at_tokens, batch, build, without_dropout
 
-from fastbert.packing import READINGS, find_labelled
+from fastbert.nn.packing import READINGS, find_labelled
 
 
 @pytest.mark.parametrize("reading", READINGS)

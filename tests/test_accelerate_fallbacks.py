@@ -8,7 +8,7 @@ from hf_models import OLD, B, accelerated, at_tokens, batch, build, transformers
 from torch import nn
 
 import fastbert
-from fastbert import blocks
+from fastbert.nn import blocks
 
 
 @pytest.fixture

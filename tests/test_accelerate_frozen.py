@@ -10,7 +10,7 @@ from hf_models import FAMILIES, MASK, batch, build
 from torch import nn
 
 import fastbert
-from fastbert import cpu
+from fastbert.backend import cpu
 
 if cpu.native is None:
     pytest.skip(str(cpu.unavailable), allow_module_level=True)

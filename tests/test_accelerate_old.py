@@ -17,8 +17,8 @@ from hf_models import (
 from torch import nn
 
 import fastbert
-from fastbert import blocks
 from fastbert.integrations import layers
+from fastbert.nn import blocks
 
 old = pytest.mark.skipif(not OLD, reason="of transformers 4, see make test-transformers4")
 ARCHITECTURES = ("Bert", "Roberta", "DistilBert", "Electra")

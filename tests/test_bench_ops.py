@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastbert import cpu, functional, machine
-from fastbert.backend import SLUGS
-from fastbert.reference.samples import Cost
+from fastbert import functional, machine
+from fastbert.backend import cpu
+from fastbert.backend.names import SLUGS
+from fastbert.backend.reference.samples import Cost
 from fastbert.testing.timing import Timing, interleave_training
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastbert
-from fastbert import cpu
+from fastbert.backend import cpu
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

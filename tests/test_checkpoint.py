@@ -14,8 +14,9 @@ import transformers
 from pairs import SIZES
 from safetensors.torch import load_file, save_file
 
-from fastbert import bert, checkpoint
+from fastbert import bert
 from fastbert.bert import BertConfig
+from fastbert.models import checkpoint
 
 TIED = ["cls.predictions.decoder.weight", "cls.predictions.decoder.bias"]
 

@@ -14,8 +14,8 @@ import tiny_run
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
-from fastbert import cpu
-from fastbert.cli import app, main
+from fastbert.backend import cpu
+from fastbert.cli.app import app, main
 from fastbert.train import PretrainConfig, pretrain
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from processor import NEEDED, instruction_sets
 
-from fastbert import cpu
+from fastbert.backend import cpu
 
 if cpu.native is None:
     pytest.skip(str(cpu.unavailable), allow_module_level=True)

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from fastbert import cpu
+from fastbert.backend import cpu
 
 if cpu.native is None:
     pytest.skip(str(cpu.unavailable), allow_module_level=True)
 
-from fastbert.cpu import bias_gelu, cross_entropy
-from fastbert.reference import cross_entropy as reference
+from fastbert.backend.cpu import bias_gelu, cross_entropy
+from fastbert.backend.reference import cross_entropy as reference
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 IGNORED = -100

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from fastbert import cpu
+from fastbert.backend import cpu
 
 if cpu.native is None:
     pytest.skip(str(cpu.unavailable), allow_module_level=True)
 
-from fastbert.cpu import bias_gelu, cross_entropy
+from fastbert.backend.cpu import bias_gelu, cross_entropy
 
 EPS = torch.finfo(torch.float32).eps
 ISAS = pytest.mark.parametrize("isa", cpu.native.isas())

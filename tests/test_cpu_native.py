@@ -6,14 +6,14 @@ import sys
 import pytest
 import torch
 
-from fastbert import cpu
-from fastbert.reference import philox
+from fastbert.backend import cpu
+from fastbert.backend.reference import philox
 
 if cpu.native is None:
     pytest.skip(str(cpu.unavailable), allow_module_level=True)
 
-from fastbert.cpu import dropout_add_layer_norm as op
-from fastbert.cpu import embed, layer_norm
+from fastbert.backend.cpu import dropout_add_layer_norm as op
+from fastbert.backend.cpu import embed, layer_norm
 
 WORDS = 64  # of one call of philox_words
 

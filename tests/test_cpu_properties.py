@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastbert import backend, cpu, functional
-from fastbert.reference.samples import Draw
+from fastbert import functional
+from fastbert.backend import chooser, cpu
+from fastbert.backend.reference.samples import Draw
 from fastbert.testing import parity, poison
 from fastbert.testing.budget import excess
 
@@ -116,17 +117,17 @@ def check(slug: str, kwargs: dict[str, Any], d: Drawn, backward: bool = True) ->
     """
     op, eager = (
         getattr(functional, slug),
-        importlib.import_module(f"fastbert.reference.{slug}").eager,
+        importlib.import_module(f"fastbert.backend.reference.{slug}").eager,
     )
     generator, eps = torch.Generator().manual_seed(1), torch.finfo(d.dtype).eps / 2
     granted = [call(eager, kwargs, lambda t: t, backward)]
-    with backend.use("reference"):
+    with chooser.use("reference"):
         truth = call(op, kwargs, lambda t: near(t, 0.0, generator), backward)
         for _ in range(2):
             granted.append(call(op, kwargs, lambda t: near(t, eps, generator), backward))
     for isa in cpu.native.isas():
         cpu.native.use_isa(isa)
-        with backend.use("cpu"), poison.outputs():
+        with chooser.use("cpu"), poison.outputs():
             ours = call(op, kwargs, lambda t: placed(t, d.layout), backward)
         for key, expected in truth.items():
             found = [excess(ours[key], expected, e[key]) for e in granted]

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastbert import backend, cpu, functional
-from fastbert.backend import SLUGS
-from fastbert.reference.samples import Draw
+from fastbert import functional
+from fastbert.backend import chooser, cpu
+from fastbert.backend.names import SLUGS
+from fastbert.backend.reference.samples import Draw
 from fastbert.testing import parity
 
 if cpu.native is None:
@@ -67,7 +68,7 @@ def same(a: parity.Results, b: parity.Results) -> list[str]:
 def _restore():
     """Force the native backend, for all threads; leave their number and the instruction set as they were."""
     before = torch.get_num_threads(), cpu.native.isa()
-    with backend.use("cpu"):
+    with chooser.use("cpu"):
         yield
     torch.set_num_threads(before[0])
     cpu.native.use_isa(before[1])
@@ -116,7 +117,7 @@ import torch
 ctypes.CDLL = load
 ctypes.CDLL(FOLDER + "/libompitrace.so")
 import fastbert
-assert fastbert.cpu.unavailable is None, fastbert.cpu.unavailable
+assert fastbert.backend.cpu.unavailable is None, fastbert.backend.cpu.unavailable
 address = lambda path: ctypes.cast(ctypes.CDLL(path).omp_get_max_threads, ctypes.c_void_p).value
 print(TORCHS in pathlib.Path("/proc/self/maps").read_text(), address(None) == address(torch._C.__file__))
 """

@@ -10,7 +10,7 @@ import pytest
 import torch
 from ptx.cuda_host import cuobjdump, plain
 
-from fastbert import backend, cuda
+from fastbert.backend import chooser, cuda
 
 ROOT = Path(__file__).resolve().parents[1]
 if cuda.native is None:
@@ -102,8 +102,8 @@ def test_without_a_gpu_it_imports_and_says_so():
     facts = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert facts["cuda module"]["devices"].startswith("no GPU: ")
     x = torch.ones(2, 8)
-    with backend.use("cuda"), pytest.raises(backend.Unsupported, match="torch finds none"):
-        backend.choose("layer_norm", x.device, x, None, None, 1e-5)
+    with chooser.use("cuda"), pytest.raises(chooser.Unsupported, match="torch finds none"):
+        chooser.choose("layer_norm", x.device, x, None, None, 1e-5)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -10,9 +10,10 @@ import torch
 import transformers
 from pairs import SIZES
 
-from fastbert import bert, checkpoint
+from fastbert import bert
 from fastbert.bert import BertConfig
 from fastbert.integrations.fairseq import convert_fairseq_roberta
+from fastbert.models import checkpoint
 
 
 class Sneaky:

@@ -81,7 +81,7 @@ def test_a_cache_that_cannot_be_written_is_named(index, tmp_path, monkeypatch):
 def test_callers_at_the_same_time_get_the_same_folder(index):
     pinned = ARCHIVES["tiny"]
     program = (
-        "from fastbert.testing.fetch import ARCHIVES, Archive, fetch\n"
+        "from fastbert.data.fetch import ARCHIVES, Archive, fetch\n"
         f"ARCHIVES['tiny'] = {pinned!r}\n"
         "print(fetch('tiny'))"
     )

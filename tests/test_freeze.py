@@ -11,8 +11,9 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastbert
-from fastbert import blocks, cpu
+from fastbert.backend import cpu
 from fastbert.bert import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
+from fastbert.nn import blocks
 
 if cpu.native is None:
     pytest.skip(str(cpu.unavailable), allow_module_level=True)

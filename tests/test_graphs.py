@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fastbert import bert
-from fastbert.config import BertConfig
+from fastbert.models.config import BertConfig
 from fastbert.nn import InferenceRunner, TrainingRunner
-from fastbert.packing import Packing
+from fastbert.nn.packing import Packing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

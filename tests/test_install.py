@@ -21,7 +21,7 @@ NOT_SOURCE = shutil.ignore_patterns(
 NO_INDEX = ("No matching distribution found for", "Could not find a version that satisfies")
 
 LOOK = """
-import fastbert, fastbert.cpu, fastbert.kernels, json, torch
+import fastbert, fastbert.backend.cpu, fastbert.kernels, json, torch
 x = torch.arange(12.0).reshape(3, 4)
 args = (x, x, torch.ones(4), torch.zeros(4))
 dropped = {"p": 0.3, "seed": torch.tensor([5])}
@@ -32,7 +32,7 @@ with fastbert.use("reference"):
 print(json.dumps({
     "package": fastbert.__file__,
     "kernels": fastbert.kernels.__file__,
-    "native": fastbert.cpu.native.__file__,
+    "native": fastbert.backend.cpu.native.__file__,
     "error": (y - expected).abs().max().item(),
 }))
 """
@@ -193,5 +193,7 @@ def test_without_a_compiler_one_sentence_and_a_way_out(tmp_path):
 
 
 def seen_native(python: Path, cwd: Path) -> str:
-    """fastbert.cpu.unavailable in that environment."""
-    return succeed(python, "-c", "import fastbert.cpu as c; print(c.unavailable)", cwd=cwd).strip()
+    """fastbert.backend.cpu.unavailable in that environment."""
+    return succeed(
+        python, "-c", "import fastbert.backend.cpu as c; print(c.unavailable)", cwd=cwd
+    ).strip()

@@ -15,13 +15,12 @@ FOLDERS = ("fastbert", "kernels", "csrc", "tests", "benchmarks")
 MAX_FILE, MAX_FUNCTION, MAX_KERNEL, MAX_README = 400, 60, 120, 150
 
 # every exception to a rule stands here with its reason; one that is no longer needed fails a test
-LONG_FILES: dict[str, str] = {
-    "fastbert/bert.py": "all models in one file (DESIGN.md), of which config, blocks and packing were split off",
-}
+LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {}
 # modules beside the slugs in a folder of ops
 NOT_SLUGS = {
-    "fastbert/reference/philox.py": "the definition of the dropout bits, shared by the slugs",
+    "fastbert/backend/reference/samples.py": "sample inputs and costs, which every slug's reference offers",
+    "fastbert/backend/reference/philox.py": "the definition of the dropout bits, shared by the slugs",
     "csrc/cpu/bindings.cpp": "the module's entry, for all slugs",
     "csrc/cuda/bindings.cu": "the module's entry, for all slugs",
     "csrc/cpu/peak.cpp": "what the arithmetic units can do, which percentages refer to",
@@ -30,29 +29,29 @@ NOT_SLUGS = {
 }
 # public functions beside a backend's own: other modules of the same backend call them
 SHARED_HELPERS = {
-    "fastbert/cuda/bias_gelu.py": {"gradients"},
-    "fastbert/cuda/cross_entropy.py": {"row_losses"},
-    "fastbert/cuda/linear.py": {"row_sum"},
+    "fastbert/backend/cuda/bias_gelu.py": {"gradients"},
+    "fastbert/backend/cuda/cross_entropy.py": {"row_losses"},
+    "fastbert/backend/cuda/linear.py": {"row_sum"},
     "kernels/bias_gelu.py": {"gradients"},
     "kernels/cross_entropy.py": {"row_losses"},
-    "fastbert/reference/layer_norm.py": {"rebuilt", "widen"},
-    "fastbert/stock/linear.py": {"cast"},
+    "fastbert/backend/reference/layer_norm.py": {"rebuilt", "widen"},
+    "fastbert/backend/stock/linear.py": {"cast"},
 }
 SYNCS = {"fastbert/ops/_check.py": "values are read only where checks_values says so"}
 ENVIRONMENT = {
-    "fastbert/backend.py": "FASTBERT_BACKEND, once, at import",
-    "fastbert/cpu/__init__.py": "FASTBERT_CPU_ISA, once, at import",
-    "fastbert/cli.py": "FASTBERT_DEBUG, where an error is reported",
+    "fastbert/backend/chooser.py": "FASTBERT_BACKEND, once, at import",
+    "fastbert/backend/cpu/__init__.py": "FASTBERT_CPU_ISA, once, at import",
+    "fastbert/cli/app.py": "FASTBERT_DEBUG, where an error is reported",
     "fastbert/files.py": "FASTBERT_CACHE, where fetched data and what fastbert.tune() found are kept",
 }
 
 BACKEND_API = {"unsupported", "forward", "backward"}
 REFERENCE_API = BACKEND_API | {"eager", "sample_inputs", "cost"}
 BACKEND_FOLDERS = {
-    "fastbert/reference": REFERENCE_API,
-    "fastbert/stock": BACKEND_API,
-    "fastbert/cpu": BACKEND_API,
-    "fastbert/cuda": BACKEND_API,
+    "fastbert/backend/reference": REFERENCE_API,
+    "fastbert/backend/stock": BACKEND_API,
+    "fastbert/backend/cpu": BACKEND_API,
+    "fastbert/backend/cuda": BACKEND_API,
     "kernels": BACKEND_API,
 }
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
@@ -77,11 +76,11 @@ def python(*under: str) -> Iterator[tuple[str, ast.Module]]:
 
 
 def slugs() -> tuple[str, ...]:
-    """SLUGS of backend.py, read without importing it."""
-    for node in ast.parse(text("fastbert/backend.py")).body:
+    """SLUGS of backend/names.py, read without importing it."""
+    for node in ast.parse(text("fastbert/backend/names.py")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SLUGS":
             return ast.literal_eval(node.value)
-    raise AssertionError("fastbert/backend.py has no SLUGS")
+    raise AssertionError("fastbert/backend/names.py has no SLUGS")
 
 
 def is_kernel(node: ast.AST) -> bool:
@@ -150,7 +149,9 @@ def test_the_measure_sees_native_functions():
 
 @pytest.mark.parametrize("slug", slugs())
 def test_one_slug_is_spelled_the_same_everywhere(slug):
-    expected = [f"fastbert/{folder}/{slug}.py" for folder in ("ops", "reference", "stock")]
+    expected = [
+        f"fastbert/{folder}/{slug}.py" for folder in ("ops", "backend/reference", "backend/stock")
+    ]
     expected.append(f"tests/ops/test_{slug}.py")
     missing = [path for path in expected if not (ROOT / path).is_file()]
     assert not missing, f"{slug} has no {', '.join(missing)}"
@@ -202,7 +203,9 @@ def test_nothing_imports_a_top_level_kernels():
 def test_hot_paths_do_not_sync():
     found = {
         path
-        for path, tree in python("fastbert/ops", "fastbert/stock", "fastbert/cuda", "kernels")
+        for path, tree in python(
+            "fastbert/ops", "fastbert/backend/stock", "fastbert/backend/cuda", "kernels"
+        )
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
@@ -230,7 +233,7 @@ def test_the_environment_is_read_only_where_listed():
 
 
 def test_the_chooser_reads_the_environment_at_import_only():
-    tree = ast.parse(text("fastbert/backend.py"))
+    tree = ast.parse(text("fastbert/backend/chooser.py"))
     for function in (node for node in ast.walk(tree) if isinstance(node, FUNCTION)):
         assert "environ" not in ast.unparse(function), function.name
 

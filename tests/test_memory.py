@@ -57,7 +57,7 @@ def test_saves_at_most_half_of_stock(dtype: torch.dtype) -> None:
 def test_norms_from_output_save_two_rows_a_layer(dtype: torch.dtype) -> None:
     """The gradients stay as good; what is saved is less by the two sums of each layer."""
     from fastbert.bert import BertForMaskedLM
-    from fastbert.config import BertConfig
+    from fastbert.models.config import BertConfig
 
     torch.manual_seed(0)
     layers, tokens, width = 2, 24, 64

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import fastbert.cpu
+import fastbert.backend.cpu
 from fastbert.bert import BertConfig, BertForPreTraining
 
 LENGTHS = [48, 11, 30, 1, 23, 37]
@@ -125,7 +125,9 @@ def test_two_runs_are_bitwise_equal(dtype: torch.dtype) -> None:
 
 @DTYPES
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-@pytest.mark.skipif(fastbert.cpu.native is None, reason=str(fastbert.cpu.unavailable))
+@pytest.mark.skipif(
+    fastbert.backend.cpu.native is None, reason=str(fastbert.backend.cpu.unavailable)
+)
 def test_one_thread_and_two(dtype: torch.dtype, layout: str) -> None:
     """The same bits: our kernels' and, of stock ops, AdamW's, tanh's and the accumulation's, which are elementwise.
 

@@ -6,11 +6,12 @@ Kernels run here under TRITON_INTERPRET=1 only (`make test` starts such a proces
 import pytest
 import torch
 
-from fastbert import backend, bert, functional
-from fastbert.config import BertConfig
+from fastbert import bert, functional
+from fastbert.backend import chooser
+from fastbert.models.config import BertConfig
 
-if backend.device_of("triton") is None:
-    reason = backend.matrix()["attention"]["triton"] or "there is no GPU and no TRITON_INTERPRET=1"
+if chooser.device_of("triton") is None:
+    reason = chooser.matrix()["attention"]["triton"] or "there is no GPU and no TRITON_INTERPRET=1"
     pytest.skip(f"Triton's kernels cannot run: {reason}", allow_module_level=True)
 
 from hypothesis import given, settings
@@ -53,7 +54,7 @@ def step(model, inputs, name, dtype=None):
     """The loss and every gradient of one training step on a backend, with the same dropout each time."""
     model.zero_grad()
     torch.manual_seed(3)
-    with backend.use(name), torch.autocast(DEVICE, dtype, enabled=dtype is not None):
+    with chooser.use(name), torch.autocast(DEVICE, dtype, enabled=dtype is not None):
         loss = model(**inputs).loss
         loss.backward()
     return {"loss": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters()}}
@@ -91,7 +92,7 @@ def test_attention_over_several_tiles(length, causal):
         ("reference", torch.float64),
     ):
         leaf = qkv.to(dtype).requires_grad_()
-        with backend.use(name), poison.outputs():
+        with chooser.use(name), poison.outputs():
             out = functional.attention(
                 leaf, bounds, length, p=0.1, seed=seed, site=2, causal=causal
             )
@@ -114,9 +115,9 @@ def test_attention_of_any_shape(lengths, heads, size, p):
     qkv = torch.randn(sum(lengths), 3, heads, size, device=DEVICE)
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32)
     options = {"p": p, "seed": torch.tensor([9], device=DEVICE)} if p else {}
-    with backend.use("triton"), poison.outputs():
+    with chooser.use("triton"), poison.outputs():
         ours = functional.attention(qkv, bounds, max(lengths), **options)
-    with backend.use("reference"):
+    with chooser.use("reference"):
         truth = functional.attention(qkv.double(), bounds, max(lengths), **options)
     torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-5)
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import fastbert
-from fastbert import backend, functional, tuned
+from fastbert import functional
+from fastbert.backend import chooser, tuned
 
-if backend.device_of("triton") is None:
-    reason = backend.matrix()["layer_norm"]["triton"] or "there is no GPU and no TRITON_INTERPRET=1"
+if chooser.device_of("triton") is None:
+    reason = chooser.matrix()["layer_norm"]["triton"] or "there is no GPU and no TRITON_INTERPRET=1"
     pytest.skip(f"Triton's kernels cannot run: {reason}", allow_module_level=True)
 
 from fastbert.kernels import _configured, _launch, layer_norm
@@ -21,11 +22,11 @@ from fastbert.kernels import _configured, _launch, layer_norm
 def triton_first(monkeypatch, tmp_path):
     """Triton's interpreter in the order of the CPU's backends, and nothing tuned before or after."""
     monkeypatch.setenv("FASTBERT_CACHE", str(tmp_path))
-    monkeypatch.setattr(backend, "tuned_tables", {})
-    kind = backend.device_of("triton")
-    monkeypatch.setitem(backend.ORDER, kind, ("triton", "torch"))
-    known = {slug: backend._candidates(slug, kind) for slug in backend.SLUGS}
-    monkeypatch.setitem(backend._CANDIDATES, kind, known)
+    monkeypatch.setattr(chooser, "tuned_tables", {})
+    kind = chooser.device_of("triton")
+    monkeypatch.setitem(chooser.ORDER, kind, ("triton", "torch"))
+    known = {slug: chooser._candidates(slug, kind) for slug in chooser.SLUGS}
+    monkeypatch.setitem(chooser._CANDIDATES, kind, known)
     with mock.patch.dict(_configured._winners, clear=True):
         yield kind
 
@@ -125,7 +126,7 @@ def test_the_step_s_own_error_is_the_user_s(triton_first):
     "fields", [{"OLD": 1}, {"ROWS": 3}, {"ROWS": "2"}, {"num_warps": 64}, {"BLOCK_C": 8}]
 )
 def test_a_stored_configuration_that_is_none_is_left_out(fields, caplog):
-    arguments = (24, _launch.arch(torch.device(backend.device_of("triton"), 0)))
+    arguments = (24, _launch.arch(torch.device(chooser.device_of("triton"), 0)))
     assert _configured._restored(_launch.rows, arguments, fields) is None
     assert _configured._restored(_launch.rows, (24,), {"ROWS": 2}) is None
     assert _configured._restored(_launch.rows, arguments, {"ROWS": 2}).ROWS == 2

@@ -9,8 +9,9 @@ import torch
 from typer.testing import CliRunner
 
 import fastbert
-from fastbert import backend, bert, functional, tuned
-from fastbert.config import BertConfig
+from fastbert import bert, functional
+from fastbert.backend import chooser, tuned
+from fastbert.models.config import BertConfig
 
 CPU = torch.device("cpu")
 
@@ -19,7 +20,7 @@ CPU = torch.device("cpu")
 def _empty(monkeypatch, tmp_path):
     """A cache of its own, and nothing measured before or after."""
     monkeypatch.setenv("FASTBERT_CACHE", str(tmp_path))
-    monkeypatch.setattr(backend, "tuned_tables", {})
+    monkeypatch.setattr(chooser, "tuned_tables", {})
 
 
 def step():
@@ -30,11 +31,11 @@ def step():
 def winner(slug, name, monkeypatch, *args):
     """Make `name` the fastest of the class of a call with these arguments."""
     table = {tuned.key(slug, args): name}
-    monkeypatch.setattr(backend, "tuned_tables", {CPU: table})
+    monkeypatch.setattr(chooser, "tuned_tables", {CPU: table})
 
 
 def test_measures_every_backend_and_stores_the_fastest():
-    if reason := backend.matrix()["linear"]["cpu"]:
+    if reason := chooser.matrix()["linear"]["cpu"]:
         pytest.skip(reason)
     found = fastbert.tune(step, rounds=2)
     assert found.keys() == {"layer_norm", "linear"}
@@ -62,15 +63,15 @@ def test_both_directions_are_timed(monkeypatch):
 
 @pytest.mark.parametrize("name", ["torch", "cpu"])
 def test_the_winner_runs(name, monkeypatch, capsys):
-    if reason := backend.matrix()["layer_norm"][name]:
+    if reason := chooser.matrix()["layer_norm"][name]:
         pytest.skip(reason)
     x = torch.randn(5, 24)
     winner("layer_norm", name, monkeypatch, x)
-    assert backend.choose("layer_norm", CPU, x, None, None, 1e-5) == name
+    assert chooser.choose("layer_norm", CPU, x, None, None, 1e-5) == name
     # another width, and more rows, were not measured
-    default = next(n for n in backend.ORDER["cpu"] if backend.matrix()["layer_norm"][n] is None)
-    assert backend.choose("layer_norm", CPU, x[:, :8].contiguous(), None, None, 1e-5) == default
-    assert backend.choose("layer_norm", CPU, x.repeat(99, 1), None, None, 1e-5) == default
+    default = next(n for n in chooser.ORDER["cpu"] if chooser.matrix()["layer_norm"][n] is None)
+    assert chooser.choose("layer_norm", CPU, x[:, :8].contiguous(), None, None, 1e-5) == default
+    assert chooser.choose("layer_norm", CPU, x.repeat(99, 1), None, None, 1e-5) == default
     fastbert.explain("layer_norm", x)
     chosen = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("->"))
     assert name in chosen
@@ -80,7 +81,7 @@ def test_the_winner_runs(name, monkeypatch, capsys):
 def test_a_winner_that_cannot_run_a_call_is_passed_over(monkeypatch):
     x = torch.randn(5, 24, dtype=torch.float64)
     winner("layer_norm", "cpu", monkeypatch, x)
-    assert backend.choose("layer_norm", CPU, x, None, None, 1e-5) == "torch"
+    assert chooser.choose("layer_norm", CPU, x, None, None, 1e-5) == "torch"
 
 
 def test_winners_hold_under_compile(monkeypatch):
@@ -109,7 +110,7 @@ def test_a_whole_model_and_the_next_process():
     assert set(found) >= {"feed_forward", "mlm_loss", "layer_norm", "cross_entropy"}
     text = "import torch; from fastbert import backend; print(len(backend.tuned_tables[torch.device('cpu')]))"
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
-    assert int(done.stdout) == len(backend.tuned_tables[CPU])
+    assert int(done.stdout) == len(chooser.tuned_tables[CPU])
 
 
 def test_refusals():
@@ -162,11 +163,11 @@ def test_what_another_version_stored_is_left_out(content, caplog):
 def test_an_error_in_the_step_leaves_the_choice_as_it_was():
     with pytest.raises(ZeroDivisionError):
         fastbert.tune(lambda: 1 / 0)
-    assert backend.tuned_tables == {}
+    assert chooser.tuned_tables == {}
 
 
 def test_command(tmp_path):
-    from fastbert.cli import app
+    from fastbert.cli.app import app
 
     arguments = [
         "tune",

@@ -151,7 +151,8 @@ def fastbert(job: Job, freeze: bool = True) -> Any:
     import torch
 
     import fastbert
-    from fastbert import bert, cpu
+    from fastbert import bert
+    from fastbert.backend import cpu
 
     if cpu.native is None:
         raise Unsupported(str(cpu.unavailable))

@@ -80,7 +80,7 @@ class Worker:
             import fastbert
 
             # of the checkout, which is not an installed distribution
-            found |= {"fastbert": fastbert.__version__, "native": fastbert.cpu.native.isa()}
+            found |= {"fastbert": fastbert.__version__, "native": fastbert.backend.cpu.native.isa()}
         return {"versions": found}
 
     def check(self, file: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kLayerFields = 12;
 
-// the order of fastbert/freeze.py
+// the order of fastbert/runners/freeze.py
 struct Layer {
   const float *qkv, *qkv_bias, *out, *out_bias, *norm1, *norm1_bias;
   const float *up, *up_bias, *down, *down_bias, *norm2, *norm2_bias;

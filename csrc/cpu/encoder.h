@@ -5,7 +5,7 @@ namespace fastbert {
 namespace FASTBERT_ISA {
 
 // n post-norm encoder layers for inference, in one call: x, y and everything between are of
-// `dtype`. `layers` holds kLayerFields addresses a layer, in the order of fastbert/freeze.py:
+// `dtype`. `layers` holds kLayerFields addresses a layer, in the order of fastbert/runners/freeze.py:
 // weights packed by linear_pack, biases and norms in fp32. With `rows` the last layer's second half
 // runs for these rows.
 void encoder_infer(int dtype,

@@ -1,5 +1,5 @@
 // Dropout bits: Philox4x32-10 (Salmon, Moraes, Dror, Shaw, SC 2011), as
-// fastbert/reference/philox.py defines them:
+// fastbert/backend/reference/philox.py defines them:
 //
 //   words(group) = philox(counter = (group, c1, c2, c3), key = (low, high) half of the seed)
 //   element col uses word col % 4 of group col / 4 and is kept iff word >= threshold

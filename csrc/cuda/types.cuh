@@ -11,7 +11,7 @@
 
 namespace fastbert {
 
-// numbers of the element types in fastbert/cuda/__init__.py
+// numbers of the element types in fastbert/backend/cuda/__init__.py
 enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
 using bfloat16 = __nv_bfloat16;

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fastbert._lazy import lazy
 from fastbert.finetune.config import FinetuneConfig
 
 if TYPE_CHECKING:
@@ -12,15 +13,12 @@ if TYPE_CHECKING:
 
 __all__ = ["FinetuneConfig", "Predictor", "Result", "finetune"]
 
-
-def __getattr__(name: str) -> Any:
-    # the settings alone, which `fastbert --help` needs, are there without waiting for torch
-    if name == "Predictor":
-        from fastbert.finetune import predict
-
-        return predict.Predictor
-    if name in ("Result", "finetune"):
-        from fastbert.finetune import run
-
-        return getattr(run, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# the settings alone, which `fastbert --help` needs, are there without waiting for torch
+__getattr__ = lazy(
+    __name__,
+    {
+        "Predictor": "fastbert.finetune.predict",
+        "Result": "fastbert.finetune.run",
+        "finetune": "fastbert.finetune.run",
+    },
+)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fastbert.config import BertConfig
 from fastbert.data import load_tokenizer, tokenizer_hash
 from fastbert.finetune.config import FinetuneConfig
 from fastbert.finetune.features import split
 from fastbert.finetune.judge import Part, make_task
 from fastbert.finetune.records import read_records
+from fastbert.models.config import BertConfig
 
 
 @dataclass

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastbert.config import BertConfig
 from fastbert.finetune.answer import Answer
 from fastbert.finetune.classify import Classify
 from fastbert.finetune.config import Options
 from fastbert.finetune.features import Features, items
 from fastbert.finetune.tag import Tag
+from fastbert.models.config import BertConfig
 from fastbert.train.session import autocast
 
 Task = Classify | Tag | Answer

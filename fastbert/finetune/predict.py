@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastbert.config import BertConfig
 from fastbert.data import load_tokenizer
 from fastbert.finetune.answer import Question
 from fastbert.finetune.classify import Text
@@ -15,6 +14,7 @@ from fastbert.finetune.config import Options
 from fastbert.finetune.judge import Part, make_task, predict
 from fastbert.finetune.records import read_records
 from fastbert.finetune.tag import Words
+from fastbert.models.config import BertConfig
 
 # the last part of an architecture's name in config.json
 _HEADS = {

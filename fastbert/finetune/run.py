@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastbert.config import BertConfig
 from fastbert.finetune.config import FinetuneConfig
 from fastbert.finetune.data import Data, Sources, load_data
 from fastbert.finetune.judge import Part
 from fastbert.finetune.loop import FinetuneRun, FinetuneTrainer, judge, training_data
 from fastbert.finetune.plot import plot_confusion, plot_curves
 from fastbert.finetune.tag import seqeval
+from fastbert.models.config import BertConfig
 from fastbert.train import session, store
 from fastbert.train.progress import duration
 from fastbert.train.settings import FREE

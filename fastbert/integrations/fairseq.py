@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 from fastbert.bert import BertConfig
-from fastbert.checkpoint import State, fill, read_pickle, save, share_decoder
 from fastbert.data.tokenizer import save_tokenizer
+from fastbert.models.checkpoint import State, fill, read_pickle, save, share_decoder
 from fastbert.models.heads import BertForMaskedLM
-from fastbert.names import Names, prefixed
+from fastbert.models.names import Names, prefixed
 
 _ENCODER: Names = {
     "embeddings.word": "embed_tokens",

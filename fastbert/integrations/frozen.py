@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert import backend, cpu
+from fastbert.backend import chooser, cpu
 from fastbert.integrations import layers
 from fastbert.integrations.families import Parts
+from fastbert.nn.watch import log_once
 from fastbert.ops.context import autocast
 from fastbert.runners.copies import RECORDED, Copies, Shape
-from fastbert.watch import log_once
 
 # a layer's Linears and norms behind query, key and value, in the order of encoder.h's Layer
 _ORDER = ("out", "attention_norm", "up", "down", "output_norm")
@@ -52,7 +52,7 @@ class FrozenLayers(Copies):
         """
         if torch.compiler.is_compiling() or any(_trains(m) for m in parts):
             return None
-        if x.device.type != "cpu" or backend.forced() not in (None, "cpu") or x.numel() == 0:
+        if x.device.type != "cpu" or chooser.forced() not in (None, "cpu") or x.numel() == 0:
             self.drop()
             return None
         x = autocast(x)

@@ -12,8 +12,8 @@ from torch.nn import functional as stock_functional
 from fastbert import functional as F
 from fastbert.integrations import layers
 from fastbert.integrations.families import found
-from fastbert.packing import find_labelled
-from fastbert.watch import hooked, log_once, observed
+from fastbert.nn.packing import find_labelled
+from fastbert.nn.watch import hooked, log_once, observed
 
 Stock = Callable[..., Any]
 

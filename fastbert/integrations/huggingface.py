@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from fastbert.integrations import frozen, heads, layers, transformers4
 from fastbert.integrations.families import FAMILIES, Family, Parts
 from fastbert.integrations.layers import Call
+from fastbert.nn.packing import Packing, find_tokens
+from fastbert.nn.watch import first_hooked, hooked, log_once, observed
 from fastbert.ops.context import seed_for
-from fastbert.packing import Packing, find_tokens
-from fastbert.watch import first_hooked, hooked, log_once, observed
 
 # --- the classes ---
 

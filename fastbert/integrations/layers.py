@@ -15,10 +15,10 @@ from torch.nn import functional as stock
 
 from fastbert import functional as F
 from fastbert import nn as drop_in
-from fastbert.blocks import attend
 from fastbert.integrations.families import Layout, Parts
-from fastbert.packing import Packing
-from fastbert.watch import first_hooked, hooked, log_once
+from fastbert.nn.blocks import attend
+from fastbert.nn.packing import Packing
+from fastbert.nn.watch import first_hooked, hooked, log_once
 
 
 class Call(NamedTuple):

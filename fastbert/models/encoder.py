@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from fastbert.blocks import Embeddings, EncoderLayer, Linear, QKVProjection
-from fastbert.config import BertConfig
+from fastbert.backend.reference.philox import dropout
+from fastbert.models.config import BertConfig
 from fastbert.models.inputs import Inputs, prepare
 from fastbert.models.output import Output
+from fastbert.nn.blocks import Embeddings, EncoderLayer, Linear, QKVProjection
+from fastbert.nn.packing import Packing
+from fastbert.nn.watch import log_once
 from fastbert.ops.context import seed_for
-from fastbert.packing import Packing
-from fastbert.reference.philox import dropout
-from fastbert.watch import log_once
 
 
 class Prepacked(Protocol):
@@ -61,13 +61,13 @@ class Pretrained(nn.Module):
     @classmethod
     def from_pretrained(cls, directory: str | Path, **overrides: Any) -> Any:
         """Load a Hugging Face directory; `overrides` are fields of BertConfig, such as num_labels=3."""
-        from fastbert import checkpoint
+        from fastbert.models import checkpoint
 
         return checkpoint.load(cls, directory, **overrides)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a directory that transformers and from_pretrained load."""
-        from fastbert import checkpoint
+        from fastbert.models import checkpoint
 
         checkpoint.save(self, directory)
 

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastbert.blocks import Linear, MLMHead, NSPHead
-from fastbert.config import BertConfig
+from fastbert.models.config import BertConfig
 from fastbert.models.encoder import BertModel, Encoded, Pretrained
 from fastbert.models.inputs import Inputs, prepare
 from fastbert.models.losses import class_loss, position_loss, sequence_loss
 from fastbert.models.output import Output
+from fastbert.nn.blocks import Linear, MLMHead, NSPHead
 
 
 class _Head(Pretrained):

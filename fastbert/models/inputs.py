@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastbert.config import BertConfig
-from fastbert.packing import Packing
+from fastbert.models.config import BertConfig
+from fastbert.nn.packing import Packing
 
 
 class Inputs(NamedTuple):

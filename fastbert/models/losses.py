@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as stock
 
 from fastbert import functional as F
-from fastbert.packing import Packing
+from fastbert.nn.packing import Packing
 
 
 def class_loss(logits: Tensor, labels: Tensor, count: Tensor | int | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from fastbert import backend
+from fastbert.backend import chooser
 from fastbert.ops.context import autocast_dtype, needs_dispatcher
 
 _lib = torch.library.Library("fastbert", "DEF")
@@ -34,13 +34,13 @@ def register(
 
     def body(*args: Any) -> Any:
         *inputs, chosen = args
-        run = getattr(backend.module(chosen, slug), direction)
+        run = getattr(chooser.module(chosen, slug), direction)
         if chosen in ("triton", "cuda"):
             run = partial(_on_device, run)
         if check is None and not torch._C._is_any_autocast_enabled():
             return run(*inputs)
         device = next(a.device for a in inputs if isinstance(a, torch.Tensor))
-        if check is not None and backend.checks_values(device):
+        if check is not None and chooser.checks_values(device):
             check(*inputs)
         if autocast_dtype(device.type) is not None:
             # dtypes were settled before the op: stock ops inside it must not cast again

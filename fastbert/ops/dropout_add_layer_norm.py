@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert.backend import choose
+from fastbert.backend.chooser import choose
 from fastbert.ops import _check
 from fastbert.ops._register import (
     as_rows,

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastbert.data import Batch
+from fastbert.pretrain.evaluate import evaluate
 from fastbert.pretrain.trainer import PretrainTrainer
-from fastbert.train.evaluate import evaluate
 from fastbert.train.loop import Run
 
 
 class HeldOut(Protocol):
-    """Batches to judge by, such as fastbert.train.feed.Feed has them."""
+    """Batches to judge by, such as fastbert.pretrain.feed.Feed has them."""
 
     mask_id: int
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.data import Batch
-from fastbert.train.config import PretrainConfig
-from fastbert.train.evaluate import judge
+from fastbert.pretrain.config import PretrainConfig
+from fastbert.pretrain.evaluate import judge
 from fastbert.train.session import autocast
 from fastbert.train.trainer import Stream, Trainer
 from fastbert.train.world import World

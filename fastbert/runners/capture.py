@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastbert.config import BertConfig
+from fastbert.models.config import BertConfig
 from fastbert.models.inputs import Inputs
 from fastbert.ops.context import autocast_dtype
 

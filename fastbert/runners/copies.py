@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fastbert import cpu
-from fastbert.cpu import _gemm
+from fastbert.backend import cpu
+from fastbert.backend.cpu import _gemm
+from fastbert.nn.packing import Packing
 from fastbert.ops._check import cu_seqlens_valid
-from fastbert.packing import Packing
 
 # why layers have to run
 RECORDED = "gradients are recorded, call it under torch.no_grad() or torch.inference_mode()"

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastbert import backend, cpu
-from fastbert.blocks import EncoderLayer, FeedForward, QKVProjection, SelfAttention
-from fastbert.blocks import Linear as BlockLinear
-from fastbert.config import BertConfig
+from fastbert.backend import chooser, cpu
+from fastbert.models.config import BertConfig
 from fastbert.models.encoder import BertModel
-from fastbert.packing import Packing
+from fastbert.nn.blocks import EncoderLayer, FeedForward, QKVProjection, SelfAttention
+from fastbert.nn.blocks import Linear as BlockLinear
+from fastbert.nn.packing import Packing
+from fastbert.nn.watch import log_once
 from fastbert.runners.copies import RECORDED, Copies, Shape
-from fastbert.watch import log_once
 
 # the parts of a layer that the native code knows, by name
 PARTS: dict[str, type[nn.Module]] = {
@@ -103,7 +103,7 @@ class Frozen(Copies):
             # the weights have moved: their copies would stay for nothing
             self.drop()
             return False
-        if backend.forced() not in (None, "cpu") or x.numel() == 0:
+        if chooser.forced() not in (None, "cpu") or x.numel() == 0:
             return False
         if self._origin is not None and not self._origin.unchanged(encoder):
             log_once("the weights or parts of a frozen model have changed: they are packed again")

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from fastbert import backend, bert
-from fastbert.checkpoint import class_name
+from fastbert import bert
+from fastbert.backend import chooser
 from fastbert.data import load_tokenizer
 from fastbert.data.fetch import fetch
 from fastbert.integrations.fairseq import convert_fairseq_roberta
-from fastbert.names import hf_keys, names_of
+from fastbert.models.checkpoint import class_name
+from fastbert.models.names import hf_keys, names_of
 
 LAYOUTS = ("padded", "packed", "single")
 # outputs with one row per token, the others have one per sequence
@@ -291,7 +292,7 @@ def measure(real: Real, scratch: Path) -> dict[str, Parity]:
     stock = run(real, theirs, examples)
     results = {layout: run(real, ours, examples, layout) for layout in LAYOUTS}
     found = {layout: Parity.of(ours, result, stock) for layout, result in results.items()}
-    with backend.use("reference"):
+    with chooser.use("reference"):
         plain = run(real, ours, examples)
     truth = run(real, theirs.double(), examples)
     found["padded to fp64"] = Parity.of(ours, results["padded"], truth)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert import backend, functional
-from fastbert.reference.samples import Sample
+from fastbert import functional
+from fastbert.backend import chooser
+from fastbert.backend.reference.samples import Sample
 from fastbert.testing import poison
 from fastbert.testing.budget import assert_within_budget
 
@@ -19,14 +20,14 @@ Results = dict[str, Tensor]
 
 def samples(slug: str, dtype: torch.dtype, device: str = "cpu") -> list[Sample]:
     """The op's sample inputs in this dtype."""
-    reference = importlib.import_module(f"fastbert.reference.{slug}")
+    reference = importlib.import_module(f"fastbert.backend.reference.{slug}")
     return list(reference.sample_inputs(dtype, device))
 
 
 def cases(slug: str, dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, str, torch.dtype]]:
     """(backend, sample id, dtype) for every backend that has the op's kernel and a device to run it on."""
-    for name in backend.BACKENDS:
-        if backend.matrix()[slug][name] is None and backend.device_of(name) is not None:
+    for name in chooser.BACKENDS:
+        if chooser.matrix()[slug][name] is None and chooser.device_of(name) is not None:
             for dtype in dtypes:
                 for sample in samples(slug, dtype):
                     yield name, sample.id, dtype
@@ -98,17 +99,17 @@ def check(
     `again=False` leaves out the second run, for a device that cannot vary. A backend that does not support the call
     raises `backend.Unsupported` with its reason, which tests turn into a skip.
     """
-    reference = importlib.import_module(f"fastbert.reference.{slug}")
-    op, device = getattr(functional, slug), backend.device_of(name) or "cpu"
+    reference = importlib.import_module(f"fastbert.backend.reference.{slug}")
+    op, device = getattr(functional, slug), chooser.device_of(name) or "cpu"
     kwargs = next(s for s in samples(slug, dtype, device) if s.id == sample_id).kwargs
     wide = {
         k: tree_map(v, lambda t: t.double() if t.is_floating_point() else t)
         for k, v in kwargs.items()
     }
-    with backend.use("reference"):
+    with chooser.use("reference"):
         truth = call(op, wide, backward)
     eager = call(reference.eager, kwargs, backward)
-    with backend.use(name), poison.outputs():
+    with chooser.use(name), poison.outputs():
         first = call(op, {k: tree_map(v, poison.surround) for k, v in kwargs.items()}, backward)
         second = call(op, kwargs, backward) if again else first
     for key, expected in truth.items():

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from fastbert import cpu, functional
+from fastbert import functional
+from fastbert.backend import cpu
 
 # (m, k, n) of the GEMMs whose best is the peak
 _GEMMS = ((512, 768, 3072), (1024, 1024, 1024), (2048, 768, 768))

@@ -1,21 +1,17 @@
-"""Pretraining: settings, the loop, checkpoints that resume bitwise, evaluation, the demo."""
+"""The engine of every training: steps, runs, checkpoints that resume bitwise, several processes.
 
-from __future__ import annotations
+Pretraining was here in version 0.1; its names stay.
+"""
 
-from typing import TYPE_CHECKING, Any
-
-from fastbert.train.config import PretrainConfig
-
-if TYPE_CHECKING:
-    from fastbert.train.run import Result, pretrain
+from fastbert._lazy import lazy
 
 __all__ = ["PretrainConfig", "Result", "pretrain"]
 
-
-def __getattr__(name: str) -> Any:
-    # the settings alone, which `fastbert --help` needs, are there without waiting for torch
-    if name in ("Result", "pretrain"):
-        from fastbert.train import run
-
-        return getattr(run, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy(
+    __name__,
+    {
+        "PretrainConfig": "fastbert.pretrain.config",
+        "Result": "fastbert.pretrain.run",
+        "pretrain": "fastbert.pretrain.run",
+    },
+)

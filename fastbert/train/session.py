@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from fastbert import backend, tuned
+from fastbert.backend import chooser, tuned
 from fastbert.machine import machine_info
 from fastbert.train.settings import FREE, TrainingSettings, load_settings
 
@@ -70,7 +70,7 @@ def threads(count: int | None) -> Iterator[None]:
 
 def forced(name: str | None) -> AbstractContextManager[Any]:
     """Force a backend inside the block; None forces nothing."""
-    return backend.use(name) if name else nullcontext()
+    return chooser.use(name) if name else nullcontext()
 
 
 def seed_all(seed: int) -> None:
@@ -85,12 +85,12 @@ def backends(device: str) -> dict[str, str]:
 
     With what fastbert.tune() has found for the device, which comes before the order.
     """
-    kind, name = torch.device(device).type, backend.forced()
+    kind, name = torch.device(device).type, chooser.forced()
     found = {
-        slug: name or next(n for n in backend.order(kind) if reasons[n] is None)
-        for slug, reasons in backend.matrix().items()
+        slug: name or next(n for n in chooser.order(kind) if reasons[n] is None)
+        for slug, reasons in chooser.matrix().items()
     }
-    winners = {} if name else tuned.winners(backend.tuned_tables, kind)
+    winners = {} if name else tuned.winners(chooser.tuned_tables, kind)
     return {**found, **winners}
 
 
@@ -127,7 +127,7 @@ def settled(config: Config) -> Config:
         config,
         device=device,
         threads=config.threads or torch.get_num_threads(),
-        backend=config.backend or backend.forced(),
+        backend=config.backend or chooser.forced(),
     )
 
 

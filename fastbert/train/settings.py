@@ -138,7 +138,7 @@ class TrainingSettings(Settings):
     keep_last: int = setting(2, RUN, "checkpoints to keep")
 
     def _check(self) -> None:
-        from fastbert.backend import BACKENDS
+        from fastbert.backend.names import BACKENDS
 
         self._check_choices({"precision": ("fp32", "bf16"), "backend": (*BACKENDS, None)})
         self._check_shares("beta1", "beta2")

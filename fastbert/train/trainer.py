@@ -10,14 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastbert import backend
+from fastbert.backend import chooser
 from fastbert.data import Batch
+from fastbert.runners.training import TrainingRunner
 from fastbert.train import store
 from fastbert.train.optim import learning_rate, make_optimiser, set_learning_rate
 from fastbert.train.parallel import Spread
 from fastbert.train.settings import TrainingSettings
 from fastbert.train.world import World
-from fastbert.training_graphs import TrainingRunner
 
 
 class TrainingError(RuntimeError):
@@ -96,7 +96,7 @@ class Trainer:
         self.at = Position()
         self.device = next(model.parameters()).device
         # a host takes longer to launch a step's kernels one by one than a GPU to run them
-        fused = backend.forced() in (None, "triton", "cuda")
+        fused = chooser.forced() in (None, "triton", "cuda")
         graphs = self.device.type == "cuda" and fused and self.world.size == 1
         self._replayed = TrainingRunner(model) if graphs else None
         self._batches: Iterator[Batch] | None = None

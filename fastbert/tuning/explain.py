@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from fastbert import functional
-from fastbert.backend import SLUGS, Explained, explaining
+from fastbert.backend.chooser import Explained, explaining
+from fastbert.backend.names import SLUGS
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, str | None]:

@@ -16,10 +16,10 @@ from fastbert.finetune import FinetuneConfig, Predictor, finetune
 from fastbert.finetune import run as module
 from fastbert.finetune.data import Sources, load_data
 from fastbert.finetune.loop import FinetuneRun, FinetuneTrainer, training_data
+from fastbert.runners.training import TrainingRunner
 from fastbert.train.loop import Stopped
 from fastbert.train.metrics import read_metrics
 from fastbert.train.settings import load_settings
-from fastbert.training_graphs import TrainingRunner
 
 
 @pytest.fixture(scope="module")

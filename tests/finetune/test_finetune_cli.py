@@ -8,7 +8,7 @@ import pytest
 import tiny_tasks
 from typer.testing import CliRunner
 
-from fastbert.cli import app, main
+from fastbert.cli.app import app, main
 from fastbert.finetune.records import read_records
 
 

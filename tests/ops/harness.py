@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastbert import backend, cpu, functional
+from fastbert import functional
+from fastbert.backend import chooser, cpu
 from fastbert.testing import parity
 
-INTERPRETED = backend.device_of("triton") == "cpu"
+INTERPRETED = chooser.device_of("triton") == "cpu"
 # fp16's kernels are bf16's, and run as compiled on the PTX machine (tests/ptx)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)[: 2 if INTERPRETED else 3]
 
@@ -41,7 +42,7 @@ def check(slug: str, name: str, sample: str, dtype: torch.dtype, backward: bool)
     try:
         with instruction_set(isa):
             parity.check(slug, name, sample, dtype, backward, again)
-    except backend.Unsupported as reason:
+    except chooser.Unsupported as reason:
         pytest.skip(str(reason))
 
 
@@ -89,7 +90,7 @@ def gradcheck(slug: str, name: str) -> None:
             out = getattr(functional, slug)(**kwargs)
             return out[0] if isinstance(out, tuple) else out
 
-        with backend.use(name):
+        with chooser.use(name):
             inputs = tuple(t.clone().requires_grad_() for t in leaves.values())
             # the registered op is reentrant and deterministic, so the default tolerances hold
             assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
@@ -109,7 +110,7 @@ def compiled(
         if not pick(sample.id):
             continue
         torch._dynamo.reset()
-        with backend.use(name):
+        with chooser.use(name):
             expected = parity.call(op, sample.kwargs, True)
             ours = parity.call(
                 torch.compile(op, fullgraph=True, backend="aot_eager"), sample.kwargs, True

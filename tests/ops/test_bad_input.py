@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastbert import backend
 from fastbert import functional as F
+from fastbert.backend import chooser
 from fastbert.testing import parity
 
 X, W, B = torch.randn(6, 8), torch.randn(8), torch.randn(8)
@@ -168,7 +168,7 @@ def test_refused(call, error, message):
 
 def test_meta_tensors_give_shapes():
     """Every op runs on the meta device, which has neither values nor autocast."""
-    for slug in backend.SLUGS:
+    for slug in chooser.SLUGS:
         sample = parity.samples(slug, torch.float32)[1]
         kwargs = {k: parity.tree_map(v, lambda t: t.to("meta")) for k, v in sample.kwargs.items()}
         if slug == "mlm_loss":

@@ -10,12 +10,13 @@ from harness import compiled, short, tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbert
-from fastbert import backend, functional
+from fastbert import functional
+from fastbert.backend import chooser
 from fastbert.ops import _register
 from fastbert.testing import parity
 from fastbert.testing.budget import excess
 
-ALL = pytest.mark.parametrize("slug", backend.SLUGS)
+ALL = pytest.mark.parametrize("slug", chooser.SLUGS)
 
 
 class _Recorder(TorchDispatchMode):
@@ -33,9 +34,9 @@ class _Recorder(TorchDispatchMode):
 
 def skip_absent(slug, name):
     """Skip, with a sentence, a backend that has not this op or no device in this process."""
-    if reason := backend.matrix()[slug][name]:
+    if reason := chooser.matrix()[slug][name]:
         pytest.skip(reason)
-    if backend.device_of(name) != "cpu":
+    if chooser.device_of(name) != "cpu":
         pytest.skip(f"the {name} backend's kernels need a GPU, or TRITON_INTERPRET=1")
 
 
@@ -55,10 +56,10 @@ def test_opcheck(slug, name):
     skip_absent(slug, name)
     checked = False
     for sample in small(slug):
-        with backend.use(name), _Recorder() as recorder:
+        with chooser.use(name), _Recorder() as recorder:
             try:
                 parity.call(getattr(functional, slug), sample.kwargs, backward=True)
-            except backend.Unsupported:
+            except chooser.Unsupported:
                 continue
         checked = True
         assert {str(func)[9:] for func, _ in recorder.calls} == {
@@ -94,7 +95,7 @@ def test_explicit_backward_is_autograd_of_the_reference_forward(slug):
     """fp64: the reference's written-out backward against autograd through the reference's own forward."""
     tried = 0
     for sample in small(slug, torch.float64):
-        with backend.use("reference"), _Recorder() as recorder:
+        with chooser.use("reference"), _Recorder() as recorder:
             ours = parity.call(getattr(functional, slug), sample.kwargs, backward=True)
         _, args = recorder.calls[0]
         leaves = {}
@@ -106,7 +107,7 @@ def test_explicit_backward_is_autograd_of_the_reference_forward(slug):
             return leaves[len(leaves) - 1]
 
         args = [parity.tree_map(a, leaf) for a in args[:-1]]
-        out = backend.module("reference", slug).forward(*args)
+        out = chooser.module("reference", slug).forward(*args)
         out = out[0] if isinstance(out, tuple) else out
         upstream = recorder.calls[1][1][0]  # what reached the backward op
         grads = torch.autograd.grad(
@@ -148,7 +149,7 @@ def test_bias_gradients_are_rounded_to_the_biases_dtype(slug, name):
         pytest.skip("native_layer_norm_backward itself adds in bf16")
     sample = small(slug, torch.bfloat16)[1]
     kwargs = {k: v.float() if k in ("bias", "b1", "b2") else v for k, v in sample.kwargs.items()}
-    with backend.use(name):
+    with chooser.use(name):
         found = parity.call(getattr(functional, slug), kwargs, backward=True)
     keys = {"dbias", "db1", "db2"} & found.keys()
     assert keys
@@ -225,7 +226,7 @@ def test_needs_only_what_is_wanted(slug):
 @ALL
 def test_explain(slug, capsys):
     table = fastbert.explain(slug, **small(slug)[1].kwargs)
-    assert set(table) == set(backend.BACKENDS)
+    assert set(table) == set(chooser.BACKENDS)
     assert table["torch"] is None
     assert table["reference"] is None
     assert all(reason is None or len(reason) > 20 for reason in table.values())
@@ -249,24 +250,24 @@ def test_explain_leaves_other_threads_alone(capsys):
 
 def test_use_never_falls_back():
     x = torch.randn(2, 4)
-    with fastbert.use("cuda"), pytest.raises(backend.Unsupported, match="asked for by name"):
+    with fastbert.use("cuda"), pytest.raises(chooser.Unsupported, match="asked for by name"):
         functional.layer_norm(x)
     with pytest.raises(ValueError, match="no backend 'cud'"):
         fastbert.use("cud")
     fastbert.use("torch")
-    assert backend.forced() == "torch"
+    assert chooser.forced() == "torch"
     fastbert.use(None)
-    assert backend.forced() is None
+    assert chooser.forced() is None
     with pytest.raises(ValueError, match="no op"):
         fastbert.explain("layernorm", x)
 
 
 def test_debug_checks_values():
-    assert backend.checks_values(torch.device("cpu"))
-    assert not backend.checks_values(torch.device("cuda"))
+    assert chooser.checks_values(torch.device("cpu"))
+    assert not chooser.checks_values(torch.device("cuda"))
     with fastbert.debug():
-        assert backend.checks_values(torch.device("cuda"))
-    assert not backend.checks_values(torch.device("cuda"))
+        assert chooser.checks_values(torch.device("cuda"))
+    assert not chooser.checks_values(torch.device("cuda"))
 
 
 @ALL
@@ -338,7 +339,7 @@ def test_a_cast_weight_serves_forward_and_backward(slug, monkeypatch):
 
     op, found = getattr(functional, slug), parity.samples(slug, torch.bfloat16)
     (mixed,) = (sample for sample in found if sample.id == "mixed")
-    with backend.use("torch"):
+    with chooser.use("torch"):
         expected = parity.call(op, mixed.kwargs, True)
         monkeypatch.setattr(ops, "shared", on_gpu)
         ours = parity.call(op, mixed.kwargs, True)

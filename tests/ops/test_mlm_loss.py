@@ -2,7 +2,8 @@ import pytest
 import torch
 from harness import check, compiled, gradcheck, parametrize
 
-from fastbert import backend, functional
+from fastbert import functional
+from fastbert.backend import chooser
 
 SLUG = "mlm_loss"
 
@@ -74,11 +75,11 @@ def test_chunked_equals_whole():
 
 def test_chunks_are_summed_in_fp32():
     """In bf16 too: the sums over chunks are rounded once, as one sum is."""
-    if reason := backend.matrix()[SLUG]["cpu"]:
+    if reason := chooser.matrix()[SLUG]["cpu"]:
         pytest.skip(reason)
     hidden, weight, bias, labels = _inputs(T=200, fill=0.9)
     leaves = [t.detach().bfloat16().requires_grad_() for t in (hidden, weight, bias)]
-    with backend.use("cpu"):
+    with chooser.use("cpu"):
         whole, chunked = (
             torch.autograd.grad(functional.mlm_loss(*leaves, labels, max_rows=n), leaves)
             for n in (200, 7)

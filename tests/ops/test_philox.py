@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import fastbert
-from fastbert import backend, functional
-from fastbert.reference import philox
+from fastbert import functional
+from fastbert.backend import chooser
+from fastbert.backend.reference import philox
 
 
 def _words(counter, key):
@@ -58,12 +59,12 @@ def test_bits_depend_on_absolute_indices_only():
 @pytest.mark.parametrize("name", ["cpu", "torch"])
 def test_every_backend_drops_the_same_elements(name):
     """With residual 0, weight 1, bias 0 the saved sum shows which elements of x survived."""
-    if reason := backend.matrix()["dropout_add_layer_norm"][name]:
+    if reason := chooser.matrix()["dropout_add_layer_norm"][name]:
         pytest.skip(reason)
     x, seed = torch.ones(37, 101), torch.tensor([-123456789])
     kept = []
     for which in (name, "reference"):
-        module = backend.module(which, "dropout_add_layer_norm")
+        module = chooser.module(which, "dropout_add_layer_norm")
         args = (
             x,
             torch.zeros_like(x),

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from fastbert import cuda
+from fastbert.backend import cuda
 from ptx.memory import PtxError
 from ptx.program import Program, parse
 
@@ -110,10 +110,10 @@ class Native:
 
 
 def modules() -> Iterator[ModuleType]:
-    """fastbert.cuda and its adapters."""
+    """fastbert.backend.cuda and its adapters."""
     yield cuda
     for found in pkgutil.iter_modules(cuda.__path__):
-        yield import_module(f"fastbert.cuda.{found.name}")
+        yield import_module(f"fastbert.backend.cuda.{found.name}")
 
 
 @cache

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastbert import backend
+from fastbert.backend import chooser
 from ptx import cuda_host
 from ptx.machine import launch
 from ptx.memory import LEGAL, WRITTEN, Buffer, Counts, PtxError
@@ -119,7 +119,7 @@ def on_machine(name: str) -> Iterator[list[Launch]]:
     """Inside, the backend `name` takes CPU tensors; the list grows by each kernel that ran. PtxError ends a call."""
     launches: list[Launch] = []
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(backend._DEVICES, {name: "cpu"}))
+        stack.enter_context(mock.patch.dict(chooser._DEVICES, {name: "cpu"}))
         tensors = Tensors()
         for patch in (_triton if name == "triton" else _cuda)(tensors, launches):
             stack.enter_context(patch)
@@ -128,7 +128,7 @@ def on_machine(name: str) -> Iterator[list[Launch]]:
 
 
 def _cuda(tensors: Tensors, launches: list[Launch]) -> Iterator[Any]:
-    """What makes fastbert.cuda call its own host code on the machine."""
+    """What makes fastbert.backend.cuda call its own host code on the machine."""
 
     def run(kernel: str, grid: list[int], block: list[int], shared: int, given: list[int]) -> None:
         program = cuda_host.program(kernel)

@@ -13,7 +13,8 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton backend needs the package triton")
 
-from fastbert import backend, functional, kernels
+from fastbert import functional, kernels
+from fastbert.backend import chooser
 from fastbert.testing import parity
 from ptx import cuda_host, host
 from ptx.host import on_machine
@@ -88,7 +89,7 @@ def check(name: str, slug: str, sample: str, dtype: str, backward: bool) -> set[
     with nullcontext([]) if real else on_machine(name) as launches:
         try:
             parity.check(slug, name, sample, DTYPES[dtype], backward, again=real)
-        except backend.Unsupported as reason:
+        except chooser.Unsupported as reason:
             pytest.skip(str(reason))
     return (
         expected(name, slug, sample, dtype) if real and backward else {x.kernel for x in launches}
@@ -107,7 +108,7 @@ def every() -> list[tuple[str, str, str]]:
     """(op, sample, dtype) of all sample inputs."""
     return [
         (slug, sample.id, dtype)
-        for slug in backend.SLUGS
+        for slug in chooser.SLUGS
         for dtype, torch_dtype in DTYPES.items()
         for sample in parity.samples(slug, torch_dtype)
     ]
@@ -129,7 +130,7 @@ def test_an_error_in_cuda_names_its_source(monkeypatch):
     monkeypatch.setattr(host.Tensors, "_expose", lambda self, t: self._buffer(t, 0))
     with (
         on_machine("cuda"),
-        backend.use("cuda"),
+        chooser.use("cuda"),
         pytest.raises(PtxError, match=r"out-of-bounds.*`ld\.global.*\(\w+\.cuh?:\d+\)"),
     ):
         functional.layer_norm(torch.randn(4, 8), torch.ones(8))
@@ -139,7 +140,7 @@ def test_an_error_in_cuda_names_its_source(monkeypatch):
 def test_a_tensor_that_nobody_wrote_is_seen():
     """Looking at a tensor's shape, or at a part of it, writes nothing; filling it does."""
     x = torch.ones(8)
-    with on_machine("triton"), backend.use("triton"):
+    with on_machine("triton"), chooser.use("triton"):
         empty = torch.empty(4, 8)
         assert empty.shape == empty[:].requires_grad_(False).shape
         with pytest.raises(PtxError, match="uninitialised"):
@@ -156,7 +157,7 @@ def test_requests_of_attention_fill_their_sectors(name):
     if name == "cuda" and (reason := cuda_host.missing()):
         pytest.skip(reason)
     qkv, cu = torch.randn(64, 3, 1, 64).bfloat16(), torch.tensor([0, 64], dtype=torch.int32)
-    with on_machine(name) as launches, backend.use(name):
+    with on_machine(name) as launches, chooser.use(name):
         parity.call(
             functional.attention, {"qkv": qkv, "cu_seqlens": cu, "max_seqlen": 64}, backward=True
         )

@@ -5,7 +5,7 @@ from torch.nn import functional as stock
 
 from fastbert.bert import BertConfig, BertForPreTraining
 from fastbert.data import Batch
-from fastbert.train.config import PretrainConfig
+from fastbert.pretrain.config import PretrainConfig
 
 VOCAB, MASK = 97, 4
 

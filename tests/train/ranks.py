@@ -10,7 +10,7 @@ import traceback
 import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOADED = ["tiny_run", "fastbert.train.run", "fastbert.checkpoint", "torch._dynamo"]
+PRELOADED = ["tiny_run", "fastbert.pretrain.run", "fastbert.models.checkpoint", "torch._dynamo"]
 PRELOADED += ["torch.utils.tensorboard", "torch.distributed.fsdp", "matplotlib.figure"]
 CONTEXT.set_forkserver_preload(PRELOADED)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastbert.train.baselines import (
+from fastbert.pretrain.baselines import (
     BigramBaseline,
     mask_baselines,
     masked_targets,

@@ -3,9 +3,10 @@
 import pytest
 import tiny_run
 
+from fastbert.cli import demo
 from fastbert.data import fetch
-from fastbert.train import PretrainConfig, demo
-from fastbert.train.config import load_settings
+from fastbert.pretrain.config import load_settings
+from fastbert.train import PretrainConfig
 from fastbert.train.settings import check_length_said
 
 

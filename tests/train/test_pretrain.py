@@ -11,9 +11,10 @@ import torch
 
 from fastbert.bert import BertForMaskedLM, BertForPreTraining
 from fastbert.data import ShardsError, load_tokenizer
+from fastbert.pretrain import run
+from fastbert.pretrain.config import load_settings
 from fastbert.pretrain.trainer import PretrainTrainer
-from fastbert.train import PretrainConfig, pretrain, run, session
-from fastbert.train.config import load_settings
+from fastbert.train import PretrainConfig, pretrain, session
 from fastbert.train.metrics import read_metrics
 from fastbert.train.trainer import TrainingError
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastbert.train.config import PretrainConfig, load_settings
+from fastbert.pretrain.config import PretrainConfig, load_settings
 from fastbert.train.settings import check_length_said, merge
 
 

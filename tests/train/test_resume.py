@@ -12,7 +12,7 @@ from fastbert.train.metrics import read_metrics
 
 # processes start from one that has imported torch and computed nothing, within milliseconds
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOADED = ["tiny_run", "fastbert.train.run", "fastbert.checkpoint", "torch._dynamo"]
+PRELOADED = ["tiny_run", "fastbert.pretrain.run", "fastbert.models.checkpoint", "torch._dynamo"]
 PRELOADED += ["torch.utils.tensorboard", "matplotlib.figure", "matplotlib.backends.backend_agg"]
 CONTEXT.set_forkserver_preload(PRELOADED)
 

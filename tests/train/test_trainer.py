@@ -7,9 +7,9 @@ import pytest
 import torch
 from random_feed import RandomFeed, small_config, small_model
 
+from fastbert.pretrain.evaluate import evaluate
 from fastbert.pretrain.trainer import PretrainTrainer
 from fastbert.train import store
-from fastbert.train.evaluate import evaluate
 from fastbert.train.metrics import wilson
 from fastbert.train.trainer import TrainingError
 

@@ -1,0 +1,26 @@
+"""Every implementation of the ops, and the only chooser between them (chooser.py), whose names this package has."""
+
+from fastbert._lazy import lazy
+
+_CHOOSER = (
+    "ORDER",
+    "Unsupported",
+    "choose",
+    "debug",
+    "device_of",
+    "forced",
+    "matrix",
+    "misset",
+    "module",
+    "order",
+    "use",
+)
+__getattr__ = lazy(
+    __name__,
+    {
+        **dict.fromkeys(_CHOOSER, "fastbert.backend.chooser"),
+        "BACKENDS": "fastbert.backend.names",
+        "SLUGS": "fastbert.backend.names",
+        "explain": "fastbert.tuning.explain",
+    },
+)

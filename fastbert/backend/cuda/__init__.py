@@ -1,0 +1,126 @@
+"""The CUDA C++ backend: adapters from torch tensors to the raw-pointer kernels in csrc/cuda.
+
+`unavailable` says why there is no native module (None when there is one); `native` is the module, which imports on a
+machine without a GPU too. Adapters read metadata only and launch on torch's current stream, in torch's memory: no host
+sync, so that a forward and a backward can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastbert.backend.cpu import address as address
+from fastbert.backend.cpu import dropout_args as dropout_args
+from fastbert.backend.cpu import int64 as int64
+
+native: ModuleType | None
+unavailable: str | None
+
+# numbers of the element types in csrc/cuda/types.cuh
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MAX_WIDTH = 8192
+OLDEST = (8, 0)
+
+try:
+    native = import_module("fastbert._cuda")
+except ImportError as error:
+    native = None
+    unavailable = (
+        f"the native module fastbert._cuda is not usable ({error}): install fastbert with nvcc at hand, the CUDA "
+        "toolkit's or the wheels nvidia-cuda-nvcc and nvidia-cuda-cccl, by FASTBERT_CUDA=1 `pip install .` in a "
+        "checkout"
+    )
+else:
+    unavailable = None
+if unavailable is None and torch.version.hip:
+    unavailable = "this torch is for AMD's GPUs, which CUDA does not run on: use the triton backend"
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@functools.cache
+def multiprocessors(index: int) -> int:
+    """How many multiprocessors this GPU has."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def unsupported_dtype(**tensors: Tensor | None) -> str | None:
+    """Why no kernel here takes these tensors, or None."""
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if t.dtype not in DTYPES:
+            return (
+                f"{name} is {t.dtype} and the cuda kernels take float32, bfloat16 and float16: "
+                "cast it, or use the torch backend"
+            )
+        # a tracer must not ask the device
+        if torch.compiler.is_compiling() or not t.is_cuda:
+            continue
+        if _capability(t.get_device()) < OLDEST:
+            return (
+                f"{name} is on a GPU of compute capability {_capability(t.get_device())} and the cuda kernels need "
+                f"{OLDEST} or later: use the torch backend"
+            )
+    return None
+
+
+def unsupported_width(width: int) -> str | None:
+    """Why no kernel that keeps a row of this many elements in registers takes it, or None."""
+    if not 0 < width <= MAX_WIDTH:
+        return (
+            f"a row has {width} elements and the cuda kernels hold 1 to {MAX_WIDTH} in registers: "
+            "use the torch backend"
+        )
+    return None
+
+
+def unsupported_dropout(p: float) -> str | None:
+    """Why no kernel here takes this dropout probability, or None."""
+    if p > 1 - 2**-32:
+        return f"p is {p}: the cuda kernel compares 32-bit words, pass p <= 1 - 2**-32"
+    return None
+
+
+def parameter(t: Tensor | None, like: torch.dtype) -> Tensor | None:
+    """The parameter contiguous and in fp32 or the activations' dtype, which the kernels read; most are."""
+    if t is None:
+        return None
+    if t.dtype not in (torch.float32, like):
+        t = t.to(torch.float32)
+    return t.contiguous()
+
+
+def code(t: Tensor | None) -> int:
+    """The number of the tensor's element type, 0 for None."""
+    return 0 if t is None else DTYPES[t.dtype]
+
+
+def place(t: Tensor) -> tuple[int, int]:
+    """The index of the tensor's GPU and the handle of the stream that torch fills there."""
+    index = t.get_device()
+    return index, torch._C._cuda_getCurrentRawStream(index)
+
+
+def row_partials(x: Tensor) -> Tensor:
+    """Memory for the two sums (2, blocks, C) fp32 that the blocks of a backward over x (N, C) leave."""
+    N, C = x.shape
+    count = multiprocessors(x.get_device())
+    blocks = native.row_blocks(N, C, DTYPES[x.dtype], count)  # type: ignore[union-attr]
+    return x.new_empty(2, blocks, C, dtype=torch.float32)
+
+
+def column_partials(x: Tensor) -> Tensor:
+    """Memory for the sum (blocks, F) fp32 that the blocks of a kernel over x's columns (N, F) leave."""
+    N, F = x.shape
+    count = multiprocessors(x.get_device())
+    blocks = native.column_blocks(N, F, DTYPES[x.dtype], count)  # type: ignore[union-attr]
+    return x.new_empty(blocks, F, dtype=torch.float32)

@@ -1,0 +1,136 @@
+"""attention by stock ops on padded sequences: SDPA where nothing is saved or dropped, else matmul and softmax.
+
+SDPA neither takes a dropout mask nor returns the log-sum-exp, so training goes the explicit way; its backward runs
+softmax again, one fused pass, and needs neither out nor lse.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastbert.backend.reference import philox
+
+
+def unsupported(*args: object) -> str | None:
+    """Stock ops run every call."""
+    return None
+
+
+class _Layout:
+    """Where packed rows lie in a padded (B, S) layout, computed without a host sync."""
+
+    def __init__(self, cu_seqlens: Tensor, T: int, S: int) -> None:
+        cu = cu_seqlens.long()
+        device = cu.device
+        if device.type == "cpu":
+            S = int(
+                cu.diff().max()
+            )  # max_seqlen may be generous, and reading the lengths costs nothing here
+        self.B, self.S = cu.shape[0] - 1, S
+        column = torch.arange(S, device=device)
+        self.valid = column < cu.diff()[:, None]  # (B, S)
+        # padding reads the sequence's own first row, never a row that belongs to nobody
+        self.row = torch.where(self.valid, cu[:-1, None] + column, cu[:-1, None]).clamp(max=T - 1)
+        token = torch.arange(T, device=device)
+        sequence = torch.searchsorted(cu[1:].contiguous(), token, right=True)
+        self.tail = sequence >= self.B  # (T,)
+        sequence = sequence.clamp(max=self.B - 1)
+        self.cell = sequence * S + (token - cu[sequence]).clamp(max=S - 1)
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """(T, [3,] H, D) -> (B, H, [3,] S, D)."""
+        return packed[self.row].transpose(1, -2)
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """(B, H, S, ...) -> (T, H, ...), zeros in the tail."""
+        rows = padded.transpose(1, 2).flatten(0, 1)[self.cell]
+        return rows.masked_fill(self.tail.view(-1, *[1] * (rows.dim() - 1)), 0.0)
+
+    def scores(self, q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
+        """scale q k^T (B, H, S, S) in q's dtype, -inf at the keys that a query must not see."""
+        hidden = ~self.valid[:, None, :]  # (B, 1, S)
+        if causal:
+            hidden = hidden | torch.ones(self.S, self.S, dtype=torch.bool, device=q.device).triu(1)
+        bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(
+            hidden, -torch.inf
+        )
+        H = q.shape[1]
+        # scale and mask ride on the product
+        bias = bias.repeat_interleave(H, 0)
+        product = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)
+        return product.view(self.B, H, self.S, self.S)
+
+
+def _dropped(t: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
+    """t (B, H, S, S) with dropout's factor applied; the counters do not depend on the padding."""
+    if p == 0.0 or seed is None:
+        return t
+    B, H, S, _ = t.shape
+    bh = torch.arange(B * H, device=t.device).view(B, H)
+    keep = philox.attention_keep_mask(seed, site, bh, S, S, p)
+    return torch.where(keep, t * (1.0 / (1.0 - p)), 0.0)
+
+
+def forward(
+    qkv: Tensor,  # (T, 3, H, D)
+    cu_seqlens: Tensor,  # (B + 1,) int32
+    max_seqlen: int,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+    causal: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """out (T, H, D) in qkv's dtype and lse (H, T) fp32, empty without `save`; zeros past cu_seqlens[-1]."""
+    T, _, H, D = qkv.shape
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    if T == 0 or max_seqlen == 0 or cu_seqlens.shape[0] == 1:
+        lse = qkv.new_zeros(H, T if save else 0, dtype=wide)
+        return qkv.new_zeros(T, H, D), lse
+    layout = _Layout(cu_seqlens, T, max_seqlen)
+    q, k, v = layout.pad(qkv).unbind(2)  # each (B, H, S, D)
+    if not save and p == 0.0:
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        seen = layout.valid[:, None, None, :]
+        if causal:
+            seen = seen & torch.ones_like(layout.valid[0]).expand(layout.S, -1).tril()
+        return layout.unpad(sdpa(q, k, v, seen, scale=scale)), qkv.new_empty(H, 0, dtype=wide)
+    scores = layout.scores(q, k, scale, causal)
+    P = scores.softmax(-1, dtype=wide)
+    out = layout.unpad(_dropped(P, p, seed, site).to(v.dtype) @ v)
+    if not save:
+        return out, qkv.new_empty(H, 0, dtype=wide)
+    # the largest weight is exp(largest score - lse)
+    lse = scores.amax(-1).to(wide) - P.amax(-1).log()
+    return out, layout.unpad(lse).t().contiguous()
+
+
+def backward(
+    dout: Tensor,  # (T, H, D)
+    qkv: Tensor,  # (T, 3, H, D)
+    out: Tensor,  # (T, H, D)
+    lse: Tensor,  # (H, T)
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+    causal: bool,
+) -> Tensor:
+    """dqkv (T, 3, H, D), zeros past cu_seqlens[-1]."""
+    T = qkv.shape[0]
+    if T == 0 or max_seqlen == 0 or cu_seqlens.shape[0] == 1:
+        return torch.zeros_like(qkv)
+    layout = _Layout(cu_seqlens, T, max_seqlen)
+    q, k, v = layout.pad(qkv).unbind(2)
+    # a padding query repeats a real row: its gradient must not count
+    do = layout.pad(dout).masked_fill(~layout.valid[:, None, :, None], 0.0)
+    P = layout.scores(q, k, scale, causal).softmax(-1)
+    dv = _dropped(P, p, seed, site).mT @ do
+    dP = _dropped(do @ v.mT, p, seed, site)
+    dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype)
+    grads = (scale * (dS @ k), scale * (dS.mT @ q), dv)
+    return torch.stack([layout.unpad(t) for t in grads], 1)

@@ -1,0 +1,207 @@
+"""What `fastbert.tune()` found: the fastest backend of every op, by shape, dtype and device.
+
+The file is tuned.json in $FASTBERT_CACHE, by default ~/.cache/fastbert. It is read at import; without
+an entry for a call the static order of fastbert/backend/chooser.py holds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastbert.files import cache_folder, write_text
+from fastbert.machine import cpu_name
+
+# calls of at most this many rows are tuned apart from longer ones
+FEW_ROWS = 256
+# in an op's arguments, forward and backward: the tensor whose dtype, whose sizes and whose rows make its class
+_PLACES = {
+    "embed": ((4, 4, 0), (5, 5, 0)),
+    "linear": ((0, 1, 0), (0, 2, 0)),
+    "qkv_proj": ((0, 1, 0), (0, 2, 0)),
+    "attention": ((0, 0, 0), (1, 1, 0)),
+    "layer_norm": ((0, 0, 0), (1, 1, 0)),
+    "dropout_add_layer_norm": ((0, 2, 0), (0, 2, 0)),
+    "bias_gelu": ((0, 0, 0), (1, 1, 0)),
+    "feed_forward": ((0, 1, 0), (0, 3, 0)),
+    "cross_entropy": ((0, 0, 0), (1, 1, 0)),
+    "mlm_loss": ((0, 1, 3), (1, 2, 4)),
+}
+# those whose sizes are a row's
+_ROWS = ("attention", "layer_norm", "bias_gelu", "cross_entropy")
+
+Key = tuple[str, torch.dtype, bool, tuple[int, ...]]
+Table = dict[Key, str]
+# a function of launch configurations with its arguments (kernels/_configured.py)
+Call = tuple[str, tuple[Any, ...]]
+
+_LAUNCHES = "configurations"
+
+_logger = logging.getLogger("fastbert")
+
+
+def path() -> Path:
+    """Where winners are stored."""
+    return cache_folder() / "tuned.json"
+
+
+def key(slug: str, args: tuple[Any, ...], backward: bool = False) -> Key:
+    """The class of a call, from its forward's or backward's arguments: op, dtype, few rows or many, static sizes."""
+    of, shaped, counted = _PLACES[slug][backward]
+    sized = args[shaped]
+    sizes = tuple((sized[0] if isinstance(sized, (list, tuple)) else sized).shape)
+    sizes = sizes[1:] if slug in _ROWS else sizes
+    return slug, args[of].dtype, args[counted].shape[0] <= FEW_ROWS, sizes
+
+
+def device_name(device: torch.device) -> str:
+    """What entries of a device are filed under."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return cpu_name()
+
+
+def _read() -> dict[str, Any]:
+    """{device: {"entries": [...], ...}}; a file that can't be read counts as none and is named once."""
+    try:
+        known = json.loads(path().read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        _logger.warning("%s is ignored: %s; run fastbert.tune() again", path(), error)
+        return {}
+    if isinstance(known, dict) and all(isinstance(each, dict) for each in known.values()):
+        return known
+    _logger.warning("%s is ignored: it holds no devices; run fastbert.tune() again", path())
+    return {}
+
+
+def _parsed(section: dict[str, Any], name: str, parse: Callable[[Any], Any]) -> dict[Any, Any]:
+    """What `parse` makes of a device's entries; those of another version, or mistaken, are named and left out."""
+    entries, found = section.get(name, []), {}
+    for entry in entries if isinstance(entries, list) else []:
+        try:
+            key, value = parse(entry)
+            found[key] = value
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            _logger.warning(
+                "%s: %r is ignored (%r): run fastbert.tune() again", path(), entry, error
+            )
+    return found
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{name} is no dtype")
+    return found
+
+
+def _winner(entry: dict[str, Any]) -> tuple[Key, dict[str, Any]]:
+    """An entry with its class."""
+    if not isinstance(entry["backend"], str):
+        raise ValueError(f"{entry['backend']!r} is no backend")
+    dtype, sizes = _dtype(entry["dtype"]), tuple(entry["sizes"])
+    return (entry["op"], dtype, bool(entry["few_rows"]), sizes), entry
+
+
+def _launch(entry: dict[str, Any]) -> tuple[Call, dict[str, Any]]:
+    """A stored call and the fields of its configuration; a dtype was written by its name."""
+    arguments = tuple(
+        _dtype(a[6:]) if isinstance(a, str) and a.startswith("torch.") else a
+        for a in entry["arguments"]
+    )
+    return (entry["function"], arguments), dict(entry["fields"])
+
+
+def _table(entries: dict[Key, dict[str, Any]]) -> Table:
+    return {key: entry["backend"] for key, entry in entries.items()}
+
+
+def _of_devices() -> dict[torch.device, dict[str, Any]]:
+    """What the file has of each device of this process. Looks at GPUs only if there is a file."""
+    known = _read()
+    devices = [torch.device("cpu")] if known else []
+    if known and torch.cuda.is_available():
+        devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return {device: known.get(device_name(device), {}) for device in devices}
+
+
+def stored() -> dict[torch.device, Table]:
+    """The winners of every device of this process that the file has some of."""
+    tables = {d: _table(_parsed(s, "entries", _winner)) for d, s in _of_devices().items()}
+    return {device: table for device, table in tables.items() if table}
+
+
+def configurations() -> dict[Call, dict[str, Any]]:
+    """The fields of every launch configuration that was found faster than the built-in one.
+
+    GPUs of one architecture share them in a process.
+    """
+    found: dict[Call, dict[str, Any]] = {}
+    for section in _of_devices().values():
+        found |= _parsed(section, _LAUNCHES, _launch)
+    return found
+
+
+def store(
+    device: torch.device,
+    results: dict[Key, dict[str, float]],
+    facts: dict[str, Any],
+    faster: dict[Call, dict[str, Any]] | None = None,
+) -> Table:
+    """Write the winners among {class: {backend: seconds}} beside older entries, and use them from now on.
+
+    `faster` has the fields in which launch configurations that won differ from the built-in ones; where there are none,
+    what was stored for the call is forgotten.
+    """
+    known = _read()
+    before = known.get(device_name(device), {})
+    entries = _parsed(before, "entries", _winner)
+    launches = _parsed(before, _LAUNCHES, _launch) | (faster or {})
+    for (slug, dtype, few, sizes), seconds in results.items():
+        winner = min(seconds, key=lambda name: seconds[name])
+        entry = {
+            "op": slug,
+            "dtype": str(dtype).removeprefix("torch."),
+            "few_rows": few,
+            "sizes": list(sizes),
+            "backend": winner,
+            "microseconds": {name: round(1e6 * s, 2) for name, s in seconds.items()},
+        }
+        entries[(slug, dtype, few, sizes)] = entry
+    known[device_name(device)] = {
+        **facts,
+        "entries": list(entries.values()),
+        _LAUNCHES: [
+            {"function": name, "arguments": [_written(a) for a in arguments], "fields": fields}
+            for (name, arguments), fields in launches.items()
+            if fields
+        ],
+    }
+    path().parent.mkdir(parents=True, exist_ok=True)
+    write_text(path(), json.dumps(known, indent=1) + "\n")
+    return _table(entries)
+
+
+def _written(argument: Any) -> Any:
+    return str(argument) if isinstance(argument, torch.dtype) else argument
+
+
+def winners(tables: dict[torch.device, Any], kind: str) -> dict[str, str]:
+    """{class of a call in words: backend or launch configuration} of a type of device, for a run's manifest."""
+    launches = configurations() if kind == "cuda" else {}
+    return {
+        " ".join((name, *map(str, arguments))): str(fields)
+        for (name, arguments), fields in launches.items()
+    } | {
+        f"{slug} {'x'.join(map(str, sizes))} {dtype} {'few' if few else 'many'} rows": name
+        for device, table in tables.items()
+        if device.type == kind
+        for (slug, dtype, few, sizes), name in sorted(table.items(), key=str)
+    }

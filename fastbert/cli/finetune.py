@@ -1,0 +1,125 @@
+"""`fastbert finetune`, whose flags are the fields of FinetuneConfig, and `fastbert predict`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastbert.cli.settings import ready, say, signature
+from fastbert.cli.text import read_lines
+from fastbert.finetune.config import FinetuneConfig
+from fastbert.train.settings import load_settings, merge
+
+FORMATS = (".jsonl", ".csv", ".conll")
+
+
+def finetune(**flags: Any) -> None:
+    """Fine-tune a model on labelled data: classes of texts, tags of words, or answers to questions.
+
+    Settings come from flags, or from a --config file (lines such as `lr = 5e-5`, the flags' names with _ for -);
+    flags win. OUT then holds model/, of the best evaluation, which transformers loads as well, config.toml,
+    metrics.jsonl, checkpoints/, result.json, curves.png and confusion.png. SIGTERM and Ctrl-C end a run after a
+    checkpoint; --resume goes on from the last one, with the same losses as without the interruption.
+
+    Example: fastbert finetune train.csv --task classify --model bert/ --out runs/a
+    """
+    out, file = flags.pop("out"), flags.pop("config")
+    resume, quiet = (flags.pop(name) for name in ("resume", "quiet"))
+    given = {name: value for name, value in flags.items() if value not in (None, [])}
+    settings = merge(load_settings(file, FinetuneConfig) if file else {}, given)
+    config = None if resume else FinetuneConfig(**settings)
+    ready()
+    from fastbert.finetune import run
+
+    if config is None:
+        config = run.resumed(out, settings)
+    result = run.finetune(config, out, resume=resume, quiet=quiet, say=None if quiet else say)
+    for line in run.summary(result):
+        typer.echo(line)
+
+
+finetune.__signature__ = signature(FinetuneConfig)  # type: ignore[attr-defined]
+
+
+def predict(
+    model: Annotated[Path, typer.Argument(help="OUT of a fine-tuning run, or a model folder")],
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(help="texts, or questions; without any, lines of standard input"),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help=".csv, .tsv, .jsonl, .json or CoNLL file, columns as in training"),
+    ] = None,
+    pair: Annotated[str | None, typer.Option(help="the second text of every pair")] = None,
+    context: Annotated[
+        str | None, typer.Option(help="the text that questions are answered from")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help=".jsonl, .csv or .conll (tags); default JSON lines printed")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="sequences at once")] = 32,
+) -> None:
+    """Print a fine-tuned model's predictions, a line of JSON per text or record, in their order.
+
+    Where all records of --file have labels, what the predictions are worth is printed too, to standard error.
+
+    Example: fastbert predict runs/a "A splendid film."
+    """
+    if out is not None and out.suffix not in FORMATS:
+        raise ValueError(f"--out {out} ends in {out.suffix!r}: choose one of {', '.join(FORMATS)}")
+    if file is not None and (texts or pair or context):
+        raise ValueError("texts and --file are both given: pass one of them")
+    ready()
+    from fastbert.finetune.predict import Predictor
+
+    predictor = Predictor(model, batch_size)
+    if out is not None and out.suffix == ".conll" and predictor.options.task != "tag":
+        raise ValueError(
+            f"--out {out} is for tags, which {model} does not give: choose .jsonl or .csv"
+        )
+    metrics: dict[str, float] = {}
+    if file is not None:
+        predictions, metrics = predictor.records(file)
+    else:
+        lines = read_lines(texts)
+        seconds, contexts = (
+            None if value is None else [value] * len(lines) for value in (pair, context)
+        )
+        predictions = predictor.texts(lines, seconds, contexts)
+    if predictor.cut:
+        say(f"{predictor.cut} texts were cut to {predictor.options.max_length} tokens")
+    if metrics:
+        say("  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if "_" not in k))
+    if out is None:
+        typer.echo(encoded(".jsonl", predictions), nl=False)
+        return
+    from fastbert.files import write_text
+
+    write_text(out, encoded(out.suffix, predictions))
+    say(f"{len(predictions)} predictions written to {out}")
+
+
+def encoded(suffix: str, predictions: list[dict[str, Any]]) -> str:
+    """The content of a file of predictions."""
+    if suffix == ".jsonl":
+        return "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
+    if suffix == ".conll":
+        return "\n".join(
+            "".join(f"{w} {t}\n" for w, t in zip(p["words"], p["tags"], strict=True))
+            for p in predictions
+        )
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, list(predictions[0]), restval="")
+    table.writeheader()
+    for p in predictions:
+        # lists and dicts as JSON
+        table.writerow(
+            {k: v if isinstance(v, (str, int, float)) else json.dumps(v) for k, v in p.items()}
+        )
+    return text.getvalue()

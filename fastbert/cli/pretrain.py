@@ -1,0 +1,56 @@
+"""`fastbert pretrain`; its flags are the fields of PretrainConfig."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastbert.cli.settings import ready, say, signature
+from fastbert.pretrain.config import PretrainConfig, load_settings
+from fastbert.train.settings import check_length_said, merge
+
+
+def pretrain(**flags: Any) -> None:
+    """Pretrain a BERT (masked words and next sentences) or a RoBERTa (masked words) on text.
+
+    Settings come from flags, or from a --config file (lines such as `lr = 1e-4`, the flags' names with _ for -);
+    flags win. OUT then holds config.toml (all settings), metrics.jsonl, tensorboard/, checkpoints/, loss.png and
+    model/, which transformers loads as well. SIGTERM and Ctrl-C end a run after a checkpoint; --resume goes on from the
+    last one, also after a crash, with the same losses as without the interruption.
+
+    Example: fastbert pretrain texts/ --out runs/a --steps 10000 --layers 6 --hidden 384 --heads 6
+    """
+    out, file = flags.pop("out"), flags.pop("config")
+    resume, rebuild, quiet = (flags.pop(name) for name in ("resume", "rebuild", "quiet"))
+    given = {name: value for name, value in flags.items() if value not in (None, [])}
+    settings = merge(load_settings(file) if file else {}, given)
+    if not resume:
+        check_length_said(settings)
+    config = None if resume else PretrainConfig(**settings)
+    _pretrain(config, settings, out, rebuild, quiet)
+
+
+def _pretrain(
+    config: PretrainConfig | None, settings: dict[str, Any], out: Path, rebuild: bool, quiet: bool
+) -> None:
+    ready()
+    from fastbert.pretrain import run
+
+    resume = config is None
+    if config is None:
+        config = run.resumed(out, settings)
+    result = run.pretrain(
+        config, out, resume=resume, rebuild=rebuild, quiet=quiet, say=None if quiet else say
+    )
+    for line in run.summary(result) if result.main else ():
+        typer.echo(line)
+
+
+_REBUILD = (
+    "rebuild",
+    Annotated[bool, typer.Option("--rebuild", help="tokenise again in a stale --data-dir")],
+    False,
+)
+pretrain.__signature__ = signature(PretrainConfig, _REBUILD)  # type: ignore[attr-defined]

@@ -1,0 +1,73 @@
+"""The parameters of a command that trains: a few of its own, then one for every field of its settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastbert.train.settings import Settings, settings_of
+
+Parameter = tuple[str, Any, Any]
+
+
+def say(text: str) -> None:
+    """Print a line to standard error."""
+    typer.echo(text, err=True)
+
+
+def ready() -> None:
+    """Import torch; refuse what FASTBERT_BACKEND or FASTBERT_CPU_ISA asks for and this machine or package lacks.
+
+    A command calls it once its own arguments are known to be good: torch takes seconds.
+    """
+    from fastbert.backend import chooser
+
+    if chooser.misset is not None:
+        raise ValueError(chooser.misset)
+
+
+def signature(kind: type[Settings], *own: Parameter) -> inspect.Signature:
+    """The signature that typer reads: out, config, resume, quiet, the command's `own`, and every setting of `kind`."""
+    out = Annotated[Path, typer.Option(help="folder of the run")]
+    config = Annotated[Path | None, typer.Option(help="TOML or YAML file of settings")]
+    resume = Annotated[bool, typer.Option("--resume", help="go on with the run in OUT")]
+    quiet = Annotated[bool, typer.Option("--quiet", help="show no progress")]
+    parameters: list[Parameter] = [
+        ("out", out, inspect.Parameter.empty),
+        ("config", config, None),
+        ("resume", resume, False),
+        *own,
+        ("quiet", quiet, False),
+    ]
+    hints = typing.get_type_hints(kind)
+    for f in settings_of(kind):
+        parameters.append((f.name, Annotated[_optional(hints[f.name]), _flag(f)], None))
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Signature(
+        [
+            inspect.Parameter(name, keyword, default=default, annotation=annotation)
+            for name, annotation, default in parameters
+        ]
+    )
+
+
+def _optional(hint: Any) -> Any:
+    return hint if type(None) in typing.get_args(hint) else hint | None
+
+
+def _flag(f: dataclasses.Field[Any]) -> Any:
+    comment = f.metadata["comment"]
+    # a list is what stands on the line without a flag
+    if f.default_factory is not dataclasses.MISSING:
+        return typer.Argument(help=comment, show_default=False)
+    if f.default is not None:
+        comment += f"; default {str(f.default).lower()}"
+    name = "--" + f.name.replace("_", "-")
+    if isinstance(f.default, bool):
+        name += "/--no-" + f.name.replace("_", "-")
+    return typer.Option(name, help=comment, rich_help_panel=f.metadata["group"])

@@ -1,0 +1,150 @@
+"""`fastbert fill-mask` and `fastbert embed`: a trained model on text."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastbert.cli.settings import ready
+
+if TYPE_CHECKING:
+    import torch
+
+FORMATS = (".npy", ".safetensors", ".jsonl")
+
+Model = Annotated[Path, typer.Argument(help="model folder, such as OUT/model of a run")]
+Texts = Annotated[
+    list[str] | None, typer.Argument(help="text; without any, lines of standard input")
+]
+
+
+def fill_mask(
+    model: Model,
+    texts: Texts = None,
+    top: Annotated[int, typer.Option(help="words to show for each [MASK]")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="print a line of JSON per text")] = False,
+) -> None:
+    """Print the most probable words for every [MASK] in a text.
+
+    Example: fastbert fill-mask runs/a/model "The state of the [MASK] is strong."
+    """
+    ready()
+    from fastbert.infer import Filler
+
+    filler = Filler(model)
+    results = [(text, filler(text, top)) for text in read_lines(texts)]
+    if as_json:
+        for text, masks in results:
+            words = [[{"word": w, "probability": p} for w, p in mask] for mask in masks]
+            typer.echo(json.dumps({"text": text, "masks": words}, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for text, masks in results:
+        console.print(text, markup=False)
+        console.print(fill_table(masks))
+
+
+def fill_table(masks: list[list[tuple[str, float]]]) -> Any:
+    """A table with a column of words and one of probabilities for every mask."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for i in range(len(masks)):
+        table.add_column(f"[MASK] {i + 1}" if len(masks) > 1 else "[MASK]")
+        table.add_column("probability", justify="right")
+    for row in zip(*masks, strict=True):
+        table.add_row(*(cell for word, p in row for cell in (Text(word), f"{p:.1%}")))
+    return table
+
+
+def embed(
+    model: Model,
+    texts: Texts = None,
+    file: Annotated[
+        Path | None, typer.Option(help="text file with one text per line, - for standard input")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help=".npy, .safetensors or .jsonl; default JSON lines printed")
+    ] = None,
+    pooling: Annotated[
+        str, typer.Option(help="mean of all tokens, or cls, the first one")
+    ] = "mean",
+    batch_size: Annotated[int, typer.Option(help="texts encoded at once")] = 32,
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="make vectors of length 1")
+    ] = False,
+) -> None:
+    """Turn texts into vectors, in their order; a text beyond the model's length is cut, with a note.
+
+    Example: fastbert embed runs/a/model --file sentences.txt --out vectors.npy
+    """
+    if out is not None and out.suffix not in FORMATS:
+        raise ValueError(f"--out {out} ends in {out.suffix!r}: choose one of {', '.join(FORMATS)}")
+    if texts and file is not None:
+        raise ValueError("texts and --file are both given: pass one of them")
+    ready()
+    from fastbert.infer import Embedder
+
+    # the model first: it is what is wrong more often, and stdin may be slow
+    embedder = Embedder(model, pooling, normalize)
+    lines = read_lines(texts, file)
+    vectors = embedder(lines, batch_size)
+    if embedder.cut:
+        typer.echo(f"{embedder.cut} texts were cut to {embedder.max_length} tokens", err=True)
+    if out is None:
+        typer.echo(_json_lines(lines, vectors), nl=False)
+        return
+    from fastbert.files import write_bytes
+
+    write_bytes(out, _encoded(out.suffix, lines, vectors))
+    typer.echo(f"{tuple(vectors.shape)} written to {out}", err=True)
+
+
+def read_lines(texts: list[str] | None, file: Path | None = None) -> list[str]:
+    """The texts: those given, or the lines of a file or of standard input; an empty one is refused."""
+    name = "the text"
+    if not texts:
+        name = "standard input" if file is None or str(file) == "-" else str(file)
+        if name == "standard input" and sys.stdin.isatty():
+            raise ValueError("no text is given: pass it in quotes, or pipe lines of it in")
+        data = sys.stdin.buffer.read() if name == "standard input" else Path(name).read_bytes()
+        try:
+            texts = data.decode("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} is not UTF-8 at byte {error.start}: convert it") from error
+    if not texts:
+        raise ValueError(f"{name} is empty: there is nothing to do")
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            raise ValueError(f"text {number} of {name} is empty: leave it out")
+    return texts
+
+
+def _json_lines(lines: list[str], vectors: torch.Tensor) -> str:
+    rows = zip(lines, vectors.tolist(), strict=True)
+    return "".join(
+        json.dumps({"text": text, "vector": row}, ensure_ascii=False) + "\n" for text, row in rows
+    )
+
+
+def _encoded(suffix: str, lines: list[str], vectors: torch.Tensor) -> bytes:
+    """The content of a file of vectors (N, C)."""
+    if suffix == ".npy":
+        import numpy as np
+
+        buffer = io.BytesIO()
+        np.save(buffer, vectors.numpy())
+        return buffer.getvalue()
+    if suffix == ".safetensors":
+        from safetensors.torch import save
+
+        return save({"embeddings": vectors})
+    return _json_lines(lines, vectors).encode()

@@ -1,0 +1,334 @@
+"""Hugging Face directories in and out: config.json and weights of BERT, RoBERTa and DistilBERT."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastbert.files import replacing
+from fastbert.models.config import BertConfig
+from fastbert.models.names import Names, hf_keys, names_of
+
+State = dict[str, Tensor]
+
+_log = logging.getLogger("fastbert")
+
+_KINDS = {
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "distilbert": "DistilBert",
+    "xlm-roberta": "XLMRoberta",
+    "camembert": "Camembert",
+}
+# the roots of encoder keys in files that were written from a bare model, without the family's prefix
+_ROOTS = ("embeddings.", "encoder.", "transformer.", "pooler.")
+# fixed tables that old versions of transformers stored
+_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+# what of a stranger's config.json is not true of the directory that we write
+_STALE = ("architectures", "auto_map", "torch_dtype", "_name_or_path", "transformers_version")
+# what torch.load raises for files that are cut off or are something else
+_UNREADABLE = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, OSError),
+    *(ValueError, KeyError, IndexError, AttributeError),
+)
+# whose number of rows is which setting
+_ROWS = {
+    "bert.embeddings.word": "vocab_size",
+    "bert.embeddings.position": "max_position_embeddings",
+    "bert.embeddings.token_type": "type_vocab_size",
+    "classifier": "num_labels",
+}
+
+
+def load(cls: type, directory: str | Path, **overrides: Any) -> Any:
+    """Build `cls` from a Hugging Face directory, in fp32 and eval mode; `overrides` are fields of BertConfig.
+
+    Weights that are only missing in a head are drawn anew, with a warning that names them. Raises FileNotFoundError for
+    what is not there, and ValueError for files that are damaged, hold code, or do not fit config.json or the class.
+    """
+    folder = Path(directory)
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"there is no directory {folder}: pass one with a config.json and weights, names of a hub are not looked up"
+        )
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is a file: pass the directory that holds it and its config.json"
+        )
+    config = _override(BertConfig.from_file(folder), overrides)
+    state = _standard(read_weights(folder), config.model_type)
+    names = names_of(config.model_type, class_name(cls))
+    config = share_decoder(config, state, names)
+    model = cls(config)
+    unused = fill(model, state, names, str(folder))
+    _check_depth(config, unused, folder, asked="num_hidden_layers" in overrides)
+    if unused:
+        inside = any(
+            key.startswith(f"{config.model_type}.") and ".pooler." not in key for key in unused
+        )
+        level = logging.WARNING if inside else logging.INFO
+        _log.log(level, "%s has no use for %s in %s", cls.__name__, _listed(unused), folder)
+    return model.eval()
+
+
+def save(model: nn.Module, directory: str | Path) -> None:
+    """Write config.json and model.safetensors as transformers has them, each all or nothing.
+
+    An older checkpoint in the directory stays whole until the new one is; other files there are left alone.
+    """
+    config: BertConfig = model.config  # type: ignore[assignment]
+    folder = Path(directory)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: pass a directory to save into")
+    name = class_name(type(model))
+    values = {k: v for k, v in config.to_dict().items() if k not in _STALE}
+    values["architectures"] = [_KINDS[values["model_type"]] + name.removeprefix("Bert")]
+    values["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    state = to_hf(model, names_of(config.model_type, name))
+    folder.mkdir(parents=True, exist_ok=True)
+    weights, settings = folder / "model.safetensors", folder / "config.json"
+    # both are on the disk before either is renamed
+    with replacing(weights) as new_weights, replacing(settings) as new_settings:
+        save_file(state, new_weights, metadata={"format": "pt"})
+        new_settings.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def class_name(cls: type) -> str:
+    """The name of the fastbert model that `cls` is or comes from."""
+    name = getattr(cls, "architecture", None)
+    if name is None:
+        raise TypeError(f"{cls.__name__} is not made from a model of fastbert.bert")
+    return name
+
+
+def to_hf(model: nn.Module, names: Names) -> State:
+    """The model's weights under Hugging Face's names, on the CPU; a bare BertModel's without prefix."""
+    bare = not _is_head(model)
+    state: State = {}
+    for key, value in model.state_dict().items():
+        keys = hf_keys(f"bert.{key}" if bare else key, names)
+        for name, part in zip(keys, value.chunk(len(keys)), strict=True):
+            state[name.split(".", 1)[1] if bare else name] = part.detach().cpu().contiguous()
+    decoder = names.get("mlm_head.decoder")
+    if f"{decoder}.weight" in state and f"{names['mlm_head']}.bias" in state:
+        # transformers unties the bias with the weight: its decoder reads its own
+        state[f"{decoder}.bias"] = state[f"{names['mlm_head']}.bias"].clone()
+    return state
+
+
+@torch.no_grad()
+def fill(model: nn.Module, state: State, names: Names, source: str) -> list[str]:
+    """Copy `state` into the model and return its unused keys; `source` names it in messages.
+
+    Nothing is copied unless all of it fits. Raises ValueError naming encoder weights that are missing, and shapes or
+    dtypes that do not fit.
+    """
+    bare = not _is_head(model)
+    wanted = {key: hf_keys(f"bert.{key}" if bare else key, names) for key in model.state_dict()}
+    missing = {key: [k for k in keys if k not in state] for key, keys in wanted.items()}
+    _check_missing(model, missing, bare, state, source)
+    fitting = {key: keys for key, keys in wanted.items() if not missing[key]}
+    _check_shapes(model, fitting, state, names, source)
+    for key, value in model.state_dict().items():
+        if key in fitting:
+            for part, name in zip(value.chunk(len(fitting[key])), fitting[key], strict=True):
+                part.copy_(state[name])
+    return sorted(state.keys() - {k for keys in wanted.values() for k in keys})
+
+
+def _is_head(model: nn.Module) -> bool:
+    return model.bert is not model
+
+
+def _check_missing(
+    model: nn.Module, missing: dict[str, list[str]], bare: bool, state: State, source: str
+) -> None:
+    """Refuse a file without the whole encoder; name the weights of a head that stay as they were drawn."""
+    encoder: list[str] = []
+    head: list[str] = []
+    for key, absent in missing.items():
+        inside = (bare or key.startswith("bert.")) and "pooler." not in key
+        (encoder if inside else head).extend(absent)
+    if encoder:
+        raise ValueError(
+            f"{source} lacks {len(encoder)} weights of the encoder ({_listed(encoder)}) and has "
+            f"{_listed(sorted(state))}: use the config.json that belongs to these weights"
+        )
+    if head:
+        _log.warning(
+            "%s from %s: %s are not in the checkpoint and newly initialised: train them before use",
+            type(model).__name__,
+            source,
+            _listed(head),
+        )
+
+
+def _check_shapes(
+    model: nn.Module, fitting: dict[str, list[str]], state: State, names: Names, source: str
+) -> None:
+    values = model.state_dict()
+    for key, keys in fitting.items():
+        for part, name in zip(values[key].chunk(len(keys)), keys, strict=True):
+            found = state[name]
+            if not found.is_floating_point():
+                raise ValueError(
+                    f"{name} in {source} is {found.dtype}: fastbert loads floating-point weights, "
+                    "convert a quantised checkpoint back first"
+                )
+            if found.shape != part.shape:
+                raise ValueError(
+                    f"{name} is {tuple(found.shape)} in {source} and {tuple(part.shape)} in the model: "
+                    + _remedy(key if _is_head(model) else f"bert.{key}", found.shape, part.shape)
+                )
+
+
+def _remedy(key: str, found: torch.Size, wanted: torch.Size) -> str:
+    setting = _ROWS.get(key.rpartition(".")[0])
+    if setting is not None and len(found) == len(wanted) and found[1:] == wanted[1:]:
+        return f"pass {setting}={found[0]}"
+    return "config.json does not belong to these weights, or a setting was passed that does not fit them"
+
+
+def _check_depth(config: BertConfig, unused: list[str], folder: Path, asked: bool) -> None:
+    """Refuse a file with more layers than config.json says; an explicit num_hidden_layers takes the lowest ones."""
+    found = [re.match(rf"{config.model_type}\.\w+\.layer\.(\d+)\.", key) for key in unused]
+    layers = [int(match[1]) for match in found if match is not None]
+    if layers and not asked:
+        raise ValueError(
+            f"{folder} has weights of {max(layers) + 1} layers and its config.json says {config.num_hidden_layers}: "
+            f"pass num_hidden_layers={max(layers) + 1}, or {config.num_hidden_layers} to leave the others out"
+        )
+
+
+def _listed(keys: list[str], most: int = 8) -> str:
+    rest = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + rest
+
+
+def _override(config: BertConfig, overrides: dict[str, Any]) -> BertConfig:
+    known = {f.name for f in dataclasses.fields(BertConfig)} - {"model_type", "extra"}
+    unknown = sorted(overrides.keys() - known)
+    if unknown:
+        raise TypeError(
+            f"from_pretrained got {', '.join(unknown)}: it takes a directory and the fields of BertConfig"
+        )
+    if "id2label" in overrides:
+        # else the file's number would win over the new names
+        overrides = {"num_labels": None, "label2id": None, **overrides}
+    return dataclasses.replace(config, **overrides)
+
+
+def _standard(raw: Mapping[str, Tensor], family: str) -> State:
+    """A file's weights as transformers names them today: with prefix, LayerNorm weight and bias, one decoder bias."""
+    state: State = {}
+    for key, value in raw.items():
+        key = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key))
+        key = f"{family}.{key}" if key.startswith(_ROOTS) else key
+        if not key.endswith(_BUFFERS):
+            state[key] = value
+    # where both are there and differ, the decoder's own is the one that transformers adds
+    for head in ("cls.predictions", "lm_head"):
+        if f"{head}.decoder.bias" in state:
+            state[f"{head}.bias"] = state.pop(f"{head}.decoder.bias")
+    return state
+
+
+def share_decoder(config: BertConfig, state: State, names: Names) -> BertConfig:
+    """Take a tied decoder out of `state`; where it is not the word embedding, a config that does not tie them."""
+    word, decoder = (f"{names[key]}.weight" for key in ("bert.embeddings.word", "mlm_head.decoder"))
+    if not config.tie_word_embeddings or decoder not in state:
+        return config
+    if word in state and not torch.equal(state[word], state[decoder]):
+        _log.warning(
+            "%s is not the word embedding though config.json ties them: both are kept", decoder
+        )
+        return dataclasses.replace(config, tie_word_embeddings=False)
+    # files that keep one name of a shared tensor may have kept the decoder's
+    state[word] = state.pop(decoder)
+    return config
+
+
+def read_weights(folder: Path) -> State:
+    """All tensors of a directory's model.safetensors or pytorch_model.bin, whole or in shards with an index.
+
+    Raises FileNotFoundError where there is none, ValueError for a damaged file or one that holds code.
+    """
+    for name, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_bin)):
+        if (folder / name).is_file():
+            return read(folder / name)
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return {k: v for shard in _shards(index) for k, v in read(shard).items()}
+    found = ", ".join(sorted(path.name for path in folder.iterdir()))
+    raise FileNotFoundError(
+        f"{folder} has no model.safetensors or pytorch_model.bin, whole or in shards, but {found}"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names."""
+    try:
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        shards = sorted(index.parent / Path(str(name)).name for name in files)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is not an index of shards, a JSON object with a weight_map: copy it again"
+        ) from error
+    absent = [shard.name for shard in shards if not shard.is_file()]
+    if absent:
+        raise FileNotFoundError(f"{index.parent} lacks {_listed(absent)}, which {index.name} names")
+    return shards
+
+
+def _read_safetensors(file: Path) -> State:
+    _check_pointer(file)
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is damaged, not a whole safetensors file ({error}): copy it again"
+        ) from error
+
+
+def _read_bin(file: Path) -> State:
+    state = read_pickle(file)
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(
+            f"{file} holds more than tensors by name: save a model's state_dict() alone"
+        )
+    return state
+
+
+def read_pickle(file: Path, allowed: tuple[type, ...] = ()) -> Any:
+    """torch.load of tensors and plain containers; Python objects are refused, except of the `allowed` classes."""
+    _check_pointer(file)
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        found = re.search(r"unsupported (?:global: )?GLOBAL (\S+)", str(error), re.IGNORECASE)
+        if found is not None:
+            raise ValueError(
+                f"{file} holds Python objects ({found[1]}), which could run code: save its tensors alone, "
+                "as model.safetensors"
+            ) from error
+        raise ValueError(
+            f"{file} is damaged, not a whole file of torch.save ({type(error).__name__}): copy it again"
+        ) from error
+
+
+def _check_pointer(file: Path) -> None:
+    with open(file, "rb") as opened:
+        if opened.read(40).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull`")

@@ -1,0 +1,55 @@
+"""Drop-ins for torch.nn with the same constructors and state-dict keys, and BERT's own blocks.
+
+A drop-in that can't take its fast path runs torch.nn's own code and logs the reason once (logger "fastbert").
+docs/modules.md lists when. Encoders compute no padding: their outputs there are zeros.
+"""
+
+from fastbert._lazy import lazy
+from fastbert.nn.blocks import (
+    Embeddings,
+    EncoderLayer,
+    FeedForward,
+    Linear,
+    MLMHead,
+    NSPHead,
+    QKVProjection,
+    SelfAttention,
+    sinusoidal_positions,
+)
+from fastbert.nn.drop_in import GELU, CrossEntropyLoss, LayerNorm
+from fastbert.nn.packing import Packing
+from fastbert.nn.transformer import (
+    MultiheadAttention,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
+
+__all__ = [
+    "GELU",
+    "CrossEntropyLoss",
+    "Embeddings",
+    "EncoderLayer",
+    "FeedForward",
+    "InferenceRunner",
+    "LayerNorm",
+    "Linear",
+    "MLMHead",
+    "MultiheadAttention",
+    "NSPHead",
+    "Packing",
+    "QKVProjection",
+    "SelfAttention",
+    "TrainingRunner",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+    "sinusoidal_positions",
+]
+
+# runners are made of models, which are made of these modules
+__getattr__ = lazy(
+    __name__,
+    {
+        "InferenceRunner": "fastbert.runners.inference",
+        "TrainingRunner": "fastbert.runners.training",
+    },
+)

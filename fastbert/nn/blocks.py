@@ -1,0 +1,292 @@
+"""BERT's own building blocks, on packed tokens (T, C); fastbert.nn re-exports them and bert.py is made of them.
+
+Dropout draws its bits from `seed` (int64, one element) at the absolute site numbers given; without a seed every op
+draws its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import functional as F
+from fastbert.nn.packing import Packing
+
+
+def attend(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Any) -> Tensor:
+    """The `attention` op with the heads side by side: (T, 3, H, D) -> (T, H * D)."""
+    y = F.attention(qkv, cu_seqlens, max_seqlen, **options)
+    assert isinstance(y, Tensor)  # a pair only with return_lse
+    return y.flatten(1)
+
+
+class Linear(nn.Linear):
+    """torch.nn.Linear through the `linear` op."""
+
+    def forward(self, input: Tensor) -> Tensor:  # (..., K) -> (..., N)
+        return F.linear(input, self.weight, self.bias)
+
+
+def sinusoidal_positions(positions: int, hidden_size: int) -> Tensor:
+    """The (P, C) fp32 position table of Vaswani et al., Attention is all you need (2017); C may be odd.
+
+    table[p, 2i] = sin(p / 10000^(2i / C)),  table[p, 2i + 1] = cos(p / 10000^(2i / C))
+    """
+    column = torch.arange(hidden_size, dtype=torch.float64)
+    rate = 10000.0 ** (-2.0 * (column // 2) / hidden_size)
+    angle = torch.arange(positions, dtype=torch.float64)[:, None] * rate
+    return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float()
+
+
+class Embeddings(nn.Module):
+    """Word + position (+ type) embeddings, LayerNorm and dropout; no token types where `types` is 0."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        max_positions: int,
+        types: int = 2,
+        *,
+        eps: float = 1e-12,
+        p: float = 0.1,
+        padding_idx: int | None = 0,
+        position_padding_idx: int | None = None,
+        sinusoidal: bool = False,
+    ) -> None:
+        super().__init__()
+        self.word = nn.Embedding(vocab_size, hidden_size, padding_idx)
+        self.position = nn.Embedding(max_positions, hidden_size, position_padding_idx)
+        self.token_type = nn.Embedding(types, hidden_size) if types else None
+        self.norm = nn.LayerNorm(hidden_size, eps)
+        self.p = p
+        self.sinusoidal = sinusoidal
+        if sinusoidal:
+            self.fill_positions()
+
+    def fill_positions(self) -> None:
+        """Write the fixed position table, which is not trained."""
+        table = sinusoidal_positions(*self.position.weight.shape)
+        self.position.weight.requires_grad_(False).copy_(table)
+
+    def forward(
+        self,
+        ids: Tensor,  # (T,) int64, or ready word embeddings (T, C)
+        positions: Tensor,  # (T,) int64
+        types: Tensor | None = None,  # (T,) int64; None: type 0
+        seed: Tensor | None = None,
+        site: int = 0,
+    ) -> Tensor:
+        if self.token_type is None:
+            types = None
+        elif types is None:
+            types = torch.zeros_like(positions)
+        return F.embed(
+            ids,
+            positions,
+            types,
+            None if ids.is_floating_point() else self.word.weight,
+            self.position.weight,
+            None if self.token_type is None else self.token_type.weight,
+            self.norm.weight,
+            self.norm.bias,
+            eps=self.norm.eps,
+            p=self.p if self.training else 0.0,
+            seed=seed,
+            site=site,
+            padding_idx=self.word.padding_idx,
+            position_padding_idx=self.position.padding_idx,
+        )
+
+
+class QKVProjection(nn.Module):
+    """Queries, keys and values by one fused weight (3C, C) whose rows are q, k, v: (T, C) -> (T, 3, H, D)."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        if hidden_size % num_heads:
+            raise ValueError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(3 * hidden_size))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:  # (T, C) -> (T, 3, H, D)
+        return F.qkv_proj(x, [self.weight], [self.bias], self.num_heads)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention inside each sequence, with the output projection: (T, C) -> (T, C), or (R, C)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, *, p: float = 0.1) -> None:
+        super().__init__()
+        self.qkv = QKVProjection(hidden_size, num_heads)
+        self.out = Linear(hidden_size, hidden_size)
+        self.p = p
+
+    def forward(
+        self,
+        x: Tensor,  # (T, C)
+        cu_seqlens: Tensor,  # (B + 1,) int32
+        max_seqlen: int,
+        seed: Tensor | None = None,
+        site: int = 0,
+        rows: Tensor | None = None,  # (R,) int64, the rows to compute; None: all
+    ) -> Tensor:
+        p = self.p if self.training else 0.0
+        y = attend(self.qkv(x), cu_seqlens, max_seqlen, p=p, seed=seed, site=site)
+        return self.out(y if rows is None else y.index_select(0, rows))
+
+    def probabilities(self, x: Tensor, packing: Packing) -> Tensor:
+        """The softmax weights (B, H, S, S) before dropout, zeros at padding: materialised, so slow and large."""
+        q, k, _ = packing.spread(self.qkv(x)).permute(2, 0, 3, 1, 4)  # each (B, H, S, D)
+        token = packing.spread(torch.ones_like(x[:, 0], dtype=torch.bool))[:, None, :]  # (B, 1, S)
+        scores = (q @ k.mT).float() * q.shape[-1] ** -0.5
+        # a finite floor: rows without any token stay finite and are zeroed below
+        scores = scores.masked_fill(~token[..., None, :], torch.finfo(scores.dtype).min)
+        return (scores.softmax(-1) * (token[..., :, None] & token[..., None, :])).to(q.dtype)
+
+
+class FeedForward(nn.Module):
+    """act(x W1' + b1) W2' + b2; `approximate` names the GELU ("none" is exact, "tanh"), None means ReLU."""
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, approximate: str | None = "none"
+    ) -> None:
+        super().__init__()
+        self.up = Linear(hidden_size, intermediate_size)
+        self.down = Linear(intermediate_size, hidden_size)
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:  # (T, C) -> (T, C)
+        if self.approximate is None:
+            return self.down(torch.relu(self.up(x)))
+        up, down = self.up, self.down
+        return F.feed_forward(x, up.weight, up.bias, down.weight, down.bias, self.approximate)
+
+
+class EncoderLayer(nn.Module):
+    """One post-norm encoder layer: LN(x + attention), then LN(x + feed-forward); takes three dropout sites.
+
+    With `rows` all that follows attention is computed for these rows only, with the dropout of the whole: (R, C).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        *,
+        approximate: str | None = "none",
+        eps: float = 1e-12,
+        p: float = 0.1,
+        attention_p: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.attention = SelfAttention(hidden_size, num_heads, p=attention_p)
+        self.attention_norm = nn.LayerNorm(hidden_size, eps)
+        self.feed_forward = FeedForward(hidden_size, intermediate_size, approximate)
+        self.output_norm = nn.LayerNorm(hidden_size, eps)
+        self.p = p
+        self.norms_from_output = False
+
+    def forward(
+        self,
+        x: Tensor,  # (T, C)
+        cu_seqlens: Tensor,  # (B + 1,) int32
+        max_seqlen: int,
+        seed: Tensor | None = None,
+        site: int = 0,
+        rows: Tensor | None = None,  # (R,) int64, packed row numbers
+    ) -> Tensor:
+        y = self.attention(x, cu_seqlens, max_seqlen, seed, site, rows)
+        x = x if rows is None else x.index_select(0, rows)
+        x = self._add_norm(self.attention_norm, y, x, seed, site + 1, rows)
+        return self._add_norm(self.output_norm, self.feed_forward(x), x, seed, site + 2, rows)
+
+    def _add_norm(
+        self,
+        norm: nn.LayerNorm,
+        y: Tensor,
+        residual: Tensor,
+        seed: Tensor | None,
+        site: int,
+        rows: Tensor | None,
+    ) -> Tensor:
+        p = self.p if self.training else 0.0
+        return F.dropout_add_layer_norm(
+            y,
+            residual,
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+            p=p,
+            seed=seed,
+            site=site,
+            rows=rows,
+            from_output=self.norms_from_output,
+        )
+
+
+class MLMHead(nn.Module):
+    """The masked-LM head: dense, activation, LayerNorm, decoder to the vocabulary; tied unless `tied` is False.
+
+    `word` is the word embedding (V, C), the decoder's weight where it is tied.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        *,
+        approximate: str | None = "none",
+        eps: float = 1e-12,
+        tied: bool = True,
+    ) -> None:
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, eps)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        self.decoder = None if tied else nn.Linear(hidden_size, vocab_size, bias=False)
+        self.approximate = approximate
+
+    def transform(self, x: Tensor) -> Tensor:
+        """(R, C) -> (R, C): what the decoder sees."""
+        if self.approximate is None:
+            y = torch.relu(F.linear(x, self.dense.weight, self.dense.bias))
+        else:
+            y = F.bias_gelu(F.linear(x, self.dense.weight), self.dense.bias, self.approximate)
+        return F.layer_norm(y, self.norm.weight, self.norm.bias, self.norm.eps)
+
+    def forward(self, x: Tensor, word: Tensor) -> Tensor:
+        """(T, C) -> logits (T, V)."""
+        return F.linear(self.transform(x), self._weight(word), self.bias)
+
+    def loss(
+        self,
+        x: Tensor,  # (R, C), the labelled rows
+        labels: Tensor,  # (R,) int64
+        word: Tensor,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """The masked-LM loss of labelled rows; 0, connected to the graph, where there is none."""
+        return F.mlm_loss(
+            self.transform(x),
+            self._weight(word),
+            self.bias,
+            labels,
+            compacted=True,
+            reduction=reduction,
+        )
+
+    def _weight(self, word: Tensor) -> Tensor:
+        return word if self.decoder is None else self.decoder.weight
+
+
+class NSPHead(Linear):
+    """Next-sentence logits (B, 2) from the pooled first token (B, C): 0 is the next sentence, 1 a random one."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size, 2)

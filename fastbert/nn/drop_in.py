@@ -1,0 +1,78 @@
+"""Drop-ins for torch.nn.LayerNorm, GELU and CrossEntropyLoss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import functional as F
+from fastbert.nn.watch import log_once, transformed
+
+
+def log_stock(module: nn.Module, reason: str | None) -> None:
+    log_once(f"fastbert.nn.{type(module).__name__} runs torch.nn's code: {reason}")
+
+
+def why_not_fused(x: Tensor) -> str | None:
+    """Why the ops can't take a tensor that torch.nn's own code may take."""
+    if torch.compiler.is_compiling():
+        return None
+    if type(x) not in (Tensor, nn.Parameter) or x.is_nested:
+        return f"the input is a {'nested tensor' if x.is_nested else type(x).__name__}"
+    if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] == 0:
+        return f"the input is {x.dtype} of shape {tuple(x.shape)}"
+    return transformed()
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch.nn.LayerNorm over one or more trailing dimensions; returns the input's dtype, also under autocast."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if reason := why_not_fused(input):
+            log_stock(self, reason)
+            return super().forward(input)
+        k = len(self.normalized_shape)
+        if tuple(input.shape[-k:]) != tuple(self.normalized_shape):
+            raise ValueError(
+                f"the input has shape {tuple(input.shape)}: its last dimensions must be {self.normalized_shape}"
+            )
+        weight, bias = (None if t is None else t.flatten() for t in (self.weight, self.bias))
+        x = input if k == 1 else input.flatten(-k)
+        return F.layer_norm(x, weight, bias, self.eps).view(input.shape)
+
+
+class GELU(nn.GELU):
+    """torch.nn.GELU, exact or tanh."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if reason := why_not_fused(input):
+            log_stock(self, reason)
+            return super().forward(input)
+        return F.bias_gelu(input, None, self.approximate)
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """torch.nn.CrossEntropyLoss; the mean over no labelled row is NaN, as in torch.nn."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:  # (N, V), (N,)
+        if reason := self._stock_reason(input, target):
+            log_stock(self, reason)
+            return super().forward(input, target)
+        if target.dtype == torch.uint8:
+            target = target.long()
+        return F.cross_entropy(
+            input, target, ignore_index=self.ignore_index, reduction=self.reduction
+        )
+
+    def _stock_reason(self, input: Tensor, target: Tensor) -> str | None:
+        if reason := why_not_fused(input):
+            return reason
+        if self.weight is not None:
+            return "class weights are set"
+        if self.label_smoothing != 0.0:
+            return f"label_smoothing is {self.label_smoothing}"
+        if target.is_floating_point():
+            return "the targets are probabilities: pass class ids"
+        if input.dim() != 2 or target.dim() != 1:
+            return f"the input has {input.dim()} dimensions: flatten it to (N, classes)"
+        return None

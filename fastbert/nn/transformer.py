@@ -1,0 +1,298 @@
+"""Drop-ins for torch.nn's MultiheadAttention, TransformerEncoderLayer and TransformerEncoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import functional as F
+from fastbert.backend.reference.philox import dropout
+from fastbert.nn.blocks import (
+    Linear,
+    attend,
+)
+from fastbert.nn.drop_in import GELU, LayerNorm, log_stock, why_not_fused
+from fastbert.nn.packing import Packing
+from fastbert.nn.watch import hooked, observed
+from fastbert.ops.context import seed_for
+
+# the class of torch.nn.MultiheadAttention's output projection is not public
+_STOCK_OUT = nn.MultiheadAttention(1, 1, device="meta").out_proj
+
+
+def _key_padding(mask: Tensor | None, x: Tensor) -> tuple[Packing, str | None]:
+    """The packing of x (B, S, C) by torch.nn's key_padding_mask: bool, True = padding, or float, -inf = padding."""
+    if mask is None:
+        return Packing.full(x.shape[0], x.shape[1], x.device), None
+    if mask.shape != x.shape[:2]:
+        raise ValueError(
+            f"key_padding_mask has shape {tuple(mask.shape)}: pass (B, S) = {tuple(x.shape[:2])}"
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(
+            f"key_padding_mask is {mask.dtype}: pass bool, True at padding, for instance mask == 0"
+        )
+    packing, others = Packing.read(mask, "key_padding")
+    return (
+        packing,
+        "the float key_padding_mask holds other values than 0 and -inf" if others else None,
+    )
+
+
+def _changed(m: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why a part of a module can't be read instead of called: only an untouched torch.nn (or our) module can."""
+    # an adapter or a parametrization is a class of its own, whose weight alone says nothing
+    if type(m) is not kind and type(m) is not _OURS.get(kind):
+        return f"a {kind.__name__} was replaced by a {type(m).__name__}"
+    if hooked(m):
+        return f"hooks are attached to a {kind.__name__} inside"
+    return None
+
+
+def _attention_reason(m: nn.MultiheadAttention, x: Tensor) -> str | None:
+    """Why packed attention can't serve these settings of torch.nn.MultiheadAttention and this input."""
+    if not m.batch_first:
+        return "batch_first is False: pass batch_first=True"
+    if x.is_nested or x.dim() != 3 or x.numel() == 0:
+        return "the input is not a padded batch (B, S, C)"
+    if reason := why_not_fused(x) or observed():
+        return reason
+    if m.in_proj_weight is None:
+        return "kdim or vdim differ from embed_dim"
+    if reason := _changed(m.out_proj, type(_STOCK_OUT)):
+        return reason
+    if m.bias_k is not None or m.add_zero_attn:
+        return "add_bias_kv or add_zero_attn is set"
+    if m.head_dim > 128:
+        return f"the head size is {m.head_dim}, more than 128"
+    if m.training and m.dropout == 1.0:
+        return "a dropout is 1"
+    return None
+
+
+def _activation(m: nn.TransformerEncoderLayer) -> str | None:
+    """relu, none (exact GELU) or tanh, as the layer's activation is now; None for any other."""
+    activation = m.activation
+    if activation in (nn.functional.relu, torch.relu):
+        return "relu"
+    if activation is nn.functional.gelu:
+        return "none"
+    if not isinstance(activation, nn.Module) or hooked(activation):
+        return None
+    if type(activation) in (nn.GELU, GELU):
+        return str(activation.approximate)
+    return "relu" if type(activation) is nn.ReLU else None
+
+
+def _rate(m: nn.Dropout) -> float:
+    return m.p if m.training else 0.0
+
+
+def _attend(
+    m: nn.MultiheadAttention,
+    x: Tensor,  # (T, C)
+    packing: Packing,
+    causal: bool,
+    seed: Tensor | None = None,
+    site: int = 0,
+) -> Tensor:
+    """Self-attention of packed tokens with torch.nn.MultiheadAttention's weights, before any dropout of its output."""
+    bias = None if m.in_proj_bias is None else [m.in_proj_bias]
+    qkv = F.qkv_proj(x, [m.in_proj_weight], bias, m.num_heads)
+    p = m.dropout if m.training else 0.0
+    y = attend(
+        qkv, packing.cu_seqlens, packing.max_seqlen, p=p, causal=causal, seed=seed, site=site
+    )
+    return F.linear(y, m.out_proj.weight, m.out_proj.bias)
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """torch.nn.MultiheadAttention; self-attention with batch_first=True and need_weights=False runs packed.
+
+    The weights that torch.nn returns by default (need_weights=True) exist in its own code only, which then runs.
+    """
+
+    def forward(
+        self,
+        query: Tensor,  # (B, S, C)
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,  # (B, S)
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        reason = _attention_reason(self, query)
+        if query is not key or key is not value:
+            reason = "query, key and value are not the same tensor"
+        elif need_weights:
+            reason = "the attention weights are asked for: pass need_weights=False"
+        elif attn_mask is not None and not is_causal:
+            reason = "attn_mask is set: pass is_causal=True if it is the causal one"
+        packing = None
+        if reason is None:
+            packing, reason = _key_padding(key_padding_mask, query)
+        if packing is None or reason is not None:
+            log_stock(self, reason)
+            return super().forward(
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
+            )
+        return packing.pad(_attend(self, packing.unpad(query), packing, is_causal)), None
+
+
+class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+    """torch.nn.TransformerEncoderLayer, post- or pre-norm, GELU or ReLU, on packed tokens."""
+
+    def forward(
+        self,
+        src: Tensor,  # (B, S, C)
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,  # (B, S)
+        is_causal: bool = False,
+    ) -> Tensor:
+        reason = self.stock_reason(src)
+        if src_mask is not None and not is_causal:
+            reason = "src_mask is set: pass is_causal=True if it is the causal one"
+        packing = None
+        if reason is None:
+            packing, reason = _key_padding(src_key_padding_mask, src)
+        if packing is None or reason is not None:
+            log_stock(self, reason)
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        return packing.pad(self.packed(packing.unpad(src), packing, is_causal))
+
+    def stock_reason(self, src: Tensor) -> str | None:
+        """Why the packed path can't serve this layer and input, or None."""
+        if reason := _attention_reason(self.self_attn, src):
+            return reason
+        if _activation(self) is None:
+            return "the activation is neither GELU nor ReLU"
+        for name in ("_sa_block", "_ff_block"):
+            if name in self.__dict__:
+                return f"its {name} was replaced"
+        parts = (
+            (nn.Linear, self.linear1, self.linear2),
+            (nn.LayerNorm, self.norm1, self.norm2),
+            (nn.Dropout, self.dropout, self.dropout1, self.dropout2),
+            (nn.MultiheadAttention, self.self_attn),
+        )
+        for kind, *modules in parts:
+            for m in modules:
+                if reason := _changed(m, kind):
+                    return reason
+        return "a dropout is 1" if max(self.rates()) == 1.0 else None
+
+    def rates(self) -> tuple[float, float, float, float]:
+        """Probabilities of dropout now: of attention weights, inside the feed-forward, after attention, after it."""
+        attention = self.self_attn.dropout if self.self_attn.training else 0.0
+        return attention, _rate(self.dropout), _rate(self.dropout1), _rate(self.dropout2)
+
+    def packed(
+        self,
+        x: Tensor,  # (T, C)
+        packing: Packing,
+        causal: bool = False,
+        seed: Tensor | None = None,
+        site: int = 0,
+    ) -> Tensor:
+        """The layer on packed tokens; its four dropouts take the sites from `site` on."""
+        _, p, p1, p2 = rates = self.rates()
+        seed = seed_for(max(rates), seed, x)
+        if self.norm_first:
+            y = _attend(self.self_attn, _norm(self.norm1, x), packing, causal, seed, site)
+            x = x + dropout(y, p1, seed, site + 1)
+            y = self._feed_forward(_norm(self.norm2, x), p, seed, site + 2)
+            return x + dropout(y, p2, seed, site + 3)
+        y = _attend(self.self_attn, x, packing, causal, seed, site)
+        x = _add_norm(self.norm1, y, x, p1, seed, site + 1)
+        y = self._feed_forward(x, p, seed, site + 2)
+        return _add_norm(self.norm2, y, x, p2, seed, site + 3)
+
+    def _feed_forward(self, x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
+        up, down, approximate = self.linear1, self.linear2, _activation(self)
+        assert approximate is not None
+        if approximate == "relu":
+            hidden = torch.relu(F.linear(x, up.weight, up.bias))
+        else:
+            if p == 0.0:
+                return F.feed_forward(x, up.weight, up.bias, down.weight, down.bias, approximate)
+            hidden = F.bias_gelu(F.linear(x, up.weight), up.bias, approximate)
+        return F.linear(dropout(hidden, p, seed, site), down.weight, down.bias)
+
+
+class TransformerEncoder(nn.TransformerEncoder):
+    """torch.nn.TransformerEncoder of fastbert's layers: unpads once, pads once; a final norm sees tokens only."""
+
+    def forward(
+        self,
+        src: Tensor,  # (B, S, C)
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,  # (B, S)
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        causal = bool(is_causal)
+        reason = self._stock_reason(src)
+        if reason is None and mask is not None and not causal:
+            causal = is_causal is None and _is_causal(mask, src.shape[1])
+            reason = None if causal else "the mask is not the causal one"
+        packing = None
+        if reason is None:
+            packing, reason = _key_padding(src_key_padding_mask, src)
+        if packing is None or reason is not None:
+            log_stock(self, reason)
+            return super().forward(src, mask, src_key_padding_mask, is_causal)
+        x = packing.unpad(src)
+        seed = seed_for(max(max(layer.rates()) for layer in self.layers), None, x)
+        for i, layer in enumerate(self.layers):
+            x = layer.packed(x, packing, causal, seed, 4 * i)
+        return packing.pad(x if self.norm is None else self.norm(x))
+
+    def _stock_reason(self, src: Tensor) -> str | None:
+        for layer in self.layers:
+            if not isinstance(layer, TransformerEncoderLayer):
+                return f"the layers are {type(layer).__name__}: use fastbert.nn.TransformerEncoderLayer"
+            if hooked(layer):
+                return "hooks are attached to a layer"
+            if reason := layer.stock_reason(src):
+                return reason
+        return None
+
+
+def _is_causal(mask: Tensor, length: int) -> bool:
+    """Whether a mask hides exactly the columns right of the diagonal; one host sync, as in torch.nn."""
+    if mask.shape != (length, length):
+        return False
+    hidden = mask if mask.dtype == torch.bool else mask == float("-inf")
+    seen_is_zero = True if mask.dtype == torch.bool else bool((mask[~hidden] == 0).all())
+    upper = torch.ones_like(hidden).triu(1)
+    return seen_is_zero and torch.equal(hidden, upper)
+
+
+def _norm(m: nn.LayerNorm, x: Tensor) -> Tensor:
+    return F.layer_norm(x, m.weight, m.bias, m.eps)
+
+
+def _add_norm(
+    m: nn.LayerNorm, y: Tensor, residual: Tensor, p: float, seed: Tensor | None, site: int
+) -> Tensor:
+    if m.bias is None:
+        return _norm(m, residual + dropout(y, p, seed, site))
+    return F.dropout_add_layer_norm(
+        y, residual, m.weight, m.bias, eps=m.eps, p=p, seed=seed, site=site
+    )
+
+
+# the class of ours that stands for one of torch.nn's inside a layer
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LayerNorm: LayerNorm,
+    nn.Linear: Linear,
+    nn.MultiheadAttention: MultiheadAttention,
+}
