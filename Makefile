@@ -44,16 +44,16 @@ demo: $(INSTALLED)
 # the second process has Triton run its kernels on the CPU, which it decides when it is imported
 test: $(INSTALLED)
 	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 $(PY) -m pytest -n auto -k triton $(PYTEST_ARGS) tests/ops tests/test_triton.py tests/test_triton_tune.py
+	TRITON_INTERPRET=1 $(PY) -m pytest -n auto -k triton $(PYTEST_ARGS) tests/ops tests/gpu/test_triton.py tests/gpu/test_triton_tune.py
 
 test-slow: $(INSTALLED)
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
 
 test-transformers4: $(INSTALLED)
-	$(PY) tests/transformers4.py --pip-args="$(PIP_ARGS)" -n auto $(PYTEST_ARGS)
+	$(PY) tests/accelerate/transformers4.py --pip-args="$(PIP_ARGS)" -n auto $(PYTEST_ARGS)
 
 test-gpu-static: $(INSTALLED)
-	$(PY) -m pytest -m gpu_static -n auto $(PYTEST_ARGS) tests/test_triton_static.py
+	$(PY) -m pytest -m gpu_static -n auto $(PYTEST_ARGS) tests/gpu/test_triton_static.py
 
 test-ptx: $(INSTALLED)
 	$(PY) -m pytest -m ptx_full -n auto $(PYTEST_ARGS) tests/ptx
@@ -69,8 +69,8 @@ gpu-report: $(INSTALLED)
 # is not instrumented: its tensors' memory is watched because it comes from malloc
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g1
-SANITIZED_TESTS := tests/test_cpu_native.py tests/test_cpu_math.py tests/test_cpu_losses.py tests/test_cpu_threads.py \
-	tests/test_cpu_properties.py tests/test_freeze.py
+SANITIZED_TESTS := tests/cpu/test_cpu_native.py tests/cpu/test_cpu_math.py tests/cpu/test_cpu_losses.py tests/cpu/test_cpu_threads.py \
+	tests/cpu/test_cpu_properties.py tests/models/test_freeze.py
 # pytest, not python -m pytest: the latter would import the checkout's own package
 sanitize: RUN = PYTHONPATH=$(SANITIZED)/lib ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)"

@@ -25,7 +25,7 @@ from works import REAL
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
-TESTS = ["tests/ops", *(f"tests/test_{n}.py" for n in ("triton", "triton_tune", "graphs"))]
+TESTS = ["tests/ops", *(f"tests/gpu/test_{n}.py" for n in ("triton", "triton_tune", "graphs"))]
 # small enough for a sanitizer, which slows kernels down a hundredfold
 SANITIZED = "(triton or cuda) and bf16 and (S5 or S33 or T7 or N7 or T13)"
 

@@ -1,5 +1,5 @@
 // The instruction sets of this build, the one that runs, and a kernel's entry points in all of
-// them. For one source file of a program: bindings.cpp, or tests/native_check.cpp.
+// them. For one source file of a program: bindings.cpp, or tests/cpu/native_check.cpp.
 #pragma once
 
 #define FASTBERT_ISA baseline

@@ -12,7 +12,7 @@ from ptx.cuda_host import cuobjdump, plain
 
 from fastbert.backend import chooser, cuda
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 if cuda.native is None:
     pytest.skip(str(cuda.unavailable), allow_module_level=True)
 

@@ -23,7 +23,7 @@ X86 = pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="needs Linux on x86-64"
 )
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CROSS = ROOT / "build" / "cross"
 TOOLS = ("ziglang", "ninja", "pybind11", "setuptools")
 KERNELS = [p for p in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if p.stem != "bindings"]
@@ -74,7 +74,7 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str:
 
 
 def native_check() -> Path:
-    """tests/native_check.cpp with the kernels, by the environment's CXX and the rules (and objects) of setup.py."""
+    """tests/cpu/native_check.cpp with the kernels, by the environment's CXX and the rules (and objects) of setup.py."""
     spec = importlib.util.spec_from_file_location("fastbert_setup", ROOT / "setup.py")
     setup = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup)
@@ -82,7 +82,7 @@ def native_check() -> Path:
     chain = dataclasses.replace(chain, link_flags=[], once=(*chain.once, "native_check"))
     folder = setup.BUILD / "fastbert._cpu"
     folder.mkdir(parents=True, exist_ok=True)
-    sources = [*KERNELS, ROOT / "tests/native_check.cpp"]
+    sources = [*KERNELS, ROOT / "tests/cpu/native_check.cpp"]
     rules = setup.ninja_file(folder / "native_check", folder, sources, chain)
     (folder / "check.ninja").write_text(rules)
     run(sys.executable, "-m", "ninja", "-C", folder, "-f", "check.ninja")
@@ -124,6 +124,6 @@ def test_the_module_by_clang_passes_the_op_tests(build_with, compiler):
     assert run(sys.executable, "-c", show, cwd=lib).startswith("clang")
     stems = ["ops/test_attention", "ops/test_layer_norm", "ops/test_linear"]
     if compiler == "clang++":
-        stems.append("test_cpu_isa")
+        stems.append("cpu/test_cpu_isa")
     tests = [ROOT / f"tests/{stem}.py" for stem in stems]
     print(run(sys.executable, "-m", "pytest", "-q", "-k", "cpu", *tests, cwd=lib))

@@ -1,4 +1,4 @@
-"""Runs tests/test_accelerate*.py with transformers 4: `python tests/transformers4.py [PYTEST_ARG ...]`.
+"""Runs accelerate()'s tests with transformers 4: `python tests/accelerate/transformers4.py [PYTEST_ARG ...]`.
 
 Each version has a virtual environment in build/transformers4 with what differs from this one's packages, which it sees
 behind its own. One that is there already is used again.
@@ -12,7 +12,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # the tokenizers that each version asks for; both want a hub client below 1, and that what goes with it
 VERSIONS = {"4.48.3": "0.21.4", "4.57.6": "0.22.2"}
 SHARED = (
@@ -54,7 +54,9 @@ def main(args: list[str]) -> int:
     """Run the tests with every version; --pip-args=... goes to pip, all other arguments to pytest."""
     pip_args = [a for a in args if a.startswith("--pip-args=")]
     given = shlex.split(pip_args[-1].partition("=")[2]) if pip_args else []
-    tests = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("test_accelerate*.py"))
+    tests = sorted(
+        str(p.relative_to(ROOT)) for p in Path(__file__).parent.glob("test_accelerate*.py")
+    )
     failed = []
     for version in VERSIONS:
         python = environment(version, given)

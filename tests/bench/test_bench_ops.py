@@ -14,7 +14,7 @@ from fastbert.backend.names import SLUGS
 from fastbert.backend.reference.samples import Cost
 from fastbert.testing.timing import Timing, interleave_training
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import bench_attention  # noqa: E402

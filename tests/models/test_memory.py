@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastbert.integrations.memory import saved_bytes
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from saved import against_stock, ours, per_token_and_layer, theirs
 from works import REAL

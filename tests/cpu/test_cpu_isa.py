@@ -17,7 +17,7 @@ if cpu.native is None:
 
 OBJECTS = sorted(
     p
-    for p in Path(__file__).parents[1].glob("build/native-*/fastbert._cpu/*.*.o")
+    for p in Path(__file__).parents[2].glob("build/native-*/fastbert._cpu/*.*.o")
     if sys.implementation.cache_tag in str(p)
 )
 

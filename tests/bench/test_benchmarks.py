@@ -16,7 +16,7 @@ import torch
 import fastbert
 from fastbert.backend import cpu
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import bench_bert  # noqa: E402

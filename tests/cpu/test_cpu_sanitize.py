@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or "c++"]
 # pieces of 5 floats: one piece's end, the other's, and the gap up to the next multiple of 64 bytes
 PROGRAM = """

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton backend needs the package triton")
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
 
 
 def test_the_whole_command(tmp_path):
