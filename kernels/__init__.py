@@ -1,8 +1,7 @@
 """The Triton backend, installed as `fastbert.kernels`: one module per op, shared maths in `_math`.
 
-`device_type` is where its tensors live: "cuda" (ROCm's too), or "cpu" in a process whose TRITON_INTERPRET=1 has Triton
-run kernels on the CPU. Adapters read metadata only: no host sync, so that a forward and a backward can be captured in a
-CUDA graph.
+`device_type` is the device of its tensors: "cuda" (also under ROCm), or "cpu" where TRITON_INTERPRET=1 makes Triton run
+kernels on the CPU. Adapters read metadata only. Without a host sync, a CUDA graph can capture a forward and a backward.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from torch import Tensor
 INTERPRETED: bool = triton.knobs.runtime.interpret
 device_type = "cpu" if INTERPRETED else "cuda"
 if INTERPRETED:
-    from fastbert.kernels import _interpreter  # noqa: F401 -- mends it
+    from fastbert.kernels import _interpreter  # noqa: F401 -- patches Triton's interpreter
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 8192
@@ -32,7 +31,7 @@ def unsupported_dtype(**tensors: Tensor | None) -> str | None:
 
 
 def unsupported_width(width: int) -> str | None:
-    """Why no kernel that keeps a row of this many elements in registers takes it, or None."""
+    """Why a row of this width does not fit the kernels that hold whole rows in registers, or None."""
     if not 0 < width <= MAX_WIDTH:
         return (
             f"a row has {width} elements and the triton kernels hold 1 to {MAX_WIDTH} in registers: "
@@ -56,5 +55,5 @@ def dropout_args(p: float, seed: Tensor | None, site: int) -> tuple[Tensor | Non
 
 
 def dense(t: Tensor | None) -> Tensor | None:
-    """The tensor contiguous, as kernels expect; most are."""
+    """The tensor, copied if it is not contiguous."""
     return t if t is None or t.is_contiguous() else t.contiguous()

@@ -1,6 +1,6 @@
-"""What the attention kernels share: a sequence's span, its tiles, the softmax step and the products of backward.
+"""Helpers of the attention kernels: a sequence's span, its tiles, the softmax step and the products of backward.
 
-Rows and columns i and j count inside the sequence. `drop` is (seed, b H + h, site, threshold), or None without dropout.
+Queries i and keys j are numbered within a sequence. `drop` is (seed, b H + h, site, threshold), None without dropout.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import triton.language as tl
 
 from fastbert.kernels._math import keep
 
-# arguments that change from call to call, which no kernel is compiled anew for
+# arguments that vary between calls; excluded from Triton's specialisation
 VARYING = ["T", "B", "BLOCKS", "site", "threshold"]
 
 
 @triton.jit
 def span(cu_ptr, b, B, T):
-    """Start and length of sequence b inside T rows, whatever cu holds; for b = B the rows past the last sequence."""
+    """Start and length of sequence b, clamped to the T rows; for b = B, of the rows past the last sequence."""
     start = tl.minimum(tl.maximum(tl.load(cu_ptr + b), 0), T)
     stop = tl.load(cu_ptr + b + 1, mask=b < B, other=T)
     return start, tl.minimum(tl.maximum(stop, start), T) - start
@@ -36,7 +36,7 @@ def load_tile(base_ptr, i, stride: tl.constexpr, length, D: tl.constexpr, BLOCK_
 def store_tile(
     base_ptr, values, i, stride: tl.constexpr, length, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """values (BLOCK, BLOCK_D) into rows i of a matrix (length, D)."""
+    """Store values (BLOCK, BLOCK_D) in rows i of a matrix (length, D)."""
     d = tl.arange(0, BLOCK_D)
     inside = (i < length)[:, None]
     if D < BLOCK_D:
@@ -55,7 +55,7 @@ def zero_tail(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Zeros into a matrix (length, D), by BLOCKS programs together."""
+    """Fill a matrix (length, D) with zeros; BLOCKS programs share its rows."""
     zeros = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for first in range(block * ROWS, length, BLOCKS * ROWS):
         i = first + tl.arange(0, ROWS)
@@ -64,7 +64,7 @@ def zero_tail(
 
 @triton.jit
 def kept(drop, i, j0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which weights of queries i and the BLOCK_N keys from j0, a multiple of 4, dropout keeps."""
+    """Mask of the weights that dropout keeps, for queries i and BLOCK_N keys from j0 on, a multiple of 4."""
     seed, bh, site, threshold = drop
     quads = j0 // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
     return keep(seed, quads, i[:, None], bh, site, threshold, BLOCK_M, BLOCK_N)
@@ -72,7 +72,7 @@ def kept(drop, i, j0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def hide(s, i, j, length, MASKED: tl.constexpr, CAUSAL: tl.constexpr):
-    """Scores s (len(i), len(j)), -inf past the last key and, with CAUSAL, where key j comes after query i."""
+    """Scores s (len(i), len(j)); with MASKED -inf past the last key and, if CAUSAL, where key j is after query i."""
     if MASKED:
         s = tl.where((j < length)[None, :], s, -float("inf"))
         if CAUSAL:
@@ -83,9 +83,9 @@ def hide(s, i, j, length, MASKED: tl.constexpr, CAUSAL: tl.constexpr):
 @triton.jit
 def attend(
     q,  # (BLOCK_M, BLOCK_D)
-    qkv_ptr,  # this sequence and head
+    qkv_ptr,  # of this sequence and head
     i,  # (BLOCK_M,)
-    j0,  # the first key's number
+    j0,  # the number of the first key
     length,
     state,  # m, total (BLOCK_M,), acc (BLOCK_M, BLOCK_D)
     scale,  # in base 2, positive
@@ -100,7 +100,7 @@ def attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The running maximum, sum of powers and weighted sum of values with one more tile of keys."""
+    """Add a tile of keys to the running maximum, the sum of powers and the weighted sum of values."""
     m, total, acc = state
     j = j0 + tl.arange(0, BLOCK_N)
     k = load_tile(qkv_ptr + H * D, j, 3 * H * D, length, D, BLOCK_D)
@@ -127,7 +127,7 @@ def weights_and_ds(
     k,  # (BLOCK_N, BLOCK_D)
     v,  # (BLOCK_N, BLOCK_D)
     lse,  # (BLOCK_M,) in base 2
-    delta,  # (BLOCK_M,), or None where these are all keys
+    delta,  # (BLOCK_M,), or None if the tile holds all keys
     i,
     j0,
     length,
@@ -140,9 +140,9 @@ def weights_and_ds(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """P M and dS = P (M dO V^T - delta), (BLOCK_M, BLOCK_N) in q's dtype, with M dropout's factor.
+    """P M and dS = P (M dO V^T - delta), (BLOCK_M, BLOCK_N) in q's dtype; M is dropout's factor.
 
-    Rows past the last query come out as zeros times something finite if q, dO, lse and delta are zeros there.
+    If q, dO, lse and delta are 0 in rows past the last query, P M is finite there and dS is 0.
     """
     none = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     s = tl.dot(q, tl.trans(k), none, input_precision=PRECISION)

@@ -1,4 +1,4 @@
-"""The backward kernels of attention: a whole sequence at once, or a loop for dK and dV and one for dQ."""
+"""The backward kernels of attention: one for whole short sequences; for others one for dK and dV and one for dQ."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastbert.kernels._attend import (
 )
 from fastbert.kernels._math import LOG2E
 
-# keys of the smallest tile that a sequence gets where longer ones are allowed for
+# keys of the smallest tile, if BLOCK_N is not smaller still
 SMALLEST = tl.constexpr(32)
 
 
@@ -41,7 +41,7 @@ def _attention_bwd_delta_kernel(
 
 @triton.jit
 def _whole(
-    dout_ptr,  # these four: this sequence and head
+    dout_ptr,  # this and the next three: of this sequence and head
     qkv_ptr,
     lse_ptr,
     dqkv_ptr,
@@ -57,7 +57,10 @@ def _whole(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """At most BLOCK_N tokens: dV += (P M)^T dO and dK += dS^T Q stay here, each block of dQ = dS K leaves complete."""
+    """A sequence of at most BLOCK_N tokens: blocks of queries add to dV = (P M)^T dO and dK = scale dS^T Q.
+
+    Each block writes its rows of dQ = scale dS K.
+    """
     j = tl.arange(0, BLOCK_N)
     k = load_tile(qkv_ptr + H * D, j, 3 * H * D, length, D, BLOCK_D)
     v = load_tile(qkv_ptr + 2 * H * D, j, 3 * H * D, length, D, BLOCK_D)
@@ -117,7 +120,7 @@ def _attention_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # a whole sequence of at most BLOCK_N tokens, in the smallest tile of keys that holds it
+    # one sequence of at most BLOCK_N tokens, in the smallest tile of keys that holds it
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
     start, length = span(cu_ptr, b, B, T)
     row = start.to(tl.int64)
@@ -134,7 +137,7 @@ def _attention_bwd_kernel(
         drop = (tl.load(seed_ptr), tl.program_id(0), site, threshold)
     for halvings in tl.static_range(3):
         if BLOCK_N >> halvings >= SMALLEST or halvings == 0:
-            # the last of them takes what is left
+            # the smallest tile also takes all shorter sequences
             more = halvings < 2 and BLOCK_N >> halvings >= 2 * SMALLEST
             least = BLOCK_N >> halvings + 1 if more else -1
             if (length <= BLOCK_N >> halvings) & (length > least):

@@ -1,7 +1,7 @@
-"""Launch configurations that fastbert.tune() may replace: by measurement, for a device, call by call.
+"""Launch configurations that fastbert.tune() may replace, per device, by faster ones that it measured.
 
-A function decorated with `configured` answers for the class of call that its arguments name, a pure function; where
-tune() has found a faster configuration for the same arguments on this device, it answers with that one.
+A function decorated with `configured` returns the launch configuration for its arguments, without side effects. If
+tune() has found a faster one for these arguments on this device, the function returns the faster one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastbert.backend import tuned
 
 # a function's name and its arguments
 Call = tuple[str, tuple[Any, ...]]
-# fields that a neighbour has halved or doubled, with the least and the most
+# fields that `neighbours` halves and doubles, with their smallest and largest values
 _SIZES = {
     "ROWS": (1, 16),
     "BLOCK_M": (16, 256),
@@ -34,12 +34,12 @@ _log = logging.getLogger("fastbert")
 _stored = tuned.configurations()
 _functions: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {}
 _winners: dict[Call, Any] = {}
-# the calls that `asking` collects
+# the calls that `asking` collects, None outside it
 _asked: set[Call] | None = None
 
 
 def configured(*fixed: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a pure function of positional arguments that returns a configuration; `fixed` fields stay its own."""
+    """Decorate a pure function of positional arguments that returns a configuration; tune() keeps `fixed` fields."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         name, default = function.__name__.strip("_"), functools.cache(function)
@@ -62,7 +62,7 @@ def configured(*fixed: str) -> Callable[[Callable[..., Any]], Callable[..., Any]
 
 
 def _restored(function: Callable[..., Any], arguments: tuple[Any, ...], fields: Any) -> Any:
-    """The configuration that was stored, None where this version has no such call, field or value."""
+    """The stored configuration, or None if this version has no such call, field or value."""
     try:
         own = function(*arguments)
         if own is not None and all(_legal(name, value) for name, value in fields.items()):
@@ -90,7 +90,7 @@ def neighbours(call: Call, config: Any) -> list[Any]:
     found = []
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
-        # a block that is a whole row stays one
+        # a block that holds a whole row keeps its size
         if name in fixed or (name == "BLOCK_V" and config.ONE):
             continue
         if name in _STAGES:
@@ -104,18 +104,18 @@ def neighbours(call: Call, config: Any) -> list[Any]:
 
 
 def own(call: Call) -> Any:
-    """What the function itself answers, None where it has no configuration for the call."""
+    """The function's own configuration for the call, or None if it has none."""
     return _functions[call[0]][0](*call[1])
 
 
 def in_force(call: Call) -> Any:
-    """What this call is answered with."""
+    """The configuration that this call gets now."""
     return _winners.get(call) or own(call)
 
 
 @contextmanager
 def trying(call: Call, config: Any) -> Iterator[None]:
-    """Inside, the call is answered with this configuration."""
+    """A context in which the call gets this configuration."""
     before = _winners.get(call)
     _winners[call] = config
     try:
@@ -125,7 +125,7 @@ def trying(call: Call, config: Any) -> Iterator[None]:
 
 
 def adopt(call: Call, config: Any) -> None:
-    """Answer the call with this configuration from now on, with the function's own where it is None."""
+    """Use this configuration for the call from now on; None restores the function's own."""
     if config is None:
         _winners.pop(call, None)
     else:
@@ -134,7 +134,7 @@ def adopt(call: Call, config: Any) -> None:
 
 @contextmanager
 def asking() -> Iterator[set[Call]]:
-    """Inside, every call is collected."""
+    """A context that collects every call."""
     global _asked
     _asked = set()
     try:
@@ -144,7 +144,7 @@ def asking() -> Iterator[set[Call]]:
 
 
 def readable(call: Call) -> str:
-    """A call in words."""
+    """A call as text."""
     name, arguments = call
     shown = (
         str(a).removeprefix("torch.") if isinstance(a, torch.dtype) else str(a) for a in arguments
@@ -153,6 +153,6 @@ def readable(call: Call) -> str:
 
 
 def shown(config: Any) -> str:
-    """A configuration's numbers in words."""
+    """A configuration's sizes and stages as text."""
     numbers = {k: v for k, v in vars(config).items() if k in _SIZES or k in _STAGES}
     return ", ".join(f"{k} {v}" for k, v in numbers.items())

@@ -1,7 +1,8 @@
 """The gradient of table[ids]: rows summed by id without atomics, in a fixed order.
 
-The ids are sorted, stably, so that every sum has its order; a program walks CHUNK sorted positions, writes the segments
-of equal ids that lie inside and leaves partial sums of the two that may cross its borders, which a second kernel adds.
+A stable sort of the ids fixes the order of every sum. A program reads CHUNK sorted positions and writes the sums of the
+segments of equal ids that lie inside. At most two segments cross its borders: it stores their partial sums, which a
+second kernel adds up.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def _embed_bwd_segments_kernel(
     ids_ptr,  # (N,) sorted
     order_ptr,  # (N,) the row of dz at each sorted position
     grad_ptr,  # (V, C)
-    partial_ptr,  # (chunks, 2, C) fp32: of the segment that came in, and of the one that goes on
+    partial_ptr,  # (chunks, 2, C) fp32: a segment from an earlier chunk; one that starts here and continues
     N,
     V,
     padding,
@@ -57,7 +58,7 @@ def _embed_bwd_segments_kernel(
     # whether this segment started in an earlier chunk
     came = (first > 0) & (tl.load(ids_ptr + first) == before)
     for four in range(first, stop, 4):
-        # rows that are on their way together, before any is stored
+        # all four loads start before the first store
         rows = _four_rows(dz_ptr, order_ptr, four, stop, C, cols)
         for k in tl.static_range(4):
             at = four + k
@@ -88,13 +89,13 @@ def _embed_bwd_crossing_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    # the segment that starts in this chunk and goes on: its part here and what later chunks hold of it
+    # adds the later chunks' sums of a segment that starts in this chunk and continues
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
     stop = (chunk + 1) * CHUNK
     if stop >= N:
         return
     this = tl.load(ids_ptr + stop - 1)
-    # it goes on, and it did not come in through the whole of this chunk
+    # the last segment must continue in the next chunk, and must start in this one
     if tl.load(ids_ptr + stop) != this:
         return
     before = tl.load(ids_ptr + chunk * CHUNK - 1, mask=chunk > 0, other=this + 1)
@@ -120,13 +121,13 @@ def _embed_bwd_crossing_kernel(
 
 
 def _narrow(ids: Tensor, rows: int) -> Tensor:
-    """ids in as few bits as hold them, each byte of which is a pass of the sort; those out of range stay so."""
+    """ids in the narrowest integer type: the sort needs a pass per byte. Ids out of range stay out of range."""
     kinds = (torch.int8, torch.int16, torch.int32)
     return ids.clamp(-1, rows).to(next(kind for kind in kinds if rows <= torch.iinfo(kind).max))
 
 
 def scatter(dz: Tensor, ids: Tensor, table: Tensor, padding_idx: int | None) -> Tensor:
-    """The gradient of table[ids] for dz (N, C) fp32: rows of equal id summed in order, none for padding_idx."""
+    """The gradient of table[ids] for dz (N, C) fp32: rows of equal id summed in a fixed order, none for padding_idx."""
     N, C = dz.shape
     grad = torch.zeros_like(table, memory_format=torch.contiguous_format)
     if table.shape[0] == 0:

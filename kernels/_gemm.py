@@ -1,6 +1,7 @@
-"""x times the rows of one or three weights, plus a bias, and gelu of that: a persistent Triton GEMM.
+"""A persistent Triton GEMM: y = x w^T + bias for one weight or three, and gelu(y).
 
-It reads three separate weights where they lie, casts fp32 weights while it reads them, and has gelu in its epilogue.
+It reads three separate weights in place if BLOCK_N divides their rows, and casts fp32 weights while it reads them. gelu
+is in its epilogue.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fastbert.kernels._math import gelu_and_derivative
 
 @triton.jit
 def _tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """First row and column of an output tile; GROUP rows of tiles share the columns of w while these are in L2."""
+    """First row and column of an output tile; GROUP rows of tiles reuse the columns of w while they are in L2."""
     height = tl.cdiv(M, BLOCK_M)
     group = GROUP * tl.cdiv(N, BLOCK_N)
     top = tile // group * GROUP
@@ -30,7 +31,7 @@ def _tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl
 def _linear_fwd_kernel(
     x_ptr,  # (M, K)
     w0_ptr,  # (PIECE, K)
-    w1_ptr,  # likewise, or None where w0 is all
+    w1_ptr,  # (PIECE, K), or None if there is one weight
     w2_ptr,
     b0_ptr,  # (PIECE,), or None
     b1_ptr,
@@ -48,7 +49,7 @@ def _linear_fwd_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    # y = x w^T + bias,  h = gelu(y); no tile has columns of two pieces
+    # y = x w^T + bias,  h = gelu(y); each tile lies within one weight
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         m0, n0 = _tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
@@ -88,7 +89,7 @@ def project(
     approximate: str | None = None,
     product: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """With `product` y (T, N) in x's dtype and, with `approximate`, gelu(y) likewise; else empty."""
+    """y (T, N), empty without `product`, and gelu(y) (T, N), empty without `approximate`, in x's dtype."""
     (T, K), piece = x.shape, weights[0].shape[0]
     N = piece * len(weights)
     config = _tiles.gemm(_tiles.tile(T, 8192), N, x.dtype, _launch.arch(x.device))

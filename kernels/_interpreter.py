@@ -1,6 +1,6 @@
-"""Mends the bf16 of Triton's interpreter (3.9): it truncates instead of rounding, and `dot` multiplies bit patterns.
+"""Corrects bf16 in Triton's interpreter 3.9, which truncates instead of rounding and multiplies bit patterns in `dot`.
 
-Imported in a process that interprets only, and changes that process's Triton.
+Imported only in a process that interprets; it patches Triton in that process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _widened(bits: np.ndarray) -> np.ndarray:
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:
-    """The bit patterns of fp32 values rounded to the nearest bf16, ties to even; a NaN stays one."""
+    """The bit patterns of fp32 values rounded to the nearest bf16, ties to even; a NaN stays a NaN."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(values), (bits >> 16) | 0x40, nearest).astype(np.uint16)

@@ -15,13 +15,13 @@ from fastbert.kernels import INTERPRETED
 from fastbert.kernels._configured import configured
 
 Arch = int | str
-# Triton 3.10 turns fused multiply-add off where a launch does not ask for it; every configuration does
+# Triton 3.10 fuses multiply-adds only in launches that set this; every configuration does
 FUSED = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Whole rows in registers: ROWS of them in a program, BLOCK_C columns each."""
+    """Whole rows in registers: ROWS rows of BLOCK_C columns in a program."""
 
     ROWS: int
     BLOCK_C: int
@@ -31,7 +31,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class PersistentRows:
-    """As Rows, of a program that goes on to other rows, whose loads run STAGES - 1 steps ahead."""
+    """Like Rows, for a program that loops over rows; its loads run STAGES - 1 steps ahead."""
 
     ROWS: int
     BLOCK_C: int
@@ -59,7 +59,7 @@ def _properties(index: int) -> tuple[Arch, int]:
 
 
 def arch(device: torch.device) -> Arch:
-    """The architecture that a tensor's kernels are compiled for."""
+    """The architecture that kernels on this device are compiled for."""
     return 80 if INTERPRETED else _properties(device.index)[0]
 
 
@@ -69,33 +69,33 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def _warps(width: int, most: int, arch: Arch) -> int:
-    """The fewest warps for a row at `most` elements a thread: one sums it up without a barrier."""
+    """The fewest warps that hold a row at `most` elements a thread: a single warp sums it without a barrier."""
     lanes = 64 if isinstance(arch, str) else 32
     return min(16, triton.next_power_of_2(triton.cdiv(width, lanes * most)))
 
 
 @configured()
 def rows(width: int, arch: Arch) -> Rows:
-    """A warp for a row of up to 1024, more of them for wider ones."""
+    """One warp for a row of up to 1024 elements (AMD: 2048), more for a wider one."""
     return Rows(1, max(16, triton.next_power_of_2(width)), _warps(width, 32, arch))
 
 
 @configured()
 def persistent_rows(width: int, arch: Arch, gathers: bool = False) -> PersistentRows:
-    """A warp for a row of up to 768: a backward keeps sums of two gradients beside the row.
+    """One warp for a row of up to 768 elements (AMD: 1536): a backward also holds the sums of two gradients.
 
-    Loads that wait for ids gain little from running ahead, and on Hopper nothing.
+    With `gathers` loads wait for ids: running ahead gains little then, and nothing on Hopper.
     """
     block, warps = max(16, triton.next_power_of_2(width)), _warps(width, 24, arch)
     stages = 3 if not gathers else 1 if arch == 90 else 2
     if block == 8192 and arch == 100:
-        # ahead of a row this wide no register is left
+        # a row this wide leaves no registers for loads ahead
         stages = 1
     two = arch == 90 and warps == 2 and block == 1024
     return PersistentRows(2 if two else 1, block, stages, warps)
 
 
 def programs(count: int, config: PersistentRows, device: torch.device, warps: int = 8) -> int:
-    """How many programs share `count` rows, two or more each, `warps` of them on a multiprocessor at a time."""
+    """How many programs share `count` rows: at most one per 2 ROWS rows, and `warps` warps per multiprocessor."""
     most = max(1, warps // config.num_warps) * multiprocessors(device)
     return max(1, min(triton.cdiv(count, 2 * config.ROWS), most))

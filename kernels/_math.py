@@ -1,4 +1,4 @@
-"""Device maths shared by the kernels: no loads, no stores, each activation beside its derivative."""
+"""Device maths shared by the kernels, without loads and stores; gelu comes with its derivative."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 RSQRT_2 = tl.constexpr(0.7071067811865476)
 RSQRT_2PI = tl.constexpr(0.3989422804014327)
-# twice sqrt(2 / pi): tanh is written as 2 sigmoid(2 z) - 1
+# twice sqrt(2 / pi): tanh(x) is computed as 2 sigmoid(2 x) - 1
 TWICE_SQRT_2_PI = tl.constexpr(1.5957691216057308)
 CUBIC = tl.constexpr(0.044715)
 
 
 @triton.jit
 def gelu_and_derivative(u, TANH: tl.constexpr, SHORT: tl.constexpr):
-    """gelu(u) and Phi(u) + u phi(u), or those of the tanh form, with s the sigmoid: s + u s (1 - s) 2 z'(u).
+    """gelu(u) and its derivative Phi(u) + u phi(u); in the tanh form s + u s (1 - s) z'(u) with s = sigmoid(z(u)).
 
-    SHORT: for results of 16 bits, erfc by Abramowitz and Stegun 7.1.26, to 1.5e-7, whose exponential is the density's.
+    SHORT is for 16-bit results: erfc by Abramowitz and Stegun 7.1.26, to 1.5e-7, from the exponential of the density.
     """
     if TANH:
         z = TWICE_SQRT_2_PI * (u + CUBIC * u * u * u)
@@ -41,14 +41,14 @@ def gelu_and_derivative(u, TANH: tl.constexpr, SHORT: tl.constexpr):
 
 @triton.jit
 def _wide(a: tl.constexpr, c):
-    """Both halves of a 32 x 32-bit product in one instruction, where tl.umulhi and a product take two."""
+    """High and low half of a 32 x 32-bit product by one instruction; tl.umulhi and a product take two."""
     product = c.to(tl.uint64) * a
     return (product >> 32).to(tl.uint32), product.to(tl.uint32)
 
 
 @triton.jit
 def philox(seed, c0, c1, c2, c3):
-    """Philox4x32-10 of uint32 counters that broadcast against each other, the key an int64."""
+    """Philox4x32-10 of uint32 counters that broadcast against each other; the key is the int64 seed."""
     k0, k1 = seed.to(tl.uint32), (seed.to(tl.uint64) >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
         high0, low0 = _wide(0xD2511F53, c0)
@@ -61,7 +61,7 @@ def philox(seed, c0, c1, c2, c3):
 
 @triton.jit
 def keep(seed, c0, c1, c2, c3, threshold, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Which elements of a tile (ROWS, COLS) dropout keeps; backend/reference/philox.py defines the counter c0 to c3.
+    """Mask (ROWS, COLS) of the elements that dropout keeps; fastbert/backend/reference/philox.py has the counter.
 
     c0 (1, COLS / 4) numbers the quads of columns, c1 (ROWS, 1) the rows; one Philox call serves four elements.
     """
@@ -76,7 +76,7 @@ def keep(seed, c0, c1, c2, c3, threshold, ROWS: tl.constexpr, COLS: tl.constexpr
 
 @triton.jit
 def moments(x, inside, C, eps):
-    """x - mean, 0 outside the row, the mean and 1 / sqrt(variance + eps) of the rows of x (ROWS, BLOCK_C) fp32."""
+    """x - mean (0 outside the row), the mean and 1 / sqrt(variance + eps) of the rows x (ROWS, BLOCK_C) fp32."""
     mean = tl.sum(x, 1) / C
     centred = tl.where(inside, x - mean[:, None], 0.0)
     return centred, mean, tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)
@@ -84,6 +84,6 @@ def moments(x, inside, C, eps):
 
 @triton.jit
 def norm_backward(g, xhat, rstd, C):
-    """dx = rstd (g - mean(g) - xhat mean(g xhat)) of rows (ROWS, BLOCK_C), g and xhat 0 outside the row."""
+    """dx = rstd (g - mean(g) - xhat mean(g xhat)) of rows (ROWS, BLOCK_C); g and xhat are 0 outside the row."""
     along = tl.sum(g * xhat, 1) / C
     return rstd[:, None] * (g - (tl.sum(g, 1) / C)[:, None] - xhat * along[:, None])

@@ -1,4 +1,4 @@
-"""Deterministic sums over rows: programs leave partial sums, one for each, in fp32, which a second kernel adds up."""
+"""Deterministic sums over rows: each program stores one partial sum in fp32, and a second kernel adds these up."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fastbert.kernels import _launch, dense
 
-# what a program of `sum_rows` reads at a time, and how many programs a multiprocessor has
+# up to this many rows `sum_rows` needs only one launch
 _FEW = 512
+# a program's tile in `sum_rows`, and its programs per multiprocessor
 _TILE, _PROGRAMS = _launch.Tiles(32, 64, 4), 8
 
 
@@ -23,7 +24,7 @@ def _sum_rows_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # a program's rows lie one after the other, as many as any other's
+    # each program sums an equal share of consecutive rows
     program, share = tl.program_id(0), tl.cdiv(N, tl.num_programs(0))
     stop = tl.minimum((program + 1) * share, N)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -73,7 +74,7 @@ def sum_partials(partial: Tensor, *dtypes: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def sum_rows(x: Tensor) -> Tensor:
-    """Sum over the rows of x (N, C), (C,) fp32: what a bias gets of the gradient behind it."""
+    """Sum over the rows of x (N, C), as (C,) fp32: the gradient of a bias."""
     N, C = x.shape
     if x.numel() == 0:
         return x.new_zeros(C, dtype=torch.float32)

@@ -1,7 +1,7 @@
-"""What the kernels of whole rows (ROWS, BLOCK_C) share: dropout, a normalisation's gradient, a program's sums.
+"""Helpers of the kernels of whole rows (ROWS, BLOCK_C): dropout, a normalisation's gradient, a program's sums.
 
-C is a constant of their compilation: where a warp has a row to itself, columns from C on cost nothing then.
-A helper has one return: Triton compiles what follows an early one, and the interpreter does not show it.
+C is a compile-time constant: if a warp holds a whole row, columns from C on cost nothing.
+A helper has one return: Triton also compiles the code after an early return, which the interpreter does not show.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def drop_rows(
     BLOCK_C: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Dropout of rows that count by `numbers` (ROWS,), 0 outside; the values themselves without a seed.
+    """Dropout of rows with these absolute `numbers` (ROWS,), 0 outside; without a seed, the values unchanged.
 
-    WIDE: a thread holds 8 columns side by side, 16 bytes of a 16-bit row. It runs Philox for them itself, by two calls.
+    WIDE: a thread holds 8 adjacent columns, 16 bytes of a 16-bit row, and makes their bits itself by two Philox calls.
     """
     if seed_ptr is not None:
         seed, rows = tl.load(seed_ptr), numbers[:, None]
@@ -49,15 +49,16 @@ def drop_rows(
 
 @triton.jit
 def load_vector(vector_ptr, cols, C):
-    """(1, BLOCK_C) fp32 of a vector (C,), 0 outside."""
+    """A vector (C,) as (1, BLOCK_C) fp32, 0 outside."""
     return tl.load(vector_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
 def row_gradient(g, z, weight, bias, mean_ptr, rstd_ptr, rows, inside, N, C):
-    """The gradient of z, normalised with the saved statistics, and xhat; g is that of the output, 0 outside.
+    """The gradient of a normalisation's input, and xhat; g is the gradient of its output, 0 outside.
 
-    With a bias z is the output, from which xhat is rebuilt: 0 where the weight is, and no larger than a row lets it be.
+    Without a bias z is the input. With one z is the output, and xhat is rebuilt from it: 0 where the weight is 0, and
+    clamped to sqrt(C), which no normalised row exceeds.
     """
     rstd = tl.load(rstd_ptr + rows, mask=rows < N, other=0.0)
     if bias is None:
@@ -73,7 +74,7 @@ def row_gradient(g, z, weight, bias, mean_ptr, rstd_ptr, rows, inside, N, C):
 
 @triton.jit
 def store_sums(partial_ptr, dweight, dbias, cols, C):
-    """This program's sums over its rows into partial (2, programs, C)."""
+    """Store this program's sums over its rows in partial (2, programs, C)."""
     at = partial_ptr + tl.program_id(0) * C + cols
     tl.store(at, tl.sum(dweight, 0), mask=cols < C)
     tl.store(at + tl.num_programs(0) * C, tl.sum(dbias, 0), mask=cols < C)

@@ -13,7 +13,7 @@ from fastbert.kernels._launch import Arch
 
 @dataclass(frozen=True)
 class Attention:
-    """BLOCK_M queries against BLOCK_N keys at a time, heads padded to BLOCK_D; PRECISION is that of fp32 products."""
+    """Tiles of BLOCK_M queries and BLOCK_N keys, heads padded to BLOCK_D; PRECISION is that of fp32 products."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -25,27 +25,28 @@ class Attention:
 
 
 def head_block(D: int) -> int:
-    """The head size padded to what a matrix instruction takes."""
+    """The head size padded for matrix instructions: a power of 2, at least 16."""
     return max(16, triton.next_power_of_2(D))
 
 
 def precision(dtype: torch.dtype, arch: Arch) -> str:
-    """fp32 products keep the fp32 budget: three TF32 products on NVIDIA's tensor cores, fp32 ones on AMD."""
+    """The precision that keeps fp32's error budget: three TF32 products on NVIDIA's tensor cores, fp32 on AMD."""
     return "tf32x3" if dtype == torch.float32 and isinstance(arch, int) else "ieee"
 
 
 def tile(length: int, most: int) -> int:
-    """The smallest tile that holds `length`, between 16 and `most`: also what stands for a class of lengths."""
+    """The smallest tile between 16 and `most` that holds `length`; it also names a class of lengths."""
     return min(most, max(16, triton.next_power_of_2(length)))
 
 
-# What follows was chosen by compiling (benchmarks/gpu_report.py): the largest tiles that spill nothing on any of sm_80,
-# sm_90, sm_100 and gfx942. Replaying dropout takes some 60 registers a thread.
+# Chosen by compiling (benchmarks/gpu_report.py): the largest tiles that do not spill on sm_80, sm_90, sm_100, gfx942.
+# Some for sm_90 were measured instead, and a few of backward spill there (docs/triton.md). Replaying dropout takes some
+# 60 registers a thread.
 
 
 @configured()
 def attention_fwd(max_seqlen: int, D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> Attention:
-    """Short sequences get one tile of keys, and small tiles of queries, so that nothing is computed for nobody."""
+    """Short sequences get one tile of keys and small tiles of queries, so that little padding is computed."""
     block, exact = head_block(D), precision(dtype, arch)
     if dtype == torch.float32:
         if block > 64:
@@ -54,7 +55,7 @@ def attention_fwd(max_seqlen: int, D: int, dtype: torch.dtype, arch: Arch, drop:
         return Attention(tile(max_seqlen, 32), tile(max_seqlen, 32), block, exact, 4, stages)
     amd, wide = isinstance(arch, str), block > 64
     if arch == 90 and not wide:
-        # measured (docs/triton.md): with dropout, 32 keys at a time leave the registers that replaying it takes
+        # measured on an H200: with dropout, tiles of 32 keys leave enough registers to replay it
         if max_seqlen > 128:
             return Attention(64, 32 if drop else 64, block, exact, 4, 3)
         keys = tile(max_seqlen, 32 if drop else 128)
@@ -75,7 +76,7 @@ def attention_fwd(max_seqlen: int, D: int, dtype: torch.dtype, arch: Arch, drop:
 def attention_bwd(
     max_seqlen: int, D: int, dtype: torch.dtype, arch: Arch, drop: bool
 ) -> Attention | None:
-    """Whole sequences at once, where keys, values and both their gradients fit registers and shared memory, or None.
+    """Tiles of whole sequences; None if keys, values and both gradients do not fit registers and shared memory.
 
     NVIDIA, 16-bit: up to 128 tokens at D <= 64, 64 at D <= 128; a quarter of that in fp32 and on AMD.
     """
@@ -94,7 +95,7 @@ def attention_bwd(
 
 
 def _loop(D: int, dtype: torch.dtype, arch: Arch) -> Attention | None:
-    """Tiles of either loop where registers end early, in fp32 and on AMD; None elsewhere."""
+    """Tiles of both backward loops in fp32 and on AMD, where registers are short; None elsewhere."""
     block, exact = head_block(D), precision(dtype, arch)
     wide = block > 64
     if dtype == torch.float32:
@@ -107,7 +108,7 @@ def _loop(D: int, dtype: torch.dtype, arch: Arch) -> Attention | None:
 
 @configured()
 def attention_bwd_dkdv(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> Attention:
-    """BLOCK_N keys stay, queries pass by."""
+    """A program holds BLOCK_N keys and loops over queries."""
     block = head_block(D)
     if arch == 90 and block <= 64 and dtype != torch.float32:
         return Attention(64, 64, block, "ieee", 4, 3)
@@ -119,7 +120,7 @@ def attention_bwd_dkdv(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> At
 
 @configured()
 def attention_bwd_dq(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> Attention:
-    """BLOCK_M queries stay, keys pass by."""
+    """A program holds BLOCK_M queries and loops over keys."""
     block = head_block(D)
     warps = 8 if block > 64 else 4
     stages = 3 if arch == 90 and block <= 64 else 2
@@ -128,7 +129,7 @@ def attention_bwd_dq(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> Atte
 
 @dataclass(frozen=True)
 class Gemm:
-    """Output tiles of BLOCK_M x BLOCK_N, BLOCK_K deep, GROUP rows of them one after the other."""
+    """Output tiles of BLOCK_M x BLOCK_N in steps of BLOCK_K; GROUP rows of tiles share the columns of w in L2."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -142,14 +143,14 @@ class Gemm:
 
 @configured()
 def gemm(M: int, N: int, dtype: torch.dtype, arch: Arch) -> Gemm:
-    """Large tiles where there are enough of them to fill the device, small ones for few tokens."""
+    """Large tiles if they are enough to fill the device, small ones for few tokens."""
     exact = precision(dtype, arch)
-    # AMD has 64 KB of shared memory
+    # stages: AMD has 64 KB of shared memory
     most = 2 if isinstance(arch, str) else 4
     if dtype == torch.float32:
         return Gemm(64, 64, 32, 8, exact, 4, 3 if arch == 100 else 2)
     if M <= 64:
-        # narrow ones, so that few rows make many; fastest on an H200 (docs/triton.md)
+        # narrow tiles, so that few rows still make many tiles; fastest on an H200
         return Gemm(tile(M, 64), 32, 64, 8, exact, 4, 3 if arch == 100 else most)
     if M * N <= 1024 * 1024:
         return Gemm(64, 128, 64, 8, exact, 4, min(most, 3))

@@ -1,8 +1,8 @@
 """attention in Triton: packed sequences, exact softmax, dropout replayed by absolute index, tiles past the end skipped.
 
-A program takes BLOCK_M queries of one (sequence, head). Sequence B, one more than there are, stands for the rows past
-cu_seqlens[-1], which are zeroed and never read. backward has no atomics: where the keys of a whole sequence fit a
-tile (_tiles.attention_bwd says where) one kernel makes all five products of it, else dK, dV and dQ take a loop each.
+A program takes BLOCK_M queries of one (sequence, head). Sequence number B stands for the rows past cu_seqlens[-1],
+which are zeroed and never read. backward has no atomics. If the keys of a whole sequence fit a tile
+(_tiles.attention_bwd), one kernel makes all five products; else one makes dK and dV, and another dQ.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _attention_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # m: running maximum of the scores in base 2, total: sum of powers; out = acc / total, lse = ln 2 (m + log2 total)
+    # m: running maximum of the scores in base 2; total: sum of powers; out = acc / total, lse = ln 2 (m + log2 total)
     block, bh = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
     b, h = bh // H, bh % H
     start, length = span(cu_ptr, b, B, T)
@@ -71,7 +71,7 @@ def _attention_fwd_kernel(
     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    # first the tiles that every query of this block sees whole, then the others
+    # first the tiles without masked keys, then the others
     whole, stop = length // BLOCK_N * BLOCK_N, length
     if CAUSAL:
         whole = block * BLOCK_M // BLOCK_N * BLOCK_N
@@ -141,7 +141,7 @@ def unsupported(
     if qkv.shape[3] > 128:
         return f"the head size is {qkv.shape[3]} and the triton kernel goes up to 128: use the torch backend"
     if not scale > 0:
-        return f"the scale is {scale} and the triton kernel wants a positive one: use the torch backend"
+        return f"the scale is {scale} and the triton kernel needs a positive one: use the torch backend"
     return unsupported_dtype(qkv=qkv) or unsupported_dropout(p)
 
 

@@ -50,7 +50,7 @@ def _bias_gelu_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # dx = dy gelu'(x + bias), with its sum over this program's rows, and gelu(x + bias) again for who needs it
+    # dx = dy gelu'(x + bias), its sum over this program's rows and, if y_ptr is given, gelu(x + bias)
     short: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
     program, programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -76,7 +76,7 @@ def _bias_gelu_bwd_kernel(
 
 @configured()
 def _bias_gelu_tiles(width: int, arch: _launch.Arch) -> _launch.Tiles:
-    """16 elements a thread, 16 bytes of them side by side, 2 rows to a program's columns."""
+    """2048 elements a program, 16 a thread on NVIDIA: 2 rows of 1024 columns, or more rows of fewer columns."""
     block = min(1024, max(16, triton.next_power_of_2(width)))
     return _launch.Tiles(2048 // block, block, 4)
 
@@ -130,7 +130,10 @@ def gradients(
     sums: torch.dtype | None,
     again: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (N, F), with `again` gelu(x + bias) (N, F), and dx's sum over the rows (F,) in dtype `sums`; or empty."""
+    """dx (N, F), gelu(x + bias) (N, F) and dx's sum over the rows (F,) in dtype `sums`.
+
+    The second is empty without `again`, the third without `sums`.
+    """
     N, F = x.shape
     dx, empty = torch.empty_like(x), x.new_empty(0)
     y = torch.empty_like(x) if again else empty

@@ -1,6 +1,6 @@
-"""cross_entropy in Triton: a program holds a row of up to 32768 logits and reads it once, a longer one twice.
+"""cross_entropy in Triton: a program reads a row of up to LARGEST logits once, a longer one again for its gradient.
 
-backward runs the softmax again instead of reading lse: exp(z - lse) is off by lse's rounding where logits are large.
+backward computes the softmax again: exp(z - lse) would have the rounding error of lse, which is large for large logits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LARGEST = 16384
 
 @dataclass(frozen=True)
 class _Config:
-    """A block of BLOCK_V logits; ONE: it is the whole row."""
+    """Blocks of BLOCK_V logits; with ONE a block holds the whole row."""
 
     BLOCK_V: int
     ONE: bool
@@ -31,9 +31,9 @@ class _Config:
 
 @configured()
 def _cross_entropy_block(V: int, arch: _launch.Arch) -> _Config:
-    """At most 64 logits to a thread where they are a row; longer rows pass by in blocks, the second time from L2."""
+    """A block for a row of up to LARGEST logits, at most 32 a thread; longer rows take several."""
     if V > LARGEST:
-        # 8 elements, 16 bytes of bf16, to a lane
+        # 8 logits a thread, 16 bytes of bf16
         return _Config(2048, False, 4 if isinstance(arch, str) else 8)
     block = max(64, triton.next_power_of_2(V))
     return _Config(block, True, min(16, max(1, block // 1024)))
@@ -41,7 +41,7 @@ def _cross_entropy_block(V: int, arch: _launch.Arch) -> _Config:
 
 @triton.jit
 def _load(row_ptr, bias_ptr, at, V, width):
-    """Logits at these columns in fp32, with the bias, -inf from V on; a row is readable up to `width`."""
+    """Logits plus bias in fp32 at columns `at`, -inf from V on; a row has `width` columns in memory."""
     z = tl.load(row_ptr + at, mask=at < width, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + at, mask=at < V, other=0.0).to(tl.float32)
@@ -57,7 +57,7 @@ def _largest_and_sum(row_ptr, bias_ptr, V, width, BLOCK_V: tl.constexpr):
     for start in range(0, V, BLOCK_V):
         z = _load(row_ptr, bias_ptr, start + cols, V, width)
         above = tl.maximum(largest, z)
-        # a column that has seen nothing but padding has no maximum to subtract
+        # where all logits so far are padding the maximum is -inf, and -inf - -inf would be NaN
         shift = tl.where(above == -float("inf"), 0.0, above)
         total = total * tl.exp(largest - shift) + tl.exp(z - shift)
         largest = above
@@ -78,7 +78,7 @@ def _store_gradient(
     width,
     BLOCK_V: tl.constexpr,
 ):
-    """(softmax - onehot(label)) factor of a row longer than BLOCK_V, which may overwrite it."""
+    """Store (softmax - onehot(label)) factor of a row longer than BLOCK_V; gradient_ptr may be row_ptr."""
     for start in range(0, V, BLOCK_V):
         at = start + tl.arange(0, BLOCK_V)
         z = _load(row_ptr, bias_ptr, at, V, width)
@@ -100,7 +100,7 @@ def _cross_entropy_fwd_kernel(
     labels_ptr,  # (N,)
     loss_ptr,  # (N,)
     lse_ptr,  # (N,)
-    gradient_ptr,  # (N, width): takes softmax - onehot and may be logits itself; or None
+    gradient_ptr,  # (N, width): softmax - onehot; may be logits_ptr, or None
     V,
     units,
     ignore_index,
@@ -111,7 +111,7 @@ def _cross_entropy_fwd_kernel(
     # loss = log sum exp(z - max) + max - z[label],  gradient = softmax(z) - onehot(label)
     row = tl.program_id(0)
     label = tl.load(labels_ptr + row).to(tl.int64)
-    # that a row begins at a multiple of UNIT elements lets accesses be as wide
+    # the compiler sees that rows begin at multiples of UNIT elements: accesses can be that wide
     width = units * UNIT
     logits_ptr += row.to(tl.int64) * width
     cols = tl.arange(0, BLOCK_V)
@@ -206,7 +206,7 @@ def row_losses(
     ignore_index: int,
     gradient: Tensor | None,  # like logits, or logits itself
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each row and lse, (N,) fp32; `gradient` takes softmax - onehot, 0 in ignored rows."""
+    """The loss of each row and lse, (N,) fp32; `gradient` receives softmax - onehot, 0 in ignored rows."""
     N, width = logits.shape
     loss, lse = (logits.new_empty(N, dtype=torch.float32) for _ in range(2))
     if N > 0:

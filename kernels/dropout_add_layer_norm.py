@@ -1,4 +1,4 @@
-"""dropout_add_layer_norm in Triton: one pass each way, the dropout mask replayed from its seed in backward."""
+"""dropout_add_layer_norm in Triton: one pass each way; backward replays the dropout mask from its seed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastbert.kernels._rows import drop_rows, load_vector, row_gradient, store_s
 
 @triton.jit
 def _numbers(numbers_ptr, rows, N):
-    """What dropout counts these rows by: themselves, or numbers[rows]."""
+    """The absolute row numbers for dropout: numbers[rows], or rows themselves."""
     numbers = rows.to(tl.uint32)
     if numbers_ptr is not None:
         numbers = tl.load(numbers_ptr + rows, mask=rows < N, other=0).to(tl.uint32)
@@ -91,7 +91,7 @@ def _dropout_add_layer_norm_bwd_kernel(
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # dresidual is the LayerNorm's dz, dx = dropout(dz); sums of dy xhat and dy as in layer_norm
+    # dresidual = dz, dx = dropout(dz); sums of dy xhat and dy as in layer_norm
     program, programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK_C)
     dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)

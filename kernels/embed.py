@@ -26,7 +26,7 @@ from fastbert.kernels._rows import drop_rows, load_vector, row_gradient, store_s
 
 @triton.jit
 def _gathered(table_ptr, ids_ptr, rows, size, N, C, cols):
-    """table[ids[rows]] (ROWS, BLOCK_C) fp32, NaN where an id is out of range; rows themselves without ids."""
+    """table[ids[rows]] (ROWS, BLOCK_C) fp32, NaN where an id is out of range; without ids, table[rows]."""
     ids = rows.to(tl.int64)
     known = rows < N
     if ids_ptr is not None:
@@ -118,7 +118,7 @@ def _embed_bwd_kernel(
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # the sum's gradient dz, and this program's sums of g xhat and g with g = dropout(dy)
+    # dz, the gradient of the sum of tables, and this program's sums of g xhat and g, with g = dropout(dy)
     program, programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK_C)
     dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
@@ -173,7 +173,7 @@ def _tables(
     position: Tensor,
     type_: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """The six as the kernels read them: ids (T,) or None, positions, types, word (V, C), position, type_."""
+    """The arguments as the kernels read them: ids (T,) or None, positions, types, word (V, C), position, type_."""
     six = (
         None if word is None else ids,
         positions,
@@ -268,7 +268,7 @@ def backward(
     config = _launch.persistent_rows(C, _launch.arch(dy.device), True)
     programs = _launch.programs(N, config, dy.device, 12)
     partial = dy.new_empty(2, programs, C, dtype=torch.float32)
-    # rounded to a table's dtype once, after the sum
+    # fp32: rounded to a table's dtype only after the sum
     dz = dy.new_empty(N, C, dtype=torch.float32)
     seed, site, threshold, scale = dropout_args(p, seed, site)
     _embed_bwd_kernel[(programs,)](

@@ -1,6 +1,6 @@
 """feed_forward: the library's GEMMs around Triton's bias_gelu, whose backward rebuilds gelu and sums db1 in one pass.
 
-Up to FEW tokens the first GEMM is ours, with bias and gelu in its epilogue: there a launch costs more than the product.
+Up to FEW tokens the first GEMM is ours, with bias and gelu in its epilogue: a launch costs more than the product.
 """
 
 from __future__ import annotations

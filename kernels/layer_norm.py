@@ -60,7 +60,7 @@ def _layer_norm_bwd_kernel(
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # each program takes every programs-th group of rows and leaves its sums of dy xhat and dy
+    # each program takes every programs-th group of rows and stores its sums of dy xhat and dy
     program, programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK_C)
     dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
@@ -117,7 +117,7 @@ def backward(
     rstd: Tensor,  # (N,) fp32
     bias: Tensor | None = None,  # (C,)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (N, C) in x's dtype, dweight (C,) in weight's and dbias in fp32, which are empty where there is no weight."""
+    """dx (N, C) in x's dtype, dweight (C,) in weight's and dbias in fp32; both are empty without a weight."""
     N, C = x.shape
     dx = torch.empty_like(x)
     if N == 0:

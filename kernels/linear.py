@@ -1,4 +1,4 @@
-"""linear in Triton: our GEMM for few tokens, the library's else; the bias's gradient by one deterministic pass."""
+"""linear in Triton: our GEMM up to FEW tokens, else the library's; the bias's gradient by deterministic sums."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastbert.backend.stock import linear as library
 from fastbert.kernels import _gemm, unsupported_dtype
 from fastbert.kernels._reduce import sum_rows
 
-# up to so many tokens a launch costs more than the product, and _gemm casts weights while it reads them
+# up to this many tokens a launch costs more than the product, and _gemm casts weights without one
 FEW = 64
 
 

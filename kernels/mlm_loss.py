@@ -1,4 +1,4 @@
-"""mlm_loss: the library's GEMMs on labelled rows, and Triton's softmax that makes logits their gradient in place."""
+"""mlm_loss: the library's GEMMs on labelled rows; Triton's softmax overwrites the logits with their gradient."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastbert.kernels._launch import FUSED
 def _mlm_loss_bwd_scale_kernel(
     x_ptr,  # (count,)
     scale_ptr,  # (), fp32
-    y_ptr,  # (count,), may be x
+    y_ptr,  # (count,), may be x_ptr
     count,
     BLOCK: tl.constexpr,
 ):
@@ -29,7 +29,7 @@ def _mlm_loss_bwd_scale_kernel(
 
 
 def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x scale in this dtype by one pass, in x's memory where that is its dtype; scale stays on the device."""
+    """x scale in this dtype by one pass, in place if x has this dtype; scale is read on the device."""
     y = x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
     if x.numel() > 0:
         grid = (triton.cdiv(x.numel(), 2048),)

@@ -1,4 +1,4 @@
-"""qkv_proj in Triton: our GEMM for few tokens, which reads three weights where they lie; else as `linear`."""
+"""qkv_proj in Triton: our GEMM up to FEW tokens, for one weight or three; else as `linear`."""
 
 from __future__ import annotations
 
