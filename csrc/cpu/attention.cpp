@@ -1,12 +1,13 @@
-// Attention inside packed sequences, a sequence and head at a time and a block of queries at a
-// time: the block's scores against all keys stay in cache, so that the softmax is exact in two
-// passes and memory grows with S, not S^2. Products run on gemm.h's inner loop.
+// Attention inside packed sequences, for one (sequence, head) and one block of queries at a time.
+// The block's scores against all keys stay in cache: the softmax is exact in two passes, and memory
+// grows with the length L, not L^2. Products run on gemm.h's inner loop.
 //
-//   S = scale Q K^T,  P = softmax(S),  O = (P M) V          with M dropout's factor, 0 or 1 / (1 -
-//   p) dV = (P M)^T dO,  dS = scale P (M dO V^T - delta),  delta = rowsum(dO O),  dQ = dS K,  dK =
-//   dS^T Q
+//   S = scale Q K^T,  P = softmax(S),  O = (P M) V,  M is dropout's factor: 0 or 1 / (1 - p)
+//   dV = (P M)^T dO,  delta = rowsum(dO O),  dS = scale P (M dO V^T - delta)
+//   dQ = dS K,  dK = dS^T Q
 //
-// Backward runs the softmax again from Q and K: exp(S - lse) would round at the size of lse.
+// Backward computes the softmax again from Q and K: exp(S - lse) would have the rounding error of
+// lse.
 #include "attention.h"
 
 #include "gemm.h"
@@ -19,14 +20,14 @@ namespace {
 
 // floats of a block of scores
 constexpr int64_t kScores = 32768;
-// multiply-adds below which a second thread does not pay
+// multiply-adds per thread: fewer do not pay for starting one
 constexpr int64_t kAttentionGrain = int64_t{1} << 18;
 
-// One head of one sequence: where its rows are and how large everything is.
+// One head of one sequence: its place and its sizes.
 struct Head {
   int64_t start, L, D, H, b, h;
-  int64_t ld;     // a row of scores: L, up to whole panels
-  int64_t depth;  // a row of D, up to whole panels
+  int64_t ld;     // stride of the scores: L rounded up to whole panels
+  int64_t depth;  // D rounded up to whole panels
   float scale;
   bool causal;
 
@@ -34,8 +35,7 @@ struct Head {
   const T* row(const T* qkv, int which) const {
     return qkv + ((start * 3 + which) * H + h) * D;
   }
-  // lines of `which` (0 q, 1 k, 2 v) as an operand: line i is token i, or with `across` line i is
-  // column i
+  // q, k or v (`which` 0, 1 or 2) as an operand: line i is token i or, with `across`, column i
   template <typename T>
   Operand<T> operand(const T* qkv, int which, int64_t first, int64_t count, bool across) const {
     const int64_t stride = 3 * H * D;
@@ -49,14 +49,14 @@ struct Head {
   int64_t seen(int64_t i) const { return causal ? i + 1 : L; }
 };
 
-// the queries of a block
+// the number of queries in a block
 int64_t block_rows(int64_t L) {
   const int64_t ld = round_up(imax(L, 1), kNR);
   return round_up(imin(L, imax(4 * kMR, kScores / ld)), kMR);
 }
 
-// c (rows, N) = a (rows, K) b, where b is packed panels of `steps` >= K steps and element (r, k) of
-// a is a[r * row + k * step]
+// c (rows, N) = or += a (rows, K) b. b is packed in panels of `steps` >= K steps; element (r, k) of
+// a is a[r * row + k * step].
 inline void product(int64_t rows, int64_t N, int64_t K, const float* a, int64_t row, int64_t step,
                     const float* b, int64_t steps, float* c, int64_t ldc, bool add) {
   for (int64_t j = 0; j < N; j += kNR)
@@ -122,7 +122,7 @@ class Forward {
     head.operand(qkv_, 2, 0, L, true).template pack<false>(0, head.depth / kNR, kNR, 0, L, values);
     for (int64_t i = from; i < to; i += most) {
       const int64_t rows = imin(most, to - i);
-      const int64_t span = head.causal ? imin(L, i + rows) : L;  // keys that a query here sees
+      const int64_t span = head.causal ? imin(L, i + rows) : L;  // keys that these queries see
       head.operand(qkv_, 0, i, rows, false)
           .template pack<false>(0, ceil_div(rows, kMR), kMR, 0, D, queries);
       product_packed(rows, round_up(span, kNR), D, queries, keys, scores, ld);
@@ -131,7 +131,7 @@ class Forward {
         const Softmax soft = softmax_row(s, head.seen(i + r), span, head.scale);
         finish(head, i + r, soft, factors, s);
       }
-      // columns of V are panels of L steps, of which `span` are used
+      // V is packed in panels of L steps, of which `span` are used
       product(rows, head.depth, span, scores, ld, 1, values, L, result, head.depth, false);
       for (int64_t r = 0; r < rows; ++r) {
         T* o = out_ + ((head.start + i + r) * head.H + head.h) * D;
@@ -141,7 +141,7 @@ class Forward {
   }
 
  private:
-  // makes weights of exponentials, with dropout, and notes the log-sum-exp
+  // turns exponentials into weights, applies dropout and stores the log-sum-exp
   void finish(const Head& head, int64_t i, const Softmax& soft, float* factors, float* s) const {
     const int64_t n = head.seen(i);
     const float inverse = 1.0f / soft.sum;
@@ -231,7 +231,7 @@ class Backward {
     product(span, depth, rows, at.grads, 1, ld, at.queries_across, rows, at.dk, depth, true);
   }
 
-  // scores become P M, and dO V^T becomes dS
+  // in s scores become P M, in g dO V^T becomes dS
   void row(const Head& head, int64_t i, int64_t span, float* factors, float* s, float* g) const {
     const int64_t n = head.seen(i), D = head.D;
     const Softmax soft = softmax_row(s, n, span, head.scale);
@@ -287,8 +287,8 @@ struct Batch {
     }
     return total;
   }
-  // floats that a thread needs for any of the sequences: not the longest needs most, because the
-  // blocks of a shorter one have more queries
+  // floats that a thread needs for any of the sequences. A shorter one may need more than the
+  // longest, because its blocks have more queries
   template <typename Pass>
   int64_t room() const {
     int64_t most = 0;
@@ -301,7 +301,7 @@ struct Batch {
   }
 };
 
-// memset of nothing may not be handed a null pointer
+// memset must not get a null pointer, not even for 0 bytes
 template <typename E>
 void zeros(E* p, int64_t count) {
   if (count > 0) __builtin_memset(p, 0, static_cast<size_t>(count) * sizeof(E));
@@ -316,7 +316,7 @@ void attention_fwd(int dtype, const void* qkv, const int32_t* cu_seqlens, void* 
   const Dropout dropout = {seed, site, threshold, keep, nullptr};
   const Batch batch = {cu_seqlens, B, H, D, scale, causal};
   const int64_t L = batch.longest();
-  // few heads: a head's queries are shared out, at the price of packing its keys again
+  // few heads: threads share a head's queries, and each packs the keys again
   const int64_t chunks = B * H < 2 * threads ? imin(threads, imax(1, L / (2 * kMR))) : 1;
   const int64_t tasks = B * H * chunks;
   const int team = team_size(batch.work(), kAttentionGrain, tasks, threads);

@@ -1,11 +1,11 @@
-// No include guard: bindings.cpp includes this once per instruction set.
+// No include guard: isas.h includes this, by entries.h, once per instruction set.
 #include <cstdint>
 
 namespace fastbert {
 namespace FASTBERT_ISA {
 
 // out = dropout(softmax(scale Q K^T)) V inside each packed sequence; qkv and out are of `dtype`.
-// Rows from cu_seqlens[B] on are not read and come out zero.
+// Rows of qkv from cu_seqlens[B] on are not read; these rows of out are 0.
 void attention_fwd(int dtype,
                    const void* qkv,            // (T, 3, H, D)
                    const int32_t* cu_seqlens,  // (B + 1,)

@@ -1,6 +1,6 @@
 // y = gelu(x + bias);   dx = dy gelu'(x + bias),   dbias = sum over rows of dx
 //
-// The sum x + bias is never rounded to bf16, and dbias adds dx before dx is.
+// x + bias is never rounded to bf16, and dbias sums dx before it is rounded.
 #include "bias_gelu.h"
 
 #include "math.h"
@@ -10,7 +10,7 @@ namespace fastbert {
 namespace FASTBERT_ISA {
 namespace {
 
-// below this many elements a second thread costs more than it computes
+// elements per thread: fewer do not pay for starting one
 constexpr int64_t kGrain = 8192;
 // dbias is summed in at most this many partitions of at least kRows rows, whatever the thread count
 constexpr int64_t kPartitions = 64;
@@ -23,7 +23,7 @@ void bias_gelu_fwd_row(const T* x, const float* bias, int64_t C, T* y) {
   if (c < C) store(y + c, gelu<kTanh>(load(x + c, C - c) + load(bias + c)).value, C - c);
 }
 
-// adds the row's dx to dbias, which like bias has room for round_up(C, W)
+// adds the row's dx to dbias; bias and dbias have room for round_up(C, W) floats
 template <bool kTanh, typename T>
 void bias_gelu_bwd_row(const T* dy, const T* x, const float* bias, int64_t C, T* dx, float* dbias) {
   int64_t c = 0;
@@ -40,7 +40,7 @@ void bias_gelu_bwd_row(const T* dy, const T* x, const float* bias, int64_t C, T*
   }
 }
 
-// bias (C) with zeros up to a whole vector, or zeros alone
+// bias (C), or zeros if it is null, padded with zeros to whole vectors
 void pad(const float* bias, int64_t C, float* padded) {
   for (int64_t c = 0; c < C; c += W) store(padded + c, bias ? load(bias + c, C - c) : zero());
 }

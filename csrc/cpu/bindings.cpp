@@ -1,8 +1,8 @@
 // fastbert._cpu: kernels behind raw pointers. A pointer argument is the address of contiguous
-// memory that the adapter in fastbert/cpu/<slug>.py owns and has checked; 0 stands for "not given".
+// memory, or 0 for "not given". The adapter in fastbert/backend/cpu/<slug>.py owns and checks it.
 //
-// Every kernel is compiled once per instruction set, in a namespace of its name; `use_isa` picks
-// the one that runs, at import the best that the machine has.
+// Every kernel is compiled once per instruction set, in a namespace named after the set. `use_isa`
+// selects the set that runs; at import it is the best one of this machine.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -44,7 +44,7 @@ void use_isa(const std::string& name) {
                               "': choose one of " + here);
 }
 
-// pointers cross over as integers
+// Python passes pointers as integers
 template <typename A>
 using Wire = std::conditional_t<std::is_pointer_v<A>, std::uintptr_t, A>;
 
@@ -87,7 +87,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_cpu, m) {
   using namespace fastbert;
-  m.doc() = "fastbert's native CPU kernels: raw pointers in, nothing of torch inside";
+  m.doc() = "fastbert's native CPU kernels: raw pointers in, no torch inside";
   current = best();
   m.def("isas", &isas,
         "The instruction sets that this build and this machine have, slowest first.");
@@ -97,7 +97,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "large_pages",
       [](uintptr_t memory, size_t bytes) { large_pages(reinterpret_cast<void*>(memory), bytes); },
-      "Ask for large pages behind memory that nobody has written yet.");
+      "Ask for large pages behind memory that has not been written yet.");
   m.def("build_info", &build_info, "How this module was built.");
   FASTBERT_DEFINE(attention_fwd);
   FASTBERT_DEFINE(attention_bwd);

@@ -1,8 +1,8 @@
-// loss = log(sum) - (z[label] - max),   sum = sum e^(z - max);   dz = (e^(z - max) / sum - onehot)
-// dloss
+// loss = log(sum) - (z[label] - max),   sum = sum e^(z - max)
+// dz = (e^(z - max) / sum - onehot) dloss
 //
-// backward takes max and sum again while the row is in the cache: e^(z - lse) with an fp32 lse
-// would be off by |lse| ulp(1) / 2.
+// backward computes max and sum again while the row is in cache: e^(z - lse) with an fp32 lse would
+// be off by |lse| ulp(1) / 2.
 #include "cross_entropy.h"
 
 #include "scratch.h"
@@ -12,10 +12,10 @@ namespace fastbert {
 namespace FASTBERT_ISA {
 namespace {
 
-// below this many logits a second thread costs more than it computes
+// logits per thread: fewer do not pay for starting one
 constexpr int64_t kGrain = 8192;
 
-// ignored rows cost nothing, so rows are handed out as threads come for them
+// rows of a task. Ignored rows cost nothing, so threads take tasks dynamically
 inline int64_t rows_at_once(int64_t V) { return imax(1, kGrain / imax(V, 1)); }
 
 template <typename T>
@@ -54,8 +54,8 @@ void forward(const T* logits, const int64_t* labels, float* loss, float* lse, in
   }
 }
 
-// Runs row(i, room) for the labelled rows, in each thread with room of its own, and zeroes the
-// other rows of dz.
+// Runs row(i, room) for the labelled rows, with one room per thread, and zeroes the other rows of
+// dz.
 template <typename T, typename Row>
 void labelled_rows(T* dz, const int64_t* labels, int64_t N, int64_t V, int64_t ignore_index,
                    int threads, const Row& row) {

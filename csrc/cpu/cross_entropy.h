@@ -1,11 +1,11 @@
-// No include guard: bindings.cpp includes this once per instruction set.
+// No include guard: isas.h includes this, by entries.h, once per instruction set.
 #include <cstdint>
 
 namespace fastbert {
 namespace FASTBERT_ISA {
 
-// loss = lse - logits[label], lse = log sum exp of the row; both 0 where the label is ignore_index,
-// and loss NaN where it is outside [0, V). logits are of `dtype`.
+// loss = lse - logits[label], lse = log sum exp of the row. Both are 0 where the label is
+// ignore_index; loss is NaN where the label is outside [0, V). logits are of `dtype`.
 void cross_entropy_fwd(int dtype,
                        const void* logits,     // (N, V)
                        const int64_t* labels,  // (N,)
@@ -21,7 +21,7 @@ void cross_entropy_bwd(int dtype,
                        void* dlogits,          // (N, V)
                        int64_t N, int64_t V, int64_t ignore_index, int threads);
 
-// forward and backward for dloss = 1 in one visit: logits are overwritten by softmax - onehot
+// forward and backward for dloss = 1 in one pass: softmax - onehot overwrites the logits
 void cross_entropy_inplace(int dtype,
                            void* logits,           // (N, V)
                            const int64_t* labels,  // (N,)

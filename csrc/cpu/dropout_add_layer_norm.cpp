@@ -16,7 +16,7 @@ namespace fastbert {
 namespace FASTBERT_ISA {
 namespace {
 
-// z32 (C): the row of z in fp32; factors (C): dropout's, read where it is enabled
+// z32 (C): the row of z in fp32; factors (C): dropout's factors, or null
 template <typename T>
 void dropout_add_layer_norm_fwd_row(const T* x, const T* residual, const float* weight,
                                     const float* bias, const float* factors, int64_t C, float eps,

@@ -3,8 +3,8 @@
 //   z = word[ids] + position[positions] + type[types]
 //   y = dropout((z - mean) * rstd * weight + bias),   mean, var over the row
 //
-// backward gathers z again; with dln = dropout'(dy), dz, dweight and dbias are those of layer_norm,
-// and row r of a table gets the sum of dz over the tokens whose id is r, in the tokens' order.
+// backward gathers z again. From dln = dropout'(dy) it computes dz, dweight and dbias as layer_norm
+// does. The gradient of a table's row r is the sum of dz over the tokens of id r, in their order.
 #include "embed.h"
 
 #include "norm.h"
@@ -14,7 +14,7 @@ namespace fastbert {
 namespace FASTBERT_ISA {
 namespace {
 
-// the tables, and which rows of them token t adds
+// the tables, and for each token the rows that it adds
 template <typename E>
 struct Tables {
   const int64_t *ids, *positions, *types;
@@ -29,7 +29,7 @@ struct Tables {
         position(static_cast<const E*>(position_)),
         type(static_cast<const E*>(type_)) {}
 
-  // z (C) of token t, written in whole vectors, and its total
+  // writes z (C) of token t in whole vectors and returns its sum
   float gather(int64_t t, int64_t C, float* z) const {
     const E* a = word + (ids ? ids[t] : t) * C;
     const E* b = position + positions[t] * C;
@@ -45,7 +45,7 @@ struct Tables {
   }
 };
 
-// factors (C): dropout's, or null
+// factors (C): dropout's factors, or null
 template <typename O>
 void embed_fwd_row(const float* z, float total, const float* weight, const float* bias,
                    const float* factors, int64_t C, float eps, O* y, float* mean, float* rstd) {
@@ -64,7 +64,7 @@ void forward(const Tables<E>& tables, const float* weight, const float* bias, O*
   });
 }
 
-// dz (T, C), dweight and dbias
+// computes dz (T, C), dweight and dbias
 template <typename E, typename O>
 void backward_rows(const Tables<E>& tables, const O* dy, const float* weight, const float* mean,
                    const float* rstd, float* dz, float* dweight, float* dbias, int64_t T, int64_t C,
@@ -91,10 +91,10 @@ void backward_rows(const Tables<E>& tables, const O* dy, const float* weight, co
                   });
 }
 
-// columns of a task in tables of few rows, which would occupy few threads otherwise
+// columns of a task in tables of few rows: tasks of whole rows would occupy few threads
 constexpr int64_t kScatterColumns = 64;
 constexpr int64_t kScatterFewRows = 64;
-// rows of a task elsewhere: frequent ids are neighbours, and the tasks go round the threads
+// rows of a task in other tables: frequent ids are neighbours, and short tasks spread them
 constexpr int64_t kScatterRows = 16;
 
 // columns [from, to) of one row: the sum of dz over the list of tokens, which may be empty
@@ -128,7 +128,7 @@ void scatter_row(const float* dz, int32_t first, const int32_t* next, int64_t C,
 template <typename E>
 void scatter(const float* dz, const int64_t* ids, E* grad, int64_t T, int64_t C, int64_t rows,
              int64_t padding, int threads) {
-  // the tokens of a row as a list: first[row], then next[token], until -1
+  // linked lists of the tokens of each row: first[row], then next[token], until -1
   const Scratch lists(1, rows + T);
   int32_t* first = reinterpret_cast<int32_t*>(lists[0]);
   int32_t* next = first + rows;
@@ -150,7 +150,7 @@ void scatter(const float* dz, const int64_t* ids, E* grad, int64_t T, int64_t C,
     while (r < end) {
       int64_t next_used = r;
       while (!few && next_used < end && first[next_used] < 0) ++next_used;
-      // most of a vocabulary occurs nowhere: memset writes whole lines without reading them first
+      // most rows have no token: memset writes whole cache lines without reading them first
       if (next_used > r)
         __builtin_memset(grad + r * C, 0, static_cast<size_t>((next_used - r) * C) * sizeof(E));
       r = next_used;
@@ -160,7 +160,7 @@ void scatter(const float* dz, const int64_t* ids, E* grad, int64_t T, int64_t C,
   }
 }
 
-// dz in the dtype of ready embeddings
+// dz in the dtype of the given embeddings
 template <typename E>
 void copy(const float* dz, E* grad, int64_t size, int threads) {
   const int64_t tasks = ceil_div(size, kNormGrain);

@@ -1,11 +1,11 @@
-// No include guard: bindings.cpp includes this once per instruction set.
+// No include guard: isas.h includes this, by entries.h, once per instruction set.
 #include <cstdint>
 
 namespace fastbert {
 namespace FASTBERT_ISA {
 
 // y = dropout(LN(word[ids] + position[positions] + type[types]) * weight + bias); the tables are of
-// `dtype`, y of `out_dtype`; the ids are inside their tables
+// `dtype`, y of `out_dtype`; the ids must be inside their tables
 void embed_fwd(int dtype, int out_dtype,
                const int64_t* ids,        // (T,), or null: row t of word belongs to token t
                const int64_t* positions,  // (T,)
@@ -40,7 +40,7 @@ void embed_bwd(int dtype, int out_dtype,
                float* dbias,              // (C,)
                int64_t T, int64_t C, int64_t V, int64_t P, int64_t Y,
                int64_t padding,           // the row of word without a gradient, or -1
-               int64_t position_padding,  // the same of position
+               int64_t position_padding,  // the same for position
                const int64_t* seed, uint32_t site, uint32_t threshold, float scale, int threads);
 
 }  // namespace FASTBERT_ISA

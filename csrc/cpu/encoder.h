@@ -1,4 +1,4 @@
-// No include guard: bindings.cpp includes this once per instruction set.
+// No include guard: isas.h includes this, by entries.h, once per instruction set.
 #include <cstdint>
 
 namespace fastbert {

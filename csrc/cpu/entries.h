@@ -1,5 +1,5 @@
-// The entry points of one instruction set: included once per set, with FASTBERT_ISA defined to its
-// name, by bindings.cpp. A kernel's own file includes its header alone.
+// The entry points of one instruction set. isas.h includes this once per set, with FASTBERT_ISA
+// defined to the set's name. Kernels include the headers that they need instead.
 #include "attention.h"
 #include "bias_gelu.h"
 #include "cross_entropy.h"

@@ -1,5 +1,5 @@
-// The feed-forward's two products that GELU rides on, as epilogues: the pre-activation and gelu of
-// it are written while the tile is in cache. The other products are linear's.
+// The feed-forward's two products with GELU in their epilogues, which run while a tile is in cache.
+// The other products are in linear.cpp.
 //
 //   u = x w1^T + b1,  h = gelu(u),  y = h w2^T + b2;    du = (dy w2) gelu'(u)
 #include "feed_forward.h"

@@ -1,11 +1,11 @@
-// No include guard: bindings.cpp includes this once per instruction set.
+// No include guard: isas.h includes this, by entries.h, once per instruction set.
 #include <cstdint>
 
 namespace fastbert {
 namespace FASTBERT_ISA {
 
-// h = gelu(u) with u = x w1^T + b1, the first half of the feed-forward; h = 0 where not wanted.
-// A weight packed by linear_pack takes the place of w1.
+// h = gelu(u) with u = x w1^T + b1, the first half of the feed-forward. `packed`, a weight from
+// linear_pack, replaces w1.
 void feed_forward_up(int x_dtype, int w_dtype, bool tanh,
                      const void* x,        // (M, C)
                      const void* w1,       // (F, C)
@@ -15,7 +15,7 @@ void feed_forward_up(int x_dtype, int w_dtype, bool tanh,
                      void* h,              // (M, F)
                      int64_t M, int64_t F_, int64_t C, int threads);
 
-// du = (dy w2) gelu'(u), and h = gelu(u) again, from one evaluation
+// du = (dy w2) gelu'(u) and h = gelu(u), from one evaluation
 void feed_forward_down_bwd(int x_dtype, int w_dtype, bool tanh,
                            const void* dy,  // (M, C)
                            const void* w2,  // (C, F)

@@ -1,14 +1,14 @@
-// C (M, N) = A (M, K) B (K, N) with any strides, fp32 sums, and an epilogue that sees each tile of
+// C (M, N) = A (M, K) B (K, N) with any strides, fp32 sums, and an epilogue that gets each tile of
 // C while it is in cache.
 //
-// Both operands are packed slice by slice of K into panels, A as [slice][M / h][kc][h] and B as
-// [slice][N / kNR][kc][kNR], so that the inner loop reads each of them in order and what a block of
-// C needs of a slice lies in one piece: it keeps an h x kNR tile of C in registers, loads kNR
-// elements of B and broadcasts h of A per step (Goto, van de Geijn 2008). Packing converts: bf16 to
-// fp32, or, where the processor multiplies bf16 pairs, anything to pairs of two neighbouring k in
-// one 32-bit unit. Weights are read from where they are on every call, so no copy can be stale.
+// Both operands are packed into panels, slice by slice of K: A as [slice][M / h][kc][h] and B as
+// [slice][N / kNR][kc][kNR]. A block of C reads one contiguous piece per slice, in order. The inner
+// loop keeps an h x kNR tile of C in registers; per step it loads kNR elements of B and broadcasts
+// h of A (Goto, van de Geijn 2008). Packing converts bf16 to fp32 or, where the processor
+// multiplies bf16 pairs, any type to pairs of two neighbouring k in one 32-bit unit. Weights are
+// packed on every call, so no copy can be stale, unless the caller gives a `Packed` one.
 //
-// Threads split rows or columns of C, never K: a result does not depend on their number.
+// Threads split rows or columns of C, never K: a result does not depend on the number of threads.
 #pragma once
 
 #include "pack.h"
@@ -17,7 +17,7 @@
 namespace fastbert {
 namespace FASTBERT_ISA {
 
-// registers for the tile: 6 x 2 of 16, or 14 x 2 (12 x 2 on ARM) of 32
+// vector registers of the tile: 6 x 2 of 16, or 14 x 2 (12 x 2 on ARM) of 32
 #if FASTBERT_WIDTH == 16
 constexpr int kMR = 14;
 #elif defined(__aarch64__)
@@ -26,21 +26,21 @@ constexpr int kMR = 12;
 constexpr int kMR = 6;
 #endif
 constexpr int kNR = 2 * W;
-// floats of a line of the cache
+// floats in a cache line
 constexpr int64_t kLine = 16;
 
 // steps of k for which a panel of B (kNR wide) stays in the first-level cache
 constexpr int64_t kKC = 256;
-// rows and columns of a block of C; with kKC they fill half of a 512 KB second-level cache
+// rows and columns of a block of C: kKC steps of A and B take 288 KB of the second-level cache
 constexpr int64_t kMC = 96;
 constexpr int64_t kNC = 192;
-// units of k that are packed at a time; beyond them a strip of C waits in fp32 for the next turn
+// units of k packed at a time; a deeper K takes several passes, with a strip of C kept in fp32
 constexpr int64_t kDepth = 3072;
-// floats of packed A that a thread keeps
+// most floats of packed A in a thread
 constexpr int64_t kPackedA = int64_t{8} << 20;
-// floats of packed B that a thread keeps
+// most floats of packed B in a thread
 constexpr int64_t kPackedB = int64_t{1} << 20;
-// multiply-adds below which a second thread does not pay
+// multiply-adds per thread: fewer do not pay for starting one
 constexpr int64_t kGemmGrain = int64_t{1} << 20;
 
 template <bool kPairs>
@@ -51,9 +51,9 @@ inline F step(F acc, F a, F b) {
   return acc + a * b;
 }
 
-// c (R, kNR) = or += a (R, K) b (K, kNR); element (r, k) of a is a[r * a_row + k * a_step]. A line
-// of what is read after b, which begins at `ahead`, is asked for every `pace` steps: memory is busy
-// while this computes.
+// c (R, kNR) = or += a (R, K) b (K, kNR); element (r, k) of a is a[r * a_row + k * a_step]. Every
+// `pace` steps a cache line from `ahead` on, the data that follows b, is prefetched, so that memory
+// works during the computation.
 template <int R, bool kPairs>
 __attribute__((noinline)) void micro_kernel(int64_t K, const float* a, int64_t a_row,
                                             int64_t a_step, const float* b, float* c, int64_t ldc,
@@ -65,7 +65,7 @@ __attribute__((noinline)) void micro_kernel(int64_t K, const float* a, int64_t a
       const F b0 = load(b), b1 = load(b + W);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        // through integers: a pair of bf16 may look like a NaN, which must not be quieted
+        // as an integer: a pair of bf16 may be a signalling NaN, which a float copy may change
         const F one = bits_as<F>(set1(bits_as<uint32_t>(a[r * a_row])));
         sums[r][0] = step<kPairs>(sums[r][0], one, b0);
         sums[r][1] = step<kPairs>(sums[r][1], one, b1);
@@ -94,7 +94,7 @@ inline void micro(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_
   micro_kernel<R, kPairs>(K, a, a_row, a_step, b, c, ldc, add, ahead, pace);
 }
 
-// the size of pieces of at most `limit` that share `total` evenly
+// the size of equal pieces of `total` that are at most `limit`
 inline int64_t even(int64_t total, int64_t limit) {
   return imax(1, ceil_div(total, imax(1, ceil_div(total, limit))));
 }
@@ -113,7 +113,7 @@ inline void pack_slices(const Operand<T>& operand, int64_t p0, int64_t p1, int64
   }
 }
 
-// B that was packed before: [slice][N / kNR][kc][kNR]
+// B that is already packed: [slice][N / kNR][kc][kNR]
 struct Packed {
   const float* p;
 };
@@ -143,7 +143,7 @@ class Gemm {
     ma_ = imax(1, kPackedA / (depth_ * s_.h));
   }
 
-  // floats that a thread needs to do a part
+  // floats that a thread needs for a part
   int64_t room(const Part& part) const { return packed_a(part) + packed_b() + tile(part) + 4 * W; }
 
   void run(const Part& part, float* room) const {
@@ -162,13 +162,13 @@ class Gemm {
   }
   int64_t packed_b() const { return kPrepacked ? 0 : round_up(nc_ * depth_ * kNR, 16); }
   bool deep() const { return count_ > depth_; }
-  // one block of C; where K is taken in several turns, all that a strip of rows has
+  // floats of one block of C or, if K takes several passes, of a strip of rows
   int64_t tile(const Part& part) const {
     const int64_t panels = imin(ma_, part.m1 - part.m0), columns = part.n1 - part.n0;
     return deep() ? panels * s_.h * columns * kNR : mc_ * s_.h * nc_ * kNR;
   }
 
-  // where slice u of panels [n, n1) of B begins; b is what was packed of them from unit k on
+  // the start of slice u of panels [n, n1) of B; b holds these panels from unit k on
   const float* slice(int64_t u, int64_t n, int64_t n1, int64_t k, const float* b) const {
     if constexpr (kPrepacked)
       return b_.p + (u * ceil_div(s_.N, kNR) + imin(kc_, count_ - u) * n) * kNR;
@@ -176,7 +176,7 @@ class Gemm {
       return b + (u - k) * (n1 - n) * kNR;
   }
 
-  // panels [m, m1) of rows, all columns of the part, units [k, k + depth_)
+  // adds units [k, k + depth_) to panels [m, m1) of rows, all columns of the part
   void strip(const Part& part, int64_t m, int64_t m1, int64_t k, float* a, float* b,
              float* c) const {
     const int64_t to = imin(k + depth_, count_);
@@ -188,7 +188,7 @@ class Gemm {
       for (int64_t i = m; i < m1; i += mc_) {
         const int64_t i1 = imin(i + mc_, m1);
         float* tile = deep() ? c + (i - m) * s_.h * ld + (n - part.n0) * kNR : c;
-        // slice by slice: what a block reads of one lies in one piece and stays in the cache
+        // slice by slice: a block reads one contiguous piece of each, which stays in cache
         for (int64_t u = k; u < to || u == 0; u += kc_) {
           const int64_t steps = imin(kc_, to - u);
           const float* rows = a + ((u - k) * (m1 - m) + steps * (i - m)) * s_.h;
@@ -203,7 +203,7 @@ class Gemm {
     }
   }
 
-  // `rows` x `columns` panels of C from one slice; each panel of rows asks for its share of the
+  // `rows` x `columns` panels of C from one slice; each panel of rows prefetches its share of the
   // next panel of b
   void block(int64_t rows, int64_t columns, int64_t steps, const float* a, const float* b,
              const float* after, float* tile, int64_t ld, bool add) const {
@@ -224,8 +224,8 @@ class Gemm {
   int64_t count_, depth_, kc_, mc_, nc_, ma_;
 };
 
-// put(r, c, n) for the vectors of a tile, whole ones with n = W. `put` should capture values:
-// stores might change anything that it points to.
+// Calls put(r, c, n) for each vector of a tile, with n = W for whole ones. `put` should capture by
+// value: stores might change what a reference points to.
 template <typename Put>
 inline void tile_vectors(int64_t rows, int64_t cols, Put put) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -235,9 +235,8 @@ inline void tile_vectors(int64_t rows, int64_t cols, Put put) {
   }
 }
 
-// The height of panels of A that computes few rows that do not exist. From two thirds of kMR
-// on a micro kernel runs at full speed (Zen 3) while its core has no other thread: a low panel has
-// to save something.
+// The height of panels of A with little padding. From two thirds of kMR on a micro kernel runs at
+// full speed (Zen 3), if its core has no other thread: a lower panel has to save padding.
 inline int64_t panel_height(int64_t M) {
   int64_t best = kMR, least = INT64_MAX;
   for (int64_t h = kMR; h >= (2 * kMR + 2) / 3; --h) {
@@ -247,8 +246,8 @@ inline int64_t panel_height(int64_t M) {
   return imin(best, M);
 }
 
-// epilogue(i, rows, j, cols, tile, ld) gets C[i + r, j + c] = tile[r * ld + c]; it is called from
-// several threads, each element once
+// epilogue(i, rows, j, cols, tile, ld) gets C[i + r, j + c] = tile[r * ld + c], each element
+// once; several threads call it
 template <bool kPairs, typename TA, typename B, typename Epilogue>
 inline void gemm(int64_t M, int64_t N, int64_t K, const Operand<TA>& a, const B& b, int threads,
                  const Epilogue& epilogue) {

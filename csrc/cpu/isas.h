@@ -1,5 +1,6 @@
 // The instruction sets of this build, the one that runs, and a kernel's entry points in all of
-// them. For one source file of a program: bindings.cpp, or tests/cpu/native_check.cpp.
+// them. Only one source file of a program includes this: bindings.cpp, or
+// tests/cpu/native_check.cpp.
 #pragma once
 
 #define FASTBERT_ISA baseline
@@ -45,7 +46,7 @@ bool has_avx512() {
 }
 #endif
 
-// slowest first; `emulated` is for tests and never picked by itself
+// slowest first, then `emulated`, which is for tests and never selected automatically
 const Isa kIsas[] = {
     {"baseline", [] { return true; }},
 #ifdef FASTBERT_HAS_avx2
@@ -58,7 +59,7 @@ const Isa kIsas[] = {
     {"avx512_bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16") != 0; }},
 #endif
 #if defined(FASTBERT_HAS_emulated) && defined(FASTBERT_HAS_avx2)
-    {"emulated", has_avx2},  // setup.py builds it with AVX2 where there is such a thing
+    {"emulated", has_avx2},  // setup.py builds it with AVX2 if the compiler has that
 #elif defined(FASTBERT_HAS_emulated)
     {"emulated", [] { return true; }},
 #endif
@@ -99,7 +100,7 @@ Entry<R, A...> entry(R (*first)(A...), Others... others) {
 #else
 #define FASTBERT_EMULATED(op)
 #endif
-// entry points of `op` in every set, callable as the one of the set that runs
+// the entry points of `op` in all sets; a call runs that of the current set
 #define FASTBERT_ENTRY(op)                                                           \
   entry(&baseline::op FASTBERT_AVX2(op) FASTBERT_AVX512(op) FASTBERT_AVX512_BF16(op) \
             FASTBERT_EMULATED(op))

@@ -1,4 +1,4 @@
-// x weight^T + bias and its gradients: three products that differ in what is packed how.
+// x weight^T + bias and its gradients: three products, which pack their operands differently.
 #include "linear.h"
 
 #include "gemm.h"
@@ -96,7 +96,7 @@ void linear_bwd_db(int x_dtype, const void* dy, float alpha, float* dbias, int64
     for (int64_t s = 0; s < stripes; ++s) {
       const int64_t j = s * kStripe, n = N - j;
       F sums[4] = {};
-      // in blocks, so that the rounding of a long sum stays that of a short one
+      // in blocks: the rounding error of a long sum stays near that of a short one
       for (int64_t from = 0; from < M; from += kBlock) {
         F block[4] = {};
         for (int64_t i = from; i < imin(M, from + kBlock); ++i)

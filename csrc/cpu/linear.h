@@ -1,4 +1,4 @@
-// No include guard: bindings.cpp includes this once per instruction set.
+// No include guard: isas.h includes this, by entries.h, once per instruction set.
 #include <cstdint>
 
 namespace fastbert {
@@ -6,7 +6,7 @@ namespace FASTBERT_ISA {
 
 // A weight (N, K) is given in up to three pieces of `each` rows; x, y, dy, dx are of x_dtype.
 
-// y = x weight^T + bias; a weight packed by linear_pack takes the place of the pieces
+// y = x weight^T + bias; `packed`, a weight from linear_pack, replaces the pieces
 void linear_fwd(int x_dtype, int w_dtype,
                 const void* x,                                   // (M, K)
                 const void* w0, const void* w1, const void* w2,  // (each, K)
@@ -39,7 +39,7 @@ void linear_bwd_db(int x_dtype,
                    float* dbias,  // (N,)
                    int64_t M, int64_t N, int threads);
 
-// floats that a packed weight takes for inputs of x_dtype
+// floats of a packed weight for inputs of x_dtype
 int64_t linear_packed_size(int x_dtype, int64_t N, int64_t K);
 void linear_pack(int x_dtype, int w_dtype, const void* w0, const void* w1, const void* w2,
                  int64_t each, float* packed, int64_t N, int64_t K, int threads);

@@ -7,12 +7,12 @@
 namespace fastbert {
 namespace FASTBERT_ISA {
 
-// e^x for x <= 0 within 1 ulp: what softmax and GELU need; 0 below -87.7, NaN for NaN
+// e^x within 1 ulp for x <= 0, as softmax and GELU need it; 0 below -87.7, NaN for NaN
 //
 //   x = n ln 2 + r,  |r| <= ln 2 / 2,  e^r = 1 + r + r^2 q(r),  relative error of q's fit 3e-9
 //
-// the sum with 1.5 * 2^23 + 127 rounds x / ln 2 to n and leaves n + 127 in the low bits: one shift
-// makes them the exponent of 2^n. From -88 down n = -127, and 2^n is 0.
+// Adding 1.5 * 2^23 + 127 rounds x / ln 2 to n and leaves n + 127 in the low bits; a shift turns
+// these into the exponent of 2^n. Below -87.7 n is -127, and 2^n is 0.
 inline F exp_nonpositive(F x) {
   const F magic = set1(12583039.0f);
   const F bounded = max(set1(-88.0f), x);
@@ -33,10 +33,11 @@ struct Gelu {
 
 // x cdf(x) and cdf(x) + x pdf(x) of the standard normal distribution, the exact GELU
 //
-//   cdf(-|x|) = e^(-x^2 / 2) t poly(t),  t = 1 / (1 + 0.3 |x|),  relative error of the fit 3.5e-9:
-// the left tail keeps its digits, and the exponential gives the density too
+//   cdf(-|x|) = e^(-x^2 / 2) t poly(t),  t = 1 / (1 + 0.3 |x|),  relative error of the fit 3.5e-9
+//
+// so that the left tail keeps its relative precision; the exponential also gives the density.
 inline Gelu gelu_erf(F x) {
-  // beyond 14 the exponential is 0: bounds keep infinities from meeting it, and let a NaN pass
+  // beyond 14 the exponential is 0: the bounds avoid infinity times 0, and keep a NaN
   const F above = max(set1(-14.0f), x);
   const F inside = min(set1(14.0f), above);
   const F t = 1.0f / (1.0f + 0.3f * abs(inside));

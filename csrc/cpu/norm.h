@@ -1,5 +1,5 @@
-// What layer_norm, dropout_add_layer_norm and embed share: a row's statistics and output, and a
-// backward whose sums over rows are taken in fixed partitions, whatever the thread count.
+// Helpers of layer_norm, dropout_add_layer_norm and embed: a row's statistics and output, and a
+// backward that sums over rows in fixed partitions, whatever the thread count.
 #pragma once
 
 #include "philox.h"
@@ -9,15 +9,14 @@
 namespace fastbert {
 namespace FASTBERT_ISA {
 
-// below this many elements a second thread costs more than it computes
+// elements per thread: fewer do not pay for starting one
 constexpr int64_t kNormGrain = 16384;
 // dweight and dbias are summed in at most this many partitions of rows
 constexpr int64_t kNormPartitions = 64;
 constexpr int64_t kNormRows = 32;
 
-// Calls body(c, n, k) for the columns [c, c + n) of each vector: whole vectors with n = W, where
-// the branches on n fold away, then the tail. k counts 0 .. 3, for sums in four chains of
-// additions.
+// Calls body(c, n, k) for the columns [c, c + n) of each vector: first whole vectors with the
+// constant n = W, then the tail. k is 0 .. 3, for sums in four chains of additions.
 template <typename Body>
 inline void columns(int64_t C, const Body& body) {
   int64_t c = 0;
@@ -38,19 +37,19 @@ struct Chains {
   float total() const { return sum((of[0] + of[1]) + (of[2] + of[3])); }
 };
 
-// the lanes below n, as a factor
+// 1 in the lanes below n, else 0
 inline F lanes_below(int64_t n) { return n >= W ? set1(1.0f) : (below(n) ? set1(1.0f) : zero()); }
 
-// `put` is taken by value here and below, and what it captures should be values: stores might
-// change anything that it points to, so references would be read again for every vector.
+// `put` is passed by value here and below and should capture by value: stores might change what a
+// reference points to, so it would be read again for every vector.
 
-// put(c, n, y) with y = (z - mean) rstd weight + bias for z (C) of this total; weight and bias may
-// be null (1 and 0)
+// Calls put(c, n, y) with y = (z - mean) rstd weight + bias for z (C), whose sum is `total`; weight
+// and bias may be null (1 and 0).
 template <typename Z, typename Put>
 inline void norm_row(const Z* z, float total, const float* weight, const float* bias, int64_t C,
                      float eps, float* mean, float* rstd, Put put) {
   const float m = total / static_cast<float>(C);
-  // centred second pass: E[z^2] - mean^2 cancels
+  // a second pass over centred values: E[z^2] - mean^2 would cancel
   Chains squares;
   columns(C, [&](int64_t c, int64_t n, int k) {
     const F centred = (load(z + c, n) - m) * lanes_below(n);
@@ -67,8 +66,8 @@ inline void norm_row(const Z* z, float total, const float* weight, const float* 
   *rstd = r;
 }
 
-// Runs row(i, z, factors) for all N rows, with room for the row in fp32 and dropout's factors for
-// it, null without dropout.
+// Runs row(i, z, factors) for all N rows: z is room for the row in fp32, factors are its dropout
+// factors, null without dropout.
 template <typename Row>
 inline void norm_rows(int64_t N, int64_t C, const Dropout& dropout, int threads, const Row& row) {
   const int team = team_size(N * C, kNormGrain, N, threads);
@@ -85,9 +84,11 @@ inline void norm_rows(int64_t N, int64_t C, const Dropout& dropout, int threads,
   }
 }
 
-// Backward of R rows, `stride` apart in dy and z: adds dy xhat to dweight and dy to dbias, which
-// have room for whole vectors, and calls put(r, c, n, dz) with dz = rstd (g - mean(g) - xhat mean(g
-// xhat)), g = dy weight. A null weight stands for ones. Two rows halve the traffic of the sums.
+// Backward of R rows, `stride` apart in dy and z. Adds dy xhat to dweight and dy to dbias, which
+// have room for whole vectors, and calls put(r, c, n, dz). A null weight stands for ones. R = 2
+// halves the traffic of the sums.
+//
+//   dz = rstd (g - mean(g) - xhat mean(g xhat)),  g = dy weight
 template <int R, typename D, typename Z, typename Put>
 inline void norm_bwd_rows(const D* dy, const Z* z, int64_t stride, const float* weight,
                           const float* mean, const float* rstd, int64_t C, float* dweight,
@@ -120,15 +121,15 @@ inline void norm_bwd_rows(const D* dy, const Z* z, int64_t stride, const float* 
   });
 }
 
-// a number that a template can take from an argument
+// a compile-time number that is passed as an argument
 template <int R>
 struct Count {
   static constexpr int value = R;
 };
 
-// Runs rows(i, R, dweight, dbias, room) for all N rows, R = 1 or 2 of them from i on (a constant as
-// an argument's type), in partitions with sums and `room` floats of
-// their own, and adds the partitions' sums in order to dweight and dbias (C).
+// Runs rows(i, Count<R>, dweight, dbias, room) for all N rows, R = 1 or 2 of them from i on. Each
+// partition has its own sums and `room` floats. dweight and dbias (C) are the partitions' sums,
+// added in order.
 template <typename Rows>
 inline void norm_partitions(int64_t N, int64_t C, float* dweight, float* dbias, int64_t room,
                             int threads, const Rows& rows) {

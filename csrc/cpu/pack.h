@@ -1,5 +1,5 @@
-// Operands of a product and how they are packed: panels of some lines each, in which the elements
-// of all lines for one k lie side by side.
+// Operands of a product and their packing into panels of several lines; in a panel the elements of
+// all lines for one k are adjacent.
 #pragma once
 
 #include "scratch.h"
@@ -8,7 +8,7 @@
 namespace fastbert {
 namespace FASTBERT_ISA {
 
-// element (i, j) is p[i * row + j * col]; rows from `each` on are in the next of up to three pieces
+// up to three pieces of `each` rows; element (i, j) of a piece p is p[i * row + j * col]
 template <typename T>
 struct Matrix {
   const T* p[3];
@@ -27,14 +27,14 @@ inline Matrix<T> matrix(const T* p, int64_t row, int64_t col) {
   return {{p, p, p}, row, col, int64_t{1} << 61};
 }
 
-// whether products of this type go through bf16 pairs
+// whether products of this type use bf16 pairs
 template <typename T>
 constexpr bool kPaired = FASTBERT_DOT_BF16 && __is_same(T, bf16);
 
 // 32-bit units along k
 inline int64_t units(int64_t K, bool pairs) { return pairs ? (K + 1) / 2 : K; }
 
-// a square of W x W transposed: after log2(W) perfect shuffles
+// transposes a square of W x W by log2(W) perfect shuffles
 inline void transpose(F rows[W]) {
   F next[W];
   for (int round = 1; round < W; round *= 2) {
@@ -43,7 +43,7 @@ inline void transpose(F rows[W]) {
   }
 }
 
-// two neighbouring k as one unit of bf16 bits
+// two neighbouring k in bf16 as one unit
 inline float pair(float low, float high) {
   return bits_as<float>(uint32_t{narrow(set1(low))[0]} |
                         static_cast<uint32_t>(narrow(set1(high))[0]) << 16);
@@ -75,15 +75,15 @@ inline float load_unit(const T* p, int64_t u, int64_t stride, int64_t K) {
 
 // A panel of `width` lines (the rows of A or the columns of B), of which `lines` > 0 exist, for k
 // in [k0, k0 + K): out[unit * width + line]. Line i is m.at(first + i), its element k at k * m.col.
-// The lines that do not exist get any value: what is computed from them is not looked at. Up to W
-// floats behind the panel are overwritten.
+// The other lines get arbitrary values, whose results are never used. Up to W floats behind the
+// panel are overwritten.
 template <bool kPairs, typename T>
 inline void pack_lines(const Matrix<T>& m, int64_t first, int64_t lines, int64_t width, int64_t k0,
                        int64_t K, float* out) {
   const int64_t count = units(K, kPairs), whole = kPairs ? K / 2 : K;
   int64_t line = 0;
-  // unit-stride lines go through registers, W of them at a time; a panel narrower than a vector is
-  // written with vectors too, whose ends the next unit's overwrite
+  // unit-stride lines are transposed in registers, W at a time; a panel narrower than a vector is
+  // also written in vectors, and each unit overwrites the end of the one before
   const int64_t blocks = m.col != 1 ? 0 : width < W ? 1 : width / W;
   for (int64_t block = 0; block < blocks; ++block, line += W) {
     const T* source[W];
@@ -106,9 +106,8 @@ inline void pack_lines(const Matrix<T>& m, int64_t first, int64_t lines, int64_t
   }
 }
 
-// One row's share of a panel: unit k of `lines` <= width lines, which lie side by side at p (and at
-// q for the second half of a pair). With `loose`, W floats may be read and written where the panel
-// is narrower.
+// One unit of a panel, for `lines` <= width lines that are adjacent at p (and at q for the second
+// half of a pair). With `loose`, W floats may be read and written even if the panel is narrower.
 template <bool kPairs, typename T>
 inline void pack_unit(const T* p, const T* q, bool loose, int64_t lines, int64_t width, float* to) {
   const auto vector = [&](int64_t line) {
@@ -136,7 +135,7 @@ struct Operand {
   int64_t lines;
   bool across;
 
-  // panels [p0, p1) of `width` lines, for k in [k0, k0 + K), one behind the other
+  // panels [p0, p1) of `width` lines, for k in [k0, k0 + K), one after the other
   template <bool kPairs>
   void pack(int64_t p0, int64_t p1, int64_t width, int64_t k0, int64_t K, float* out) const {
     const int64_t stride = units(K, kPairs) * width;
@@ -146,7 +145,7 @@ struct Operand {
                            out + (p - p0) * stride);
       return;
     }
-    // a few rows and a group of panels at a time: both sides are touched in long pieces
+    // a few rows and a group of panels at a time: reads and writes are contiguous runs
     const int64_t count = units(K, kPairs);
     for (int64_t g = p0; g < p1; g += kGroup)
       for (int64_t u = 0; u < count; u += kRows)
@@ -163,13 +162,13 @@ struct Operand {
   void pack_rows(int64_t first, int64_t width, int64_t k0, int64_t K, int64_t from, int64_t to,
                  float* out) const {
     const int64_t left = imin(width, lines - first), count = units(K, kPairs);
-    // the last unit's overhang would reach into the next panel, which may be written already
+    // the last unit's vector would overwrite the next panel, which may be complete already
     const bool readable = first + W <= lines, exact = width % W == 0;
     for (int64_t u = from; u < to; ++u) {
       const int64_t k = k0 + (kPairs ? 2 * u : u);
       const T* p = m.at(k) + first;
       const T* q = kPairs && k + 1 < k0 + K ? m.at(k + 1) + first : nullptr;
-      // the rows after these, whose turn is when the group's panels are through
+      // the rows that follow once this group of panels is done
       __builtin_prefetch(p + kRows * m.row);
       pack_unit<kPairs>(p, q, readable && (exact || u + 1 < count), left, width, out + u * width);
     }

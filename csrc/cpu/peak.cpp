@@ -1,4 +1,4 @@
-// What the arithmetic units of one instruction set can do: the bound that no GEMM passes.
+// The peak rate of one instruction set's arithmetic units: an upper bound for any GEMM.
 #include "peak.h"
 
 #include "runtime.h"
@@ -11,7 +11,7 @@ namespace {
 // x86 before AVX-512 has 16 vector registers, AVX-512 and aarch64 have 32; four stay free for the
 // factors. 12 chains cover 2 units of latency 4 or 5, 28 cover aarch64's 4 units
 constexpr int kChains = (FASTBERT_X86 == 128 || FASTBERT_X86 == 256 ? 16 : 32) - 4;
-// a millisecond or two: long beside the start of a parallel region, short beside a time slice
+// one to three milliseconds: long for the start of a parallel region, short for a time slice
 constexpr int64_t kSteps = int64_t{1} << 19;
 constexpr double kSeconds = 0.3;
 
@@ -29,10 +29,10 @@ struct Dot {
 };
 #endif
 
-// kSteps steps of every chain; the result is there so that they are not left out
+// kSteps steps of every chain; the result keeps the compiler from removing them
 template <typename Step>
 __attribute__((noinline)) float run_chains(Step step) {
-  // or the compiler would know the factors
+  // hides the factors' values from the compiler
   asm volatile("" : : "r"(&step) : "memory");
   const Step held = step;
   F a[kChains];
@@ -48,7 +48,7 @@ __attribute__((noinline)) float run_chains(Step step) {
   return sum(total);
 }
 
-// the fastest of what fits into kSeconds: whatever else the machine does only slows it down
+// the fastest run within kSeconds: other load on the machine only slows runs down
 template <typename Step>
 double peak(int threads) {
   const int team = team_size(threads, 1, threads, threads);

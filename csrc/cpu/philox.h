@@ -4,8 +4,8 @@
 //   element col uses word col % 4 of group col / 4 and is kept iff word >= threshold
 //   rows of a matrix:  (col / 4, row, site, 0);   attention:  (j / 4, i, b * H + h, site)
 //
-// The bits depend on absolute indices only, never on tiles or threads; every backend makes the
-// same.
+// The bits depend on absolute indices only, never on tiles or threads; every backend computes the
+// same bits.
 #pragma once
 
 #include "vec.h"
@@ -13,10 +13,10 @@
 namespace fastbert {
 namespace FASTBERT_ISA {
 
-// words that one call of philox_words makes
+// words from one call of philox_words
 constexpr int kPhiloxWords = 4 * W;
 
-// One call's dropout; p == 0 is a null seed, and then nothing else is read.
+// The dropout of one call. p = 0 is a null seed; the other members are not read then.
 struct Dropout {
   const int64_t* seed;
   uint32_t site;
@@ -28,8 +28,8 @@ struct Dropout {
   uint32_t row(int64_t i) const { return static_cast<uint32_t>(rows ? rows[i] : i); }
 };
 
-// W / 2 counters, a lane of 64 bits each: what a product leaves above a word does no harm, and no
-// word has to move for the next product
+// W / 2 counters, each word in a 64-bit lane of its own: no word has to move for the next product,
+// and the upper halves are ignored
 struct Counters {
   D x0, x1, x2, x3;
 
@@ -40,7 +40,7 @@ struct Counters {
     x2 = (first >> 32) ^ (x3 ^ uint64_t{high});
     x3 = first;
   }
-  // the words of the even lanes' counters, then of the odd ones'
+  // the words of the counters in even lanes, and of those in odd lanes
   void words(U& even, U& odd) const {
     D a, b;
     zip_alternate((x0 & uint64_t{0xFFFFFFFF}) | x1 << 32, (x2 & uint64_t{0xFFFFFFFF}) | x3 << 32, a,
@@ -50,7 +50,7 @@ struct Counters {
   }
 };
 
-// words[4 * i + w], over all lanes of the four, = word w of counter (first_group + i, c1, c2, c3)
+// element 4 * i + w of the four vectors in sequence is word w of (first_group + i, c1, c2, c3)
 inline void philox_words(int64_t seed, uint32_t first_group, uint32_t c1, uint32_t c2, uint32_t c3,
                          U words[4]) {
   uint32_t low = static_cast<uint32_t>(seed);
@@ -74,7 +74,7 @@ inline void philox_words(int64_t seed, uint32_t first_group, uint32_t c1, uint32
 // factors[col] = scale where kept, else 0, for n columns; writes up to round_up(n, kPhiloxWords)
 inline void philox_factors(const Dropout& dropout, uint32_t c1, uint32_t c2, uint32_t c3, int64_t n,
                            float* factors) {
-  // read once: for all the compiler knows, the stores below could change them
+  // read once: the compiler must assume that the stores below change them
   const int64_t seed = *dropout.seed;
   const uint32_t threshold = dropout.threshold;
   const F scale = set1(dropout.scale);
@@ -91,7 +91,7 @@ inline void row_factors(const Dropout& dropout, int64_t i, int64_t n, float* fac
   philox_factors(dropout, dropout.row(i), dropout.site, 0, n, factors);
 }
 
-// a select and not a product: what is dropped is 0 even where the value is inf or NaN
+// a select, not a product: a dropped value is 0 even if it was inf or NaN
 inline F dropped(F value, F factor) { return factor != zero() ? value * factor : zero(); }
 
 }  // namespace FASTBERT_ISA

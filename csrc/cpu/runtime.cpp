@@ -20,7 +20,7 @@ namespace {
 bool forked = false;
 
 #if defined(__unix__) || defined(__APPLE__)
-// set in the child, before it runs anything of its own
+// runs in the child right after the fork
 [[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
 
@@ -47,7 +47,7 @@ void guard(void* memory, size_t bytes) {
 
 void large_pages(void* memory, size_t bytes) {
 #if defined(__linux__)
-  // pages that lie inside as a whole; an old kernel's refusal costs nothing
+  // only pages that are entirely inside; a failure does no harm
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
   const uintptr_t start = reinterpret_cast<uintptr_t>(memory);
   const uintptr_t first = (start + kPage - 1) / kPage * kPage,

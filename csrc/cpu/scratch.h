@@ -1,5 +1,5 @@
-// What entry points need: the element type behind a number, and room to work in, a piece per
-// thread, allocated before the parallel region that no exception may leave.
+// For entry points: dispatch on the element type, and scratch memory with a piece per thread. It is
+// allocated before the parallel region, because no exception may leave one.
 #pragma once
 
 #include "runtime.h"
@@ -8,7 +8,7 @@
 namespace fastbert {
 namespace FASTBERT_ISA {
 
-// calls body(T{}) for the element type of this number
+// calls body(T{}) for the element type with this number
 template <typename Body>
 inline void with_type(int dtype, const Body& body) {
   if (dtype == kFloat32)
@@ -19,7 +19,7 @@ inline void with_type(int dtype, const Body& body) {
 
 class Scratch {
  public:
-  // `each` floats for each of `pieces`, 64-byte aligned
+  // `pieces` pieces of `each` floats, 64-byte aligned
   Scratch(int64_t pieces, int64_t each)
       : stride_(round_up(each, 16) + (kGuarded ? 16 : 0)),
         memory_(

@@ -1,7 +1,7 @@
 // The softmax of one long row of logits, and its cross-entropy with a label.
 //
-// A row is read once from memory: block by block, each small enough for the nearest cache, its
-// maximum first and then its exponentials against the largest maximum so far.
+// A row is read once from memory, in blocks that fit the first-level cache: first the maximum of a
+// block, then its exponentials relative to the largest maximum so far.
 #pragma once
 
 #include "math.h"
@@ -11,8 +11,8 @@ namespace FASTBERT_ISA {
 
 constexpr int64_t kSoftmaxBlock = 1024;
 
-// The maximum of z, how often it occurs, and the sum of e^(z - max) over all other logits. Apart
-// they keep the digits of a confident row, whose loss is small beside max, lse, and 1.
+// The maximum of z, how often it occurs, and the sum of e^(z - max) over all other logits. Kept
+// apart, they keep the precision of a confident row, whose loss is far smaller than max, lse and 1.
 struct SoftmaxRow {
   float max, times, rest;
 
@@ -35,7 +35,7 @@ inline F load_logits(const T* z, int64_t n) {
   return below(n) ? load(z, n) : set1(-__builtin_inff());
 }
 
-// the largest of n logits; NaN are passed over, the sum will show them
+// the largest of n logits, ignoring NaN: the sum becomes NaN later
 template <typename T>
 inline float block_max(const T* z, int64_t n) {
   F best[4];
@@ -48,11 +48,11 @@ inline float block_max(const T* z, int64_t n) {
   return max(max(max(best[0], best[1]), max(best[2], best[3])));
 }
 
-// What n logits, none above `top`, add to a row whose maximum so far is `top`. With kStore e gets
-// the terms e^(z - top), and may be z itself. kCount is set where z may equal top.
+// The contribution of n logits, none above `top`, to a row whose maximum so far is `top`. With
+// kStore the terms e^(z - top) are stored in e, which may be z. kCount: a logit may equal top.
 template <bool kStore, bool kCount, typename T>
 inline SoftmaxRow block_exps(const T* z, float top, int64_t n, float* e) {
-  // -inf - -inf is no number
+  // -inf - -inf would be NaN
   const float offset = top == -__builtin_inff() ? 0.0f : top;
   F rest[2] = {zero(), zero()};
   U times = set1(0u);
@@ -76,8 +76,8 @@ inline SoftmaxRow block_exps(const T* z, float top, int64_t n, float* e) {
   return {top, sum(__builtin_convertvector(times, F)), sum(rest[0] + rest[1])};
 }
 
-// One pass over z (V). With kStore, e (V) gets e^(z - offset), where the block's offset, the
-// largest maximum so far, goes to offsets (ceil(V / kSoftmaxBlock)).
+// One pass over z (V). With kStore it stores e^(z - offset) in e (V) and each block's offset, the
+// largest maximum so far, in offsets (ceil(V / kSoftmaxBlock)).
 template <bool kStore, typename T>
 inline SoftmaxRow softmax_pass(const T* z, int64_t V, float* e, float* offsets) {
   SoftmaxRow row = {-__builtin_inff(), 0.0f, 0.0f};
@@ -93,7 +93,7 @@ inline SoftmaxRow softmax_pass(const T* z, int64_t V, float* e, float* offsets) 
     row.rest += block.rest;
     if (kStore) offsets[start / kSoftmaxBlock] = row.max;
   }
-  // beside an infinite maximum nothing is a number
+  // an infinite maximum makes the sum NaN
   row.rest += row.max - row.max;
   return row;
 }

@@ -1,6 +1,6 @@
-// Vectors of W floats: the only file with intrinsics. Everything here lives in the namespace of one
-// instruction set (FASTBERT_ISA), since a function that two of them shared would be compiled for
-// the larger and called on the smaller.
+// Vectors of W floats: the only file with intrinsics. Everything here is in the namespace of one
+// instruction set (FASTBERT_ISA): a function shared by two sets might be compiled for the larger
+// and called on a machine of the smaller.
 //
 // Arithmetic is GCC's and clang's vector extension (operators, ?:, comparisons give masks of -1 and
 // 0); multiply-adds are contracted by the compiler where the instruction set has them.
@@ -27,7 +27,7 @@
 #else
 #define FASTBERT_DOT_BF16 0
 #endif
-// what the intrinsics below may use: none under emulation
+// bits of the x86 vectors that the intrinsics below use, 0 without them and under emulation
 #if !defined(FASTBERT_EMULATE) && defined(__x86_64__)
 #if defined(__AVX512F__)
 #define FASTBERT_X86 512
@@ -50,7 +50,7 @@ typedef int32_t I __attribute__((vector_size(4 * W)));  // masks: -1 where true
 typedef uint32_t U __attribute__((vector_size(4 * W)));
 typedef uint64_t D __attribute__((vector_size(4 * W)));  // W / 2 lanes
 typedef uint16_t H __attribute__((vector_size(2 * W)));  // bf16 bits
-// the same in memory of any alignment
+// the same types in memory, aligned to one element only
 typedef F F_mem __attribute__((aligned(4), may_alias));
 typedef U U_mem __attribute__((aligned(4), may_alias));
 typedef H H_mem __attribute__((aligned(2), may_alias));
@@ -83,12 +83,12 @@ inline U iota() {
   return lanes;
 }
 
-// --- memory: load and store all W lanes, or the first n (0 <= n <= W); the rest loads as 0 ---
+// --- memory: load and store all W lanes, or the first n if n < W; other lanes load as 0 ---
 
 inline F load(const float* p) { return *reinterpret_cast<const F_mem*>(p); }
 inline F widen(H h) {
 #if FASTBERT_X86 == 256
-  // GCC converts in two halves
+  // GCC would convert in two halves
   return bits_as<F>(bits_as<U>(_mm256_cvtepu16_epi32(bits_as<__m128i>(h))) << 16);
 #else
   return bits_as<F>(__builtin_convertvector(h, U) << 16);
@@ -109,13 +109,13 @@ inline F load(const bf16* p, int64_t n) {
   return widen(v);
 }
 
-// round to nearest even; a NaN stays a NaN, whatever its payload
+// rounds to nearest even; a NaN stays a NaN, whatever its payload
 inline H narrow(F x) {
 #if FASTBERT_X86 == 512 && FASTBERT_DOT_BF16
   return bits_as<H>(_mm512_cvtneps_pbh(bits_as<__m512>(x)));
 #else
   const U bits = bits_as<U>(x);
-  // a NaN could round to 0 or infinity: all ones instead
+  // a NaN becomes all ones: rounding could make it 0 or infinity
   const U rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
   const U upper = (rounded | bits_as<U>(x != x)) >> 16;
 #if FASTBERT_X86 == 256
@@ -150,7 +150,7 @@ inline I below(int64_t n) { return iota() < set1(static_cast<uint32_t>(n)); }
 
 // --- arithmetic beyond the operators ---
 
-// where either is NaN the result is b
+// if either is NaN the result is b
 inline F max(F a, F b) {
 #if FASTBERT_X86 == 512
   return bits_as<F>(_mm512_max_ps(bits_as<__m512>(a), bits_as<__m512>(b)));
@@ -205,7 +205,7 @@ inline float max(F v) {
 
 // --- integers for Philox ---
 
-// the lower 32 bits of each lane times m; what the upper ones hold does not matter
+// the lower 32 bits of each lane times m; the upper 32 bits are ignored
 inline D mul_low(D a, uint32_t m) {
 #if FASTBERT_X86 == 512
   return bits_as<D>(_mm512_mul_epu32(bits_as<__m512i>(a), _mm512_set1_epi64(m)));
