@@ -3,9 +3,10 @@
 //
 //   dV = (P M)^T dO,  dS = P (M dO V^T - delta),  dQ = scale dS K,  dK = scale dS^T Q
 //
-// Sequences that fit shared memory are one block's each, five products; a launch per class of
-// lengths, so that short ones get small blocks. Longer ones take two loops: rows i stay and keys
-// pass by for dQ (and delta), keys stay and rows pass by for dK and dV.
+// A sequence that fits shared memory is one block's work, all five products; each class of lengths
+// has its own launch, so that short sequences get small blocks. Longer sequences take two kernels:
+// one holds rows i and loops over keys for dQ and delta, one holds keys and loops over rows for dK
+// and dV.
 #include <algorithm>
 
 #include "attention_bwd.cuh"
@@ -14,8 +15,8 @@
 namespace fastbert {
 namespace {
 
-// Whole sequences of above .. 16 warps tokens: a warp has 16 keys; dS^T goes to shared memory, in
-// panels of 64 rows, from where a warp takes 16 rows for dQ.
+// Whole sequences of more than `above` tokens and at most 16 per warp. A warp holds 16 keys and
+// stores dS^T in shared memory, in panels of 64 rows i; for dQ it reads 16 rows i from there.
 template <typename T, int W>
 __global__ void __launch_bounds__(Shape<T, W>::kWhole * 2, W <= 64 ? 2 : 1)
     attention_bwd_kernel(const Attention a) {
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(Shape<T, W>::kWhole * 2, W <= 64 ? 2 : 1)
              a.D, a.wide);
 }
 
-// dQ and delta of 16 rows a warp, keys passing by
+// dQ and delta: a warp holds 16 rows and loops over keys
 template <typename T, int W>
 __global__ void __launch_bounds__(128, Shape<T, W>::kResident)
     attention_bwd_dq_kernel(const Attention a) {
@@ -151,7 +152,7 @@ __global__ void __launch_bounds__(128, Shape<T, W>::kResident)
              a.D, a.wide);
 }
 
-// dK and dV of 16 keys a warp, rows passing by
+// dK and dV: a warp holds 16 keys and loops over rows
 template <typename T, int W>
 __global__ void __launch_bounds__(128, Shape<T, W>::kResident)
     attention_bwd_dkdv_kernel(const Attention a) {

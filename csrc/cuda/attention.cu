@@ -1,8 +1,8 @@
-// attention's forward: packed sequences, exact softmax by running maxima, dropout replayed (flash
-// attention: Dao et al. 2022, Dao 2023). Its backward is in _attention_bwd.cu.
+// attention's forward: packed sequences, exact softmax by running maxima, dropout by absolute index
+// (flash attention: Dao et al. 2022, Dao 2023). The backward is in _attention_bwd.cu.
 //
-// Template budget: {fp32, bf16, fp16} x head sizes padded to W in {32, 64, 128}, and ROWS, 16-row
-// tiles of a warp, in forward; dropout and causal are branches.
+// Template budget: {fp32, bf16, fp16} x head sizes padded to W in {32, 64, 128}, in forward also
+// ROWS, the 16-row tiles of a warp; dropout and causal are branches.
 //
 //   registers on sm_90, 16 bit and fp32   W = 32     W = 64     W = 128
 //   attention_fwd, ROWS 1                 128  184   126  158   193  202
@@ -18,7 +18,7 @@
 //   attention_bwd_dq                       25   33    49   65    97   97
 //   attention_bwd_dkdv                     25   33    49   65    65   97
 //
-// 40 kernels. attention_bwd's memory is that of 128 tokens (fp32: 64), half or a quarter for fewer.
+// 40 kernels. attention_bwd's memory is for 128 tokens (fp32: 64), and less for classes of fewer.
 #include <algorithm>
 
 #include "attention.cuh"
@@ -39,7 +39,7 @@ struct Softmax {
     for (int r = 0; r < ROWS; ++r) m[r][0] = m[r][1] = -INFINITY;
   }
 
-  // kStep scores of each row become powers, and what was summed before is scaled to match
+  // turns kStep scores of each row into powers and rescales the earlier sums to the new maximum
   __device__ void powers(float (&s)[kStep / 8][4], int r) {
     float top[2] = {m[r][0], m[r][1]};
 #pragma unroll
@@ -70,7 +70,7 @@ struct Softmax {
   }
 };
 
-// Q of a warp: fragments in registers, or read again for each step
+// Q of a warp: fragments held in registers or, where these are short, read again for each step
 template <typename T, int W, int ROWS>
 struct Queries {
   static constexpr bool kHold = W * sizeof(T) <= 128;
@@ -94,7 +94,7 @@ struct Queries {
   }
 };
 
-// rows i0 .. and keys j0 .. j0 + kStep, which begin at `row` of the tiles
+// adds keys j0 .. j0 + kStep, from `row` of the tiles on, to the state of rows i0 ..
 template <typename T, int W, int ROWS>
 __device__ inline void attend(Softmax<T, W, ROWS>& state, const Queries<T, W, ROWS>& q,
                               const Tile<T, W>& keys, const Tile<T, W>& values, int row, int i0,

@@ -1,8 +1,8 @@
-// What attention's kernels share: a block's place, tiles, dropout's bits, the products of backward.
+// Helpers of attention's kernels: a block's place, tiles, dropout's bits.
 //
-// Rows (queries) i and keys j count inside the sequence. A warp takes 16 rows of a product. In
-// backward P and dS are made either by rows i, for dQ, or transposed, by rows j, for dK and dV: as
-// C of one product they are A of the next, in registers.
+// Rows (queries) i and keys j are numbered within the sequence. A warp computes 16 rows of a
+// product. For dQ the rows of P and dS are queries; for dK and dV, transposed, they are keys. In
+// both cases the C fragment of one product is the A fragment of the next, in registers.
 #pragma once
 
 #include <type_traits>
@@ -16,9 +16,9 @@ namespace fastbert {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// keys, or queries, of one step
+// keys of one step in forward and for dQ
 constexpr int kStep = 32;
-// blocks per head and block of rows that zero what lies past the last sequence
+// blocks per head and block of rows that zero the rows past the last sequence
 constexpr int kTail = 8;
 
 struct Attention {
@@ -33,25 +33,25 @@ struct Attention {
   float scale;
   bool causal;
   Dropout dropout;
-  bool wide;   // 16-byte accesses reach every row of a head
+  bool wide;   // every row of a head allows 16-byte accesses
   int blocks;  // blocks of rows in a sequence of max_seqlen
-  int above;   // backward: sequences up to this length are another launch's
+  int above;   // backward: sequences of at most this length are handled by another launch
 };
 
 // The configuration of a kernel: see the table in attention.cu.
 template <typename T, int W>
 struct Shape {
   static constexpr bool kHalf = sizeof(T) == 2;
-  // keys, or queries, of one tile that passes by
+  // keys, and queries, in a tile of a loop
   static constexpr int kKeys = kHalf ? 64 : 32;
   static constexpr int kQueries = kHalf && W <= 64 ? 64 : 32;
-  // warps of 16 rows that stay
+  // the most warps of a block in forward and in backward's loops
   static constexpr int kWarps = kHalf || W <= 64 ? 4 : 2;
-  // blocks on a multiprocessor that the registers of one of 4 warps must leave room for
+  // blocks of 4 warps that must fit on a multiprocessor, which bounds their registers
   static constexpr int kResident = kHalf && W <= 64 ? 4 : 2;
-  // queries of one step of dK and dV
+  // queries of one step for dK and dV
   static constexpr int kPass = 16;
-  // tokens of the longest sequence that one block takes as a whole in backward
+  // the longest sequence that one block handles as a whole in backward
   static constexpr int kWhole = kHalf ? 128 : 64;
 };
 
@@ -60,7 +60,7 @@ struct Place {
   int64_t row;
 };
 
-// b >= B stands for the rows past the last sequence. Memory-safe whatever cu_seqlens holds.
+// b >= B: the rows past the last sequence. Memory-safe for any contents of cu_seqlens.
 __device__ inline Place place(const Attention& a) {
   Place at;
   at.block = blockIdx.x % a.blocks;
@@ -75,7 +75,7 @@ __device__ inline Place place(const Attention& a) {
   return at;
 }
 
-// this block's share of zeros in a matrix (at.length, D)
+// zeros this block's share of a matrix (at.length, D)
 template <typename T>
 __device__ inline void zero_tail(T* matrix, int stride, int D, bool wide, const Attention& a,
                                  const Place& at) {
@@ -88,7 +88,7 @@ __device__ inline void zero_tail(T* matrix, int stride, int D, bool wide, const 
     store<kN>(matrix + i / chunks * stride, static_cast<int>(i % chunks) * kN, D, wide, zeros);
 }
 
-// `rows` rows of a matrix (count, D), zeros outside, on their way into a tile
+// starts to copy `rows` rows of a matrix (count, D), zeros outside, into a tile
 template <typename T, int W>
 __device__ inline void fetch(const Tile<T, W>& tile, int rows, const T* matrix, int stride,
                              int count, int D, bool wide) {
@@ -96,7 +96,7 @@ __device__ inline void fetch(const Tile<T, W>& tile, int rows, const T* matrix, 
   fetch_rows(tile, rows, from, matrix, count, D, wide);
 }
 
-// a warp's 16 rows from `row` of a tile into a matrix (count, D) that begins there
+// copies a warp's 16 rows, from `row` of a tile on, to a matrix (count, D) of these rows
 template <typename T, int W>
 __device__ inline void write_rows(const Tile<T, W>& tile, int row, T* matrix, int stride, int count,
                                   int D, bool wide) {
@@ -110,7 +110,7 @@ __device__ inline void write_rows(const Tile<T, W>& tile, int row, T* matrix, in
   }
 }
 
-// sums (16, W) of a warp times factors of rows g and g + 8, by way of its rows of a tile
+// writes a warp's sums (16, W) times the factors of rows g and g + 8, through its rows of a tile
 template <typename T, int W>
 __device__ inline void write_sums(float (&sums)[W / 8][4], const float (&factor)[2],
                                   const Tile<T, W>& tile, int row, T* matrix, int stride, int count,
@@ -141,7 +141,7 @@ __device__ inline float quad_max(float value) {
   return fmaxf(value, __shfl_xor_sync(kAll, value, 2));
 }
 
-// -inf where a query does not see a key: a C of rows i0 .. and keys j0 .., or transposed
+// -inf where a query does not see a key, in a C of rows i0 .. and keys j0 .., or its transpose
 template <bool TRANS>
 __device__ inline void hide(float (&s)[4], int i0, int j0, int length, bool causal) {
   const int g = lane_id() / 4, two = lane_id() % 4 * 2;
@@ -153,8 +153,7 @@ __device__ inline void hide(float (&s)[4], int i0, int j0, int length, bool caus
   }
 }
 
-// Which of the weights that a lane holds dropout keeps: bit 4n of mask[e] for float e of the n-th
-// C.
+// The weights of a lane that dropout keeps: bit 4n of mask[e] stands for float e of the n-th C.
 struct Kept {
   uint32_t mask[4];
 
@@ -178,8 +177,8 @@ struct Bits {
            (w.w >= threshold) << 3;
   }
 
-  // N C of rows i0 .. and keys j0 + 8n ..: of a pair of lanes, which hold 4 keys, the even one
-  // makes the bits of row g, the odd one those of row g + 8
+  // For N C of rows i0 .. and keys j0 + 8n. A pair of lanes holds 4 keys: the even lane makes the
+  // bits of row g, the odd lane those of row g + 8.
   template <int N>
   __device__ Kept rows(int i0, int j0) const {
     const int lane = lane_id(), odd = lane & 1;
@@ -193,8 +192,8 @@ struct Bits {
     return {top, top >> 1, bottom, bottom >> 1};
   }
 
-  // N C of keys j0 .. and rows i0 + 8n .., transposed: four lanes hold 4 keys g of rows 2t and
-  // 2t + 1 and those 8 keys on; lane r of them makes the bits of float r
+  // For N transposed C of keys j0 .. and rows i0 + 8n. Four lanes hold 4 keys, and the keys 8
+  // further on, of rows 2t and 2t + 1: lane r of the four makes the bits of float r.
   template <int N>
   __device__ Kept columns(int i0, int j0) const {
     const int lane = lane_id(), r = lane / 4 % 4;
@@ -220,7 +219,7 @@ inline void set_sizes(Attention& a, int64_t T, int64_t B, int64_t H, int64_t D, 
   a.causal = causal;
 }
 
-// run(width) with the head size padded to what has a kernel
+// run(W) with the head size padded to the next W that has kernels
 template <typename F>
 void by_head(int64_t D, F run) {
   if (D <= 32) return run(std::integral_constant<int, 32>{});

@@ -1,18 +1,18 @@
-// What attention's backward kernels share: delta, the products of 16 rows that stay with rows that
-// pass by, the sums of dK and dV.
+// Helpers of attention's backward kernels: delta, the products of 16 held rows with the rows of a
+// loop, the sums of dK and dV.
 #pragma once
 
 #include "attention.cuh"
 
 namespace fastbert {
 
-// delta of a warp's 16 rows: O on its way in registers, then its product with dO in a tile
+// delta of a warp's 16 rows: fetch loads O into registers, finish multiplies it with dO in a tile
 template <typename T, int W>
 struct Delta {
   static constexpr int kN = kVec<T>, kChunks = W / kN, kRounds = 16 * kChunks / 32;
   Pack<T, kN> o[kRounds];
 
-  // out: row 0 of the warp's, `count` of which exist
+  // out: the warp's row 0; `count` of its rows exist
   __device__ void fetch(const T* out, int stride, int count, int D, bool wide) {
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
@@ -36,7 +36,7 @@ struct Delta {
   }
 };
 
-// sums += a b for 16 rows `k` and on of a tile b (.., W)
+// sums += a b for 16 rows, from `k` on, of a tile b (.., W)
 template <typename T, int W>
 __device__ inline void add_product(float (&sums)[W / 8][4], const FragmentA<T>& a,
                                    const Tile<T, W>& b, int k) {
@@ -49,17 +49,17 @@ __device__ inline void add_product(float (&sums)[W / 8][4], const FragmentA<T>& 
   }
 }
 
-// 16 rows of two tiles that stay. Read again for each step: registers are for the sums.
+// 16 rows of two tiles, read again in each step: the registers hold the sums
 template <typename T, int W>
 struct Staying {
   Tile<T, W> first, second;
   int row;
 
-  // scores and dp: products with rows `from` .. from + 8 N of two tiles that pass by
+  // scores and dp: products with rows `from` .. from + 8 N of two tiles of the loop
   template <int N>
   __device__ void products(float (&s)[N][4], float (&dp)[N][4], const Tile<T, W>& third,
                            const Tile<T, W>& fourth, int from) const {
-    // not unrolled where each k's addresses would take registers
+    // not unrolled for W = 128: the addresses of each k would take registers
 #pragma unroll(W <= 64 ? 2 : 1)
     for (int k = 0; k < W; k += 16) {
       FragmentA<T> a0, a1;
@@ -79,7 +79,7 @@ struct Staying {
   }
 };
 
-// s, P's logarithm -> P M without its factor, dp -> dS
+// turns s, the base-2 logarithm of P, into P M without its factor, and dp into dS
 __device__ inline void weight(float& s, float& dp, float delta, bool kept, float factor) {
   const float p = power2(s);
   s = kept ? p : 0.f;
@@ -92,13 +92,13 @@ struct KeySums {
   static constexpr int kN = Shape<T, W>::kPass / 8;
   float dk[W / 8][4] = {}, dv[W / 8][4] = {};
 
-  // rows i0 .. i0 + kPass, which begin at `row` of the tiles and of lse and delta, against keys
-  // j0 ..; use(n, dS^T) takes the n-th and the next C
+  // adds rows i0 .. i0 + kPass, from `row` of the tiles, lse and delta on, for keys j0 ..;
+  // use(n, dS^T) gets the n-th and the next C
   template <typename F>
   __device__ void step(const Staying<T, W>& kv, const Tile<T, W>& queries, const Tile<T, W>& douts,
                        const float* lse, const float* delta, int row, int i0, int j0, int length,
                        const Attention& a, const Bits& bits, F use) {
-    // first: later there are fewer registers for it
+    // first, while more registers are free
     Kept kept = {{~0u, ~0u, ~0u, ~0u}};
     if (a.dropout.enabled()) kept = bits.columns<kN>(i0, j0);
     float s[kN][4] = {}, dp[kN][4] = {};
@@ -125,7 +125,7 @@ struct KeySums {
       add_product(dk, as_a<T>(dp[n], dp[n + 1]), queries, row + 8 * n);
     }
   }
-  // into rows `row` .. of both tiles and, `count` of them, of the matrices dK and dV
+  // writes dK and dV (count, D) through rows `row` .. of both tiles
   __device__ void write(const Tile<T, W>& first, const Tile<T, W>& second, int row, T* dkeys,
                         int count, const Attention& a) {
     const int token = a.H * a.D;
@@ -135,7 +135,7 @@ struct KeySums {
   }
 };
 
-// A block's pointers: the first token of its sequence, its head.
+// A block's pointers, to its head in the first token of its sequence.
 template <typename T>
 struct Rows {
   const T *qkv, *out, *dout;

@@ -1,4 +1,4 @@
-// bias_gelu: exact erf or tanh; backward gives dx, its sum and, where asked for, gelu again.
+// bias_gelu: exact erf or tanh; backward gives dx, its sum over the rows and, on request, gelu.
 #include <algorithm>
 #include <type_traits>
 
@@ -8,11 +8,11 @@
 namespace fastbert {
 namespace {
 
-// rows whose loads a thread has in flight
+// rows that a thread loads at a time
 constexpr int kForwardBatch = 4, kBackwardBatch = 2;
 
-// Phi(u) and phi(u), or for the tanh form s = sigmoid(z(u)) and its derivative: gelu is u times the
-// first, its derivative the first plus u times the second
+// (p, q) = (Phi(u), phi(u)), or for the tanh form s = sigmoid(z(u)) and its derivative:
+// gelu = u p,  gelu' = p + u q
 template <typename T, bool TANH>
 __device__ inline float2 distribution(float u) {
   constexpr bool kExact = sizeof(T) == 4;
@@ -26,7 +26,7 @@ __device__ inline float2 distribution(float u) {
     constexpr float kRsqrt2 = 0.7071067811865476f, kRsqrt2Pi = 0.3989422804014327f;
     if constexpr (kExact)
       return make_float2(0.5f + 0.5f * erff(u * kRsqrt2), kRsqrt2Pi * expf(-0.5f * u * u));
-    // erf to 1.5e-7 by the exponential that the density needs anyway: Abramowitz, Stegun 7.1.26
+    // erf to 1.5e-7 from the exponential of the density: Abramowitz, Stegun 7.1.26
     const float power = __expf(-0.5f * u * u);
     const float t = __fdividef(1.f, 1.f + 0.3275911f * kRsqrt2 * fabsf(u));
     float tail = 1.061405429f * t - 1.453152027f;
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(32 * kColumnThreads)
   }
 }
 
-// dx = dy gelu'(x + bias)
+// dx = dy gelu'(x + bias), its sum over the block's rows, gelu(x + bias)
 template <typename T, bool TANH>
 __global__ void __launch_bounds__(32 * kColumnThreads)
     bias_gelu_bwd_kernel(const T* __restrict__ dy,     // (N, F)

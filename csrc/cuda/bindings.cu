@@ -1,5 +1,5 @@
-// fastbert._cuda: kernels behind raw pointers and a stream's handle, nothing of torch inside. The
-// module imports on a machine without a GPU or a driver: the CUDA runtime is linked statically.
+// fastbert._cuda: kernels behind raw pointers and a stream's handle, without torch. The module
+// imports on a machine without a GPU or a driver: the CUDA runtime is linked statically.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
@@ -14,7 +14,7 @@ namespace py = pybind11;
 namespace fastbert {
 namespace {
 
-// pointers cross over as integers
+// Python passes pointers as integers
 template <typename A>
 using Wire = std::conditional_t<std::is_pointer_v<A>, std::uintptr_t, A>;
 
@@ -44,7 +44,7 @@ py::dict build_info() {
   return info;
 }
 
-// the GPUs in words, or why there is none
+// the GPUs' names and architectures, or why there is none
 std::string devices() {
   int count = 0;
   if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess) {
@@ -66,9 +66,9 @@ std::string devices() {
 
 PYBIND11_MODULE(_cuda, m) {
   using namespace fastbert;
-  m.doc() = "fastbert's CUDA kernels: raw pointers in, nothing of torch inside";
+  m.doc() = "fastbert's CUDA kernels: raw pointers in, no torch inside";
   m.def("build_info", &build_info, "How this module was built.");
-  m.def("devices", &devices, "The GPUs in words, or why there is none.");
+  m.def("devices", &devices, "The GPUs' names and architectures, or why there is none.");
   FASTBERT_DEFINE(row_blocks);
   FASTBERT_DEFINE(column_blocks);
   FASTBERT_DEFINE(layer_norm_fwd);

@@ -1,5 +1,5 @@
-// Kernels that go down columns: a block of 32 x 8 threads has 32 packs of columns, its 8 rows of
-// threads take every gridDim.x-th group of matrix rows and may leave the sum of what they saw.
+// Kernels that loop down columns: a block of 32 x 8 threads holds 32 packs of columns. Its 8 rows
+// of threads take every gridDim.x-th group of 8 matrix rows and may store the sum of these rows.
 #pragma once
 
 #include "partials.cuh"
@@ -21,7 +21,7 @@ struct Columns {
   static dim3 block() { return dim3(32, kColumnThreads); }
   static dim3 grid(unsigned blocks, int64_t C) { return dim3(blocks, cdiv(C, kWidth)); }
 
-  // this block's sums into partial (blocks, C)
+  // stores this block's sums in partial (blocks, C)
   static __device__ void store_sums(const float (&sums)[kV], float* partial, int C) {
     __shared__ float parts[kColumnThreads][kWidth];
 #pragma unroll

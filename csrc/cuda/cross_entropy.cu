@@ -1,8 +1,8 @@
-// cross_entropy: a block per row, which holds up to 32768 logits in registers and reads them once;
-// a longer row passes by twice, with an online log-sum-exp.
+// cross_entropy: a block per row. It holds up to 32760 logits in registers and reads them once; a
+// longer row takes an online log-sum-exp and is read again for its gradient.
 //
-// backward runs the softmax again instead of reading lse: exp(z - lse) is off by lse's rounding
-// where logits are large.
+// backward computes the softmax again: exp(z - lse) would have the rounding error of lse, which is
+// large for large logits.
 #include <cmath>
 
 #include "entries.h"
@@ -18,7 +18,7 @@ struct Softmax {
   float largest, sum;
 
   __device__ void scale_to(float top) {
-    // what has seen no logit has no maximum to subtract, and a sum of 0
+    // without a logit so far the maximum is -inf, which must not be subtracted, and the sum is 0
     sum *= largest == -INFINITY && sum == 0.f ? 0.f : expf(largest - top);
     largest = top;
   }
@@ -28,15 +28,15 @@ struct Softmax {
   }
 };
 
-// One row of `width` elements, of which V count, in packs that begin at multiples of 16 bytes
-// wherever the row does: the first and the last may be cut.
+// One row of `width` elements, of which V count, in packs that begin at multiples of 16 bytes even
+// if the row does not: the first and the last pack may be partial.
 template <typename T>
 struct LogitRow {
   static constexpr int kV = kVec<T>;
   T* row;
   Table bias;  // (V,), or null
   int V, width;
-  int before;  // elements from a multiple of 16 bytes to the row
+  int before;  // elements between a multiple of 16 bytes and the row
 
   __device__ LogitRow(T* row, Table bias, int V, int width)
       : row(row), bias(bias), V(V), width(width) {
@@ -70,7 +70,7 @@ struct LogitRow {
   }
   __device__ void store(int col, const float (&values)[kV]) const {
     if (col >= 0 && col + kV <= width) {
-      // the columns are packed as the logits lie, and a gradient elsewhere may lie otherwise
+      // the columns follow the logits' alignment, and the gradient's may differ
       const bool wide = (reinterpret_cast<uintptr_t>(row + col) & 15) == 0;
       fastbert::store(row, col, width, wide, values);
     } else {
@@ -81,7 +81,7 @@ struct LogitRow {
   }
 };
 
-// softmax - onehot, times factor; `powers` are exp(z - largest) of what this thread has seen
+// (softmax - onehot) factor; `powers` are exp(z - this thread's largest), and `scale` corrects them
 template <int N>
 __device__ inline void to_gradient(float (&powers)[N], int col, int64_t label, float scale,
                                    float factor) {
@@ -117,7 +117,7 @@ __device__ inline void join(Softmax& mine, float (&z)[N], bool keep) {
   }
 }
 
-// PACKS of a thread are the whole row; with none they pass by. BLOCKS fit on a multiprocessor
+// A row in a thread's PACKS, or in a loop if there are none. BLOCKS fit on a multiprocessor
 template <int THREADS, int PACKS_OF_16_BIT, int BLOCKS>
 struct Block {
   static constexpr int kThreads = THREADS, kElements = 8 * PACKS_OF_16_BIT, kBlocks = BLOCKS;
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(B::kThreads, B::kBlocks)
   // memory-safe: a label out of range gives NaN
   const bool valid = label >= 0 && label < V;
   const float factor = valid ? (dloss ? dloss[row] : 1.f) : NAN;
-  // before the gradient may overwrite it
+  // read before the gradient may overwrite it
   const float at_label = valid && threadIdx.x == 0 ? from.logit(static_cast<int>(label)) : NAN;
   Softmax mine{-INFINITY, 0.f};
   float z[kPacks > 0 ? kPacks : 1][kV];
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(B::kThreads, B::kBlocks)
   }
 }
 
-// the template budget: these blocks times three element types. A row may lie one pack more wide
+// the template budget: these blocks times three element types. An unaligned row takes a pack more
 template <typename F>
 void by_columns(int64_t width, F run) {
   if (width <= 1016)

@@ -1,4 +1,4 @@
-// dropout_add_layer_norm: one pass each way, the dropout mask replayed from its seed in backward.
+// dropout_add_layer_norm: one pass each way; backward replays the mask from its seed.
 #include "entries.h"
 #include "rows.cuh"
 
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(S::kForwardBlock)
   }
 }
 
-// dresidual is the LayerNorm's dz, dx = dropout(dz)
+// dresidual = dz of the LayerNorm, dx = dropout(dz)
 template <typename T, typename S>
 __global__ void __launch_bounds__(S::kBackwardBlock, S::kBackwardBlocks)
     dropout_add_layer_norm_bwd_kernel(const T* dy,        // (N, C)

@@ -1,9 +1,9 @@
 // embed: gather, add, LayerNorm and dropout in one pass; backward without atomics.
 //
-// backward writes dz once. embed_scatter sums it by id: the ids are sorted, stably, so that every
-// sum has its order; a block walks kChunk sorted positions, writes the segments of equal ids that
-// lie inside and leaves partial sums of the two that may cross its borders, which a second kernel
-// adds.
+// backward writes dz once, and embed_scatter sums it by id. A stable sort of the ids fixes the
+// order of every sum. A block reads kChunk sorted positions and writes the sums of the segments of
+// equal ids that lie inside. At most two segments cross its borders: it stores their partial sums,
+// which a second kernel adds up.
 #include <cmath>
 
 #include "entries.h"
@@ -12,7 +12,7 @@
 namespace fastbert {
 namespace {
 
-// table[ids[row]]; without ids the row itself. An id out of range gives NaN
+// table[ids[row]]; without ids table[row]. An id out of range gives NaN
 struct Lookup {
   const int64_t* ids;  // (N,), or null
   Table table;         // (size, C), or null: adds nothing
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(S::kForwardBlock)
   }
 }
 
-// the sum's gradient dz, and this block's sums of g xhat and g with g = dropout(dy)
+// dz, the gradient of the sum of tables, and this block's sums of g xhat and g, g = dropout(dy)
 template <typename T, typename S>
 __global__ void __launch_bounds__(S::kBackwardBlock, S::kBackwardBlocks)
     embed_bwd_kernel(const T* dy,  // (N, C)
@@ -90,7 +90,8 @@ __global__ void __launch_bounds__(S::kBackwardBlock, S::kBackwardBlocks)
   sums.store(partial, shared, C, wide);
 }
 
-// sorted positions of a block, columns of a thread, threads across and rows of them in the second
+// sorted positions of a block, columns of a thread, threads of the first kernel's block, rows of 32
+// threads of the second's
 constexpr int kChunk = 32, kColumns = 4, kAcross = 64, kCrossRows = 8;
 
 __global__ void __launch_bounds__(kAcross)
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kAcross)
                               MutableTable grad,                  // (V, C)
                               float* __restrict__ partial,        // (chunks, 2, C)
                               int64_t padding, int64_t N, int64_t V, int C, bool wide) {
-  // ids[first - 1 .. first + kChunk], -1 beyond the ends: no id that is summed
+  // ids[first - 1 .. first + kChunk]; beyond the ends -1, an id that is never summed
   __shared__ int64_t near[kChunk + 2], rows[kChunk];
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kChunk;
   const int count = static_cast<int>(first + kChunk < N ? kChunk : N - first);
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(kAcross)
   }
 }
 
-// the segment that starts in this chunk and goes on: its part here and what later chunks hold of it
+// adds the later chunks' sums of a segment that starts in this chunk and continues
 __global__ void __launch_bounds__(32 * kCrossRows)
     embed_bwd_crossing_kernel(const int64_t* __restrict__ ids,    // (N,) sorted
                               MutableTable grad,                  // (V, C)
@@ -145,7 +146,7 @@ __global__ void __launch_bounds__(32 * kCrossRows)
   const int64_t chunk = blockIdx.x, chunks = gridDim.x, stop = (chunk + 1) * kChunk;
   if (stop >= N) return;
   const int64_t id = ids[stop - 1];
-  // it goes on, and it did not come in through the whole of this chunk
+  // the last segment must continue in the next chunk, and must start in this one
   if (ids[stop] != id || (chunk > 0 && ids[chunk * kChunk - 1] == id)) return;
   if (id == padding || id < 0 || id >= V) return;
   const int col = (blockIdx.y * 32 + threadIdx.x) * kColumns;

@@ -1,9 +1,10 @@
 // The entry functions of fastbert._cuda, one block per .cu; bindings.cu registers them.
 //
-// A pointer is device memory that the adapter in fastbert/cuda/<slug>.py owns and has checked, a
-// null one stands for "not given". `dtype` numbers the activations' element type, `<name>_dtype`
-// that of a parameter (types.cuh). Every entry launches on `stream` of `device` and returns without
-// waiting; one that can't start throws std::runtime_error with the op, the shape and the device.
+// A pointer is device memory that the adapter in fastbert/backend/cuda/<slug>.py owns and checks;
+// null stands for "not given". `dtype` is the number of the activations' element type,
+// `<name>_dtype` that of a parameter's (types.cuh). Every entry launches on `stream` of `device`
+// and returns without waiting. A launch that fails throws std::runtime_error with the op, the shape
+// and the device.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,7 +13,7 @@
 
 namespace fastbert {
 
-// blocks whose partial sums (2, blocks, C) a backward over N rows of C elements leaves
+// blocks of a backward over N rows of C elements, which stores partial sums (2, blocks, C)
 int row_blocks(int64_t N, int64_t C, int dtype, int multiprocessors);
 
 void layer_norm_fwd(int dtype,
@@ -67,7 +68,7 @@ void dropout_add_layer_norm_bwd(int dtype,
                                 const int64_t* rows,  // (N,), or null
                                 int64_t N, int64_t C, int device, cudaStream_t stream);
 
-// blocks along N whose partial sums (blocks, F) a sum over N rows leaves
+// blocks along N of a sum over N rows, which stores partial sums (blocks, F)
 int column_blocks(int64_t N, int64_t F, int dtype, int multiprocessors);
 
 void bias_gelu_fwd(int dtype,
@@ -86,7 +87,7 @@ void bias_gelu_bwd(int dtype,
                    void* sum, int sum_dtype,          // (F,)
                    int blocks, int64_t N, int64_t F, bool tanh, int device, cudaStream_t stream);
 
-// y = x w^T + b, where w and b are one matrix and vector of N rows, or three of N / 3 each
+// y = x w^T + b; w and b are one matrix and vector of N rows, or three of N / 3 rows each
 void qkv_proj_fwd(int dtype,
                   const void* x,  // (T, K)
                   const void* w0, const void* w1,
@@ -96,7 +97,7 @@ void qkv_proj_fwd(int dtype,
                   void* y,  // (T, N)
                   int64_t T, int64_t K, int64_t N, int device, cudaStream_t stream);
 
-// the sum over rows of dy, which lie `stride` elements apart
+// the sum over the rows of dy, which are `stride` elements apart
 void linear_bwd_db(int dtype,
                    const void* dy,  // (T, N)
                    int64_t stride,
@@ -143,16 +144,16 @@ void embed_bwd(int dtype,
 // sorted positions that a block of embed_scatter sums
 int embed_chunk();
 
-// grad[id] = the sum of dz's rows of this id, in order; rows of ids that do not occur stay
+// grad[id] = the sum of dz's rows of this id, in a fixed order; rows of other ids are not written
 void embed_scatter(const float* dz,        // (N, C)
                    const int64_t* ids,     // (N,) sorted
                    const int64_t* order,   // (N,) the row of dz at each sorted position
                    void* grad, int dtype,  // (V, C) zeros
                    float* partial,         // (cdiv(N, embed_chunk()), 2, C)
-                   int64_t padding,        // the id that gets nothing, or -1
+                   int64_t padding,        // an id without a gradient, or -1
                    int64_t N, int64_t V, int64_t C, int device, cudaStream_t stream);
 
-// both directions of cross_entropy; rows are `width` elements apart, V of them count
+// both directions of cross_entropy; rows have `width` elements, of which V count
 void cross_entropy(int dtype,
                    const void* logits,                // (N, width)
                    const void* bias, int bias_dtype,  // (V,), or null
@@ -165,7 +166,7 @@ void cross_entropy(int dtype,
                    cudaStream_t stream);
 
 // out = dropout(softmax(scale Q K^T)) V inside each packed sequence; rows past the last sequence
-// are not read and become zeros
+// are not read, and out is 0 there
 void attention_fwd(int dtype,
                    const void* qkv,            // (T, 3, H, D)
                    const int32_t* cu_seqlens,  // (B + 1,)
@@ -182,7 +183,7 @@ void attention_bwd(int dtype,
                    const void* out,            // (T, H, D)
                    const float* lse,           // (H, T)
                    const int32_t* cu_seqlens,  // (B + 1,)
-                   float* delta,               // (H, T), for what this call computes
+                   float* delta,               // (H, T), scratch memory
                    void* dqkv,                 // (T, 3, H, D)
                    int64_t T, int64_t B, int64_t H, int64_t D, int64_t max_seqlen, float scale,
                    bool causal,

@@ -9,13 +9,13 @@
 
 namespace fastbert {
 
-// One call of an op: makes its device current; `check` after each launch throws, with the op, the
-// shape and the device, what the launch left.
+// One call of an op; it makes its device current. `check`, after each launch, throws the launch's
+// error with the op, the shape and the device.
 class Launch {
  public:
   Launch(const char* op, int64_t rows, int64_t columns, int device, cudaStream_t stream)
       : stream(stream), op_(op), rows_(rows), columns_(columns), device_(device) {
-    // this module has a CUDA runtime of its own, which must agree with torch's about the device
+    // this module has its own CUDA runtime, whose current device may differ from torch's
     int current = -1;
     if (cudaGetDevice(&current) != cudaSuccess || current != device) require(cudaSetDevice(device));
   }

@@ -1,4 +1,4 @@
-// linear's products are the library's; the bias' gradient is a sum over rows.
+// linear's products are the library's; this is the bias's gradient, a sum over rows.
 #include "columns.cuh"
 #include "entries.h"
 
@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(32 * kColumnThreads)
   using C = Columns<T>;
   const int col = C::col();
   const int64_t step = C::step();
-  // rows may be aligned although their length is not: then the last pack alone is cut
+  // if the stride is aligned but F is not, only the last pack is partial
   const bool whole = wide && col + C::kV <= F;
   float sums[C::kV] = {};
   for (int64_t first = C::first_row(); first < N; first += kBatch * step) {
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(32 * kColumnThreads)
 #pragma unroll
     for (int r = 0; r < kBatch; ++r) {
       const int64_t row = first + r * step;
-      // past the last row: columns beyond the end are zeros
+      // past the last row: with 0 columns the pack is zeros
       packs[r] = load_pack<C::kV>(dy + (row < N ? row : 0) * stride, col, row < N ? F : 0, whole);
     }
 #pragma unroll

@@ -6,7 +6,7 @@
 //   A  (16, 16)  registers (row g, k 2t ..), (g + 8, 2t ..), (g, 2t + 8 ..), (g + 8, 2t + 8 ..)
 //   B  (16, 8)   registers (k 2t .., column g), (2t + 8 .., g)
 //   C  (16, 8)   floats (row g, column 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
-// fp32 is two mma.m16n8k8 of TF32, three times each. Their slots t and t + 4 along k hold k = 2t
+// fp32 is two mma.m16n8k8 of TF32, four products each. Their slots t and t + 4 along k hold k = 2t
 // and 2t + 1, in A and in B, so that C's floats are A's registers here too.
 #pragma once
 
@@ -20,7 +20,7 @@ __device__ inline uint32_t shared_address(const void* memory) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(memory));
 }
 
-// 16 or 4 bytes into shared memory, without waiting; zeros, and no access, where not `inside`
+// starts to copy 16 or 4 bytes to shared memory; zeros, without an access, if not `inside`
 template <int BYTES>
 __device__ inline void copy_async(void* to, const void* from, bool inside) {
   if constexpr (BYTES == 16)
@@ -35,21 +35,21 @@ __device__ inline void copy_async(void* to, const void* from, bool inside) {
 
 __device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// all but the last `left` groups that anyone in the block committed are there
+// waits until all but the last LEFT groups of every thread of the block are copied
 template <int LEFT>
 __device__ inline void copies_left() {
   asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
   __syncthreads();
 }
 
-// everything copied by anyone in the block is there
+// waits for all copies of every thread of the block
 __device__ inline void copies_done() {
   asm volatile("cp.async.wait_all;" ::: "memory");
   __syncthreads();
 }
 
-// Rows of W elements whose 16-byte chunks are permuted so that neither the 8 rows that ldmatrix
-// reads at one column nor the 32 lanes of a C fragment meet in a bank.
+// Rows of W elements with permuted 16-byte chunks: neither the 8 rows that ldmatrix reads at one
+// column nor the 32 lanes of a C fragment have bank conflicts.
 template <typename T, int W>
 struct Tile {
   static constexpr int kChunks = W / kVec<T>;
@@ -75,8 +75,8 @@ struct Tile {
   }
 };
 
-// `rows` rows of a matrix (count, D), zeros outside, on their way into a tile; from(row) is where a
-// row begins, `anywhere` an address of the matrix
+// starts to copy `rows` rows of a matrix (count, D), zeros outside, into a tile; from(row) is the
+// address of a row, `anywhere` any valid address
 template <typename T, int W, typename From>
 __device__ inline void fetch_rows(const Tile<T, W>& tile, int rows, From from, const T* anywhere,
                                   int count, int D, bool wide) {
@@ -95,8 +95,8 @@ __device__ inline void fetch_rows(const Tile<T, W>& tile, int rows, From from, c
   }
 }
 
-// 16 bytes of a tile to row[col .. stop); as numbers, widened and narrowed, they would leave one by
-// one
+// copies 16 bytes of a tile to row[col .. stop), as raw bytes: converted to floats and back they
+// would be stored one by one
 template <typename T>
 __device__ inline void copy_chunk(const T* chunk, T* row, int col, int stop, bool wide) {
   if (wide) {
@@ -166,7 +166,7 @@ __device__ inline void load_a_trans(FragmentA<T>& a, const Tile<T, W>& tile, int
   }
 }
 
-// two B: transposes of tile[column .. column + 16, k .. k + 16)
+// two B, transposes of tile[column .. column + 16, k .. k + 16)
 template <typename T, int W>
 __device__ inline void load_b_trans(FragmentB<T> (&b)[2], const Tile<T, W>& tile, int column,
                                     int k) {
@@ -184,7 +184,7 @@ __device__ inline void load_b_trans(FragmentB<T> (&b)[2], const Tile<T, W>& tile
   }
 }
 
-// two B: tile[k .. k + 16, column .. column + 16)
+// two B of tile[k .. k + 16, column .. column + 16)
 template <typename T, int W>
 __device__ inline void load_b(FragmentB<T> (&b)[2], const Tile<T, W>& tile, int k, int column) {
   const int lane = lane_id(), two = lane % 4 * 2;
@@ -272,7 +272,7 @@ __device__ inline void mma(float (&c)[4], const FragmentA<float>& a, const Fragm
     for (int i = 0; i < 4; ++i) split(a.word[4 * j + i], high_a[i], low_a[i]);
 #pragma unroll
     for (int i = 0; i < 2; ++i) split(b.word[2 * j + i], high_b[i], low_b[i]);
-    // tensor cores truncate what they add to: their sums stay short, and are added up rounded
+    // tensor cores truncate their sums: these stay short, and are added to c with rounding
     float sum[4] = {};
     mma_tf32(sum, low_a, low_b);
     mma_tf32(sum, low_a, high_b);

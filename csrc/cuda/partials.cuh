@@ -1,5 +1,4 @@
-// The second half of a deterministic sum over rows: blocks left partial sums, one for each, in
-// fp32.
+// The second half of a deterministic sum over rows: adds up the fp32 partial sums, one per block.
 #pragma once
 
 #include "launch.cuh"
@@ -31,7 +30,7 @@ static __global__ void __launch_bounds__(32 * kSumRows)
   float sum[1] = {0.f};
 #pragma unroll
   for (int row = 0; row < kSumRows; ++row) sum[0] += parts[row][threadIdx.x];
-  // chosen member by member: an index would put both into local memory
+  // selected member by member: an index would put both tables in local memory
   first.data = blockIdx.y == 0 ? first.data : second.data;
   first.dtype = blockIdx.y == 0 ? first.dtype : second.dtype;
   first.store(0, col, C, false, sum);

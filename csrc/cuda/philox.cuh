@@ -25,7 +25,7 @@ __device__ inline uint4 philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t
   return make_uint4(c0, c1, c2, c3);
 }
 
-// One call's dropout of rows. The seed is read on the device; a null one is p == 0.
+// The dropout of rows in one call. The seed is read on the device; a null one means p = 0.
 struct Dropout {
   const int64_t* seed;
   uint32_t site;
@@ -37,8 +37,8 @@ struct Dropout {
   __device__ uint32_t number(int64_t row) const {
     return static_cast<uint32_t>(rows ? rows[row] : row);
   }
-  // N values from column col of this row, a multiple of 4: scaled where kept, else 0. A select and
-  // no product, so that what is dropped is 0 even where it was inf or NaN
+  // N values from column `col` on, a multiple of 4: scaled where kept, else 0. A select, not a
+  // product: a dropped value is 0 even if it was inf or NaN
   template <int N>
   __device__ void apply(uint32_t number, int col, float (&values)[N]) const {
     const uint64_t key = static_cast<uint64_t>(*seed);

@@ -1,8 +1,8 @@
-// qkv_proj's forward: one GEMM whose rows of weights lie in one matrix or in three, with the biases
-// in its epilogue; (T, 3, H, D) is its output as it falls. Its backward is the library's.
+// qkv_proj's forward: one GEMM over one matrix of weights or three, with the biases in its
+// epilogue. Its output already has the layout (T, 3, H, D). The backward is the library's.
 //
-// A block makes a tile of kM x kN sums: tiles of x and w of kK columns pass by in kStages buffers,
-// filled by cp.async two steps ahead, and every warp multiplies its part of them.
+// A block computes a tile of kM x kN sums. It loops over tiles of x and w of kK columns in kStages
+// buffers, which cp.async fills two steps ahead; each warp multiplies its part of them.
 //
 // Template budget: {fp32, bf16, fp16}, 3 kernels.
 //
@@ -25,12 +25,12 @@ struct Product {
   static constexpr int kRows = kM / kWarpsM / 16, kColumns = kN / kWarpsN / 8;
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN, kResident = 2;
   static constexpr int kStage = (kM + kN) * kK;
-  // the sums pass through the same memory on their way out
+  // the sums are written through the same memory
   static constexpr int kBytes =
       sizeof(T) * (kStages * kStage > kM * kN ? kStages * kStage : kM * kN);
 };
 
-// rows that lie in up to three matrices of `part` each
+// rows of up to three matrices of `part` rows each
 template <typename P>
 struct Pieces {
   const P* data[3];
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(Product<T>::kThreads, Product<T>::kResident)
   for (int step = 0; step < P::kStages - 1; ++step) ask(step);
   for (int step = 0; step < steps; ++step) {
     copies_left<P::kStages - 2>();
-    // the buffer that the step before this one has left
+    // fills the buffer of the previous step
     ask(step + P::kStages - 1);
 #pragma unroll
     for (int k = 0; k < P::kK; k += 16) {
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(Product<T>::kThreads, Product<T>::kResident)
       }
     }
   }
-  // every warp is done with the tiles
+  // waits until every warp is done with the tiles
   copies_done();
   const Tile<T, P::kN> out = {memory};
 #pragma unroll

@@ -20,7 +20,7 @@ __device__ inline float warp_max(float value) {
   return value;
 }
 
-// The sums of a and of b over a row's THREADS threads, a warp or the whole block, in all of them.
+// The sums of a and of b over a row's THREADS threads, a warp or the whole block; all get them.
 template <int THREADS>
 __device__ inline float2 row_sums(float a, float b) {
   a = warp_sum(a);
@@ -28,7 +28,7 @@ __device__ inline float2 row_sums(float a, float b) {
   if constexpr (THREADS > 32) {
     constexpr int kWarps = THREADS / 32;
     __shared__ float2 parts[kWarps];
-    // who still reads the last sums must be done
+    // other warps may still read the previous sums
     __syncthreads();
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = make_float2(a, b);
     __syncthreads();

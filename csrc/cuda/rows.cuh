@@ -1,5 +1,5 @@
-// Whole rows in registers, for the ops that normalise: a warp holds a row of up to 768 elements in
-// 16 bit, a block one of up to 8192.
+// Whole rows in registers, for the ops that normalise: a warp holds a row of up to 768 elements
+// (fp32: 256), a block one of up to 8192.
 #pragma once
 
 #include "partials.cuh"
@@ -9,7 +9,7 @@
 
 namespace fastbert {
 
-// ELEMENTS of a row to each of its THREADS. A persistent backward keeps two sums beside two rows:
+// ELEMENTS of a row in each of its THREADS. A persistent backward holds two sums and two rows:
 // BLOCKS of WIDTH threads fit on a multiprocessor without spilling.
 template <int THREADS, int ELEMENTS, int WIDTH, int BLOCKS>
 struct Shape {
@@ -31,8 +31,8 @@ void by_width(int64_t C, F run) {
   run(Shape<512, 16, 512, 1>{});
 }
 
-// What a thread holds of a row: chunk k is kVec columns from `col(k)` on, side by side with those
-// of its neighbours, so that a warp reads 512 bytes at a time.
+// A thread's part of a row: chunk k is kVec columns from `col(k)` on, adjacent to those of the
+// neighbouring threads, so that a warp reads 512 bytes at a time.
 template <typename T, typename S>
 struct Row {
   static constexpr int kV = kVec<T>, kChunks = S::kElements / kV;
@@ -81,7 +81,7 @@ struct Row {
 #pragma unroll
     for (int k = 0; k < kChunks; ++k) dropout.apply(number, col(k), at[k]);
   }
-  // at becomes (at - mean) rstd; the variance is that of centred values: E[x^2] - mean^2 cancels
+  // at becomes (at - mean) rstd; the variance sums centred values: E[x^2] - mean^2 would cancel
   __device__ float2 normalise(int C, float eps) {
     float sum = 0.f, squares = 0.f;
 #pragma unroll
@@ -103,7 +103,7 @@ struct Row {
       for (int i = 0; i < kV; ++i) at[k][i] *= rstd;
     return make_float2(mean, rstd);
   }
-  // at becomes at weight + bias; either may be missing
+  // at becomes at weight + bias; either may be null
   __device__ void affine(const Table& weight, const Table& bias, int C, bool wide) {
 #pragma unroll
     for (int k = 0; k < kChunks; ++k) {
@@ -122,13 +122,13 @@ struct Row {
   }
 };
 
-// the rows of a forward's grid: this thread's row
+// this thread's row in the grid of a forward
 template <typename S>
 __device__ inline int64_t forward_row() {
   return static_cast<int64_t>(blockIdx.x) * S::kForwardRows + threadIdx.x / S::kThreads;
 }
 
-// The sums over a persistent block's rows that become the gradients of weight and bias.
+// A persistent block's sums over its rows, for the gradients of weight and bias.
 template <typename T, typename S>
 struct Sums {
   using R = Row<T, S>;
@@ -138,9 +138,9 @@ struct Sums {
     weight.fill(0.f);
     bias.fill(0.f);
   }
-  // g, the gradient of y = xhat weight + bias, becomes that of z, with xhat = (z - mean) rstd:
-  //   dz = rstd (g - mean(g) - xhat mean(g xhat)) for g weight in place of g
-  // and the sums of g xhat and g grow. Outside the row g is 0
+  // dy in g becomes dz, for y = xhat weight + bias and xhat = (z - mean) rstd; with g = dy weight
+  //   dz = rstd (g - mean(g) - xhat mean(g xhat))
+  // dy xhat and dy are added to the sums. dy is 0 outside the row
   template <typename Z>
   __device__ void backward(R& g, const Z& z, const Table& w, float mean, float rstd, int C,
                            bool wide) {
@@ -168,7 +168,7 @@ struct Sums {
       for (int i = 0; i < R::kV; ++i)
         g.at[k][i] = rstd * (g.at[k][i] - plain - (z(k, i) - mean) * rstd * along);
   }
-  // into partial (2, blocks, C); `shared` has room for C floats where rows are a warp's
+  // stores the sums in partial (2, blocks, C); `shared`: room for C floats if a warp holds a row
   __device__ void store(float* partial, float* shared, int C, bool wide) {
     float* at = partial + static_cast<int64_t>(blockIdx.x) * C;
     store_one(weight, at, shared, C, wide);
@@ -179,7 +179,7 @@ struct Sums {
   static __device__ void store_one(R& sum, float* to, float* shared, int C, bool wide) {
     if constexpr (S::kThreads == 32) {
       constexpr int kWarps = S::kBackwardBlock / 32;
-      // the warps add in turn, so that the order is fixed; the first one stores
+      // the warps add one after the other, in a fixed order; warp 0 is last and stores
       for (int warp = kWarps - 1; warp >= 0; --warp) {
         __syncthreads();
         if (static_cast<int>(threadIdx.x) / 32 != warp) continue;
@@ -200,7 +200,7 @@ struct Sums {
   }
 };
 
-// A row that a backward keeps as it lies in memory: half the registers in 16 bit.
+// A row that a backward keeps in its element type: half the registers in 16 bit.
 template <typename T, typename S>
 struct RawRow {
   using R = Row<T, S>;
@@ -213,7 +213,7 @@ struct RawRow {
   __device__ float operator()(int k, int i) const { return widen(at[k].at[i]); }
 };
 
-// this thread's first row in a persistent backward, how far the next one is, and its shared memory
+// a persistent backward: this thread's first row, the step to its next one, bytes of shared memory
 template <typename S>
 __device__ inline int64_t backward_row() {
   return static_cast<int64_t>(blockIdx.x) * S::kBackwardRows + threadIdx.x / S::kThreads;

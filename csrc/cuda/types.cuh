@@ -1,5 +1,5 @@
-// Element types, and how a thread moves N elements at once: 16 bytes an access where the memory is
-// aligned to it, else one by one.
+// Element types, and loads and stores of N elements: 16 bytes an access if the memory is aligned to
+// that, else one element at a time.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,7 +11,7 @@
 
 namespace fastbert {
 
-// numbers of the element types in fastbert/backend/cuda/__init__.py
+// the numbers of element types in fastbert/backend/cuda/__init__.py
 enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
 using bfloat16 = __nv_bfloat16;
@@ -84,9 +84,8 @@ __device__ inline void store(T* row, int col, int stop, bool wide, const float (
   }
 }
 
-// A table (rows, C) of fp32 or of the activations' T, which of them is known at run time only:
-// under autocast parameters are wider than activations, and a kernel for each pair would be twice
-// as many.
+// A table (rows, C) of fp32 or of the activations' T, chosen at run time: under autocast parameters
+// are wider than activations, and a kernel for each pair would double the number of kernels.
 struct Table {
   const void* data;  // or null
   int dtype;
@@ -100,7 +99,7 @@ struct Table {
   }
 };
 
-// where a table's gradient goes, in any of the element types
+// a table that is written, such as a gradient, in any of the element types
 struct MutableTable {
   void* data;  // or null
   int dtype;
@@ -117,14 +116,14 @@ struct MutableTable {
   }
 };
 
-// whether 16-byte accesses reach every row: rows of C elements are multiples of `vec`, and all
-// memory begins at a multiple of 16 bytes
+// whether every row allows 16-byte accesses: C is a multiple of `vec`, and all memory begins at a
+// multiple of 16 bytes
 template <typename... P>
 bool aligned(int64_t C, int vec, const P*... memory) {
   return C % vec == 0 && ((reinterpret_cast<uintptr_t>(memory) | ...) & 15) == 0;
 }
 
-// run(T{}) for the element type of this number
+// run(T{}) for the element type with this number
 template <typename F>
 void by_dtype(int dtype, F run) {
   switch (dtype) {
