@@ -94,6 +94,12 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return kIsas[current].name; }, "The instruction set that runs.");
   m.def("use_isa", &use_isa, "Run the kernels of this instruction set from now on.");
   m.attr("LARGE") = kLarge;
+  py::list fields;
+#define FASTBERT_NAME(name) fields.append(#name);
+  FASTBERT_LAYER_FIELDS(FASTBERT_NAME)
+#undef FASTBERT_NAME
+  // the parameters of a layer of encoder_infer, in their order
+  m.attr("LAYER_FIELDS") = py::tuple(fields);
   m.def(
       "large_pages",
       [](uintptr_t memory, size_t bytes) { large_pages(reinterpret_cast<void*>(memory), bytes); },

@@ -1,23 +1,47 @@
-// No include guard: isas.h includes this, by entries.h, once per instruction set.
+// No include guard: isas.h includes this once per instruction set.
 #include <cstdint>
+
+#ifndef FASTBERT_LAYER_FIELDS
+// The parameters of an encoder layer, an address each, in the order of LayerWeights in
+// fastbert/nn/layer.py, which compares these names with its own when it is imported.
+#define FASTBERT_LAYER_FIELDS(X) \
+  X(qkv)                         \
+  X(qkv_bias)                    \
+  X(out)                         \
+  X(out_bias)                    \
+  X(attention_norm)              \
+  X(attention_norm_bias)         \
+  X(up)                          \
+  X(up_bias)                     \
+  X(down)                        \
+  X(down_bias)                   \
+  X(output_norm)                 \
+  X(output_norm_bias)
+
+namespace fastbert {
+constexpr int64_t kLayerSizes = 4;    // heads, head size, intermediate size, 1 for the tanh GELU
+constexpr int64_t kLayerNumbers = 3;  // epsilon of the attention's norm and of the output's, scale
+}  // namespace fastbert
+#endif
 
 namespace fastbert {
 namespace FASTBERT_ISA {
 
 // n post-norm encoder layers for inference, in one call: x, y and everything between are of
-// `dtype`. `layers` holds kLayerFields addresses a layer, in the order of fastbert/runners/freeze.py:
-// weights packed by linear_pack, biases and norms in fp32. With `rows` the last layer's second half
-// runs for these rows.
+// `dtype`. `layers` holds the addresses of each layer's FASTBERT_LAYER_FIELDS: weights packed by
+// linear_pack, biases and norms in fp32. With `rows` the last layer's second half runs for these
+// rows.
 void encoder_infer(int dtype,
                    const void* x,              // (T, C)
                    const int32_t* cu_seqlens,  // (B + 1,)
-                   const int64_t* layers,      // (n, kLayerFields)
+                   const int64_t* layers,      // (n, 12)
+                   const int64_t* sizes,       // (n, kLayerSizes)
+                   const float* numbers,       // (n, kLayerNumbers)
                    int64_t n,
                    const int64_t* rows,  // (R,), or null
                    int64_t R,
                    void* y,  // (T, C), or (R, C)
-                   int64_t T, int64_t B, int64_t H, int64_t D, int64_t F_, float eps, bool tanh,
-                   int threads);
+                   int64_t T, int64_t B, int64_t C, int threads);
 
 }  // namespace FASTBERT_ISA
 }  // namespace fastbert

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +10,10 @@ from torch import Tensor, nn
 from fastbert.backend import chooser, cpu
 from fastbert.integrations import layers
 from fastbert.integrations.families import Parts
+from fastbert.nn.layer import LayerSettings, parameters
 from fastbert.nn.watch import log_once
 from fastbert.ops.context import autocast
-from fastbert.runners.copies import RECORDED, Copies, Shape
-
-# a layer's Linears and norms behind query, key and value, in the order of encoder.h's Layer
-_ORDER = ("out", "attention_norm", "up", "down", "output_norm")
+from fastbert.runners.copies import RECORDED, Copies, Fields, why_not_prepacked
 
 
 def served(encoder: nn.Module, x: Tensor, call: layers.Call) -> Tensor | None:
@@ -56,24 +53,23 @@ class FrozenLayers(Copies):
             self.drop()
             return None
         x = autocast(x)
-        shape, reason = _shape(parts)
-        fields = [_fields(m) for m in parts]
-        if torch.is_grad_enabled() and x.requires_grad:
-            reason = RECORDED
-        reason = reason or cpu.unsupported_dtype("x", x) or _unusual(fields, shape, x)
-        if reason is not None or shape is None:
+        settings = [layers.settings(m) for m in parts]
+        fields = [parameters(layers.weights(m)) for m in parts]
+        reason = cpu.unsupported_dtype("x", x) or _why_not_native(fields, settings, x)
+        if reason is not None:
             log_once(f"the frozen encoder runs its layers one by one: {reason}")
             return None
-        self._remember(fields)
+        self._remember(fields, settings)  # type: ignore[arg-type]
         if x.dtype not in self._packs:
-            self.pack(x.dtype, fields)  # type: ignore[arg-type]
-        return self.run(x, call.packing, call.rows, shape)
+            self.pack(x.dtype, fields, settings)  # type: ignore[arg-type]
+        return self.run(x, call.packing, call.rows)
 
-    def _remember(self, fields: Sequence[Any]) -> None:
-        """Drop the copies unless they are of these very tensors, in which nothing was written since."""
+    def _remember(self, fields: Sequence[Fields], settings: Sequence[LayerSettings]) -> None:
+        """Drop the copies unless they are of these very tensors and settings and nothing was written since."""
         sources = [t for layer in fields for field in layer for t in field]
         state = (
             cpu.native.isa(),  # type: ignore[union-attr]
+            settings,
             [*map(id, sources)],
             [t._version for t in sources],
             [*map(Tensor.data_ptr, sources)],
@@ -93,61 +89,21 @@ def _trains(m: Parts) -> bool:
     return m.core.training or any(d is not None and d.training for d in dropouts)
 
 
-def _fields(m: Parts) -> list[tuple[Tensor, ...]] | None:
-    """Weight and bias of all projections together, then of every other part; None where one is not untouched."""
-    three = [layers.plain(p) for p in (m.query, m.key, m.value)]
-    found = [*zip(*three, strict=True)] if None not in three else []
-    for name in _ORDER:
-        part = getattr(m, name)
-        pair = (part.weight, part.bias) if type(part) in layers.NORMS else layers.plain(part)
-        if pair is None:
-            return None
-        found += [(t,) for t in pair]
-    complete = len(found) == 12 and all(t is not None for field in found for t in field)
-    return found if complete else None
-
-
-def _shape(parts: Sequence[Parts]) -> tuple[Shape | None, str | None]:
-    """What all layers have in common, or why the native call can't run them."""
-    shapes = set()
-    for m in parts:
-        size = m.core.attention_head_size
-        if getattr(m.core, "scaling", size**-0.5) != size**-0.5:
-            return None, f"scores are scaled by {m.core.scaling}"
-        approximate = layers.gelu(m.activation)
-        if approximate is None:
-            return None, "the activation is not GELU"
-        for norm in (m.attention_norm, m.output_norm):
-            if type(norm) not in layers.NORMS or len(norm.normalized_shape) != 1:
-                return None, f"a norm is a {type(norm).__name__}"
-            heads, inner = m.query.out_features // size, m.up.out_features
-            shapes.add(Shape(heads, inner, norm.eps, approximate))
-    if len(shapes) != 1:
-        return None, "layers differ in sizes or settings"
-    return shapes.pop(), None
-
-
-def _unusual(fields: Sequence[Any], shape: Shape | None, x: Tensor) -> str | None:
-    """Why these weights can't be packed for inputs like x (T, C)."""
-    if any(layer is None for layer in fields) or shape is None:
-        return "a Linear or a norm is not torch.nn's own, or has no bias"
-    C, F = x.shape[1], shape.intermediate_size
-    wanted = [(C, C), (C,), (C, C), (C,), (C,), (C,), (F, C), (F,), (C, F), (C,), (C,), (C,)]
-    for layer in fields:
-        for field, size in zip(layer, wanted, strict=True):
-            for t in field:
-                if tuple(t.shape) != size:
-                    return f"a parameter has shape {tuple(t.shape)}, not {size}"
-                if reason := _unfit(t):
-                    return reason
-    if C % shape.heads:
-        return f"{C} columns are not {shape.heads} heads"
+def _why_not_native(
+    fields: Sequence[Fields | None], settings: Sequence[LayerSettings], x: Tensor
+) -> str | None:
+    """Why the layers have to run one by one on inputs like x (T, C), None if one native call can run them."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return RECORDED
+    for layer, s in zip(fields, settings, strict=True):
+        if reason := why_not_prepacked(layer, s):
+            return reason
+        assert layer is not None
+        if layer[0][0].shape[1] != x.shape[1]:
+            return f"the hidden states are {x.shape[1]} wide"
+        for t in (t for field in layer for t in field):
+            if type(t) not in (nn.Parameter, Tensor):
+                return f"a parameter is a {type(t).__name__}"
+            if torch.is_grad_enabled() and t.requires_grad:
+                return RECORDED
     return None
-
-
-def _unfit(t: Tensor) -> str | None:
-    if type(t) not in (nn.Parameter, Tensor):
-        return f"a parameter is a {type(t).__name__}"
-    if reason := cpu.unpackable("a parameter", t):
-        return reason
-    return RECORDED if torch.is_grad_enabled() and t.requires_grad else None

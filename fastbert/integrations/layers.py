@@ -16,7 +16,14 @@ from torch.nn import functional as stock
 from fastbert import functional as F
 from fastbert import nn as drop_in
 from fastbert.integrations.families import Layout, Parts
-from fastbert.nn.blocks import attend
+from fastbert.nn.layer import (
+    LayerCall,
+    LayerSettings,
+    LayerWeights,
+    Rates,
+    activation_name,
+    encoder_layer,
+)
 from fastbert.nn.packing import Packing
 from fastbert.nn.watch import first_hooked, hooked, log_once
 
@@ -171,60 +178,94 @@ def unsuited(layer: nn.Module, parts: Parts, layout: Layout, module: str) -> str
 
 
 def run(m: Parts, x: Tensor, call: Call) -> Tensor:
-    """One layer of these parts on packed tokens: LN(x + attention), then LN(x + feed-forward).
+    """One layer of these parts on packed tokens: (T, C), or (R, C) at call.rows. It takes three dropout sites."""
+    packing, site = call.packing, 1 + 3 * call.layer
+    batch = LayerCall(packing.cu_seqlens, packing.max_seqlen, call.seed, site, call.rows)
+    return encoder_layer(x, weights(m), settings(m), batch)
 
-    (T, C), or (R, C) at call.rows. It takes three dropout sites.
-    """
-    rows = call.rows
-    site = 1 + 3 * call.layer
-    y = _attention(m, x, call, site)
-    if rows is not None:
-        x, y = x.index_select(0, rows), y.index_select(0, rows)
-    x = _add_norm(m.attention_norm, m.out_dropout, _tokens(m.out, y), x, call, site + 1)
-    y = _feed_forward(m, x)
-    return _add_norm(m.output_norm, m.down_dropout, y, x, call, site + 2)
+
+def weights(m: Parts) -> LayerWeights:
+    """The layer's parameters; a part that must be called stands in the place of its weight."""
+    qkv, qkv_bias = _fused(plain(m.query), plain(m.key), plain(m.value)) or (_separate(m), None)
+    return LayerWeights(
+        qkv,
+        qkv_bias,
+        *_weight_and_bias(m.out),
+        *_norm(m.attention_norm),
+        *_weight_and_bias(m.up),
+        *_weight_and_bias(m.down),
+        *_norm(m.output_norm),
+    )
+
+
+def _weight_and_bias(m: nn.Module) -> tuple[Any, Tensor | None]:
+    """A Linear's weight and bias, or how it is called: it sees the packed tokens as a batch of one sequence."""
+    return plain(m) or ((lambda x: m(x[None])[0]), None)
+
+
+def _norm(m: nn.Module) -> tuple[Any, Tensor | None]:
+    """A norm's weight and bias, or the norm itself."""
+    if type(m) in NORMS and len(m.normalized_shape) == 1 and m.bias is not None:
+        return m.weight, m.bias
+    return m, None
+
+
+def _separate(m: Parts) -> Callable[[Tensor], Tensor]:
+    """x (T, C) -> (T, 3, H, D) by three projections that one product can't do."""
+
+    def project(x: Tensor) -> Tensor:
+        qkv = torch.stack([_tokens(p, x) for p in (m.query, m.key, m.value)], 1)
+        size = m.core.attention_head_size
+        return qkv.view(*qkv.shape[:2], qkv.shape[2] // size, size)
+
+    return project
 
 
 def _tokens(m: nn.Module, x: Tensor) -> Tensor:
-    """A Linear, or what stands in its place, on packed tokens; the latter sees a batch of one sequence."""
-    if (own := plain(m)) is not None:
-        return F.linear(x, *own)
-    return m(x[None])[0]
+    weight, bias = _weight_and_bias(m)
+    return weight(x) if callable(weight) else F.linear(x, weight, bias)
 
 
-def _attention(m: Parts, x: Tensor, call: Call, site: int) -> Tensor:
-    """(T, C) -> (T, H * D), before the output projection."""
+def _fused(
+    *own: tuple[Tensor, Tensor | None] | None,
+) -> tuple[list[Tensor], list[Tensor] | None] | None:
+    """The weights and biases of projections that one product can do, None where it can't."""
+    pairs = [pair for pair in own if pair is not None]
+    weights, biases = ([*side] for side in zip(*pairs, strict=True)) if pairs else ([], [])
+    without = [bias is None for bias in biases]
+    if len(pairs) != len(own) or (any(without) and not all(without)):
+        return None
+    first = weights[0]
+    if any(w.shape != first.shape or w.dtype != first.dtype for w in weights):
+        return None
+    if all(without):
+        return weights, None
+    return (weights, biases) if all(b.dtype == first.dtype for b in biases) else None
+
+
+def settings(m: Parts) -> LayerSettings:
+    """What the layer computes beside its weights, as its modules say now."""
     core, size = m.core, m.core.attention_head_size
-    fused = _fused(plain(m.query), plain(m.key), plain(m.value))
-    if fused is not None:
-        qkv = F.qkv_proj(x, *fused, m.query.out_features // size)
-    else:
-        qkv = torch.stack([_tokens(p, x) for p in (m.query, m.key, m.value)], 1)
-        qkv = qkv.view(*qkv.shape[:2], qkv.shape[2] // size, size)
-    # transformers 4 names no scale
-    p = getattr(core, "dropout_prob", m.attention_dropout.p) if core.training else 0.0
-    scale = getattr(core, "scaling", size**-0.5)
-    packing = call.packing
-    options = {"scale": scale, "p": p, "seed": call.seed if p else None, "site": site}
-    return attend(qkv, packing.cu_seqlens, packing.max_seqlen, **options)
+    # transformers 4 keeps the rate on its sdpa classes, and names no scale
+    attention = getattr(core, "dropout_prob", m.attention_dropout.p) if core.training else 0.0
+    activation = gelu(m.activation)
+    if activation is None:
+        log_once(
+            f"accelerate: the activation {type(m.activation).__name__} is transformers', not fused"
+        )
+    return LayerSettings(
+        # an adapter's projection has its own shape
+        getattr(m.query, "out_features", size) // size,
+        m.activation if activation is None else activation_name(activation),
+        getattr(m.attention_norm, "eps", 0.0),
+        getattr(m.output_norm, "eps", 0.0),
+        Rates(attention, _rate(m.out_dropout), 0.0, _rate(m.down_dropout)),
+        getattr(core, "scaling", size**-0.5),
+    )
 
 
-def _fused(*own: tuple[Tensor, Tensor | None] | None) -> tuple[list[Tensor], list[Tensor]] | None:
-    """The weights and biases of projections that one GEMM can do, None where it can't."""
-    weights, biases = [], []
-    for pair in own:
-        if pair is None:
-            return None
-        weight, bias = pair
-        weights.append(weight)
-        if bias is not None:
-            biases.append(bias)
-        first = weights[0]
-        if weight.shape != first.shape or weight.dtype != first.dtype:
-            return None
-        if bias is not None and bias.dtype != first.dtype:
-            return None
-    return (weights, biases) if len(biases) in (0, len(weights)) else None
+def _rate(m: nn.Module | None) -> float:
+    return m.p if m is not None and m.training else 0.0  # type: ignore[return-value]
 
 
 def gelu(activation: Any) -> str | None:
@@ -235,36 +276,3 @@ def gelu(activation: Any) -> str | None:
         return "none"
     kind = type(activation)
     return _GELUS.get(kind.__name__) if kind.__module__ == "transformers.activations" else None
-
-
-def _feed_forward(m: Parts, x: Tensor) -> Tensor:
-    approximate = gelu(m.activation)
-    if approximate is not None:
-        up, down = plain(m.up), plain(m.down)
-        if up is not None and down is not None:
-            return F.feed_forward(x, *up, *down, approximate)
-    if approximate is None:
-        log_once(
-            f"accelerate: the activation {type(m.activation).__name__} is transformers', not fused"
-        )
-    return _tokens(m.down, m.activation(_tokens(m.up, x)))
-
-
-def _add_norm(
-    norm: Any, dropout: Any, y: Tensor, residual: Tensor, call: Call, site: int
-) -> Tensor:
-    p = dropout.p if dropout is not None and dropout.training else 0.0
-    bias = norm.bias if type(norm) in NORMS and len(norm.normalized_shape) == 1 else None
-    if bias is not None:
-        return F.dropout_add_layer_norm(
-            y,
-            residual,
-            norm.weight,
-            bias,
-            eps=norm.eps,
-            p=p,
-            seed=call.seed if p else None,
-            site=site,
-            rows=call.rows if p else None,
-        )
-    return norm(residual + (y if dropout is None else dropout(y)))

@@ -6,20 +6,22 @@ draws its own.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from fastbert import functional as F
+from fastbert.nn.layer import (
+    LayerCall,
+    LayerSettings,
+    LayerWeights,
+    Rates,
+    activation_name,
+    attention_block,
+    encoder_layer,
+    feed_forward_block,
+)
 from fastbert.nn.packing import Packing
-
-
-def attend(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Any) -> Tensor:
-    """The `attention` op with the heads side by side: (T, 3, H, D) -> (T, H * D)."""
-    y = F.attention(qkv, cu_seqlens, max_seqlen, **options)
-    assert isinstance(y, Tensor)  # a pair only with return_lse
-    return y.flatten(1)
+from fastbert.nn.watch import first_hooked
 
 
 class Linear(nn.Linear):
@@ -135,9 +137,10 @@ class SelfAttention(nn.Module):
         site: int = 0,
         rows: Tensor | None = None,  # (R,) int64, the rows to compute; None: all
     ) -> Tensor:
-        p = self.p if self.training else 0.0
-        y = attend(self.qkv(x), cu_seqlens, max_seqlen, p=p, seed=seed, site=site)
-        return self.out(y if rows is None else y.index_select(0, rows))
+        rates = Rates(attention=self.p if self.training else 0.0)
+        settings = LayerSettings(self.qkv.num_heads, rates=rates)
+        call = LayerCall(cu_seqlens, max_seqlen, seed, site, rows)
+        return attention_block(x, LayerWeights(qkv=self.qkv, out=self.out), settings, call)
 
     def probabilities(self, x: Tensor, packing: Packing) -> Tensor:
         """The softmax weights (B, H, S, S) before dropout, zeros at padding: materialised, so slow and large."""
@@ -161,10 +164,16 @@ class FeedForward(nn.Module):
         self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:  # (T, C) -> (T, C)
-        if self.approximate is None:
-            return self.down(torch.relu(self.up(x)))
         up, down = self.up, self.down
-        return F.feed_forward(x, up.weight, up.bias, down.weight, down.bias, self.approximate)
+        if {type(up), type(down)} <= {Linear, nn.Linear} and first_hooked((up, down)) is None:
+            weights = LayerWeights(
+                up=up.weight, up_bias=up.bias, down=down.weight, down_bias=down.bias
+            )
+        else:
+            # adapters say more than their weights
+            weights = LayerWeights(up=up, down=down)
+        settings = LayerSettings(activation=activation_name(self.approximate))
+        return feed_forward_block(x, weights, settings)
 
 
 class EncoderLayer(nn.Module):
@@ -201,33 +210,44 @@ class EncoderLayer(nn.Module):
         site: int = 0,
         rows: Tensor | None = None,  # (R,) int64, packed row numbers
     ) -> Tensor:
-        y = self.attention(x, cu_seqlens, max_seqlen, seed, site, rows)
-        x = x if rows is None else x.index_select(0, rows)
-        x = self._add_norm(self.attention_norm, y, x, seed, site + 1, rows)
-        return self._add_norm(self.output_norm, self.feed_forward(x), x, seed, site + 2, rows)
-
-    def _add_norm(
-        self,
-        norm: nn.LayerNorm,
-        y: Tensor,
-        residual: Tensor,
-        seed: Tensor | None,
-        site: int,
-        rows: Tensor | None,
-    ) -> Tensor:
-        p = self.p if self.training else 0.0
-        return F.dropout_add_layer_norm(
-            y,
-            residual,
-            norm.weight,
-            norm.bias,
-            eps=norm.eps,
-            p=p,
-            seed=seed,
-            site=site,
-            rows=rows,
-            from_output=self.norms_from_output,
+        attention_norm, output_norm = self.attention_norm, self.output_norm
+        weights = LayerWeights(
+            attention_norm=attention_norm.weight,
+            attention_norm_bias=attention_norm.bias,
+            output_norm=output_norm.weight,
+            output_norm_bias=output_norm.bias,
         )
+        p = self.p if self.training else 0.0
+        settings = LayerSettings(
+            attention_eps=attention_norm.eps,
+            output_eps=output_norm.eps,
+            rates=Rates(out=p, down=p),
+            norms_from_output=self.norms_from_output,
+        )
+        call = LayerCall(cu_seqlens, max_seqlen, seed, site, rows)
+
+        def attention(x: Tensor) -> Tensor:
+            return self.attention(x, cu_seqlens, max_seqlen, seed, site, rows)
+
+        # the blocks are called as modules: their hooks see every call
+        return encoder_layer(x, weights, settings, call, attention, self.feed_forward)
+
+
+# the names of an EncoderLayer's parameters
+PARAMETERS = LayerWeights(
+    qkv="attention.qkv.weight",
+    qkv_bias="attention.qkv.bias",
+    out="attention.out.weight",
+    out_bias="attention.out.bias",
+    attention_norm="attention_norm.weight",
+    attention_norm_bias="attention_norm.bias",
+    up="feed_forward.up.weight",
+    up_bias="feed_forward.up.bias",
+    down="feed_forward.down.weight",
+    down_bias="feed_forward.down.bias",
+    output_norm="output_norm.weight",
+    output_norm_bias="output_norm.bias",
+)
 
 
 class MLMHead(nn.Module):

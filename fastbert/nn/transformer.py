@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastbert import functional as F
-from fastbert.backend.reference.philox import dropout
-from fastbert.nn.blocks import (
-    Linear,
-    attend,
-)
+from fastbert.nn.blocks import Linear
 from fastbert.nn.drop_in import GELU, LayerNorm, log_stock, why_not_fused
+from fastbert.nn.layer import (
+    LayerCall,
+    LayerSettings,
+    LayerWeights,
+    Rates,
+    activation_name,
+    attention_block,
+    encoder_layer,
+)
 from fastbert.nn.packing import Packing
 from fastbert.nn.watch import hooked, observed
 from fastbert.ops.context import seed_for
@@ -71,16 +75,16 @@ def _attention_reason(m: nn.MultiheadAttention, x: Tensor) -> str | None:
 
 
 def _activation(m: nn.TransformerEncoderLayer) -> str | None:
-    """relu, none (exact GELU) or tanh, as the layer's activation is now; None for any other."""
+    """The name of the layer's activation as it is now; None for any other than GELU and ReLU."""
     activation = m.activation
     if activation in (nn.functional.relu, torch.relu):
         return "relu"
     if activation is nn.functional.gelu:
-        return "none"
+        return "gelu"
     if not isinstance(activation, nn.Module) or hooked(activation):
         return None
     if type(activation) in (nn.GELU, GELU):
-        return str(activation.approximate)
+        return activation_name(activation.approximate)
     return "relu" if type(activation) is nn.ReLU else None
 
 
@@ -88,22 +92,14 @@ def _rate(m: nn.Dropout) -> float:
     return m.p if m.training else 0.0
 
 
-def _attend(
-    m: nn.MultiheadAttention,
-    x: Tensor,  # (T, C)
-    packing: Packing,
-    causal: bool,
-    seed: Tensor | None = None,
-    site: int = 0,
-) -> Tensor:
-    """Self-attention of packed tokens with torch.nn.MultiheadAttention's weights, before any dropout of its output."""
-    bias = None if m.in_proj_bias is None else [m.in_proj_bias]
-    qkv = F.qkv_proj(x, [m.in_proj_weight], bias, m.num_heads)
-    p = m.dropout if m.training else 0.0
-    y = attend(
-        qkv, packing.cu_seqlens, packing.max_seqlen, p=p, causal=causal, seed=seed, site=site
+def _weights(m: nn.MultiheadAttention) -> LayerWeights:
+    """The fields of an attention block."""
+    return LayerWeights(
+        qkv=[m.in_proj_weight],
+        qkv_bias=None if m.in_proj_bias is None else [m.in_proj_bias],
+        out=m.out_proj.weight,
+        out_bias=m.out_proj.bias,
     )
-    return F.linear(y, m.out_proj.weight, m.out_proj.bias)
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -145,7 +141,11 @@ class MultiheadAttention(nn.MultiheadAttention):
                 average_attn_weights,
                 is_causal,
             )
-        return packing.pad(_attend(self, packing.unpad(query), packing, is_causal)), None
+        rates = Rates(attention=self.dropout if self.training else 0.0)
+        settings = LayerSettings(self.num_heads, rates=rates, causal=is_causal)
+        call = LayerCall(packing.cu_seqlens, packing.max_seqlen)
+        y = attention_block(packing.unpad(query), _weights(self), settings, call)
+        return packing.pad(y), None
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -190,10 +190,10 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
                     return reason
         return "a dropout is 1" if max(self.rates()) == 1.0 else None
 
-    def rates(self) -> tuple[float, float, float, float]:
-        """Probabilities of dropout now: of attention weights, inside the feed-forward, after attention, after it."""
+    def rates(self) -> Rates:
+        """The probabilities of dropout now."""
         attention = self.self_attn.dropout if self.self_attn.training else 0.0
-        return attention, _rate(self.dropout), _rate(self.dropout1), _rate(self.dropout2)
+        return Rates(attention, _rate(self.dropout1), _rate(self.dropout), _rate(self.dropout2))
 
     def packed(
         self,
@@ -204,28 +204,31 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         site: int = 0,
     ) -> Tensor:
         """The layer on packed tokens; its four dropouts take the sites from `site` on."""
-        _, p, p1, p2 = rates = self.rates()
+        up, down, norm1, norm2 = self.linear1, self.linear2, self.norm1, self.norm2
+        weights = _weights(self.self_attn)._replace(
+            attention_norm=norm1.weight,
+            attention_norm_bias=norm1.bias,
+            up=up.weight,
+            up_bias=up.bias,
+            down=down.weight,
+            down_bias=down.bias,
+            output_norm=norm2.weight,
+            output_norm_bias=norm2.bias,
+        )
+        rates = self.rates()
+        settings = LayerSettings(
+            self.self_attn.num_heads,
+            _activation(self),
+            norm1.eps,
+            norm2.eps,
+            rates,
+            pre_norm=self.norm_first,
+            causal=causal,
+            inner_site=True,
+        )
         seed = seed_for(max(rates), seed, x)
-        if self.norm_first:
-            y = _attend(self.self_attn, _norm(self.norm1, x), packing, causal, seed, site)
-            x = x + dropout(y, p1, seed, site + 1)
-            y = self._feed_forward(_norm(self.norm2, x), p, seed, site + 2)
-            return x + dropout(y, p2, seed, site + 3)
-        y = _attend(self.self_attn, x, packing, causal, seed, site)
-        x = _add_norm(self.norm1, y, x, p1, seed, site + 1)
-        y = self._feed_forward(x, p, seed, site + 2)
-        return _add_norm(self.norm2, y, x, p2, seed, site + 3)
-
-    def _feed_forward(self, x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
-        up, down, approximate = self.linear1, self.linear2, _activation(self)
-        assert approximate is not None
-        if approximate == "relu":
-            hidden = torch.relu(F.linear(x, up.weight, up.bias))
-        else:
-            if p == 0.0:
-                return F.feed_forward(x, up.weight, up.bias, down.weight, down.bias, approximate)
-            hidden = F.bias_gelu(F.linear(x, up.weight), up.bias, approximate)
-        return F.linear(dropout(hidden, p, seed, site), down.weight, down.bias)
+        call = LayerCall(packing.cu_seqlens, packing.max_seqlen, seed, site)
+        return encoder_layer(x, weights, settings, call)
 
 
 class TransformerEncoder(nn.TransformerEncoder):
@@ -274,20 +277,6 @@ def _is_causal(mask: Tensor, length: int) -> bool:
     seen_is_zero = True if mask.dtype == torch.bool else bool((mask[~hidden] == 0).all())
     upper = torch.ones_like(hidden).triu(1)
     return seen_is_zero and torch.equal(hidden, upper)
-
-
-def _norm(m: nn.LayerNorm, x: Tensor) -> Tensor:
-    return F.layer_norm(x, m.weight, m.bias, m.eps)
-
-
-def _add_norm(
-    m: nn.LayerNorm, y: Tensor, residual: Tensor, p: float, seed: Tensor | None, site: int
-) -> Tensor:
-    if m.bias is None:
-        return _norm(m, residual + dropout(y, p, seed, site))
-    return F.dropout_add_layer_norm(
-        y, residual, m.weight, m.bias, eps=m.eps, p=p, seed=seed, site=site
-    )
 
 
 # the class of ours that stands for one of torch.nn's inside a layer

@@ -1,11 +1,11 @@
-"""Prepacked copies of weights."""
+"""Prepacked copies of an encoder's weights, and the native call that runs all layers on them."""
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,22 +13,34 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastbert.backend import cpu
 from fastbert.backend.cpu import _gemm
+from fastbert.nn.layer import GELUS, LayerSettings, LayerWeights
 from fastbert.nn.packing import Packing
 from fastbert.ops._check import cu_seqlens_valid
 
-# why layers have to run
+# a layer's parameters by the fields of LayerWeights; the tensors of a field lie one below the other in its copy
+Fields = Sequence[Sequence[Tensor]]
+
+# why the layers have to run one by one
 RECORDED = "gradients are recorded, call it under torch.no_grad() or torch.inference_mode()"
 
-
-# those that hold copies
+# all Copies that hold a copy
 _live: weakref.WeakSet[Copies] = weakref.WeakSet()
+
+if cpu.native is not None and LayerWeights._fields != cpu.native.LAYER_FIELDS:
+    raise ImportError(
+        f"fastbert._cpu reads a layer's parameters as {', '.join(cpu.native.LAYER_FIELDS)}, and this version of "
+        f"fastbert as {', '.join(LayerWeights._fields)}: build it again, `pip install .` in the checkout"
+    )
 
 
 class Copies:
-    """An encoder's packed copies, {dtype: table of addresses and the copies behind them}."""
+    """An encoder's prepacked weights for each dtype of the activations, and what they were made from."""
 
     def __init__(self) -> None:
+        # {dtype: (addresses (n, 12), copies)}
         self._packs: dict[torch.dtype, tuple[Tensor, list[Tensor]]] = {}
+        # (n, 4) int64 and (n, 3) fp32 in the order of csrc/cpu/encoder.h
+        self._settings: tuple[Tensor, Tensor] | None = None
 
     def __deepcopy__(self, memo: Any) -> Copies:
         return type(self)()
@@ -53,8 +65,10 @@ class Copies:
         """The parameters that were packed."""
         raise NotImplementedError
 
-    def pack(self, dtype: torch.dtype, layers: Iterable[Sequence[Sequence[Tensor]]]) -> None:
-        """Copy every layer's fields, in the order of encoder.h's Layer; pieces of one lie one below the other."""
+    def pack(
+        self, dtype: torch.dtype, layers: Sequence[Fields], settings: Sequence[LayerSettings]
+    ) -> None:
+        """Copy every layer's weights for activations of this dtype."""
         kept: list[Tensor] = []
         rows: list[list[int]] = []
         for fields in layers:
@@ -63,6 +77,7 @@ class Copies:
             # fp32 biases and norms are read where they are
             kept += [t for t, f in zip(packed, fields, strict=True) if t is not f[0]]
         self._packs[dtype] = torch.tensor(rows, dtype=torch.int64), kept
+        self._settings = _settings_tables(layers, settings)
         # here, not in `freeze`: deep copies and unpickled models come by as well
         _live.add(self)
         _watch_optimizers()
@@ -72,10 +87,11 @@ class Copies:
         x: Tensor,  # (T, C)
         packing: Packing,
         rows: Tensor | None,  # (R,) int64
-        shape: Shape,
     ) -> Tensor:
         """The last layer's output (T, C), or (R, C) at `rows`."""
+        assert self._settings is not None
         table, _ = self._packs[x.dtype]
+        sizes, numbers = self._settings
         T, C = x.shape
         count = T if rows is None else rows.shape[0]
         x, y = x.contiguous(), x.new_empty(count, C)
@@ -86,29 +102,57 @@ class Copies:
             x.data_ptr(),
             cu_seqlens.data_ptr(),
             table.data_ptr(),
+            sizes.data_ptr(),
+            numbers.data_ptr(),
             table.shape[0],
             cpu.address(rows),
             0 if rows is None else count,
             y.data_ptr(),
             T,
             cu_seqlens.shape[0] - 1,
-            shape.heads,
-            C // shape.heads,
-            shape.intermediate_size,
-            shape.eps,
-            shape.approximate == "tanh",
+            C,
             torch.get_num_threads(),
         )
         return y
 
 
-class Shape(NamedTuple):
-    """What the native call is told of all layers beside their weights."""
+def why_not_prepacked(fields: Fields | None, settings: LayerSettings) -> str | None:
+    """Why the native call can't run a layer of these parameters and settings, None if it can."""
+    if settings.activation not in GELUS:
+        return "the activation is not GELU"
+    if fields is None:
+        return "a Linear or a norm is not torch.nn's own, or has no bias"
+    for name, field in zip(LayerWeights._fields, fields, strict=True):
+        label = name if name.endswith("bias") else f"{name}.weight"
+        for t in field:
+            if reason := cpu.unpackable(label, t):
+                return reason
+    sizes = LayerWeights(*(tuple(f[0].shape) for f in fields))
+    pieces = len(fields[0])
+    if len(sizes.qkv) != 2 or len(sizes.up) != 2:
+        return f"its weights have shapes {sizes.qkv} and {sizes.up}, not those of matrices"
+    C, A, F = sizes.qkv[1], sizes.qkv[0] * pieces // 3, sizes.up[0]
+    wanted = LayerWeights.shapes(C, A, F)
+    if pieces == 3:
+        wanted = wanted._replace(qkv=(A, C), qkv_bias=(A,))
+    for name, field, size in zip(LayerWeights._fields, fields, wanted, strict=True):
+        for t in field:
+            if tuple(t.shape) != size:
+                return f"its {name} has shape {tuple(t.shape)}, not {size}"
+    return f"{A} columns are not {settings.heads} heads" if A % settings.heads else None
 
-    heads: int
-    intermediate_size: int
-    eps: float
-    approximate: str | None
+
+def _settings_tables(
+    layers: Sequence[Fields], settings: Sequence[LayerSettings]
+) -> tuple[Tensor, Tensor]:
+    sizes, numbers = [], []
+    for layer, s in zip(layers, settings, strict=True):
+        w = LayerWeights(*layer)
+        head = w.out[0].shape[1] // s.heads
+        sizes.append([s.heads, head, w.up[0].shape[0], int(s.activation == "gelu_tanh")])
+        scale = head**-0.5 if s.scale is None else s.scale
+        numbers.append([s.attention_eps, s.output_eps, scale])
+    return torch.tensor(sizes, dtype=torch.int64), torch.tensor(numbers, dtype=torch.float32)
 
 
 def _packed(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

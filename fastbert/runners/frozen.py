@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.backend import chooser, cpu
-from fastbert.models.config import BertConfig
 from fastbert.models.encoder import BertModel
-from fastbert.nn.blocks import EncoderLayer, FeedForward, QKVProjection, SelfAttention
+from fastbert.nn.blocks import PARAMETERS, EncoderLayer, FeedForward, QKVProjection, SelfAttention
 from fastbert.nn.blocks import Linear as BlockLinear
+from fastbert.nn.layer import LayerSettings, activation_name
 from fastbert.nn.packing import Packing
 from fastbert.nn.watch import log_once
-from fastbert.runners.copies import RECORDED, Copies, Shape
+from fastbert.runners.copies import RECORDED, Copies, why_not_prepacked
 
 # the parts of a layer that the native code knows, by name
 PARTS: dict[str, type[nn.Module]] = {
@@ -30,11 +30,11 @@ PARTS: dict[str, type[nn.Module]] = {
 }
 
 
-# a part's attribute and the configuration's, whose value is passed to the native code
-SETTINGS: dict[type[nn.Module], tuple[str, str]] = {
-    nn.LayerNorm: ("eps", "layer_norm_eps"),
-    QKVProjection: ("num_heads", "num_attention_heads"),
-    FeedForward: ("approximate", "approximate"),
+# a part's attribute that the native code is passed
+SETTINGS: dict[type[nn.Module], str] = {
+    nn.LayerNorm: "eps",
+    QKVProjection: "num_heads",
+    FeedForward: "approximate",
 }
 
 
@@ -50,20 +50,17 @@ class Origin:
         # where a forward finds the parts and parameters
         places = [d[kind] for d in self.inside for kind in ("_modules", "_parameters")]
         self.places = [(place, name) for place in places for name in place]
-        self.settings = [(vars(m), SETTINGS[type(m)][0]) for m in self.parts if type(m) in SETTINGS]
-        self.state = self.look(encoder.config)
+        self.settings = [(vars(m), SETTINGS[type(m)]) for m in self.parts if type(m) in SETTINGS]
+        self.state = self.look()
 
     def unchanged(self, encoder: BertModel) -> bool:
         """Whether the encoder's layers still consist of what was packed, and run the same code."""
-        return encoder.layers is self.layers and self.look(encoder.config) == self.state
+        return encoder.layers is self.layers and self.look() == self.state
 
-    def look(self, config: BertConfig) -> tuple[object, ...]:
+    def look(self) -> tuple[object, ...]:
         """All that the copies and the native call depend on; every forward compares it, so it is flat and cheap."""
         return (
             cpu.native.isa(),  # type: ignore[union-attr]
-            config.hidden_size,
-            config.intermediate_size,
-            [getattr(config, name) for _, name in SETTINGS.values()],
             [d[name] for d, name in self.settings],
             [id(m) for m in self.layers._modules.values()],
             [id(place.get(name)) for place, name in self.places],
@@ -85,6 +82,7 @@ class Frozen(Copies):
     def __init__(self) -> None:
         super().__init__()
         self._origin: Origin | None = None
+        self._width = 0
 
     def drop(self) -> None:
         """Forget the copies and what they were made from."""
@@ -110,10 +108,8 @@ class Frozen(Copies):
             self.drop()
         reason = self._recorded(encoder, x)
         if reason is None and x.dtype not in self._packs:
-            reason = cpu.unsupported_dtype("x", x) or _unusual(encoder)
-            if reason is None:
-                self._pack(encoder, x.dtype)
-        if reason is None and x.shape[1] != encoder.config.hidden_size:
+            reason = cpu.unsupported_dtype("x", x) or self._pack(encoder, x.dtype)
+        if reason is None and x.shape[1] != self._width:
             reason = f"the embeddings are {x.shape[1]} wide"
         if reason is not None:
             log_once(f"the frozen encoder runs its layers one by one: {reason}")
@@ -130,12 +126,29 @@ class Frozen(Copies):
             return RECORDED
         return None
 
-    def _pack(self, encoder: BertModel, dtype: torch.dtype) -> None:
+    def _pack(self, encoder: BertModel, dtype: torch.dtype) -> str | None:
+        """Pack the weights for activations of this dtype, or say why the layers can't be read instead of called."""
+        if type(encoder.layers) is not nn.ModuleList or len(encoder.layers) == 0:
+            return "it has no list of layers, or an empty one"
+        layers, settings = [], []
+        for layer in encoder.layers:
+            if reason := why_not_read(layer):
+                return reason
+            own = dict(layer.named_parameters(remove_duplicate=False))
+            fields = [[own[name]] for name in PARAMETERS if name in own]
+            s = _settings(layer)  # type: ignore[arg-type]
+            whole = own.keys() == set(PARAMETERS)
+            if reason := why_not_prepacked(fields if whole else None, s):
+                return reason
+            layers.append(fields)
+            settings.append(s)
+        if len({fields[0][0].shape[1] for fields in layers}) > 1:
+            return "its layers differ in width"
         if self._origin is None:
             self._origin = Origin(encoder)
-        layers = (dict(m.named_parameters(remove_duplicate=False)) for m in encoder.layers)
-        names = _shapes(encoder.config)
-        self.pack(dtype, ([[parameters[name]] for name in names] for parameters in layers))
+        self._width = layers[0][0][0].shape[1]
+        self.pack(dtype, layers, settings)
+        return None
 
     def encode(
         self,
@@ -145,25 +158,11 @@ class Frozen(Copies):
         rows: Tensor | None,  # (R,) int64
     ) -> Tensor:
         """The last layer's output (T, C), or (R, C) at `rows`."""
-        c = encoder.config
-        shape = Shape(c.num_attention_heads, c.intermediate_size, c.layer_norm_eps, c.approximate)
-        return self.run(x, packing, rows, shape)
+        return self.run(x, packing, rows)
 
 
-def _unusual(encoder: BertModel) -> str | None:
-    """Why the layers can't be read instead of called, or None: something in them is not as the configuration says."""
-    if encoder.config.approximate is None:
-        return "the activation is not GELU"
-    if type(encoder.layers) is not nn.ModuleList or len(encoder.layers) == 0:
-        return "it has no list of layers, or an empty one"
-    reasons = (
-        _unusual_parts(layer, encoder.config) or _unusual_weights(layer, encoder.config)
-        for layer in encoder.layers
-    )
-    return next((reason for reason in reasons if reason is not None), None)
-
-
-def _unusual_parts(layer: nn.Module, config: BertConfig) -> str | None:
+def why_not_read(layer: nn.Module) -> str | None:
+    """Why a layer's parts must be called, None if their parameters say everything about them."""
     for path, m in layer.named_modules(remove_duplicate=False):
         kind = type(m).__name__
         if type(m) is not PARTS.get(path):
@@ -174,34 +173,13 @@ def _unusual_parts(layer: nn.Module, config: BertConfig) -> str | None:
             return f"the forward of a {kind} was replaced"
         if m.training:
             return f"a {kind} is in training mode, call eval() on the model"
-        if type(m) in SETTINGS:
-            name, configured = SETTINGS[type(m)]
-            ours, theirs = getattr(m, name), getattr(config, configured)
-            if ours != theirs:
-                return f"{name} of a {kind} is {ours}, the configuration says {theirs}"
     return None
 
 
-def _unusual_weights(layer: nn.Module, config: BertConfig) -> str | None:
-    parameters = dict(layer.named_parameters(remove_duplicate=False))
-    if {name: tuple(p.shape) for name, p in parameters.items()} != _shapes(config):
-        return "a layer's weights do not have the names and shapes that the configuration asks for"
-    return next(filter(None, (cpu.unpackable(name, p) for name, p in parameters.items())), None)
-
-
-def _shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
-    """A layer's parameters and their shapes, in the order of encoder.h's Layer."""
-    C, F = config.hidden_size, config.intermediate_size
-    weights = {
-        "attention.qkv": (3 * C, C),
-        "attention.out": (C, C),
-        "attention_norm": (C,),
-        "feed_forward.up": (F, C),
-        "feed_forward.down": (C, F),
-        "output_norm": (C,),
-    }
-    return {
-        f"{part}.{name}": size
-        for part, shape in weights.items()
-        for name, size in (("weight", shape), ("bias", shape[:1]))
-    }
+def _settings(layer: EncoderLayer) -> LayerSettings:
+    return LayerSettings(
+        layer.attention.qkv.num_heads,
+        activation_name(layer.feed_forward.approximate),
+        layer.attention_norm.eps,
+        layer.output_norm.eps,
+    )

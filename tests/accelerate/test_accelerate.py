@@ -29,7 +29,7 @@ from hf_models import (
 )
 
 import fastbert
-from fastbert.nn import blocks
+from fastbert.nn import watch
 
 MODELS = [(f, h) for f in FAMILIES for h in HEADS if hasattr(transformers, f + h)]
 
@@ -37,7 +37,7 @@ MODELS = [(f, h) for f in FAMILIES for h in HEADS if hasattr(transformers, f + h
 @pytest.fixture
 def sentences(monkeypatch, caplog):
     """What was logged once, from a clean slate."""
-    monkeypatch.setattr(blocks, "_logged", set())
+    monkeypatch.setattr(watch, "_logged", set())
     caplog.set_level(logging.INFO, logger="fastbert")
     words = ("runs transformers' code", "takes padding out", "computes all logits")
     return lambda: [m for r in caplog.records if any(w in (m := r.getMessage()) for w in words)]

@@ -8,13 +8,13 @@ from hf_models import OLD, B, accelerated, at_tokens, batch, build, transformers
 from torch import nn
 
 import fastbert
-from fastbert.nn import blocks
+from fastbert.nn import watch
 
 
 @pytest.fixture
 def said(monkeypatch, caplog):
     """What accelerate() has said of a model, from a clean slate."""
-    monkeypatch.setattr(blocks, "_logged", set())
+    monkeypatch.setattr(watch, "_logged", set())
     caplog.set_level(logging.INFO, logger="fastbert")
     # the first sentence counts what was changed
     return lambda: [m for r in caplog.records if (m := r.getMessage()).startswith("accelerate: ")][

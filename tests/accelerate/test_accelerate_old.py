@@ -18,7 +18,7 @@ from torch import nn
 
 import fastbert
 from fastbert.integrations import layers
-from fastbert.nn import blocks
+from fastbert.nn import watch
 
 old = pytest.mark.skipif(not OLD, reason="of transformers 4, see make test-transformers4")
 ARCHITECTURES = ("Bert", "Roberta", "DistilBert", "Electra")
@@ -29,7 +29,7 @@ EAGER, SDPA = ({"attn_implementation": name} for name in ("eager", "sdpa"))
 @pytest.fixture
 def said(monkeypatch, caplog):
     """What accelerate() has logged, from a clean slate."""
-    monkeypatch.setattr(blocks, "_logged", set())
+    monkeypatch.setattr(watch, "_logged", set())
     caplog.set_level(logging.INFO, logger="fastbert")
     return lambda: " ".join(r.getMessage() for r in caplog.records)
 

@@ -1,0 +1,219 @@
+"""One encoder layer as a function of its weights, on packed tokens (T, C).
+
+BERT's own layer (blocks.py), torch.nn's (transformer.py), transformers' under accelerate() and the native encoder of
+freeze() are this layer: it is written here and in csrc/cpu/encoder.cpp, and `LayerWeights` is the order of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastbert import functional as F
+from fastbert.backend.reference import philox
+from fastbert.ops.context import seed_for
+
+# the values of `approximate` of the activations that are fused with the feed-forward's products
+GELUS = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+class LayerWeights(NamedTuple):
+    """The parameters of an encoder layer; csrc/cpu/encoder.h reads them in this order.
+
+    A matrix is (outputs, inputs). `qkv` is a list: one (3 H D, C), or queries, keys and values (H D, C) each; so is
+    `qkv_bias`. A bias is None where the layer has none. A module in the place of a weight is called, and its bias is
+    None: `qkv` gives (T, 3, H, D). That serves adapters, hooks and norms of another kind. A function that runs a part
+    of the layer reads the fields of that part only.
+    """
+
+    qkv: Any = None  # [(3 H D, C)]
+    qkv_bias: Any = None  # [(3 H D,)]
+    out: Any = None  # (C, H D)
+    out_bias: Any = None  # (C,)
+    attention_norm: Any = None  # (C,)
+    attention_norm_bias: Any = None  # (C,)
+    up: Any = None  # (F, C)
+    up_bias: Any = None  # (F,)
+    down: Any = None  # (C, F)
+    down_bias: Any = None  # (C,)
+    output_norm: Any = None  # (C,)
+    output_norm_bias: Any = None  # (C,)
+
+    @classmethod
+    def shapes(cls, width: int, heads_width: int, intermediate: int) -> LayerWeights:
+        """The shapes of a whole layer's weights, `qkv` as one; C, H D and F in this order."""
+        C, A, F_ = width, heads_width, intermediate
+        return cls(
+            *((3 * A, C), (3 * A,), (C, A), (C,), (C,), (C,)),
+            *((F_, C), (F_,), (C, F_), (C,), (C,), (C,)),
+        )
+
+
+class Rates(NamedTuple):
+    """Probabilities of a layer's dropouts, 0 in evaluation."""
+
+    attention: float = 0.0  # of attention weights
+    out: float = 0.0  # after the attention's output projection
+    inner: float = 0.0  # between the feed-forward's products
+    down: float = 0.0  # after the feed-forward
+
+
+class LayerSettings(NamedTuple):
+    """What a layer computes, beside its weights; every layer of a model may have its own."""
+
+    heads: int = 1
+    activation: Any = "gelu"  # gelu, gelu_tanh, relu, or a function of a tensor
+    attention_eps: float = 1e-12
+    output_eps: float = 1e-12
+    rates: Rates = Rates()
+    scale: float | None = None  # of attention scores; None: D ** -0.5
+    # LN before a block instead of after its residual sum
+    pre_norm: bool = False
+    causal: bool = False
+    # whether the inner dropout has a site of its own: a layer takes four sites then, else three
+    inner_site: bool = False
+    # norms keep their outputs for backward, not their inputs (functional.dropout_add_layer_norm)
+    norms_from_output: bool = False
+
+
+class LayerCall(NamedTuple):
+    """The batch that a layer sees."""
+
+    cu_seqlens: Tensor  # (B + 1,) int32
+    max_seqlen: int
+    seed: Tensor | None = None  # (1,) int64; None: every dropout draws its own
+    site: int = 0  # the first of the layer's dropout sites
+    rows: Tensor | None = None  # (R,) int64: the rows to compute after attention; None: all
+
+
+Block = Callable[[Tensor], Tensor]
+
+
+def encoder_layer(
+    x: Tensor,  # (T, C)
+    w: LayerWeights,
+    s: LayerSettings,
+    c: LayerCall,
+    attention: Block | None = None,
+    feed_forward: Block | None = None,
+) -> Tensor:
+    """The layer's output (T, C), or (R, C) at c.rows, with the dropout of the whole.
+
+    post-norm: x = LN(x + attention(x)), then LN(x + feed_forward(x)); pre-norm: x = x + attention(LN(x)), then
+    x + feed_forward(LN(x)). `attention` and `feed_forward` are called in place of the blocks below where given.
+    """
+    p, last = s.rates, c.site + 2 + s.inner_site
+    first = _norm(x, w.attention_norm, w.attention_norm_bias, s.attention_eps) if s.pre_norm else x
+    y = attention_block(first, w, s, c) if attention is None else attention(first)
+    x = x if c.rows is None else x.index_select(0, c.rows)
+    if s.pre_norm:
+        x = x + _dropout(y, p.out, c, c.site + 1)
+        y = _norm(x, w.output_norm, w.output_norm_bias, s.output_eps)
+        y = feed_forward_block(y, w, s, c) if feed_forward is None else feed_forward(y)
+        return x + _dropout(y, p.down, c, last)
+    norm = (w.attention_norm, w.attention_norm_bias, s.attention_eps)
+    x = _add_norm(y, x, *norm, p.out, c, c.site + 1, s.norms_from_output)
+    y = feed_forward_block(x, w, s, c) if feed_forward is None else feed_forward(x)
+    norm = (w.output_norm, w.output_norm_bias, s.output_eps)
+    return _add_norm(y, x, *norm, p.down, c, last, s.norms_from_output)
+
+
+def attention_block(x: Tensor, w: LayerWeights, s: LayerSettings, c: LayerCall) -> Tensor:
+    """Self-attention inside each sequence and the output projection: (T, C) -> (T, C), or (R, C) at c.rows."""
+    qkv = w.qkv(x) if callable(w.qkv) else F.qkv_proj(x, w.qkv, w.qkv_bias, s.heads)
+    p = s.rates.attention
+    y = F.attention(
+        qkv,
+        c.cu_seqlens,
+        c.max_seqlen,
+        scale=s.scale,
+        p=p,
+        causal=s.causal,
+        seed=c.seed if p else None,
+        site=c.site,
+    )
+    assert isinstance(y, Tensor)  # a pair only with return_lse
+    y = y.flatten(1)
+    return _project(y if c.rows is None else y.index_select(0, c.rows), w.out, w.out_bias)
+
+
+def feed_forward_block(
+    x: Tensor, w: LayerWeights, s: LayerSettings, c: LayerCall | None = None
+) -> Tensor:
+    """act(x up' + up_bias) down' + down_bias: (T, C) -> (T, C); `c` is read for an inner dropout only."""
+    approximate = GELUS.get(s.activation) if isinstance(s.activation, str) else None
+    p = s.rates.inner
+    if approximate is not None and not callable(w.up):
+        if p == 0.0 and not callable(w.down):
+            return F.feed_forward(x, w.up, w.up_bias, w.down, w.down_bias, approximate)
+        hidden = F.bias_gelu(F.linear(x, w.up), w.up_bias, approximate)
+    else:
+        hidden = activate(_project(x, w.up, w.up_bias), s.activation)
+    if p:
+        assert c is not None
+        hidden = _dropout(hidden, p, c, c.site + 2)
+    return _project(hidden, w.down, w.down_bias)
+
+
+def activate(x: Tensor, activation: Any) -> Tensor:
+    """The activation, by its name or as a function, of a tensor."""
+    if activation == "relu":
+        return torch.relu(x)
+    if callable(activation):
+        return activation(x)
+    return F.bias_gelu(x, None, GELUS[activation])
+
+
+def activation_name(approximate: str | None) -> str:
+    """The name of the activation whose `approximate` is "none" (GELU), "tanh" (its approximation) or None (ReLU)."""
+    return {"none": "gelu", "tanh": "gelu_tanh", None: "relu"}[approximate]
+
+
+def _project(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+    return weight(x) if callable(weight) else F.linear(x, weight, bias)
+
+
+def _dropout(x: Tensor, p: float, c: LayerCall, site: int) -> Tensor:
+    return x if p == 0.0 else philox.dropout(x, p, seed_for(p, c.seed, x), site, c.rows)
+
+
+def _norm(x: Tensor, weight: Any, bias: Tensor | None, eps: float) -> Tensor:
+    return weight(x) if callable(weight) else F.layer_norm(x, weight, bias, eps)
+
+
+def _add_norm(
+    y: Tensor,
+    residual: Tensor,
+    weight: Any,
+    bias: Tensor | None,
+    eps: float,
+    p: float,
+    c: LayerCall,
+    site: int,
+    from_output: bool,
+) -> Tensor:
+    """LN(residual + dropout(y))."""
+    if bias is None:
+        return _norm(residual + _dropout(y, p, c, site), weight, bias, eps)
+    return F.dropout_add_layer_norm(
+        y,
+        residual,
+        weight,
+        bias,
+        eps=eps,
+        p=p,
+        seed=c.seed if p else None,
+        site=site,
+        rows=c.rows if p else None,
+        from_output=from_output,
+    )
+
+
+def parameters(w: LayerWeights) -> Sequence[Sequence[Tensor]] | None:
+    """Every field as a list of tensors, for weights that are prepacked; None where one is missing or is a module."""
+    fields = [list(f) if isinstance(f, (list, tuple)) else [f] for f in w]
+    whole = all(f and all(isinstance(t, Tensor) for t in f) for f in fields)
+    return fields if whole else None
