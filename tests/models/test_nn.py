@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastbert.nn as fnn
-from fastbert.nn import blocks
+from fastbert.nn import blocks, watch
 
 PADDING = torch.tensor([[0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1]]) == 1
 LEFT = PADDING.flip(1)
@@ -21,7 +21,7 @@ CAUSAL = nn.Transformer.generate_square_subsequent_mask(7)
 
 @pytest.fixture(autouse=True)
 def _forget_logged() -> None:
-    blocks._logged.clear()
+    watch._logged.clear()
 
 
 def close(ours: Tensor, theirs: Tensor, what: str = "output") -> None:
