@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 IN_TABLE = ("speed", "of peak")
+COLUMNS = 120
 BEGIN, END = "<!-- table: python benchmarks/readme.py -->", "<!-- end of table -->"
 
 
@@ -71,12 +73,16 @@ def short_table(results: dict[str, Any]) -> str:
             "; ".join(verdict(g) for g in row["goals"] if g["what"] in IN_TABLE) or "--",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *memory_lines(results), footnote(results)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", filled(" ".join([*memory_lines(results), footnote(results)]))])
+
+
+def filled(text: str) -> str:
+    """A paragraph in lines of at most COLUMNS."""
+    return textwrap.fill(text, COLUMNS, break_long_words=False, break_on_hyphens=False)
 
 
 def memory_lines(results: dict[str, Any]) -> list[str]:
-    """Peak memory and what is saved for backward, against stock, where goals are set for them."""
+    """Sentences on peak memory and on bytes saved for backward, against stock, where these have goals."""
     lines = []
     for row in results["rows"]:
         work = f"{row['title']}, {row['precision']}"
@@ -84,19 +90,19 @@ def memory_lines(results: dict[str, Any]) -> list[str]:
         if goal := goals.get("memory"):
             lines.append(
                 f"Peak memory, {work}: {row['memory_ratio']['peak']:.0%} of stock's process, "
-                f"{row['memory_ratio']['added']:.0%} of what its step adds ({verdict(goal)}).\n"
+                f"{row['memory_ratio']['added']:.0%} of what its step adds ({verdict(goal)})."
             )
         if goal := goals.get("saved"):
             mine, theirs = (row["saved_bytes"][name] / 1e3 for name in ("fastbert", "sdpa"))
             lines.append(
                 f"Saved for backward per token and layer, {work}: {mine:.1f} KB, {goal['value']:.1%} of "
-                f"stock's {theirs:.1f} KB ({verdict(goal)}).\n"
+                f"stock's {theirs:.1f} KB ({verdict(goal)})."
             )
     return lines
 
 
 def footnote(results: dict[str, Any]) -> str:
-    """The machine and the protocol in a sentence or two."""
+    """The date, the machine and the protocol."""
     m, v = results["machine"], results["machine"]["versions"]
     rounds = sorted({row["rounds"] for row in results["rows"]})
     dates = sorted({row["date"] for row in results["rows"]})
@@ -104,20 +110,20 @@ def footnote(results: dict[str, Any]) -> str:
     counts = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
     return (
         f"{span}, {m['cpu']} ({m['instructions']}), {m['threads']} threads, torch {v['torch']}, transformers "
-        f"{v['transformers']}; medians of {counts} interleaved rounds, in brackets p20 to p80. {_low(m)}All peers: "
+        f"{v['transformers']}. Medians of {counts} interleaved rounds, in brackets p20 to p80. {_low(m)}All peers: "
         "[docs/benchmarks.md](docs/benchmarks.md)."
     )
 
 
 def _low(machine: dict[str, Any]) -> str:
-    """What has to be known of bf16 rows from a machine without bf16 instructions."""
+    """The caveat on bf16 rows of a machine without bf16 instructions."""
     if machine["instructions"].startswith("AVX512"):
         return ""
-    return "This CPU has no bf16 instructions: stock's bf16 is slower than its fp32 there, so that fp32 rows say more. "
+    return "This CPU has no bf16 instructions, where stock's bf16 is slower than its fp32: fp32 rows say more. "
 
 
 def full_table(results: dict[str, Any]) -> str:
-    """docs/benchmarks.md's: every competitor of every work, those that could not run with their reasons."""
+    """docs/benchmarks.md's: every competitor of every work, with the reasons of those that did not run."""
     lines = []
     for row in results["rows"]:
         lines += [
@@ -142,7 +148,7 @@ def full_table(results: dict[str, Any]) -> str:
     used = sorted(
         {f"{p} {v}" for found in results["environments"].values() for p, v in found.items()}
     )
-    return "\n".join([*lines, f"Versions: {', '.join(used)}."])
+    return "\n".join([*lines, filled(f"Versions: {', '.join(used)}.")])
 
 
 def replaced(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:

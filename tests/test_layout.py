@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("fastbert", "kernels", "csrc", "tests", "benchmarks")
-MAX_FILE, MAX_FUNCTION, MAX_KERNEL, MAX_README = 400, 60, 120, 150
+MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 400, 60, 120
+MAX_README, MAX_MAP, MAX_COLUMNS = 110, 15, 120
 
 # every exception to a rule stands here with its reason; one that is no longer needed fails a test
 LONG_FILES: dict[str, str] = {}
@@ -283,17 +284,63 @@ def test_readme_links_and_table():
 def test_readme_is_short_and_its_map_is_true():
     readme = text("README.md")
     assert len(readme.splitlines()) <= MAX_README
+    rows = [line for line in readme.split("## Map")[1].splitlines() if line.startswith("| `")]
+    assert 0 < len(rows) <= MAX_MAP
+    # rows of the measured tables are written by scripts
+    prose = [line for line in readme.splitlines() if not line.startswith("|")]
+    assert not [line for line in (*prose, *rows) if len(line) > MAX_COLUMNS]
     named = set(re.findall(r"(?<![\w/.:~-])((?:\w[\w.-]*/)+)(?=[\s`),])", readme))
     assert {"fastbert/", "kernels/", "csrc/"} <= {folder.split("/")[0] + "/" for folder in named}
     missing = [folder for folder in named if not (ROOT / folder).is_dir()]
     assert not missing, f"README names folders that are not there: {missing}"
-    # cli_text.py and the like are parts of cli.py
-    modules = {p.stem for p in (ROOT / "fastbert").glob("[a-z]*.py")}
-    modules = {m for m in modules if m.partition("_")[0] not in modules - {m}}
-    left_out = [m for m in modules if f"`fastbert/{m}.py`" not in readme]
+    parts = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastbert").glob("[a-z]*.py")}
+    parts |= {f"fastbert/{folder.parent.name}/" for folder in ROOT.glob("fastbert/*/__init__.py")}
+    left_out = [part for part in sorted(parts) if f"`{part}`" not in "\n".join(rows)]
     assert not left_out, f"README's map lacks {left_out}"
     # that name belongs to somebody else
     assert not re.search(r"pip install (-U |--upgrade )?[\"']?fastbert(?!-kernels)\b", readme)
+
+
+def test_contributing_names_what_is_there():
+    page = text("CONTRIBUTING.md")
+    assert not [s for s in page.splitlines() if len(s) > MAX_COLUMNS and s[0] != "|"]
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", page)
+    paths = re.findall(r"`((?:[\w.-]+/)+[\w.-]*)`", page)
+    missing = [path for path in (*links, *paths) if not (ROOT / path).exists()]
+    assert len(paths) > 40
+    assert not missing, f"CONTRIBUTING names files that are not there: {missing}"
+    targets = set(re.findall(r"`make ([\w-]+)`", page))
+    assert targets <= set(re.findall(r"^([\w-]+):", text("Makefile"), re.MULTILINE))
+
+
+def environment_variables() -> dict[str, set[str]]:
+    """{name: files} of every variable that Python code reads from os.environ, by get or by key."""
+    found: dict[str, set[str]] = {}
+    for path, tree in python():
+        for node in ast.walk(tree):
+            read, key = None, None
+            if isinstance(node, ast.Call) and node.args:
+                read, key = ast.unparse(node.func), node.args[0]
+            elif isinstance(node, ast.Subscript):
+                read, key = f"{ast.unparse(node.value)}[]", node.slice
+            ways = ("os.environ.get", "os.environ.setdefault", "os.getenv", "os.environ[]")
+            if read in ways and isinstance(key, ast.Constant):
+                found.setdefault(key.value, set()).add(path)
+    return found
+
+
+def test_contributing_lists_every_environment_variable():
+    table = text("CONTRIBUTING.md").split("## Environment variables")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| ")][1:]
+    listed = {name: place for names, place in rows for name in re.findall(r"\w+", names)}
+    read = environment_variables()
+    assert {"FASTBERT_BACKEND", "FASTBERT_CUDA", "CI"} <= read.keys()
+    for name, paths in read.items():
+        assert name in listed, f"CONTRIBUTING does not list {name}"
+        left_out = [path for path in paths if path not in listed[name]]
+        assert not left_out, f"CONTRIBUTING does not say that {left_out} read {name}"
+    stale = [name for name in listed if name.startswith("FASTBERT_") and name not in read]
+    assert not stale, f"nothing reads {stale}"
 
 
 if __name__ == "__main__":
