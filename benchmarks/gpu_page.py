@@ -1,4 +1,4 @@
-"""docs/gpu.md and the README's lines on GPUs, from benchmarks/results/gpu.json, which `make gpu` writes."""
+"""Writes docs/gpu.md and the README's table of GPUs from benchmarks/results/gpu.json, which `make gpu` writes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from readme import replaced
+from readme import filled, replaced
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
@@ -74,10 +74,11 @@ def facts(report: dict[str, Any]) -> str:
 def page(report: dict[str, Any]) -> str:
     """docs/gpu.md."""
     peaks = report["ops"]["peaks"]
-    notes = [f"- {note}" for note in report.get("notes", [])]
+    notes = [filled(f"- {note}") for note in report.get("notes", [])]
     lines = [
         "# On a GPU",
         "",
+        "This page has the measurements of kernels and whole steps on a GPU.",
         "Written by `python benchmarks/gpu_page.py` from `benchmarks/results/gpu.json`, which `make gpu` writes.",
         "",
         facts(report),
@@ -86,19 +87,24 @@ def page(report: dict[str, Any]) -> str:
         "",
         "## Whole steps",
         "",
-        "Pretraining (MLM + NSP, dropout 0.1) without the optimiser's step, and the encoder's inference, under bf16 "
-        "autocast; wall-clock medians of interleaved rounds. `eager`, `sdpa` and `compiled` are transformers' model, "
-        "`compiled, graph` torch.compile's reduce-overhead; `fastbert, graph` are the runners of docs/modules.md. The "
-        "last column is that of the better of ours over the best of the others that were measured.",
+        filled(
+            "Pretraining (MLM + NSP, dropout 0.1) without the optimiser's step, and the encoder's inference, under "
+            "bf16 autocast; wall-clock medians of interleaved rounds. `eager`, `sdpa` and `compiled` are "
+            "transformers' model; `compiled, graph` is torch.compile's mode reduce-overhead; `fastbert, graph` are "
+            "the runners of [modules.md](modules.md). The last column is the ratio of the best other time that was "
+            "measured to the better of ours."
+        ),
         "",
         *(works(report) if "models" in report else ["Not measured."]),
         "",
         "## Ops",
         "",
-        "bf16, 16,384 tokens, 768 wide; microseconds on the device, medians. `compiled eager` is the op in plain "
-        "PyTorch under torch.compile, `torch` fastbert's backend of stock ops, which replays dropout by plain tensor "
-        f"ops. The shares are those of triton, of {peaks['copy_gb_per_s']:.0f} GB/s and {peaks['bf16_tflops']:.0f} "
-        "TFLOP/s, measured beside.",
+        filled(
+            "bf16, 16,384 tokens, 768 wide; microseconds on the device, medians. `compiled eager` is the op in plain "
+            "PyTorch under torch.compile; `torch` is fastbert's backend of stock ops, which replays dropout by plain "
+            f"tensor ops. The shares are triton's, of {peaks['copy_gb_per_s']:.0f} GB/s and "
+            f"{peaks['bf16_tflops']:.0f} TFLOP/s, measured in the same run."
+        ),
         "",
         *ops(report),
     ]

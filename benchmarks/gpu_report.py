@@ -1,7 +1,7 @@
-"""What can be said of GPU kernels without a GPU: writes results/gpu_static.json and docs/gpu_report.md.
+"""Facts of GPU kernels that need no GPU: writes results/gpu_static.json and docs/gpu_report.md.
 
-Registers, spills, shared memory, occupancy and instructions of every Triton kernel as compiled; what both backends'
-kernels move and multiply against the minimum, counted on the PTX machine (traffic.py). Nothing here is a time.
+Registers, spills, shared memory, occupancy and instructions of every Triton kernel as compiled; the bytes and
+multiply-adds of both backends' kernels against the minimum, counted on the PTX machine (traffic.py). No times.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import rivals
 import torch
 import traffic
 from opbench import pair
+from readme import filled
 
 from fastbert.backend.reference.samples import Draw
 from fastbert.files import write_text
@@ -31,6 +32,21 @@ SHARED_CALLS = {
 }
 GLOBAL = r"(LDG|STG)\b.*|(global|buffer)_(load|store)_.*"
 SHARED = r"(LDS|STS|LDSM)\b.*|ds_(read|write)_.*"
+COUNTED = """\
+Compiled for sm_80 and executed on the PTX machine at {tokens} tokens of BERT-base's width on {multiprocessors}
+multiprocessors, which stands for 16380 tokens on an A100's 108 (attention: 256 tokens of 2 heads; qkv_proj: 128;
+cross_entropy: a 64th of the rows). *Bytes* are the distinct ones that a kernel reads and writes, summed over all
+kernels. *Asked / sectors*: bytes that requests ask for, over bytes of the sectors of 32 that they touch. *Shared
+passes*: 1 without bank conflicts. *MACs*: those of tensor cores over those that the op needs; fp32 takes three or four
+TF32 products for one, and tiles are multiplied whole. *At least*: a roofline of the makers' bandwidth and peak for the
+op's least bytes and products, which is a model and not a time. torch's own kernels (the sorts of embed's backward, the
+library's GEMMs) are not counted."""
+PUBLIC = """\
+bf16, as compiled: liger-kernel's layer_norm (768 wide) and cross_entropy (30522), and the attention of the Triton
+tutorial (512 tokens, heads of 64, no dropout), which reads dense heads. flash-mlm needs a GPU."""
+COMPILED = """\
+Registers of a thread, bytes spilled, bytes of shared memory (LDS), share of a multiprocessor's threads that fit
+(NVIDIA), matrix instructions, global accesses of 16 bytes / all, shared-memory accesses, instructions."""
 
 
 def compiled(full: bool) -> Iterator[dict[str, Any]]:
@@ -106,20 +122,12 @@ def page(report: dict[str, Any]) -> str:
     lines = [
         "# The GPU kernels without a GPU",
         "",
-        "Written by `make gpu-report`: compiled code and counted bytes, no time (that is in gpu.md).",
+        "This page has compiled code and counted bytes, without times (gpu.md has them). `make gpu-report` writes it.",
         f"{report['machine']['date']}, Triton {report['machine']['versions']['triton']}.",
         "",
         "## Bytes and products, of the least possible",
         "",
-        f"Compiled for sm_80 and executed on the PTX machine at {report['tokens']} tokens of BERT-base's width on",
-        f"{traffic.MULTIPROCESSORS} multiprocessors, as 16380 on an A100's 108 (attention 256 tokens of 2 heads,",
-        "qkv_proj 128, a 64th of the rows in cross_entropy). Bytes: distinct ones that a kernel reads and writes, over",
-        "all kernels. Asked / sectors: bytes that requests ask for, of the sectors of 32 that they touch. Shared",
-        "passes: 1 without bank conflicts. MACs: of tensor cores, of those that the op needs; fp32 takes three or four",
-        "TF32 products for one, and tiles are multiplied whole. At least: a roofline of the makers' bandwidth and peak",
-        "for the op's least bytes and products, a model and no time. torch's own kernels (the sorts of embed's",
-        "backward, the library's GEMMs)",
-        "are not counted.",
+        filled(COUNTED.format(tokens=report["tokens"], multiprocessors=traffic.MULTIPROCESSORS)),
         "",
         *traffic.table(report["traffic"]),
     ]
@@ -127,8 +135,7 @@ def page(report: dict[str, Any]) -> str:
         "",
         "## Beside public kernels",
         "",
-        "bf16, as compiled: liger-kernel's layer_norm (768 wide) and cross_entropy (30522), and the attention of the",
-        "Triton tutorial (512 tokens, heads of 64, no dropout), which reads dense heads. flash-mlm needs a GPU.",
+        filled(PUBLIC),
         "",
         "| arch | whose | kernel | call | warps | reg | spill | shared | fits | matrix | 16 B | shared acc. | instr. |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -138,8 +145,7 @@ def page(report: dict[str, Any]) -> str:
         "",
         "## As compiled",
         "",
-        "Registers of a thread, bytes spilled, bytes of shared memory (LDS), share of a multiprocessor's threads that",
-        "fit (NVIDIA), matrix instructions, global accesses of 16 bytes of all, shared-memory accesses, instructions.",
+        filled(COMPILED),
         "",
         "| arch | kernel | call | dtype | tile, warps | reg | spill | shared | fits | matrix | 16 B | shared acc. "
         "| instr. |",

@@ -77,8 +77,11 @@ def short_table(results: dict[str, Any]) -> str:
 
 
 def filled(text: str) -> str:
-    """A paragraph in lines of at most COLUMNS."""
-    return textwrap.fill(text, COLUMNS, break_long_words=False, break_on_hyphens=False)
+    """A paragraph, or an item of a list, in lines of at most COLUMNS."""
+    indent = "  " if text.startswith("- ") else ""
+    return textwrap.fill(
+        text, COLUMNS, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def memory_lines(results: dict[str, Any]) -> list[str]:

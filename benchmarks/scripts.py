@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from peers.driver import Handle
-from readme import replaced
+from readme import filled, replaced
 from summary import earlier
 
 from fastbert.files import write_text
@@ -135,15 +135,12 @@ def table(results: dict[str, Any]) -> str:
             lines.append(f"| {' | '.join(_cells(key, row, name, found))} |")
     m, v = results["machine"], results["machine"]["versions"]
     dates = " and ".join(sorted({row["date"] for row in results["rows"].values()}))
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{dates}, {m['cpu']} ({m['instructions']}), {m['threads']} threads, torch {v['torch']}, transformers "
-            f"{v['transformers']}: stock's seconds / ours of the same step, median, in brackets p20 to p80; memory as "
-            "parts of stock's (VmHWM of the process while it trains or encodes).",
-        ]
+    footnote = (
+        f"{dates}, {m['cpu']} ({m['instructions']}), {m['threads']} threads, torch {v['torch']}, transformers "
+        f"{v['transformers']}: stock's seconds / ours of the same step, median, in brackets p20 to p80; memory as "
+        "shares of stock's (VmHWM of the process while it trains or encodes)."
     )
+    return "\n".join([*lines, "", filled(footnote)])
 
 
 def _cells(key: str, row: dict[str, Any], name: str, found: dict[str, Any]) -> list[str]:

@@ -8,18 +8,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from readme import filled
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOC = ROOT / "docs" / "benchmarks_ops.md"
 DIRECTIONS = ("forward", "backward", "both")
 INTRODUCTION = """\
-Made by `python benchmarks/tables.py` from `benchmarks/results/ops.json`, which `make bench` writes. Ratios are to the
-better of torch eager and torch.compile (for exactly these shapes), over 1 where fastbert is faster; medians of
-interleaved rounds. Forward is timed with gradients wanted, as in training, backward on the graph just built. A kernel
-that breaks the error budget is not timed. Percentages are of the machine's peak that bounds the call, copying or
-GEMM; what stays in a cache can pass 100 %. For cross_entropy T is the rows and C the vocabulary; bias_gelu works on
-rows of 4C. Attention's lengths are 128, 30, 45, 22, 80, 17, 60, 33 in turn, which stock pads and masks; "full" has no
-padding. mlm_loss has 15 % labelled rows, stock's decoder runs on all of them."""
+This page compares each op with stock PyTorch on a CPU. `python benchmarks/tables.py` makes it from
+`benchmarks/results/ops.json`, which `make bench` writes. A ratio is the time of the better of torch eager and
+torch.compile (for exactly these shapes) over fastbert's, so that it is over 1 where fastbert is faster; times are
+medians of interleaved rounds. Forward is timed with gradients wanted, as in training, backward on the graph just
+built. A kernel that breaks the error budget is not timed. Percentages are of the peak that bounds the call, copying
+or GEMM; calls that stay in a cache can pass 100 %. For cross_entropy T is the rows and C the vocabulary; bias_gelu
+works on rows of 4C. Attention's lengths are 128, 30, 45, 22, 80, 17, 60, 33 in turn, which stock pads and masks;
+"full" has no padding. mlm_loss has 15 % labelled rows, and stock's decoder runs on all rows."""
 Rows = list[dict[str, Any]]
 
 
@@ -124,11 +127,11 @@ def full(rows: Rows) -> list[str]:
 
 
 def machine_line(name: str, run: dict[str, Any]) -> str:
-    """What a run was made on."""
+    """The machine of a run and its peaks."""
     m, p = run["machine"], run["peaks"]
     units = [f"{p[k]:.0f} {k[-4:]}" for k in ("fma_gflops_fp32", "fma_gflops_bf16") if k in p]
     fma = f", {' and '.join(units)} by multiply-adds on registers" if units else ""
-    return (
+    return filled(
         f"- run {name}: {m['date']}, {m['cpu']}, {m['instructions']}, {m['threads']} threads, torch "
         f"{m['versions']['torch']}; peaks measured with it: {p['gflops_fp32']:.0f} GFLOP/s fp32 and "
         f"{p['gflops_bf16']:.0f} bf16 by GEMM, {p['copy_gb_per_s']:.1f} GB/s by copying{fma}"

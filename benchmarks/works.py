@@ -44,7 +44,7 @@ class Work:
 
 
 def _both(kind: str, fill: str, title: str, **facts: Any) -> list[Work]:
-    """In fp32, and in bf16 with fewer rounds: without bf16 instructions stock needs half a minute for a step."""
+    """In fp32, and in bf16 with fewer rounds: without bf16 instructions stock's step takes minutes."""
     slow = {"rounds": 5} if kind == "infer" else {"rounds": 3, "limit": 120}
     return [
         Work(kind, fill, "fp32", title, **facts),
