@@ -8,11 +8,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import imports
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("fastbert", "kernels", "csrc", "tests", "benchmarks")
-MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 400, 60, 120
+MAX_FILE, MAX_FUNCTION, MAX_KERNEL, MAX_TOP = 400, 60, 120, 8
 MAX_README, MAX_MAP, MAX_COLUMNS = 110, 15, 120
 
 # every exception to a rule stands here with its reason; one that is no longer needed fails a test
@@ -22,6 +23,7 @@ LONG_FUNCTIONS: dict[str, str] = {}
 NOT_SLUGS = {
     "fastbert/backend/reference/samples.py": "sample inputs and costs, which every slug's reference offers",
     "fastbert/backend/reference/philox.py": "the definition of the dropout bits, shared by the slugs",
+    "fastbert/ops/context.py": "seed, autocast and dispatch around a call, shared by the slugs",
     "csrc/cpu/bindings.cpp": "the module's entry, for all slugs",
     "csrc/cuda/bindings.cu": "the module's entry, for all slugs",
     "csrc/cpu/peak.cpp": "what the arithmetic units can do, which percentages refer to",
@@ -190,6 +192,37 @@ def test_shared_helpers_are_shared():
         for name in names:
             used = rf"from \S*\.{stem} import [^\n]*\b{name}\b|\b{stem}\.{name}\b"
             assert re.search(used, others), f"{path}:{name} is used nowhere else: make it private"
+
+
+def test_no_import_circle():
+    rings = imports.circles(imports.graph())
+    assert not rings, "\n".join(" ".join(ring) for ring in rings)
+
+
+def test_imports_run_downwards():
+    rising = {(name, other): line for name, line, other in imports.upward(imports.graph())}
+    assert rising.keys() == imports.UPWARD.keys(), rising
+
+
+def test_a_circle_and_an_upward_import_are_seen():
+    ring = {"fastbert.nn.a": {"fastbert.nn.b": 1}, "fastbert.nn.b": {"fastbert.nn.a": 2}}
+    assert imports.circles(ring) == [["fastbert.nn.a", "fastbert.nn.b"]]
+    rising = {"fastbert.nn.a": {"fastbert.runners.b": 3}, "fastbert.runners.b": {}}
+    assert imports.upward(rising) == [("fastbert.nn.a", 3, "fastbert.runners.b")]
+
+
+def test_no_product_code_imports_testing():
+    found = [
+        f"{name}:{line}"
+        for name, others in imports.graph().items()
+        for other, line in others.items()
+        if other.startswith("fastbert.testing") and not name.startswith("fastbert.testing")
+    ]
+    assert not found, found
+
+
+def test_the_top_level_is_short():
+    assert len(list((ROOT / "fastbert").glob("*.py"))) <= MAX_TOP
 
 
 def test_nothing_imports_a_top_level_kernels():

@@ -10,6 +10,7 @@ from fastbert.nn.watch import log_once, transformed
 
 
 def log_stock(module: nn.Module, reason: str | None) -> None:
+    """Log once that a drop-in runs torch.nn's code, and why."""
     log_once(f"fastbert.nn.{type(module).__name__} runs torch.nn's code: {reason}")
 
 

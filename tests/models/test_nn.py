@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastbert.nn as fnn
-from fastbert.nn import blocks, watch
+from fastbert.nn import watch
 
 PADDING = torch.tensor([[0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1]]) == 1
 LEFT = PADDING.flip(1)
