@@ -81,7 +81,8 @@ _explaining = _Explaining()
 @contextlib.contextmanager
 def explaining() -> Iterator[dict[str, str | None]]:
     """Inside, in this thread, `choose` fills the yielded {backend: reason or None} and raises Explained."""
-    _explaining.table = table = {}
+    table: dict[str, str | None] = {}
+    _explaining.table = table
     try:
         yield table
     finally:

@@ -203,7 +203,7 @@ def _weight_and_bias(m: nn.Module) -> tuple[Any, Tensor | None]:
     return plain(m) or ((lambda x: m(x[None])[0]), None)
 
 
-def _norm(m: nn.Module) -> tuple[Any, Tensor | None]:
+def _norm(m: Any) -> tuple[Any, Tensor | None]:
     """A norm's weight and bias, or the norm itself."""
     if type(m) in NORMS and len(m.normalized_shape) == 1 and m.bias is not None:
         return m.weight, m.bias

@@ -84,7 +84,7 @@ def _activation(m: nn.TransformerEncoderLayer) -> str | None:
     if not isinstance(activation, nn.Module) or hooked(activation):
         return None
     if type(activation) in (nn.GELU, GELU):
-        return activation_name(activation.approximate)
+        return activation_name(str(activation.approximate))
     return "relu" if type(activation) is nn.ReLU else None
 
 
