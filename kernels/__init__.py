@@ -6,9 +6,16 @@ kernels on the CPU. Adapters read metadata only. Without a host sync, a CUDA gra
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 from torch import Tensor
+
+from fastbert.backend import _common
+from fastbert.backend._common import dropout_args as dropout_args
+from fastbert.backend._gpu_mlm_loss import loss_width as loss_width
+from fastbert.kernels import _configured
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 device_type = "cpu" if INTERPRETED else "cuda"
@@ -16,7 +23,10 @@ if INTERPRETED:
     from fastbert.kernels import _interpreter  # noqa: F401 -- patches Triton's interpreter
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-MAX_WIDTH = 8192
+# the chooser reads these, and device_type and loss_width above
+configurations = _configured
+starts_on_current_device = True
+captured = True
 
 
 def unsupported_dtype(**tensors: Tensor | None) -> str | None:
@@ -30,28 +40,8 @@ def unsupported_dtype(**tensors: Tensor | None) -> str | None:
     return None
 
 
-def unsupported_width(width: int) -> str | None:
-    """Why a row of this width does not fit the kernels that hold whole rows in registers, or None."""
-    if not 0 < width <= MAX_WIDTH:
-        return (
-            f"a row has {width} elements and the triton kernels hold 1 to {MAX_WIDTH} in registers: "
-            "use the torch backend"
-        )
-    return None
-
-
-def unsupported_dropout(p: float) -> str | None:
-    """Why no kernel here takes this dropout probability, or None."""
-    if p > 1 - 2**-32:
-        return f"p is {p}: the triton kernel compares 32-bit words, pass p <= 1 - 2**-32"
-    return None
-
-
-def dropout_args(p: float, seed: Tensor | None, site: int) -> tuple[Tensor | None, int, int, float]:
-    """A kernel's seed (None: no dropout), site, threshold and scale."""
-    if p == 0.0 or seed is None:
-        return None, 0, 0, 1.0
-    return seed, site, round(p * 2**32), 1.0 / (1.0 - p)
+unsupported_width = partial(_common.unsupported_width, "triton")
+unsupported_dropout = partial(_common.unsupported_dropout, "triton")
 
 
 def dense(t: Tensor | None) -> Tensor | None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from triton.runtime.errors import TritonError
 
 from fastbert.backend import tuned
 
@@ -29,6 +30,8 @@ _SIZES = {
     "num_warps": (1, 16),
 }
 _STAGES = ("STAGES", "num_stages")
+# what a launch raises whose configuration does not compile, or does not fit the device
+FAILURES = (TritonError, RuntimeError)
 
 _log = logging.getLogger("fastbert")
 _stored = tuned.configurations()

@@ -11,6 +11,8 @@ from pathlib import Path
 import imports
 import pytest
 
+from fastbert.backend.names import SLUGS, TABLE
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("fastbert", "kernels", "csrc", "tests", "benchmarks")
 MAX_FILE, MAX_FUNCTION, MAX_KERNEL, MAX_TOP = 400, 60, 120, 8
@@ -22,6 +24,7 @@ LONG_FUNCTIONS: dict[str, str] = {}
 # modules beside the slugs in a folder of ops
 NOT_SLUGS = {
     "fastbert/backend/reference/samples.py": "sample inputs and costs, which every slug's reference offers",
+    "fastbert/ops/context.py": "dropout seeds, autocast and tracing, for all slugs",
     "fastbert/backend/reference/philox.py": "the definition of the dropout bits, shared by the slugs",
     "fastbert/ops/context.py": "seed, autocast and dispatch around a call, shared by the slugs",
     "csrc/cpu/bindings.cpp": "the module's entry, for all slugs",
@@ -51,11 +54,16 @@ ENVIRONMENT = {
 BACKEND_API = {"unsupported", "forward", "backward"}
 REFERENCE_API = BACKEND_API | {"eager", "sample_inputs", "cost"}
 BACKEND_FOLDERS = {
-    "fastbert/backend/reference": REFERENCE_API,
-    "fastbert/backend/stock": BACKEND_API,
-    "fastbert/backend/cpu": BACKEND_API,
-    "fastbert/backend/cuda": BACKEND_API,
-    "kernels": BACKEND_API,
+    "kernels" if b.package == "fastbert.kernels" else b.package.replace(".", "/"): (
+        REFERENCE_API if name == "reference" else BACKEND_API
+    )
+    for name, b in TABLE.items()
+}
+# files outside the backends that name one
+NAMES_A_BACKEND = {
+    "fastbert/machine.py": "triton is a package there, whose version counts",
+    "fastbert/testing/checkpoints.py": "real models are compared with the reference",
+    "fastbert/testing/parity.py": "every backend is compared with the reference",
 }
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -76,14 +84,6 @@ def python(*under: str) -> Iterator[tuple[str, ast.Module]]:
     for path in files(".py", under=under or FOLDERS):
         if not under or path != "setup.py":
             yield path, ast.parse(text(path))
-
-
-def slugs() -> tuple[str, ...]:
-    """SLUGS of backend/names.py, read without importing it."""
-    for node in ast.parse(text("fastbert/backend/names.py")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SLUGS":
-            return ast.literal_eval(node.value)
-    raise AssertionError("fastbert/backend/names.py has no SLUGS")
 
 
 def is_kernel(node: ast.AST) -> bool:
@@ -150,7 +150,7 @@ def test_the_measure_sees_native_functions():
     assert 10 < names["dropout_add_layer_norm_fwd_row"] < 60
 
 
-@pytest.mark.parametrize("slug", slugs())
+@pytest.mark.parametrize("slug", SLUGS)
 def test_one_slug_is_spelled_the_same_everywhere(slug):
     expected = [
         f"fastbert/{folder}/{slug}.py" for folder in ("ops", "backend/reference", "backend/stock")
@@ -167,7 +167,7 @@ def test_no_module_beside_the_slugs():
         for path in files(".py", ".cpp", ".cu")
         if str(Path(path).parent) in folders
         and not Path(path).name.startswith("_")
-        and Path(path).stem not in slugs()
+        and Path(path).stem not in SLUGS
     ]
     assert sorted(strangers) == sorted(NOT_SLUGS)
 
@@ -175,12 +175,34 @@ def test_no_module_beside_the_slugs():
 @pytest.mark.parametrize("folder", BACKEND_FOLDERS)
 def test_backend_modules_have_the_same_functions(folder):
     for path, tree in python(folder):
-        if Path(path).stem not in slugs():
+        if Path(path).stem not in SLUGS:
             continue
         public = {n.name for n in tree.body if isinstance(n, FUNCTION) and n.name[0] != "_"}
         assert public - SHARED_HELPERS.get(path, set()) == BACKEND_FOLDERS[folder], path
         classes = [n.name for n in tree.body if isinstance(n, ast.ClassDef) and n.name[0] != "_"]
         assert not classes, f"{path} has public classes {classes}"
+
+
+def backends_named(tree: ast.Module) -> Iterator[str]:
+    """The backends' names among a module's strings; "cpu" and "cuda" are types of devices elsewhere."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.expr):
+            continue
+        strings = [c.value for c in ast.walk(node) if isinstance(c, ast.Constant)]
+        names = [value for value in strings if isinstance(value, str) and value in TABLE]
+        yield from (name for name in names if name in ("triton", "reference"))
+        source = ast.unparse(node) if names else ""
+        if re.search(r"\b(chosen|forced|backend|use|choose)\b", source):
+            yield from [] if re.search(r"\.type [!=]=|device( |\))", source) else names
+
+
+def test_no_backend_is_named_outside_the_backends():
+    named = {
+        path: sorted(names)
+        for path, tree in python("fastbert")
+        if not path.startswith("fastbert/backend/") and (names := {*backends_named(tree)})
+    }
+    assert named.keys() == NAMES_A_BACKEND.keys(), named
 
 
 def test_shared_helpers_are_shared():

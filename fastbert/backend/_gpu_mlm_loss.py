@@ -11,30 +11,27 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fastbert.backend._common import picked
 from fastbert.backend.stock import linear
 
 # (logits, V, bias, labels, ignore_index, where the gradient goes or None) -> loss and lse of every row
 RowLosses = Callable[..., tuple[Tensor, Tensor]]
 
 
-def _padded(V: int) -> int:
-    """The width of a row of V logits in memory; fastbert/ops/mlm_loss.py allocates by the same rule for tracers."""
+def loss_width(V: int) -> int:
+    """Elements in memory of a row of V logits, or of their gradient."""
     return -(-V // 8) * 8
 
 
 def _operand(h: Tensor, weight: Tensor) -> Tensor:
     """The weight in h's dtype, its rows padded by zeros (padded V, C)."""
     V, C = weight.shape
-    if _padded(V) == V:
+    if loss_width(V) == V:
         return linear.cast(h, weight, None)[0]
-    operand = h.new_empty(_padded(V), C)
+    operand = h.new_empty(loss_width(V), C)
     operand[:V].copy_(weight)
     operand[V:].zero_()
     return operand
-
-
-def _picked(hidden: Tensor, rows: Tensor | None) -> Tensor:
-    return hidden if rows is None else hidden.index_select(0, rows)
 
 
 def forward(
@@ -49,7 +46,7 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss (), lse (R,), both fp32, and p - onehot (R, padded V), empty without `save` or above max_rows."""
-    h, V = _picked(hidden, rows), weight.shape[0]
+    h, V = picked(hidden, rows), weight.shape[0]
     operand = _operand(h, weight)
     kept = save and labels.shape[0] <= max_rows
     losses, lses, logits = [], [], h.new_empty(0, operand.shape[0])
@@ -77,7 +74,7 @@ def backward(
     needs: Sequence[bool],  # for hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden (T, C), dweight (V, C), dbias (V,) fp32, scaled by dloss after the GEMMs; empty where not needed."""
-    h, V = _picked(hidden, rows), weight.shape[0]
+    h, V = picked(hidden, rows), weight.shape[0]
     operand = _operand(h, weight)
     if labels.shape[0] <= max_rows:
         dh, dweight, dbias = linear.backward(dlogits, h, operand, needs, h.dtype)

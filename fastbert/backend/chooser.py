@@ -1,7 +1,16 @@
 """The only chooser of backends: which implementation of an op runs, and why the others do not.
 
 A backend is a package with one module per op, each with `unsupported`, `forward` and `backward`. `unsupported` sees
-metadata only and answers with a sentence, or with None when the backend can run the call.
+metadata only and answers with a sentence, or with None when the backend can run the call. fastbert/backend/names.py
+lists the packages. A package may define more, which `offered` reads:
+
+    unavailable               why none of its kernels can run in this process, a sentence
+    misset                    why what the environment asks for cannot be had, a sentence that every call raises
+    device_type               the type of device of its tensors in this process, where that is not the table's
+    starts_on_current_device  True where its kernels start on torch's current device, not on their tensors' device
+    captured                  True where a CUDA graph can hold its kernels
+    loss_width                a function of V: elements in a row of the gradient that mlm_loss saves, where not V
+    configurations            the module of the launch configurations that fastbert.tune() may replace
 """
 
 from __future__ import annotations
@@ -9,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from types import ModuleType
@@ -17,44 +25,65 @@ from typing import Any
 
 import torch
 
-from fastbert.backend import cpu, tuned
-from fastbert.backend.names import BACKENDS, SLUGS
+from fastbert.backend import tuned
+from fastbert.backend.names import BACKENDS, SLUGS, TABLE
 
-# fastest first; `torch` is last and always answers, `reference` runs by name only
-ORDER = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
-
-_PACKAGES = {
-    "cpu": "fastbert.backend.cpu",
-    "triton": "fastbert.kernels",
-    "cuda": "fastbert.backend.cuda",
-    "torch": "fastbert.backend.stock",
-    "reference": "fastbert.backend.reference",
+# by device type, the backends that a call tries, in turn
+ORDER = {
+    kind: tuple(name for name, b in TABLE.items() if b.tried and b.device in (None, kind))
+    for kind in dict.fromkeys(b.device for b in TABLE.values() if b.device)
 }
+# those that a call on any other device tries
+_EVERYWHERE = tuple(name for name, b in TABLE.items() if b.tried and b.device is None)
+
+
+def _package(name: str) -> ModuleType | str:
+    """A backend's package, or the sentence that says why it cannot be imported."""
+    package = TABLE[name].package
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name == package:
+            return f"this version of fastbert has no {name} backend yet"
+        return _lacking(name, error)
 
 
 def _load(name: str, slug: str) -> ModuleType | str:
     """The implementation module, or the sentence that says why there is none."""
     package = _PACKAGES[name]
+    if isinstance(package, str):
+        return package
+    if reason := getattr(package, "unavailable", None):
+        return reason
     try:
-        parent = importlib.import_module(package)
-        if reason := getattr(parent, "unavailable", None):
-            return reason
-        return importlib.import_module(f"{package}.{slug}")
+        return importlib.import_module(f"{package.__name__}.{slug}")
     except ModuleNotFoundError as error:
-        if error.name == package:
-            return f"this version of fastbert has no {name} backend yet"
-        if error.name == f"{package}.{slug}":
+        if error.name == f"{package.__name__}.{slug}":
             return f"the {name} backend has no {slug} kernel yet"
-        return f"the {name} backend needs the package {error.name}: pip install {error.name}"
+        return _lacking(name, error)
 
 
+def _lacking(name: str, error: ModuleNotFoundError) -> str:
+    return f"the {name} backend needs the package {error.name}: pip install {error.name}"
+
+
+_PACKAGES = {name: _package(name) for name in BACKENDS}
 _IMPLEMENTATIONS = {name: {slug: _load(name, slug) for slug in SLUGS} for name in BACKENDS}
+
+
+def offered(name: str, attribute: str) -> Any:
+    """What a backend's package defines under this name (the list is above), None where it does not."""
+    return getattr(_PACKAGES.get(name), attribute, None)
+
+
 # the device type that a backend is bound to; Triton's interpreter takes tensors on the CPU
 _DEVICES = {
-    "cpu": "cpu",
-    "triton": getattr(sys.modules.get("fastbert.kernels"), "device_type", "cuda"),
-    "cuda": "cuda",
+    name: kind
+    for name in BACKENDS
+    if (kind := offered(name, "device_type") or TABLE[name].device) is not None
 }
+# the backends whose kernels start on torch's current device, whatever the device of their tensors
+ON_CURRENT_DEVICE = frozenset(n for n in BACKENDS if offered(n, "starts_on_current_device"))
 _forced: str | None = None
 _debug = False
 # by device, what fastbert.tune() found
@@ -110,8 +139,8 @@ def _reason(name: str, slug: str, device: torch.device, args: tuple[Any, ...]) -
 
 
 def order(kind: str) -> tuple[str, ...]:
-    """The backends of a device type that are tried, in turn."""
-    return ORDER.get(kind, ("torch",))
+    """The backends that a call on a device of this type tries, in turn."""
+    return ORDER.get(kind, _EVERYWHERE)
 
 
 def _explained_order(slug: str, device: torch.device, args: tuple[Any, ...]) -> tuple[str, ...]:
@@ -138,7 +167,9 @@ _CANDIDATES = {kind: {slug: _candidates(slug, kind) for slug in SLUGS} for kind 
 def _tuned(slug: str, device: torch.device, args: tuple[Any, ...]) -> str | None:
     """The backend that fastbert.tune() found fastest for this class of call, None where it has not measured it."""
     table = tuned_tables.get(device)
-    return table.get(tuned.key(slug, args)) if table else None
+    if not table or (key := tuned.key(slug, args)) is None:
+        return None
+    return table.get(key)
 
 
 def choose(slug: str, device: torch.device, *args: Any) -> str:
@@ -207,6 +238,16 @@ def forced() -> str | None:
     return _forced
 
 
+def permits(package: ModuleType) -> bool:
+    """Whether calls may run on the backend of this package: no other one is forced by name."""
+    return _forced is None or _PACKAGES.get(_forced) is package
+
+
+def captures() -> bool:
+    """Whether a CUDA graph can hold the ops' kernels on a GPU: the ones of a backend that is forced by name may not."""
+    return _forced is None or bool(offered(_forced, "captured"))
+
+
 class debug:
     """Check values (ids, labels, cu_seqlens) on GPUs too, at the price of a sync; call or context manager."""
 
@@ -242,6 +283,6 @@ def matrix() -> dict[str, dict[str, str | None]]:
 _forced = os.environ.get("FASTBERT_BACKEND") or None
 # why what the environment asks for can't be had. Importing goes on, so that the command line can say it in a sentence;
 # then nothing runs: a typo in a variable that forces something must not pass
-misset = cpu.misset
+misset: str | None = next(filter(None, (offered(name, "misset") for name in BACKENDS)), None)
 if _forced not in (None, *BACKENDS):
     misset = f"FASTBERT_BACKEND is {_forced!r}: choose one of {', '.join(BACKENDS)}, or unset it"

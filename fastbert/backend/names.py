@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
-BACKENDS = ("cpu", "triton", "cuda", "torch", "reference")
+from typing import NamedTuple
 
+
+class Backend(NamedTuple):
+    """Where a backend is, and which calls try it."""
+
+    # one module per op, each with `unsupported`, `forward` and `backward`
+    package: str
+    # the type of device that its kernels take tensors of, None for every type
+    device: str | None
+    # False: a call runs here only where the backend is forced by name
+    tried: bool = True
+
+
+# {name: backend}: a call tries those of its device in this order. `torch` takes every call, so it is the last one tried
+TABLE = {
+    "cpu": Backend("fastbert.backend.cpu", "cpu"),
+    "triton": Backend("fastbert.kernels", "cuda"),
+    "cuda": Backend("fastbert.backend.cuda", "cuda"),
+    "torch": Backend("fastbert.backend.stock", None),
+    "reference": Backend("fastbert.backend.reference", None, tried=False),
+}
+BACKENDS = tuple(TABLE)
 
 SLUGS = (
     "embed",

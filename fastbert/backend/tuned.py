@@ -10,37 +10,42 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from fastbert.backend.names import BACKENDS
 from fastbert.files import cache_folder, write_text
 from fastbert.machine import cpu_name
 
 # calls of at most this many rows are tuned apart from longer ones
 FEW_ROWS = 256
-# in an op's arguments, forward and backward: the tensor whose dtype, whose sizes and whose rows make its class
-_PLACES = {
-    "embed": ((4, 4, 0), (5, 5, 0)),
-    "linear": ((0, 1, 0), (0, 2, 0)),
-    "qkv_proj": ((0, 1, 0), (0, 2, 0)),
-    "attention": ((0, 0, 0), (1, 1, 0)),
-    "layer_norm": ((0, 0, 0), (1, 1, 0)),
-    "dropout_add_layer_norm": ((0, 2, 0), (0, 2, 0)),
-    "bias_gelu": ((0, 0, 0), (1, 1, 0)),
-    "feed_forward": ((0, 1, 0), (0, 3, 0)),
-    "cross_entropy": ((0, 0, 0), (1, 1, 0)),
-    "mlm_loss": ((0, 1, 3), (1, 2, 4)),
-}
-# those whose sizes are a row's
-_ROWS = ("attention", "layer_norm", "bias_gelu", "cross_entropy")
-
 Key = tuple[str, torch.dtype, bool, tuple[int, ...]]
 Table = dict[Key, str]
 # a function of launch configurations with its arguments (kernels/_configured.py)
 Call = tuple[str, tuple[Any, ...]]
 
 _LAUNCHES = "configurations"
+
+
+class TunedBy(NamedTuple):
+    """The arguments of an op's forward or backward, by name, that make the class of a call.
+
+    Calls of one class have one fastest backend. An argument that holds a list of tensors counts by the first one.
+    """
+
+    # the tensor whose dtype counts
+    dtype: str
+    # the tensor whose sizes count
+    sizes: str
+    # the tensor whose first size is the number of rows
+    rows: str
+    # whether the sizes are those of one row of that tensor: the first one is left out
+    of_row: bool = False
+
+
+# {(op, whether its backward): positions of the three arguments, and whether the sizes are those of a row}
+_keys: dict[tuple[str, bool], tuple[int, int, int, bool]] = {}
 
 _logger = logging.getLogger("fastbert")
 
@@ -50,13 +55,29 @@ def path() -> Path:
     return cache_folder() / "tuned.json"
 
 
-def key(slug: str, args: tuple[Any, ...], backward: bool = False) -> Key:
-    """The class of a call, from its forward's or backward's arguments: op, dtype, few rows or many, static sizes."""
-    of, shaped, counted = _PLACES[slug][backward]
-    sized = args[shaped]
-    sizes = tuple((sized[0] if isinstance(sized, (list, tuple)) else sized).shape)
-    sizes = sizes[1:] if slug in _ROWS else sizes
-    return slug, args[of].dtype, args[counted].shape[0] <= FEW_ROWS, sizes
+def register(slug: str, backward: bool, names: list[str], by: TunedBy) -> None:
+    """Have `key` find the class of a call by these arguments; `names` has all of them, in order."""
+    if unknown := [name for name in by[:3] if name not in names]:
+        raise ValueError(
+            f"{slug} is tuned by {', '.join(unknown)}, which it does not take: choose among {', '.join(names)}"
+        )
+    dtype, sizes, rows = map(names.index, by[:3])
+    _keys[slug, backward] = dtype, sizes, rows, by.of_row
+
+
+def key(slug: str, args: tuple[Any, ...], backward: bool = False) -> Key | None:
+    """The class of a call, from its forward's or backward's arguments: op, dtype, few rows or many, static sizes.
+
+    None for an op that is not tuned.
+    """
+    places = _keys.get((slug, backward))
+    if places is None:
+        return None
+    dtype, sized, rows, of_row = places
+    of = args[sized]
+    sizes = tuple((of[0] if isinstance(of, (list, tuple)) else of).shape)
+    sizes = sizes[1:] if of_row else sizes
+    return slug, args[dtype].dtype, args[rows].shape[0] <= FEW_ROWS, sizes
 
 
 def device_name(device: torch.device) -> str:
@@ -104,7 +125,7 @@ def _dtype(name: str) -> torch.dtype:
 
 def _winner(entry: dict[str, Any]) -> tuple[Key, dict[str, Any]]:
     """An entry with its class."""
-    if not isinstance(entry["backend"], str):
+    if entry["backend"] not in BACKENDS:
         raise ValueError(f"{entry['backend']!r} is no backend")
     dtype, sizes = _dtype(entry["dtype"]), tuple(entry["sizes"])
     return (entry["op"], dtype, bool(entry["few_rows"]), sizes), entry

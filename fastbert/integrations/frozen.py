@@ -49,7 +49,7 @@ class FrozenLayers(Copies):
         """
         if torch.compiler.is_compiling() or any(_trains(m) for m in parts):
             return None
-        if x.device.type != "cpu" or chooser.forced() not in (None, "cpu") or x.numel() == 0:
+        if x.device.type != "cpu" or not chooser.permits(cpu) or x.numel() == 0:
             self.drop()
             return None
         x = autocast(x)
@@ -68,7 +68,7 @@ class FrozenLayers(Copies):
         """Drop the copies unless they are of these very tensors and settings and nothing was written since."""
         sources = [t for layer in fields for field in layer for t in field]
         state = (
-            cpu.native.isa(),  # type: ignore[union-attr]
+            cpu.native.isa(),
             settings,
             [*map(id, sources)],
             [t._version for t in sources],

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from fastbert.backend import chooser
+from fastbert.backend import chooser, tuned
 from fastbert.ops.context import autocast_dtype, needs_dispatcher
 
 _lib = torch.library.Library("fastbert", "DEF")
@@ -21,11 +21,14 @@ def register(
     schema: str,
     fake: Callable[..., Any],
     check: Callable[..., None] | None = None,
+    tuned_by: tuned.TunedBy | None = None,
 ) -> Callable[..., Any]:
     """Define `fastbert::<slug>_<fwd|bwd>` and return it as a callable.
 
     The body looks up the backend's module by the last argument and calls its `forward` or `backward` with the others.
     `check` sees the same arguments and refuses bad values (ids, labels, cu_seqlens) where values are checked at all.
+    `tuned_by` names the arguments by which fastbert.tune() tells calls apart; without it the op is not tuned. `choose`
+    must get the forward's arguments in the schema's order.
     """
     name = f"{slug}_{'fwd' if direction == 'forward' else 'bwd'}"
     inputs, outputs = schema.split("->")
@@ -35,7 +38,7 @@ def register(
     def body(*args: Any) -> Any:
         *inputs, chosen = args
         run = getattr(chooser.module(chosen, slug), direction)
-        if chosen in ("triton", "cuda"):
+        if chosen in chooser.ON_CURRENT_DEVICE:
             run = partial(_on_device, run)
         if check is None and not torch._C._is_any_autocast_enabled():
             return run(*inputs)
@@ -54,6 +57,9 @@ def register(
     _lib.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastbert::{name}", fake, lib=_lib)
     registered = getattr(torch.ops.fastbert, name).default
+    if tuned_by is not None:
+        names = [argument.name for argument in registered._schema.arguments]
+        tuned.register(slug, direction == "backward", names[:-1], tuned_by)
 
     def call(*args: Any) -> Any:
         return registered(*args) if needs_dispatcher(args) else body(*args)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.chooser import choose
+from fastbert.backend.tuned import TunedBy
 from fastbert.ops import _check
 from fastbert.ops._register import once_differentiable, record, register, wants_grad
 from fastbert.ops.context import autocast, seed_for
@@ -35,6 +36,7 @@ _fwd = register(
     "bool save) -> (Tensor, Tensor)",
     _fwd_fake,
     _fwd_check,
+    tuned_by=TunedBy(dtype="qkv", sizes="qkv", rows="qkv", of_row=True),
 )
 _bwd = register(
     "attention",
@@ -42,6 +44,7 @@ _bwd = register(
     "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, float scale, float p, "
     "Tensor? seed, int site, bool causal) -> Tensor",
     _bwd_fake,
+    tuned_by=TunedBy(dtype="qkv", sizes="qkv", rows="dout", of_row=True),
 )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.chooser import choose
+from fastbert.backend.tuned import TunedBy
 from fastbert.ops import _check
 from fastbert.ops._register import (
     as_rows,
@@ -30,13 +31,18 @@ def _bwd_fake(dy: Tensor, x: Tensor, bias: Tensor | None, *_: Any) -> Any:
 
 
 _fwd = register(
-    "bias_gelu", "forward", "(Tensor x, Tensor? bias, str approximate) -> Tensor", _fwd_fake
+    "bias_gelu",
+    "forward",
+    "(Tensor x, Tensor? bias, str approximate) -> Tensor",
+    _fwd_fake,
+    tuned_by=TunedBy(dtype="x", sizes="x", rows="x", of_row=True),
 )
 _bwd = register(
     "bias_gelu",
     "backward",
     "(Tensor dy, Tensor x, Tensor? bias, str approximate) -> (Tensor, Tensor)",
     _bwd_fake,
+    tuned_by=TunedBy(dtype="x", sizes="x", rows="dy", of_row=True),
 )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.chooser import choose
+from fastbert.backend.tuned import TunedBy
 from fastbert.ops import _check
 from fastbert.ops._register import (
     once_differentiable,
@@ -37,12 +38,14 @@ _fwd = register(
     "(Tensor logits, Tensor labels, int ignore_index) -> (Tensor, Tensor)",
     _fwd_fake,
     _fwd_check,
+    tuned_by=TunedBy(dtype="logits", sizes="logits", rows="logits", of_row=True),
 )
 _bwd = register(
     "cross_entropy",
     "backward",
     "(Tensor dloss, Tensor logits, Tensor labels, Tensor lse, int ignore_index) -> Tensor",
     _bwd_fake,
+    tuned_by=TunedBy(dtype="logits", sizes="logits", rows="dloss", of_row=True),
 )
 
 

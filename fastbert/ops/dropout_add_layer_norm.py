@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.chooser import choose
+from fastbert.backend.tuned import TunedBy
 from fastbert.ops import _check
 from fastbert.ops._register import (
     as_rows,
@@ -43,6 +44,7 @@ _fwd = register(
     "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, float p, Tensor? seed, int site, "
     "Tensor? rows, bool save) -> (Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake,
+    tuned_by=TunedBy(dtype="x", sizes="weight", rows="x"),
 )
 _bwd = register(
     "dropout_add_layer_norm",
@@ -50,6 +52,7 @@ _bwd = register(
     "(Tensor dy, Tensor z, Tensor weight, Tensor mean, Tensor rstd, float p, Tensor? seed, int site, "
     "Tensor? rows, Tensor? bias) -> (Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
+    tuned_by=TunedBy(dtype="dy", sizes="weight", rows="dy"),
 )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.chooser import choose
+from fastbert.backend.tuned import TunedBy
 from fastbert.ops import _check
 from fastbert.ops._register import (
     none_if_empty,
@@ -74,6 +75,7 @@ _fwd = register(
     "Tensor bias, float eps, float p, Tensor? seed, int site, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)",
     _fwd_fake,
     _fwd_check,
+    tuned_by=TunedBy(dtype="position", sizes="position", rows="ids"),
 )
 _bwd = register(
     "embed",
@@ -82,6 +84,7 @@ _bwd = register(
     "Tensor weight, Tensor mean, Tensor rstd, float p, Tensor? seed, int site, int? padding_idx, "
     "int? position_padding_idx, bool position_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
+    tuned_by=TunedBy(dtype="position", sizes="position", rows="dy"),
 )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.chooser import choose
+from fastbert.backend.tuned import TunedBy
 from fastbert.ops import _check
 from fastbert.ops._register import (
     as_rows,
@@ -60,6 +61,7 @@ _fwd = register(
     "forward",
     "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str approximate, bool save) -> (Tensor, Tensor)",
     _fwd_fake,
+    tuned_by=TunedBy(dtype="x", sizes="w1", rows="x"),
 )
 _bwd = register(
     "feed_forward",
@@ -67,6 +69,7 @@ _bwd = register(
     "(Tensor dy, Tensor x, Tensor u, Tensor w1, Tensor w2, str approximate, bool[] needs, "
     "ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
+    tuned_by=TunedBy(dtype="dy", sizes="w1", rows="dy"),
 )
 
 

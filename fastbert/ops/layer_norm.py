@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.chooser import choose
+from fastbert.backend.tuned import TunedBy
 from fastbert.ops import _check
 from fastbert.ops._register import (
     as_rows,
@@ -41,12 +42,14 @@ _fwd = register(
     "forward",
     "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
     _fwd_fake,
+    tuned_by=TunedBy(dtype="x", sizes="x", rows="x", of_row=True),
 )
 _bwd = register(
     "layer_norm",
     "backward",
     "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor? bias) -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
+    tuned_by=TunedBy(dtype="x", sizes="x", rows="dy", of_row=True),
 )
 
 

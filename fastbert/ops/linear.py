@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.chooser import choose
+from fastbert.backend.tuned import TunedBy
 from fastbert.ops import _check
 from fastbert.ops._register import (
     as_rows,
@@ -37,12 +38,19 @@ def _bwd_fake(
     )
 
 
-_fwd = register("linear", "forward", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _fwd_fake)
+_fwd = register(
+    "linear",
+    "forward",
+    "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _fwd_fake,
+    tuned_by=TunedBy(dtype="x", sizes="weight", rows="x"),
+)
 _bwd = register(
     "linear",
     "backward",
     "(Tensor dy, Tensor x, Tensor weight, bool[] needs, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
+    tuned_by=TunedBy(dtype="dy", sizes="weight", rows="dy"),
 )
 
 

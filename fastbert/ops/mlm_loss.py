@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert.backend.chooser import choose
+from fastbert.backend.chooser import choose, offered
+from fastbert.backend.tuned import TunedBy
 from fastbert.ops import _check
 from fastbert.ops._register import once_differentiable, record, register, sums, wants_grad
 from fastbert.ops.context import autocast
@@ -49,9 +50,9 @@ def _fwd_fake(
 
 
 def _width(weight: Tensor, backend: str) -> int:
-    """Of p - onehot: V, or where a GPU's library wants aligned rows V rounded up to a multiple of 8."""
-    V = weight.shape[0]
-    return -(-V // 8) * 8 if backend in ("triton", "cuda") else V
+    """Elements in a row of p - onehot: V, or more where the backend aligns its rows."""
+    width, V = offered(backend, "loss_width"), weight.shape[0]
+    return V if width is None else width(V)
 
 
 def _bwd_fake(dloss: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
@@ -71,6 +72,7 @@ _fwd = register(
     "int max_rows, bool save) -> (Tensor, Tensor, Tensor)",
     _fwd_fake,
     _fwd_check,
+    tuned_by=TunedBy(dtype="hidden", sizes="weight", rows="labels"),
 )
 _bwd = register(
     "mlm_loss",
@@ -78,6 +80,7 @@ _bwd = register(
     "(Tensor dloss, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? rows, Tensor lse, "
     "Tensor dlogits, int ignore_index, int max_rows, bool[] needs) -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
+    tuned_by=TunedBy(dtype="hidden", sizes="weight", rows="labels"),
 )
 
 

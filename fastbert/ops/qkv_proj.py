@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.chooser import choose
+from fastbert.backend.tuned import TunedBy
 from fastbert.ops import _check
 from fastbert.ops._register import once_differentiable, record, register, shared, sums, wants_grad
 from fastbert.ops.context import autocast
@@ -43,12 +44,14 @@ _fwd = register(
     "forward",
     "(Tensor x, Tensor[] weights, Tensor[] biases, int num_heads) -> Tensor",
     _fwd_fake,
+    tuned_by=TunedBy(dtype="x", sizes="weights", rows="x"),
 )
 _bwd = register(
     "qkv_proj",
     "backward",
     "(Tensor dqkv, Tensor x, Tensor[] weights, bool[] needs, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
+    tuned_by=TunedBy(dtype="dqkv", sizes="weights", rows="dqkv"),
 )
 
 

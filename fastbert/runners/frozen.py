@@ -60,7 +60,7 @@ class Origin:
     def look(self) -> tuple[object, ...]:
         """All that the copies and the native call depend on; every forward compares it, so it is flat and cheap."""
         return (
-            cpu.native.isa(),  # type: ignore[union-attr]
+            cpu.native.isa(),
             [d[name] for d, name in self.settings],
             [id(m) for m in self.layers._modules.values()],
             [id(place.get(name)) for place, name in self.places],
@@ -101,7 +101,7 @@ class Frozen(Copies):
             # the weights have moved: their copies would stay for nothing
             self.drop()
             return False
-        if chooser.forced() not in (None, "cpu") or x.numel() == 0:
+        if not chooser.permits(cpu) or x.numel() == 0:
             return False
         if self._origin is not None and not self._origin.unchanged(encoder):
             log_once("the weights or parts of a frozen model have changed: they are packed again")

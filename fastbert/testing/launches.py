@@ -20,6 +20,7 @@ from fastbert.kernels import (
     feed_forward,
     layer_norm,
     linear,
+    loss_width,
     mlm_loss,
     qkv_proj,
 )
@@ -138,7 +139,7 @@ def _losses(dtype: torch.dtype, sizes: tuple[int, ...]) -> Iterator[Call]:
             f"mlm_loss fwd V{V}",
             partial(mlm_loss.forward, h, w, b, labels, None, -100, 8192, True),
         )
-        inputs = (_stats(), h, w, b, labels, None, row, _meta(_T, -(-V // 8) * 8, dtype=dtype))
+        inputs = (_stats(), h, w, b, labels, None, row, _meta(_T, loss_width(V), dtype=dtype))
         yield f"mlm_loss bwd V{V}", partial(mlm_loss.backward, *inputs, -100, 8192, [True] * 3)
 
 

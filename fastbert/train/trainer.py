@@ -96,8 +96,7 @@ class Trainer:
         self.at = Position()
         self.device = next(model.parameters()).device
         # a host takes longer to launch a step's kernels one by one than a GPU to run them
-        fused = chooser.forced() in (None, "triton", "cuda")
-        graphs = self.device.type == "cuda" and fused and self.world.size == 1
+        graphs = self.device.type == "cuda" and chooser.captures() and self.world.size == 1
         self._replayed = TrainingRunner(model) if graphs else None
         self._batches: Iterator[Batch] | None = None
 

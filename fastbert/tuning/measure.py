@@ -52,12 +52,14 @@ class _Timer(TorchDispatchMode):
         device: torch.device,
         asked: set[tuned.Call] | None = None,
         checked: tuned.Call | None = None,
+        configurations: Any = None,
     ) -> None:
         super().__init__()
         self.device = device
         self.asked: set[tuned.Call] = set() if asked is None else asked
-        # a call of a configuration function: ops that make it are compared with what they do by its built-in answer
-        self.checked = checked
+        # a call of a function of `configurations`: an op that makes it must have the result that the built-in
+        # configuration gives
+        self.checked, self.configurations = checked, configurations
         self.calls: list[_Timed] = []
 
     def __torch_dispatch__(
@@ -68,10 +70,12 @@ class _Timer(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         slug, _, direction = func._schema.name.removeprefix("fastbert::").rpartition("_")
-        # nor those that find tokens and labels, which have no backends
-        if func.namespace != "fastbert" or direction not in ("fwd", "bwd"):
+        # ops of fastbert without backends have another ending, and those that are not tuned have no key
+        key = None
+        if func.namespace == "fastbert" and direction in ("fwd", "bwd"):
+            key = tuned.key(slug, args, backward=direction == "bwd")
+        if key is None:
             return func(*args, **(kwargs or {}))
-        key = tuned.key(slug, args, backward=direction == "bwd")
         self.asked.clear()
         copies = () if self.checked is None else tree_map_only(torch.Tensor, torch.clone, args)
         result, seconds = self._timed(lambda: func(*args))
@@ -82,10 +86,9 @@ class _Timer(TorchDispatchMode):
 
     def _compare(self, result: Any, func: Any, args: Any) -> None:
         """Raise _Wrong where the built-in configuration has another result for the same arguments."""
-        from fastbert.kernels import _configured
-
         assert self.checked is not None
-        with _configured.trying(self.checked, _configured.own(self.checked)):
+        own = self.configurations.own(self.checked)
+        with self.configurations.trying(self.checked, own):
             expected = func(*args)
         for ours, theirs in zip(tree_leaves(result), tree_leaves(expected), strict=True):
             if not isinstance(ours, torch.Tensor) or not ours.numel():
@@ -177,9 +180,13 @@ def tune(
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", torch.cuda.current_device())
     names, facts = chooser.order(where.type), {"machine": machine_info()}
-    search = _Search(step, where, rounds, facts)
-    if configurations and "triton" in names and chooser.device_of("triton") == where.type:
-        search.run()
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name in names if configurations else ():
+        theirs = chooser.offered(name, "configurations")
+        if theirs is not None and chooser.device_of(name) == where.type:
+            search = _Search(name, theirs, step, where, rounds, facts)
+            search.run()
+            found[f"{name}'s configurations"] = search.shown
     taken: dict[tuned.Key, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for number in range(-1, rounds):
         for name in names:
@@ -191,85 +198,82 @@ def tune(
                     taken[key][name].append(seconds)
     if not taken:
         raise ValueError(
-            "step() called none of fastbert's ops: does the model use fastbert's modules?"
+            "step() called none of fastbert's ops that are tuned: does the model use fastbert's modules?"
         )
     medians = {
         key: {name: statistics.median(values) for name, values in by_name.items()}
         for key, by_name in taken.items()
     }
     chooser.tuned_tables[where] = tuned.store(where, medians, facts)
-    return _readable(medians) | ({"triton's configurations": search.shown} if search.shown else {})
+    return _readable(medians) | {title: shown for title, shown in found.items() if shown}
 
 
 class _Search:
-    """Climbs, for every launch configuration that a step asks for, from neighbour to faster neighbour."""
+    """Climbs, for every launch configuration that a step asks of a backend, from neighbour to faster neighbour."""
 
     def __init__(
         self,
+        backend: str,
+        configurations: Any,
         step: Callable[[], object],
         device: torch.device,
         rounds: int,
         facts: dict[str, Any],
     ) -> None:
+        self.backend, self.configurations = backend, configurations
         self.step, self.device, self.rounds, self.facts = step, device, rounds, facts
         self.shown: dict[str, dict[str, float]] = {}
 
     def run(self) -> None:
         """Search them all, one after the other, and have the winners in force."""
-        from fastbert.kernels import _configured
-
+        theirs = self.configurations
         for call in sorted(self._timer().asked_by_all(), key=str):
-            if (config := _configured.in_force(call)) is None:
+            if (config := theirs.in_force(call)) is None:
                 continue
             best = config
             seen: dict[Any, float] = {}
             while True:
-                candidates = [c for c in _configured.neighbours(call, best) if c not in seen]
+                candidates = [c for c in theirs.neighbours(call, best) if c not in seen]
                 seen |= self._measured(call, [best, *candidates])
                 fastest = min(seen, key=lambda c: seen[c])
                 if seen[fastest] > (1 - _GAIN) * seen[best]:
                     break
                 best = fastest
-            self.shown[_configured.readable(call)] = {
-                _configured.shown(c): round(1e6 * s, 1) for c, s in seen.items()
+            self.shown[theirs.readable(call)] = {
+                theirs.shown(c): round(1e6 * s, 1) for c, s in seen.items()
             }
-            own = _configured.own(call)
+            own = theirs.own(call)
             fields = {k: v for k, v in vars(best).items() if v != getattr(own, k)}
             # each as it is found, so that an interrupt loses one
             tuned.store(self.device, {}, self.facts, {call: fields})
-            _configured.adopt(call, best)
+            theirs.adopt(call, best)
 
     def _measured(self, call: tuned.Call, configs: list[Any]) -> dict[Any, float]:
         """Seconds by configuration, medians of interleaved rounds, without those that do not compile or fit."""
-        from triton.runtime.errors import TritonError
-
-        from fastbert.kernels import _configured
-
+        theirs = self.configurations
         taken: dict[Any, list[float]] = {}
         for number, config in enumerate(configs):
-            with _configured.trying(call, config):
+            with theirs.trying(call, config):
                 try:
                     self._timer(call)
-                except (TritonError, RuntimeError) as error:
-                    # too much shared memory, or a tile that Triton does not compile; the first one has run before
+                except theirs.FAILURES as error:
+                    # too much shared memory, or a tile that does not compile; the first configuration has run before
                     if number == 0 or isinstance(error, torch.OutOfMemoryError):
                         raise
-                    _log.info("%s, %s: %s", _configured.readable(call), config, error)
+                    _log.info("%s, %s: %s", theirs.readable(call), config, error)
                     continue
             taken[config] = []
         for _ in range(self.rounds):
             for config, seconds in taken.items():
-                with _configured.trying(call, config):
+                with theirs.trying(call, config):
                     seconds.append(self._timer().of(call))
         return {config: statistics.median(seconds) for config, seconds in taken.items()}
 
     def _timer(self, checked: tuned.Call | None = None) -> _Timer:
-        from fastbert.kernels import _configured
-
         with (
-            _preferring(self.device, "triton"),
-            _configured.asking() as asked,
-            _Timer(self.device, asked, checked) as timer,
+            _preferring(self.device, self.backend),
+            self.configurations.asking() as asked,
+            _Timer(self.device, asked, checked, self.configurations) as timer,
         ):
             self.step()
         return timer

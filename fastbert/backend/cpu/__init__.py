@@ -10,16 +10,15 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 # torch first: its OpenMP runtime is then mapped
 import torch
 from torch import Tensor
 
-native: ModuleType | None
-unavailable: str | None
-misset: str | None
+from fastbert.backend import _common
 
 # numbers of the element types in csrc/cpu/runtime.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -52,22 +51,32 @@ def _share_openmp() -> None:
 
 
 _isa = os.environ.get("FASTBERT_CPU_ISA")
-try:
-    _share_openmp()
-    native = import_module("fastbert._cpu")
-    if _isa:
-        native.use_isa(_isa)
-except (ImportError, OSError) as error:
-    native = None
-    unavailable = (
-        f"the native module fastbert._cpu is not usable ({error}): install fastbert with a C++ "
-        "compiler at hand, `pip install .` in a checkout"
-    )
-except ValueError as error:
-    native = None
-    unavailable = str(error)
+
+
+def _loaded() -> tuple[Any, str | None]:
+    """The native module on the instruction set that is asked for, or None and why there is none."""
+    try:
+        _share_openmp()
+        module = import_module("fastbert._cpu")
+        if _isa:
+            module.use_isa(_isa)
+    except (ImportError, OSError) as error:
+        return None, (
+            f"the native module fastbert._cpu is not usable ({error}): install fastbert with a C++ "
+            "compiler at hand, `pip install .` in a checkout"
+        )
+    except ValueError as error:
+        return None, str(error)
+    return module, None
+
+
+if TYPE_CHECKING:
+    # not None, for adapters: the chooser calls none of them where `unavailable` holds
+    import fastbert._cpu as native
+
+    unavailable: str | None
 else:
-    unavailable = None
+    native, unavailable = _loaded()
 misset = f"FASTBERT_CPU_ISA is {_isa!r}: {unavailable}" if _isa and unavailable else None
 
 
@@ -78,8 +87,8 @@ def fresh(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     100 ms in a virtual machine, a third of the feed-forward's GEMM that writes the 100 MB.
     """
     made = like.new_empty(shape, dtype=dtype)
-    if made.nbytes >= native.LARGE:  # type: ignore[union-attr]
-        native.large_pages(made.data_ptr(), made.nbytes)  # type: ignore[union-attr]
+    if made.nbytes >= native.LARGE:
+        native.large_pages(made.data_ptr(), made.nbytes)
     return made
 
 
@@ -105,37 +114,16 @@ def unpackable(name: str, p: Tensor) -> str | None:
     return None
 
 
-def unsupported_dropout(p: float) -> str | None:
-    """Why no kernel here takes this dropout probability, or None."""
-    if p > 1 - 2**-32:
-        return f"p is {p}: the cpu kernel compares 32-bit words, pass p <= 1 - 2**-32"
-    return None
+address, int64 = _common.address, _common.int64
+dropout_args = _common.native_dropout_args
+unsupported_dropout = partial(_common.unsupported_dropout, "cpu")
 
 
-def fp32(t: Tensor | None) -> Tensor | None:
+def fp32(t: _common.Given) -> _common.Given:
     """A contiguous fp32 tensor of the same values."""
     if t is None or (t.dtype == torch.float32 and t.is_contiguous()):
         return t
     return t.to(torch.float32).contiguous()
-
-
-def int64(t: Tensor | None) -> Tensor | None:
-    """A contiguous int64 tensor of the same values."""
-    if t is None or (t.dtype == torch.int64 and t.is_contiguous()):
-        return t
-    return t.to(torch.int64).contiguous()
-
-
-def address(t: Tensor | None) -> int:
-    """Where the tensor's memory starts, 0 for None."""
-    return 0 if t is None else t.data_ptr()
-
-
-def dropout_args(p: float, seed: Tensor | None, site: int) -> tuple[int, int, int, float]:
-    """The native functions' seed address (0: no dropout), site, threshold and scale."""
-    if p == 0.0 or seed is None:
-        return 0, 0, 0, 1.0
-    return seed.data_ptr(), site, round(p * 2**32), 1.0 / (1.0 - p)
 
 
 def row_losses(

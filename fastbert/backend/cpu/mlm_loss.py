@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastbert.backend._common import picked
 from fastbert.backend.cpu import _gemm, cross_entropy, fp32, native, row_losses, unsupported_dtype
 
 
@@ -24,10 +25,6 @@ def unsupported(
     return unsupported_dtype("hidden", hidden) or unsupported_dtype("weight", weight)
 
 
-def _picked(hidden: Tensor, rows: Tensor | None) -> Tensor:
-    return hidden if rows is None else hidden.index_select(0, rows)
-
-
 def forward(
     hidden: Tensor,  # (T, C)
     weight: Tensor,  # (V, C)
@@ -39,10 +36,10 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss (), lse (R,), both fp32, and p - onehot (R, V), empty without `save` or above max_rows."""
-    h, b = _picked(hidden, rows), fp32(bias)
+    h, b = picked(hidden, rows), fp32(bias)
     if save and labels.shape[0] <= max_rows:
         dlogits = _gemm.project(h, [weight], b)
-        loss, lse = row_losses(native.cross_entropy_inplace, dlogits, labels, ignore_index)  # type: ignore[union-attr]
+        loss, lse = row_losses(native.cross_entropy_inplace, dlogits, labels, ignore_index)
         return loss.sum(), lse, dlogits
     losses, lses = [], []
     for part, of in zip(h.split(max_rows), labels.split(max_rows), strict=True):
@@ -66,7 +63,7 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden (T, C), dweight (V, C), dbias (V,) fp32, scaled by dloss in the GEMMs; empty where not needed."""
-    h, alpha = _picked(hidden, rows), float(dloss)
+    h, alpha = picked(hidden, rows), float(dloss)
     if labels.shape[0] <= max_rows:
         dh, dweight, dbias = _gemm.gradients(dlogits, h, [weight], needs, alpha)
     else:
@@ -94,7 +91,7 @@ def _chunked(
     dbias = h.new_zeros(weight.shape[0] if needs[2] else 0, dtype=torch.float32)
     for part, of in zip(h.split(max_rows), labels.split(max_rows), strict=True):
         g = _gemm.project(part, [weight], bias)
-        row_losses(native.cross_entropy_inplace, g, of, ignore_index)  # type: ignore[union-attr]
+        row_losses(native.cross_entropy_inplace, g, of, ignore_index)
         dpart, dw, db = _gemm.gradients(g, part, [weight], needs, alpha, torch.float32)
         parts.append(dpart)
         dweight += dw

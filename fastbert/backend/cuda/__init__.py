@@ -8,37 +8,47 @@ sync, so that a forward and a backward can be captured in a CUDA graph.
 from __future__ import annotations
 
 import functools
+from functools import partial
 from importlib import import_module
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastbert.backend.cpu import address as address
-from fastbert.backend.cpu import dropout_args as dropout_args
-from fastbert.backend.cpu import int64 as int64
-
-native: ModuleType | None
-unavailable: str | None
+from fastbert.backend import _common
+from fastbert.backend._gpu_mlm_loss import loss_width as loss_width
 
 # numbers of the element types in csrc/cuda/types.cuh
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-MAX_WIDTH = 8192
+# the chooser reads these, and loss_width above
+starts_on_current_device = True
+captured = True
 OLDEST = (8, 0)
 
-try:
-    native = import_module("fastbert._cuda")
-except ImportError as error:
-    native = None
-    unavailable = (
-        f"the native module fastbert._cuda is not usable ({error}): install fastbert with nvcc at hand, the CUDA "
-        "toolkit's or the wheels nvidia-cuda-nvcc and nvidia-cuda-cccl, by FASTBERT_CUDA=1 `pip install .` in a "
-        "checkout"
-    )
+
+def _loaded() -> tuple[Any, str | None]:
+    """The native module, None where it was not built, and why it is not usable."""
+    try:
+        module = import_module("fastbert._cuda")
+    except ImportError as error:
+        return None, (
+            f"the native module fastbert._cuda is not usable ({error}): install fastbert with nvcc at hand, the CUDA "
+            "toolkit's or the wheels nvidia-cuda-nvcc and nvidia-cuda-cccl, by FASTBERT_CUDA=1 `pip install .` in a "
+            "checkout"
+        )
+    if torch.version.hip:
+        reason = "this torch is for AMD's GPUs, which CUDA does not run on: use the triton backend"
+        return module, reason
+    return module, None
+
+
+if TYPE_CHECKING:
+    # not None, for adapters: the chooser calls none of them where `unavailable` holds
+    import fastbert._cuda as native
+
+    unavailable: str | None
 else:
-    unavailable = None
-if unavailable is None and torch.version.hip:
-    unavailable = "this torch is for AMD's GPUs, which CUDA does not run on: use the triton backend"
+    native, unavailable = _loaded()
 
 
 @functools.cache
@@ -73,21 +83,10 @@ def unsupported_dtype(**tensors: Tensor | None) -> str | None:
     return None
 
 
-def unsupported_width(width: int) -> str | None:
-    """Why no kernel that keeps a row of this many elements in registers takes it, or None."""
-    if not 0 < width <= MAX_WIDTH:
-        return (
-            f"a row has {width} elements and the cuda kernels hold 1 to {MAX_WIDTH} in registers: "
-            "use the torch backend"
-        )
-    return None
-
-
-def unsupported_dropout(p: float) -> str | None:
-    """Why no kernel here takes this dropout probability, or None."""
-    if p > 1 - 2**-32:
-        return f"p is {p}: the cuda kernel compares 32-bit words, pass p <= 1 - 2**-32"
-    return None
+address, int64 = _common.address, _common.int64
+dropout_args = _common.native_dropout_args
+unsupported_width = partial(_common.unsupported_width, "cuda")
+unsupported_dropout = partial(_common.unsupported_dropout, "cuda")
 
 
 def parameter(t: Tensor | None, like: torch.dtype) -> Tensor | None:
@@ -114,7 +113,7 @@ def row_partials(x: Tensor) -> Tensor:
     """Memory for the two sums (2, blocks, C) fp32 that the blocks of a backward over x (N, C) leave."""
     N, C = x.shape
     count = multiprocessors(x.get_device())
-    blocks = native.row_blocks(N, C, DTYPES[x.dtype], count)  # type: ignore[union-attr]
+    blocks = native.row_blocks(N, C, DTYPES[x.dtype], count)
     return x.new_empty(2, blocks, C, dtype=torch.float32)
 
 
@@ -122,5 +121,5 @@ def column_partials(x: Tensor) -> Tensor:
     """Memory for the sum (blocks, F) fp32 that the blocks of a kernel over x's columns (N, F) leave."""
     N, F = x.shape
     count = multiprocessors(x.get_device())
-    blocks = native.column_blocks(N, F, DTYPES[x.dtype], count)  # type: ignore[union-attr]
+    blocks = native.column_blocks(N, F, DTYPES[x.dtype], count)
     return x.new_empty(blocks, F, dtype=torch.float32)

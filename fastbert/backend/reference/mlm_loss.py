@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fastbert.backend._common import picked
 from fastbert.backend.reference import cross_entropy, linear
 from fastbert.backend.reference.layer_norm import widen
 from fastbert.backend.reference.samples import Cost, Draw, Sample, low_precision
@@ -15,10 +16,6 @@ from fastbert.backend.reference.samples import Cost, Draw, Sample, low_precision
 def unsupported(*args: object) -> str | None:
     """The reference runs every call."""
     return None
-
-
-def _picked(hidden: Tensor, rows: Tensor | None) -> Tensor:
-    return hidden if rows is None else hidden[rows]
 
 
 def forward(
@@ -32,7 +29,7 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss (), lse (R,), both fp32, and p - onehot (R, V), empty without `save` or above max_rows."""
-    logits = linear.forward(*widen(_picked(hidden, rows), weight, bias))
+    logits = linear.forward(*widen(picked(hidden, rows), weight, bias))
     losses, lse = cross_entropy.forward(logits, labels, ignore_index)
     if not save or labels.shape[0] > max_rows:
         return losses.sum(), lse, hidden.new_empty(0, weight.shape[0])
@@ -54,7 +51,7 @@ def backward(
     needs: Sequence[bool],  # for hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden (T, C), dweight (V, C), dbias (V,) fp32, scaled by dloss after the GEMMs; empty where not needed."""
-    h, w, b, g = widen(_picked(hidden, rows), weight, bias, dlogits)
+    h, w, b, g = widen(picked(hidden, rows), weight, bias, dlogits)
     if labels.shape[0] > max_rows:
         logits = linear.forward(h, w, b)
         g = cross_entropy.backward(torch.ones_like(lse), logits, labels, lse, ignore_index)

@@ -7,16 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastbert.backend._common import picked
 from fastbert.backend.stock import cross_entropy, linear
 
 
 def unsupported(*args: object) -> str | None:
     """Stock ops run every call."""
     return None
-
-
-def _picked(hidden: Tensor, rows: Tensor | None) -> Tensor:
-    return hidden if rows is None else hidden.index_select(0, rows)
 
 
 def _times(g: Tensor, w: Tensor) -> Tensor:
@@ -42,7 +39,7 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss (), lse (R,), both fp32, and p - onehot (R, V), empty without `save` or above max_rows."""
-    h = _picked(hidden, rows)
+    h = picked(hidden, rows)
     w, b = linear.cast(h, weight, bias)
     losses, lses = [], []
     dlogits = hidden.new_empty(0, weight.shape[0])
@@ -71,7 +68,7 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden (T, C), dweight (V, C), dbias (V,) fp32, scaled by dloss after the GEMMs; empty where not needed."""
-    h = _picked(hidden, rows)
+    h = picked(hidden, rows)
     w, b = linear.cast(h, weight, bias)
     wide = torch.promote_types(h.dtype, torch.float32)
     dh = torch.empty_like(h) if needs[0] else h.new_empty(0)
