@@ -25,7 +25,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 # pip before 25.3 takes the versions of an isolated build's tools from the first, later ones from the second
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
-NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+NATIVE := $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 .DELETE_ON_ERROR:
 .PHONY: install demo test test-slow test-transformers4 test-gpu-static test-ptx gpu gpu-report sanitize bench bench-peers bench-scaling bench-scripts lint

@@ -113,8 +113,9 @@ def test_the_sdist_carries_what_a_build_needs(built):
 def test_the_wheel_holds_the_package_and_nothing_else(built):
     with zipfile.ZipFile(next(built.glob("*.whl"))) as archive:
         names = archive.namelist()
-    assert {"fastbert/kernels/__init__.py", "fastbert/py.typed"} <= set(names)
-    assert [n for n in names if n.startswith("fastbert/_cpu.")]
+    typed = {f"fastbert/{name}" for name in ("py.typed", "_cpu.pyi", "_cuda.pyi")}
+    assert {"fastbert/kernels/__init__.py", *typed} <= set(names)
+    assert [n for n in names if n.startswith("fastbert/_cpu.") and n.endswith((".so", ".pyd"))]
     assert {n.split("/")[0].split("-")[0] for n in names} == {"fastbert", "fastbert_kernels"}
     source = built / "check out"
     python = {p.relative_to(source).as_posix() for p in (source / "fastbert").rglob("*.py")}

@@ -8,8 +8,8 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 
+#include "../wire.h"
 #include "isas.h"
 #include "runtime.h"
 
@@ -44,26 +44,7 @@ void use_isa(const std::string& name) {
                               "': choose one of " + here);
 }
 
-// Python passes pointers as integers
-template <typename A>
-using Wire = std::conditional_t<std::is_pointer_v<A>, std::uintptr_t, A>;
-
-template <typename A>
-A unwire(Wire<A> value) {
-  if constexpr (std::is_pointer_v<A>)
-    return reinterpret_cast<A>(value);
-  else
-    return value;
-}
-
-template <typename R, typename... A>
-void define(py::module_& m, const char* name, Entry<R, A...> entry) {
-  m.def(
-      name, [entry](Wire<A>... args) { return entry(unwire<A>(args)...); },
-      py::call_guard<py::gil_scoped_release>());
-}
-
-#define FASTBERT_DEFINE(op) define(m, #op, FASTBERT_ENTRY(op))
+#define FASTBERT_DEFINE(op) define(m, #op, &baseline::op, FASTBERT_ENTRY(op))
 
 py::dict build_info() {
   py::dict info;

@@ -3,10 +3,9 @@
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
-#include <cstdint>
 #include <string>
-#include <type_traits>
 
+#include "../wire.h"
 #include "entries.h"
 
 namespace py = pybind11;
@@ -14,26 +13,7 @@ namespace py = pybind11;
 namespace fastbert {
 namespace {
 
-// Python passes pointers as integers
-template <typename A>
-using Wire = std::conditional_t<std::is_pointer_v<A>, std::uintptr_t, A>;
-
-template <typename A>
-A unwire(Wire<A> value) {
-  if constexpr (std::is_pointer_v<A>)
-    return reinterpret_cast<A>(value);
-  else
-    return value;
-}
-
-template <typename R, typename... A>
-void define(py::module_& m, const char* name, R (*entry)(A...)) {
-  m.def(
-      name, [entry](Wire<A>... args) { return entry(unwire<A>(args)...); },
-      py::call_guard<py::gil_scoped_release>());
-}
-
-#define FASTBERT_DEFINE(entry) define(m, #entry, &entry)
+#define FASTBERT_DEFINE(entry) define(m, #entry, &entry, &entry)
 
 py::dict build_info() {
   py::dict info;

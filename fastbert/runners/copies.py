@@ -97,7 +97,7 @@ class Copies:
         x, y = x.contiguous(), x.new_empty(count, C)
         cu_seqlens, rows = packing.cu_seqlens.contiguous(), cpu.int64(rows)
         cu_seqlens_valid(cu_seqlens, T, packing.max_seqlen)
-        cpu.native.encoder_infer(  # type: ignore[union-attr]
+        cpu.native.encoder_infer(
             cpu.DTYPES[x.dtype],
             x.data_ptr(),
             cu_seqlens.data_ptr(),
@@ -157,14 +157,15 @@ def _settings_tables(
 
 def _packed(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """One weight or three, one below the other, (N, K) in the GEMM's own order, for inputs of this dtype."""
-    assert cpu.native is not None
-    (first, *others), rows, N = _gemm.stacked([w.detach() for w in weights])
+    (first, second, third), rows, N = _gemm.stacked([w.detach() for w in weights])
     K, kind = first.shape[1], cpu.DTYPES[dtype]
     packed = cpu.fresh(first, cpu.native.linear_packed_size(kind, N, K), dtype=torch.float32)
     cpu.native.linear_pack(
         kind,
         cpu.DTYPES[first.dtype],
-        *(w.data_ptr() for w in (first, *others)),
+        first.data_ptr(),
+        second.data_ptr(),
+        third.data_ptr(),
         rows,
         packed.data_ptr(),
         N,
@@ -177,7 +178,7 @@ def _packed(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 def _joined(vectors: Sequence[Tensor]) -> Tensor:
     """Biases side by side in fp32; a single one that is fp32 itself."""
     whole = vectors[0] if len(vectors) == 1 else torch.cat([v.detach().float() for v in vectors])
-    return cpu.fp32(whole)  # type: ignore[return-value]
+    return cpu.fp32(whole)
 
 
 @functools.cache

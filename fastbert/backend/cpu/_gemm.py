@@ -13,13 +13,15 @@ from fastbert.backend.cpu import DTYPES, address, fresh, native
 def project(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
     """x (T, K) times the weights' rows, one below the other, plus an fp32 bias (N,): (T, N) in x's dtype."""
     T, K = x.shape
-    pieces, rows, N = stacked(weights)
+    (w0, w1, w2), rows, N = stacked(weights)
     y = fresh(x, T, N)
-    native.linear_fwd(  # type: ignore[union-attr]
+    native.linear_fwd(
         DTYPES[x.dtype],
-        DTYPES[pieces[0].dtype],
+        DTYPES[w0.dtype],
         x.data_ptr(),
-        *(p.data_ptr() for p in pieces),
+        w0.data_ptr(),
+        w1.data_ptr(),
+        w2.data_ptr(),
         rows,
         0,
         address(bias),
@@ -46,13 +48,15 @@ def gradients(
     kind = DTYPES[dy.dtype]
     dx, dweight, dbias = (dy.new_empty(0) for _ in range(3))
     if needs[0]:
-        pieces, rows, _ = stacked(weights)
+        (w0, w1, w2), rows, _ = stacked(weights)
         dx = fresh(x, *x.shape)
-        native.linear_bwd_dx(  # type: ignore[union-attr]
+        native.linear_bwd_dx(
             kind,
             DTYPES[weight.dtype],
             dy.data_ptr(),
-            *(p.data_ptr() for p in pieces),
+            w0.data_ptr(),
+            w1.data_ptr(),
+            w2.data_ptr(),
             rows,
             alpha,
             dx.data_ptr(),
@@ -63,7 +67,7 @@ def gradients(
         )
     if needs[1]:
         dweight = fresh(weight, N, K, dtype=dtype)
-        native.linear_bwd_dw(  # type: ignore[union-attr]
+        native.linear_bwd_dw(
             kind,
             DTYPES[dweight.dtype],
             dy.data_ptr(),
@@ -77,7 +81,7 @@ def gradients(
         )
     if needs[2]:
         dbias = dy.new_empty(N, dtype=torch.float32)
-        native.linear_bwd_db(kind, dy.data_ptr(), alpha, dbias.data_ptr(), T, N, threads)  # type: ignore[union-attr]
+        native.linear_bwd_db(kind, dy.data_ptr(), alpha, dbias.data_ptr(), T, N, threads)
     return dx, dweight, dbias
 
 

@@ -47,7 +47,7 @@ def forward(
     T, _, H, D = qkv.shape
     out = fresh(qkv, T, H, D)
     lse = qkv.new_empty(H, T if save else 0, dtype=torch.float32)
-    native.attention_fwd(  # type: ignore[union-attr]
+    native.attention_fwd(
         DTYPES[qkv.dtype],
         qkv.data_ptr(),
         cu_seqlens.data_ptr(),
@@ -81,7 +81,7 @@ def backward(
     """dqkv (T, 3, H, D), zeros past cu_seqlens[-1]; the softmax runs again, lse is not read."""
     T, _, H, D = qkv.shape
     dqkv = fresh(qkv, *qkv.shape)
-    native.attention_bwd(  # type: ignore[union-attr]
+    native.attention_bwd(
         DTYPES[qkv.dtype],
         dout.data_ptr(),
         qkv.data_ptr(),

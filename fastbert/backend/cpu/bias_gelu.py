@@ -26,7 +26,7 @@ def forward(
     y = fresh(x, *x.shape)
     if x.numel() > 0:
         bias = fp32(bias)
-        native.bias_gelu_fwd(  # type: ignore[union-attr]
+        native.bias_gelu_fwd(
             DTYPES[x.dtype],
             x.data_ptr(),
             address(bias),
@@ -51,7 +51,7 @@ def backward(
         return dx, x.new_empty(0) if bias is None else torch.zeros_like(bias)
     bias32 = fp32(bias)
     dbias = x.new_empty(0 if bias is None else x.shape[1], dtype=torch.float32)
-    native.bias_gelu_bwd(  # type: ignore[union-attr]
+    native.bias_gelu_bwd(
         DTYPES[x.dtype],
         dy.data_ptr(),
         x.data_ptr(),

@@ -31,7 +31,7 @@ def forward(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
     """The loss of each row and lse, (N,) fp32, both 0 in ignored rows."""
-    return row_losses(native.cross_entropy_fwd, logits, labels, ignore_index)  # type: ignore[union-attr]
+    return row_losses(native.cross_entropy_fwd, logits, labels, ignore_index)
 
 
 def backward(
@@ -46,7 +46,7 @@ def backward(
     dlogits = fresh(logits, *logits.shape)
     if count > 0:
         labels64 = int64(labels)
-        native.cross_entropy_bwd(  # type: ignore[union-attr]
+        native.cross_entropy_bwd(
             DTYPES[logits.dtype],
             dloss.data_ptr(),
             logits.data_ptr(),

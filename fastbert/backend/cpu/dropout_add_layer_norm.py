@@ -53,8 +53,8 @@ def forward(
     z = fresh(x, count if save else 0, width)
     mean, rstd = (x.new_empty(count, dtype=torch.float32) for _ in range(2))
     if x.numel() > 0:
-        weight, bias, rows = fp32(weight), fp32(bias), int64(rows)  # type: ignore[assignment]
-        native.dropout_add_layer_norm_fwd(  # type: ignore[union-attr]
+        weight, bias, rows = fp32(weight), fp32(bias), int64(rows)
+        native.dropout_add_layer_norm_fwd(
             DTYPES[x.dtype],
             x.data_ptr(),
             residual.data_ptr(),
@@ -94,7 +94,7 @@ def backward(
         return dx, dresidual, torch.zeros_like(weight), mean.new_zeros(width)
     dweight, dbias = (z.new_empty(width, dtype=torch.float32) for _ in range(2))
     weight32, rows = fp32(weight), int64(rows)
-    native.dropout_add_layer_norm_bwd(  # type: ignore[union-attr]
+    native.dropout_add_layer_norm_bwd(
         DTYPES[z.dtype],
         dy.data_ptr(),
         z.data_ptr(),

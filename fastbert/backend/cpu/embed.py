@@ -71,6 +71,11 @@ def _tables(
     )
 
 
+def _addresses(tables: tuple[Tensor | None, ...]) -> tuple[int, int, int, int, int, int]:
+    ids, positions, types, word, position, type_ = map(address, tables)
+    return ids, positions, types, word, position, type_
+
+
 def forward(
     ids: Tensor,  # (T,), or (T, C) when word is None
     positions: Tensor,  # (T,)
@@ -92,11 +97,11 @@ def forward(
     mean, rstd = (position.new_empty(count, dtype=torch.float32) for _ in range(2))
     if count > 0:
         tables = _tables(ids, positions, types, word, position, type_)
-        weight, bias = fp32(weight), fp32(bias)  # type: ignore[assignment]
-        native.embed_fwd(  # type: ignore[union-attr]
+        weight, bias = fp32(weight), fp32(bias)
+        native.embed_fwd(
             DTYPES[position.dtype],
             DTYPES[out_dtype],
-            *map(address, tables),
+            *_addresses(tables),
             weight.data_ptr(),
             bias.data_ptr(),
             y.data_ptr(),
@@ -139,11 +144,11 @@ def backward(
             t.zero_()
         return dword, dposition, dtype, dweight.to(weight.dtype), dbias
     weight32 = fp32(weight)
-    native.embed_bwd(  # type: ignore[union-attr]
+    native.embed_bwd(
         DTYPES[position.dtype],
         DTYPES[dy.dtype],
         dy.data_ptr(),
-        *map(address, tables),
+        *_addresses(tables),
         address(weight32),
         mean.data_ptr(),
         rstd.data_ptr(),

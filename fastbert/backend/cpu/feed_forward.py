@@ -37,7 +37,7 @@ def forward(
     F = w1.shape[0]
     u, h = fresh(x, T if save else 0, F), fresh(x, T, F)
     w1, b1 = w1.contiguous(), fp32(b1)
-    native.feed_forward_up(  # type: ignore[union-attr]
+    native.feed_forward_up(
         DTYPES[x.dtype],
         DTYPES[w1.dtype],
         approximate == "tanh",
@@ -69,7 +69,7 @@ def backward(
     T, F = u.shape
     du, h = fresh(u, *u.shape), fresh(u, *u.shape)
     w2 = w2.contiguous()
-    native.feed_forward_down_bwd(  # type: ignore[union-attr]
+    native.feed_forward_down_bwd(
         DTYPES[dy.dtype],
         DTYPES[w2.dtype],
         approximate == "tanh",

@@ -31,7 +31,7 @@ def forward(
     mean, rstd = (x.new_empty(count, dtype=torch.float32) for _ in range(2))
     if x.numel() > 0:
         weight, bias = fp32(weight), fp32(bias)
-        native.layer_norm_fwd(  # type: ignore[union-attr]
+        native.layer_norm_fwd(
             DTYPES[x.dtype],
             x.data_ptr(),
             address(weight),
@@ -62,7 +62,7 @@ def backward(
     dweight, dbias = (x.new_zeros(width, dtype=torch.float32) for _ in range(2))
     if x.numel() > 0:
         weight32 = fp32(weight)
-        native.layer_norm_bwd(  # type: ignore[union-attr]
+        native.layer_norm_bwd(
             DTYPES[x.dtype],
             dy.data_ptr(),
             x.data_ptr(),

@@ -48,7 +48,7 @@ def forward(
     out = qkv.new_empty(T, H, D)
     lse = qkv.new_empty(H, T if save else 0, dtype=torch.float32)
     if T > 0:
-        native.attention_fwd(  # type: ignore[union-attr]
+        native.attention_fwd(
             DTYPES[qkv.dtype],
             qkv.data_ptr(),
             cu_seqlens.data_ptr(),
@@ -85,7 +85,7 @@ def backward(
     dqkv = torch.empty_like(qkv)
     if T > 0:
         delta = torch.empty_like(lse)
-        native.attention_bwd(  # type: ignore[union-attr]
+        native.attention_bwd(
             DTYPES[qkv.dtype],
             dout.data_ptr(),
             qkv.data_ptr(),

@@ -35,13 +35,14 @@ def forward(
     y = torch.empty_like(x)
     if x.numel() > 0:
         shift = parameter(bias, x.dtype)
-        native.bias_gelu_fwd(  # type: ignore[union-attr]
+        native.bias_gelu_fwd(
             DTYPES[x.dtype],
             x.data_ptr(),
             address(shift),
             code(shift),
             y.data_ptr(),
-            *x.shape,
+            x.shape[0],
+            x.shape[1],
             approximate == "tanh",
             *place(x),
         )
@@ -75,7 +76,7 @@ def gradients(
     if x.numel() == 0:
         return dx, y, total.zero_()
     partial, shift = column_partials(x), parameter(bias, x.dtype)
-    native.bias_gelu_bwd(  # type: ignore[union-attr]
+    native.bias_gelu_bwd(
         DTYPES[x.dtype],
         dy.data_ptr(),
         x.data_ptr(),

@@ -79,7 +79,7 @@ def _softmax(
     if N == 0:
         return
     bias, labels64 = parameter(bias, logits.dtype), int64(labels)
-    native.cross_entropy(  # type: ignore[union-attr]
+    native.cross_entropy(
         DTYPES[logits.dtype],
         logits.data_ptr(),
         address(bias),

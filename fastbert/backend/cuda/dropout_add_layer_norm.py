@@ -61,7 +61,7 @@ def forward(
     mean, rstd = (x.new_empty(N, dtype=torch.float32) for _ in range(2))
     if N > 0:
         scale, shift, numbers = parameter(weight, x.dtype), parameter(bias, x.dtype), int64(rows)
-        native.dropout_add_layer_norm_fwd(  # type: ignore[union-attr]
+        native.dropout_add_layer_norm_fwd(
             DTYPES[x.dtype],
             x.data_ptr(),
             residual.data_ptr(),
@@ -105,7 +105,7 @@ def backward(
         return dx, dresidual, dweight.zero_(), dbias.zero_()
     partial = row_partials(z)
     scale, numbers = parameter(weight, z.dtype), int64(rows)
-    native.dropout_add_layer_norm_bwd(  # type: ignore[union-attr]
+    native.dropout_add_layer_norm_bwd(
         DTYPES[z.dtype],
         dy.data_ptr(),
         z.data_ptr(),

@@ -66,10 +66,13 @@ class _Lookups:
         self._indices = [int64(t) for t in indices]
         self._tables = [parameter(t, dtype) for t in tables]
 
-    def args(self) -> tuple[int, ...]:
+    def args(self) -> tuple[int, int, int, int, int, int, int, int, int, int, int, int]:
         """The native functions' arguments."""
-        tables = ((address(t), code(t), 0 if t is None else t.shape[0]) for t in self._tables)
-        return *map(address, self._indices), *(number for table in tables for number in table)
+        ids, positions, types = map(address, self._indices)
+        word, position, type_ = (
+            (address(t), code(t), 0 if t is None else t.shape[0]) for t in self._tables
+        )
+        return ids, positions, types, *word, *position, *type_
 
 
 def forward(
@@ -94,7 +97,7 @@ def forward(
     if N > 0:
         lookups = _Lookups(ids, positions, types, word, position, type_, out_dtype)
         scale, shift = parameter(weight, out_dtype), parameter(bias, out_dtype)
-        native.embed_fwd(  # type: ignore[union-attr]
+        native.embed_fwd(
             DTYPES[out_dtype],
             *lookups.args(),
             address(scale),
@@ -162,7 +165,7 @@ def _dz(
     if N == 0:
         return dweight.zero_(), dbias.zero_()
     partial, scale = row_partials(dy), parameter(weight, dy.dtype)
-    native.embed_bwd(  # type: ignore[union-attr]
+    native.embed_bwd(
         DTYPES[dy.dtype],
         dy.data_ptr(),
         *lookups.args(),
@@ -191,9 +194,9 @@ def _scatter(dz: Tensor, ids: Tensor, table: Tensor, padding_idx: int | None) ->
     if 0 in (N, table.shape[0]):
         return grad
     ids, order = torch.sort(ids.to(torch.int64), stable=True)
-    chunks = -(-N // native.embed_chunk())  # type: ignore[union-attr]
+    chunks = -(-N // native.embed_chunk())
     partial = dz.new_empty(chunks, 2, C)
-    native.embed_scatter(  # type: ignore[union-attr]
+    native.embed_scatter(
         dz.data_ptr(),
         ids.data_ptr(),
         order.data_ptr(),

@@ -41,7 +41,7 @@ def forward(
     mean, rstd = (x.new_empty(N, dtype=torch.float32) for _ in range(2))
     if N > 0:
         weight, bias = parameter(weight, x.dtype), parameter(bias, x.dtype)
-        native.layer_norm_fwd(  # type: ignore[union-attr]
+        native.layer_norm_fwd(
             DTYPES[x.dtype],
             x.data_ptr(),
             address(weight),
@@ -80,7 +80,7 @@ def backward(
         return dx, dweight.zero_(), dbias.zero_()
     partial = row_partials(x)
     scale = parameter(weight, x.dtype)
-    native.layer_norm_bwd(  # type: ignore[union-attr]
+    native.layer_norm_bwd(
         DTYPES[x.dtype],
         dy.data_ptr(),
         x.data_ptr(),

@@ -49,7 +49,7 @@ def row_sum(
     if dy.numel() == 0:
         return dy.new_zeros(N, dtype=torch.float32)
     db, partial = dy.new_empty(N, dtype=torch.float32), column_partials(dy)
-    native.linear_bwd_db(  # type: ignore[union-attr]
+    native.linear_bwd_db(
         DTYPES[dy.dtype],
         dy.data_ptr(),
         dy.stride(0),

@@ -44,7 +44,7 @@ def forward(
     N = sum(weight.shape[0] for weight in w)
     qkv = x.new_empty(T, 3, num_heads, N // (3 * num_heads))
     if qkv.numel() > 0:
-        native.qkv_proj_fwd(  # type: ignore[union-attr]
+        native.qkv_proj_fwd(
             DTYPES[x.dtype],
             x.data_ptr(),
             *_three(w),
@@ -59,9 +59,10 @@ def forward(
     return qkv
 
 
-def _three(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
+def _three(tensors: Sequence[Tensor | None]) -> tuple[int, int, int]:
     """The addresses of one tensor or three, 0 for those that are not there."""
-    return tuple(address(t) for t in (*tensors, None, None)[:3])
+    first, second, third = (*tensors, None, None)[:3]
+    return address(first), address(second), address(third)
 
 
 def backward(
