@@ -254,7 +254,7 @@ def backward(
     position_padding_idx: int | None,
     position_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dword (or the gradient of the ready embeddings), dposition, dtype, dweight, dbias; empty where there is none."""
+    """dword (or the ready embeddings' gradient), dposition, dtype_table, dweight, dbias; empty where there is none."""
     N, C = dy.shape
     empty = position.new_empty
     if N == 0:
@@ -293,5 +293,5 @@ def backward(
     dposition = (
         scatter(dz, positions, position, position_padding_idx) if position_grad else empty(0)
     )
-    dtype = empty(0) if types is None or type_ is None else scatter(dz, types, type_, None)
-    return dword, dposition, dtype, dweight, dbias
+    dtype_table = empty(0) if types is None or type_ is None else scatter(dz, types, type_, None)
+    return dword, dposition, dtype_table, dweight, dbias

@@ -294,6 +294,17 @@ def test_the_chooser_reads_the_environment_at_import_only():
         assert "environ" not in ast.unparse(function), function.name
 
 
+def test_what_is_private_to_torch_is_read_in_one_place():
+    private = r"torch\.(?!ops\.)(\w+\.)*_(?!_)"
+    found = {
+        path
+        for path, tree in python("fastbert", "kernels")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and re.match(private, ast.unparse(node))
+    }
+    assert found == {"fastbert/backend/torch_private.py"}
+
+
 def test_native_code_has_no_torch_in_it():
     for path in files(".cpp", ".h", ".cu", ".cuh", under=("csrc",)):
         includes = re.findall(r'#\s*include\s*[<"]([^>"]+)', text(path))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as stock_functional
 
 from fastbert import functional as F
+from fastbert.backend.torch_private import tracing
 from fastbert.integrations import layers
 from fastbert.integrations.families import found
 from fastbert.nn.packing import find_labelled
@@ -20,7 +21,7 @@ Stock = Callable[..., Any]
 
 def _traced() -> bool:
     """Whether no tensor's values may be read: it is being exported or traced, and transformers' own code runs."""
-    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+    return torch.compiler.is_exporting() or tracing() is not None
 
 
 def token_labels(self: Any, stock: Stock, given: dict[str, Any]) -> Any:

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
+
+from fastbert.backend import torch_private
 
 _log = logging.getLogger("fastbert")
 
@@ -39,20 +40,20 @@ def hooked(m: nn.Module, *indifferent: str) -> bool:
 
 def observed() -> str | None:
     """Why modules must be called as they stand, whatever the model: somebody records or transforms all of them."""
-    if torch.nn.modules.module._has_any_global_hook():
+    if torch_private.global_hooks():
         return "global module hooks are registered"
     if torch.compiler.is_compiling():
         return "it is being exported" if torch.compiler.is_exporting() else None
-    if torch._C._get_tracing_state() is not None:
+    if torch_private.tracing() is not None:
         return "it is being traced"
     return transformed()
 
 
 def transformed() -> str | None:
     """Which transformation of torch is under way that the ops have no rule for."""
-    if torch._C._are_functorch_transforms_active():
+    if torch_private.functorch_active():
         return "torch.func is active"
-    if forward_ad._current_level >= 0:
+    if torch_private.forward_ad._current_level >= 0:
         return "forward-mode derivatives are taken"
     return None
 

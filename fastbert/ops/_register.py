@@ -7,9 +7,15 @@ from functools import partial, wraps
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from fastbert.backend import chooser, tuned
+from fastbert.backend.torch_private import (
+    argument_names,
+    autocast_anywhere,
+    forward_ad,
+    functorch_active,
+    of_functorch,
+)
 from fastbert.ops.context import autocast_dtype, needs_dispatcher
 
 _lib = torch.library.Library("fastbert", "DEF")
@@ -40,7 +46,7 @@ def register(
         run = getattr(chooser.module(chosen, slug), direction)
         if chosen in chooser.ON_CURRENT_DEVICE:
             run = partial(_on_device, run)
-        if check is None and not torch._C._is_any_autocast_enabled():
+        if check is None and not autocast_anywhere():
             return run(*inputs)
         device = next(a.device for a in inputs if isinstance(a, torch.Tensor))
         if check is not None and chooser.checks_values(device):
@@ -58,7 +64,7 @@ def register(
     torch.library.register_fake(f"fastbert::{name}", fake, lib=_lib)
     registered = getattr(torch.ops.fastbert, name).default
     if tuned_by is not None:
-        names = [argument.name for argument in registered._schema.arguments]
+        names = argument_names(registered)
         tuned.register(slug, direction == "backward", names[:-1], tuned_by)
 
     def call(*args: Any) -> Any:
@@ -78,7 +84,7 @@ def _on_device(run: Callable[..., Any], *inputs: Any) -> Any:
 
 def record(function: type[torch.autograd.Function], *args: Any) -> Any:
     """function.apply(*args), in eager calls without its Python part, 6 us that only serve torch.func."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or functorch_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
@@ -107,7 +113,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     def once(ctx: Any, *grads: Any) -> Any:
         if torch.compiler.is_compiling():
             return backward(ctx, *grads)
-        if torch._C._are_functorch_transforms_active():
+        if functorch_active():
             _refuse_wrapped(grads)
         with torch.no_grad():
             found = backward(ctx, *grads)
@@ -128,7 +134,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 def wants_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd must record a call with these inputs; refuses torch.func's, which would come out wrong."""
     if not torch.compiler.is_compiling():
-        if torch._C._are_functorch_transforms_active():
+        if functorch_active():
             _refuse_wrapped(tensors)
         if forward_ad._current_level >= 0:
             _refuse_duals(tensors)
@@ -140,7 +146,7 @@ def wants_grad(*tensors: torch.Tensor | None) -> bool:
 
 
 def _refuse_wrapped(tensors: Sequence[torch.Tensor | None]) -> None:
-    if any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+    if any(t is not None and of_functorch(t) for t in tensors):
         raise NotImplementedError(
             "fastbert's ops do not run under torch.func (grad, jvp, vmap): use torch.autograd, or stock ops in there"
         )

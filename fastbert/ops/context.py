@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from fastbert.backend.torch_private import autocast_anywhere, dispatch_modes, profiling, tracing
+
 
 def untraced(
     name: str, fake: Callable[..., Any]
@@ -39,12 +41,7 @@ def needs_dispatcher(args: Sequence[Any]) -> bool:
 
     Plain eager calls skip torch's dispatcher, which takes 25 us of Python to box and unbox them (torch 2.13).
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._get_tracing_state() is not None
-    ):
+    if torch.compiler.is_compiling() or dispatch_modes() or profiling() or tracing() is not None:
         return True
     for a in args:
         if isinstance(a, torch.Tensor):
@@ -64,7 +61,7 @@ def autocast_dtype(kind: str) -> torch.dtype | None:
 
 def autocast(x: torch.Tensor) -> torch.Tensor:
     """x in the autocast dtype where autocast is on for its device, else x itself; fp64 is left alone, as by stock."""
-    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+    if not torch.compiler.is_compiling() and not autocast_anywhere():
         return x
     dtype = autocast_dtype(x.device.type)
     return x.to(dtype) if dtype is not None and x.dtype != torch.float64 else x

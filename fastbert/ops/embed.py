@@ -106,11 +106,11 @@ class _Embed(torch.autograd.Function):
         *saved, seed = ctx.saved_tensors
         p, site, padding, position_padding, backend = ctx.scalars
         wanted = ctx.needs_input_grad
-        dword, dposition, dtype, dweight, dbias = _bwd(
+        dword, dposition, dtype_table, dweight, dbias = _bwd(
             dy.contiguous(), *saved, p, seed, site, padding, position_padding, wanted[4], backend
         )
         ready = saved[3] is None  # ids held the embeddings themselves
-        tables = (None if ready else dword, none_if_empty(dposition), none_if_empty(dtype))
+        tables = (None if ready else dword, none_if_empty(dposition), none_if_empty(dtype_table))
         return dword if ready else None, None, None, *tables, dweight, dbias, *[None] * 8
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as stock
 from torch import Tensor, nn
 
+from fastbert.backend.torch_private import zero_all
 from fastbert.models.inputs import Inputs, prepare
 from fastbert.models.output import Output
 from fastbert.ops.context import autocast_dtype
@@ -210,7 +211,7 @@ class TrainingRunner:
                 ours.copy_(p.grad)
             p.grad = ours
         if none:
-            torch._foreach_zero_(none)
+            zero_all(none)
 
     @staticmethod
     def _fill(inputs: dict[str, Any], batch: Inputs, targets: dict[str, Any]) -> None:

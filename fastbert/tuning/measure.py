@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastbert.backend import chooser, tuned
+from fastbert.backend import chooser, torch_private, tuned
 from fastbert.machine import machine_info
 
 _log = logging.getLogger("fastbert")
@@ -69,7 +69,9 @@ class _Timer(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        slug, _, direction = func._schema.name.removeprefix("fastbert::").rpartition("_")
+        slug, _, direction = (
+            torch_private.qualified_name(func).removeprefix("fastbert::").rpartition("_")
+        )
         # ops of fastbert without backends have another ending, and those that are not tuned have no key
         key = None
         if func.namespace == "fastbert" and direction in ("fwd", "bwd"):
@@ -104,7 +106,7 @@ class _Timer(TorchDispatchMode):
             return call(), time.perf_counter() - started
         with torch.cuda.device(self.device):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(_SLEEP)
+            torch_private.sleep(_SLEEP)
             start.record()
             result = call()
             end.record()

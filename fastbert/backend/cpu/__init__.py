@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backend import _common
+from fastbert.backend.torch_private import LIBRARY
 
 # numbers of the element types in csrc/cpu/runtime.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -43,7 +44,7 @@ def _share_openmp() -> None:
     if not sys.platform.startswith("linux"):
         return
     # looked up in torch's own dependencies
-    symbol = getattr(ctypes.CDLL(torch._C.__file__), "omp_get_max_threads", None)
+    symbol = getattr(ctypes.CDLL(LIBRARY), "omp_get_max_threads", None)
     found = _Symbol(path=b"libgomp.so.1")
     if symbol is not None:
         ctypes.CDLL(None).dladdr(symbol, ctypes.byref(found))

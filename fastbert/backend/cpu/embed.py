@@ -134,15 +134,17 @@ def backward(
     position_padding_idx: int | None,
     position_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dword (or the gradient of the ready embeddings), dposition, dtype, dweight, dbias; empty where there is none."""
+    """dword (or the ready embeddings' gradient), dposition, dtype_table, dweight, dbias; empty where there is none."""
     tables = _tables(ids, positions, types, word, position, type_)
     wanted = (tables[3], position if position_grad else None, type_)
-    dword, dposition, dtype = (fresh(position, *((0,) if t is None else t.shape)) for t in wanted)
+    dword, dposition, dtype_table = (
+        fresh(position, *((0,) if t is None else t.shape)) for t in wanted
+    )
     dweight, dbias = (position.new_empty(position.shape[1], dtype=torch.float32) for _ in range(2))
     if dy.shape[0] == 0:
-        for t in (dword, dposition, dtype, dweight, dbias):
+        for t in (dword, dposition, dtype_table, dweight, dbias):
             t.zero_()
-        return dword, dposition, dtype, dweight.to(weight.dtype), dbias
+        return dword, dposition, dtype_table, dweight.to(weight.dtype), dbias
     weight32 = fp32(weight)
     native.embed_bwd(
         DTYPES[position.dtype],
@@ -154,17 +156,17 @@ def backward(
         rstd.data_ptr(),
         dword.data_ptr(),
         dposition.data_ptr() if position_grad else 0,
-        dtype.data_ptr(),
+        dtype_table.data_ptr(),
         dweight.data_ptr(),
         dbias.data_ptr(),
         dy.shape[0],
         position.shape[1],
         dword.shape[0],
         position.shape[0],
-        dtype.shape[0],
+        dtype_table.shape[0],
         -1 if padding_idx is None else padding_idx,
         -1 if position_padding_idx is None else position_padding_idx,
         *dropout_args(p, seed, site),
         torch.get_num_threads(),
     )
-    return dword, dposition, dtype, dweight.to(weight.dtype), dbias
+    return dword, dposition, dtype_table, dweight.to(weight.dtype), dbias

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastbert.backend import _common
 from fastbert.backend._gpu_mlm_loss import loss_width as loss_width
+from fastbert.backend.torch_private import raw_stream
 
 # numbers of the element types in csrc/cuda/types.cuh
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -106,7 +107,7 @@ def code(t: Tensor | None) -> int:
 def place(t: Tensor) -> tuple[int, int]:
     """The index of the tensor's GPU and the handle of the stream that torch fills there."""
     index = t.get_device()
-    return index, torch._C._cuda_getCurrentRawStream(index)
+    return index, raw_stream(index)
 
 
 def row_partials(x: Tensor) -> Tensor:

@@ -134,19 +134,19 @@ def backward(
     position_padding_idx: int | None,
     position_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dword (or the gradient of the ready embeddings), dposition, dtype, dweight, dbias; empty where there is none."""
+    """dword (or the ready embeddings' gradient), dposition, dtype_table, dweight, dbias; empty where there is none."""
     empty = position.new_empty
     # rounded to a table's dtype once, after the sum
     dz = torch.empty_like(dy, dtype=torch.float32)
     lookups = _Lookups(ids, positions, types, word, position, type_, dy.dtype)
     dweight, dbias = _dz(dy, lookups, weight, mean, rstd, dropout_args(p, seed, site), dz)
     dword = dz.to(ids.dtype) if word is None else _scatter(dz, ids, word, padding_idx)
-    dposition, dtype = empty(0), empty(0)
+    dposition, dtype_table = empty(0), empty(0)
     if position_grad:
         dposition = _scatter(dz, positions, position, position_padding_idx)
     if type_ is not None and types is not None:
-        dtype = _scatter(dz, types, type_, None)
-    return dword, dposition, dtype, dweight, dbias
+        dtype_table = _scatter(dz, types, type_, None)
+    return dword, dposition, dtype_table, dweight, dbias
 
 
 def _dz(

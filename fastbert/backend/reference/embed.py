@@ -81,7 +81,7 @@ def backward(
     position_padding_idx: int | None,
     position_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dword (or the gradient of the ready embeddings), dposition, dtype, dweight, dbias; empty where there is none."""
+    """dword (or the ready embeddings' gradient), dposition, dtype_table, dweight, dbias; empty where there is none."""
     z = _total(ids, positions, types, word, position, type_)
     dln = philox.dropout(widen(dy)[0], p, seed, site)
     dz, dweight, dbias = layer_norm.backward(dln, z, weight, mean, rstd)
@@ -90,10 +90,10 @@ def backward(
     dposition = (
         _scatter(dz, positions, position, position_padding_idx) if position_grad else empty(0)
     )
-    dtype = empty(0)
+    dtype_table = empty(0)
     if types is not None and type_ is not None:
-        dtype = _scatter(dz, types, type_, None)
-    return dword, dposition, dtype, dweight, dbias
+        dtype_table = _scatter(dz, types, type_, None)
+    return dword, dposition, dtype_table, dweight, dbias
 
 
 def eager(

@@ -85,7 +85,7 @@ def backward(
     position_padding_idx: int | None,
     position_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dword (or the gradient of the ready embeddings), dposition, dtype, dweight, dbias; empty where there is none."""
+    """dword (or the ready embeddings' gradient), dposition, dtype_table, dweight, dbias; empty where there is none."""
     z = _total(ids, positions, types, word, position, type_)
     dln = philox.dropout(dy.to(z.dtype), p, seed, site)
     dz, dweight, dbias = layer_norm.backward(dln, z, weight.to(z.dtype), mean, rstd)
@@ -94,5 +94,5 @@ def backward(
     dposition = (
         _scatter(dz, positions, position, position_padding_idx) if position_grad else empty(0)
     )
-    dtype = empty(0) if types is None else _scatter(dz, types, type_, None)  # type: ignore[arg-type]
-    return dword, dposition, dtype, dweight.to(weight.dtype), dbias
+    dtype_table = empty(0) if types is None else _scatter(dz, types, type_, None)  # type: ignore[arg-type]
+    return dword, dposition, dtype_table, dweight.to(weight.dtype), dbias

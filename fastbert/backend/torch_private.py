@@ -1,0 +1,46 @@
+"""torch's private functions and attributes that fastbert reads, in one place: another torch may rename them.
+
+Each was seen in torch 2.13.0+cpu, and in 2.11.0+cu130 on a GPU. A name is bound to torch's own function, so that a call
+adds no frame of ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# its _current_level is 0 or more while forward-mode derivatives are taken
+from torch.autograd import forward_ad as forward_ad
+from torch.nn.modules import module
+
+# whether autocast is on for any type of device
+autocast_anywhere = torch._C._is_any_autocast_enabled
+# whether torch.func (grad, jvp, vmap) runs this call, and whether a tensor belongs to it
+functorch_active = torch._C._are_functorch_transforms_active
+of_functorch = torch._C._functorch.is_functorch_wrapped_tensor
+# how many dispatch modes are on
+dispatch_modes = torch._C._len_torch_dispatch_stack
+profiling = torch._C._autograd._profiler_enabled
+# the state of torch.jit.trace, None outside it
+tracing = torch._C._get_tracing_state
+# whether hooks for every module are registered
+global_hooks = module._has_any_global_hook
+# a device's number -> the handle of torch's current stream there; a torch without CUDA has no such function
+raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+# a GPU waits so many cycles
+sleep = torch.cuda._sleep
+# sets every tensor of a list to zero
+zero_all = torch._foreach_zero_
+# the shared library that holds torch's C++ code
+LIBRARY = torch._C.__file__
+
+
+def qualified_name(op: torch._ops.OpOverload) -> str:
+    """A registered op's namespace and name."""
+    return op._schema.name
+
+
+def argument_names(op: torch._ops.OpOverload) -> list[str]:
+    """The names of a registered op's arguments, in order."""
+    return [argument.name for argument in op._schema.arguments]
