@@ -1,4 +1,4 @@
-"""Every implementation of the ops, and the only chooser between them (chooser.py), whose names this package has."""
+"""Every implementation of the ops, and the only chooser between them, chooser.py. This package lends its names."""
 
 from fastbert._lazy import lazy
 

@@ -1,7 +1,8 @@
 """mlm_loss on a GPU: the library's GEMMs on labelled rows, around a backend's softmax that makes the gradient in place.
 
-The GEMMs take a vocabulary padded to a multiple of 8 elements, by rows of zeros in the copy of the weight that is cast
-anyway: with BERT's 30522 the library would read 4 bytes at a time. The softmax adds the bias and writes zeros there.
+The GEMMs take a vocabulary padded to a multiple of 8: with BERT's 30522 the library would read 4 bytes at a time. The
+copy of the weight, which the cast makes anyway, is padded by rows of zeros. The softmax adds the bias and writes zeros
+into the padding.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ metadata only and answers with a sentence, or with None when the backend can run
 lists the packages. A package may define more, which `offered` reads:
 
     unavailable               why none of its kernels can run in this process, a sentence
-    misset                    why what the environment asks for cannot be had, a sentence that every call raises
+    misset                    why a setting of the environment cannot be met, a sentence that every call raises
     device_type               the type of device of its tensors in this process, where that is not the table's
     starts_on_current_device  True where its kernels start on torch's current device, not on their tensors' device
     captured                  True where a CUDA graph can hold its kernels
@@ -86,12 +86,12 @@ _DEVICES = {
 ON_CURRENT_DEVICE = frozenset(n for n in BACKENDS if offered(n, "starts_on_current_device"))
 _forced: str | None = None
 _debug = False
-# by device, what fastbert.tune() found
+# by device, the winners that fastbert.tune() stored
 tuned_tables: dict[torch.device, Any] = tuned.stored()
 
 
 class Unsupported(RuntimeError):
-    """A backend that was asked for by name can't run a call; the message is its reason."""
+    """A backend that is forced by name can't run a call; the message is its reason."""
 
 
 class Explained(Exception):
@@ -99,7 +99,7 @@ class Explained(Exception):
 
 
 class _Explaining(threading.local):
-    """The table that `explain` fills in this thread; other threads compute on. Dynamo traces no ContextVar."""
+    """The table that `explain` fills in this thread; other threads go on computing. Dynamo traces no ContextVar."""
 
     table: dict[str, str | None] | None = None
 
@@ -160,7 +160,7 @@ def _candidates(slug: str, kind: str) -> tuple[tuple[str, Any], ...]:
     )
 
 
-# every call of an op asks
+# read by every call of an op
 _CANDIDATES = {kind: {slug: _candidates(slug, kind) for slug in SLUGS} for kind in (*ORDER, "meta")}
 
 
@@ -191,7 +191,7 @@ def choose(slug: str, device: torch.device, *args: Any) -> str:
     known = _CANDIDATES.get(kind)
     candidates = known[slug] if known else _candidates(slug, kind)
     if tuned_tables and (best := _tuned(slug, device, args)) is not None:
-        # the sort is stable: what can't run the call is passed over
+        # the sort is stable: where the tuned backend can't run the call, the order holds
         candidates = tuple(sorted(candidates, key=lambda c: c[0] != best))
     for name, unsupported in candidates:
         if name == "torch" or unsupported(*args) is None:
@@ -281,8 +281,8 @@ def matrix() -> dict[str, dict[str, str | None]]:
 
 
 _forced = os.environ.get("FASTBERT_BACKEND") or None
-# why what the environment asks for can't be had. Importing goes on, so that the command line can say it in a sentence;
-# then nothing runs: a typo in a variable that forces something must not pass
+# why a setting of the environment cannot be met. The import goes on, so that the command line can print the sentence.
+# No op runs then: a typo in a variable that forces something must not pass
 misset: str | None = next(filter(None, (offered(name, "misset") for name in BACKENDS)), None)
 if _forced not in (None, *BACKENDS):
     misset = f"FASTBERT_BACKEND is {_forced!r}: choose one of {', '.join(BACKENDS)}, or unset it"

@@ -81,7 +81,7 @@ def key(slug: str, args: tuple[Any, ...], backward: bool = False) -> Key | None:
 
 
 def device_name(device: torch.device) -> str:
-    """What entries of a device are filed under."""
+    """The name under which the file holds a device's entries."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return cpu_name()
@@ -103,7 +103,7 @@ def _read() -> dict[str, Any]:
 
 
 def _parsed(section: dict[str, Any], name: str, parse: Callable[[Any], Any]) -> dict[Any, Any]:
-    """What `parse` makes of a device's entries; those of another version, or mistaken, are named and left out."""
+    """A device's entries, parsed. One of another version, or a wrong one, is logged and left out."""
     entries, found = section.get(name, []), {}
     for entry in entries if isinstance(entries, list) else []:
         try:
@@ -145,7 +145,7 @@ def _table(entries: dict[Key, dict[str, Any]]) -> Table:
 
 
 def _of_devices() -> dict[torch.device, dict[str, Any]]:
-    """What the file has of each device of this process. Looks at GPUs only if there is a file."""
+    """The file's section for each device of this process. GPUs are looked up only if there is a file."""
     known = _read()
     devices = [torch.device("cpu")] if known else []
     if known and torch.cuda.is_available():
@@ -154,7 +154,7 @@ def _of_devices() -> dict[torch.device, dict[str, Any]]:
 
 
 def stored() -> dict[torch.device, Table]:
-    """The winners of every device of this process that the file has some of."""
+    """The winners for each device of this process for which the file has some."""
     tables = {d: _table(_parsed(s, "entries", _winner)) for d, s in _of_devices().items()}
     return {device: table for device, table in tables.items() if table}
 
@@ -178,8 +178,8 @@ def store(
 ) -> Table:
     """Write the winners among {class: {backend: seconds}} beside older entries, and use them from now on.
 
-    `faster` has the fields in which launch configurations that won differ from the built-in ones; where there are none,
-    what was stored for the call is forgotten.
+    `faster` has the launch configurations that won: the fields that differ from the built-in one. One without such
+    fields removes what was stored for the call.
     """
     known = _read()
     before = known.get(device_name(device), {})

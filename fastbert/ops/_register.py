@@ -74,7 +74,7 @@ def register(
 
 
 def _on_device(run: Callable[..., Any], *inputs: Any) -> Any:
-    """run(*inputs) with their GPU as the current one: unlike torch's, kernels of ours start on the current device."""
+    """run(*inputs) with the GPU of the inputs as the current one, on which our kernels start, unlike torch's own."""
     device = next(a.device for a in inputs if isinstance(a, torch.Tensor))
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return run(*inputs)
@@ -83,14 +83,14 @@ def _on_device(run: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def record(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """function.apply(*args), in eager calls without its Python part, 6 us that only serve torch.func."""
+    """function.apply(*args). Eager calls leave out its Python part, which takes 6 us and only serves torch.func."""
     if torch.compiler.is_compiling() or functorch_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 class _Once(torch.autograd.Function):
-    """Passes the first `count` tensors on; what comes back to any of them or of the others is refused."""
+    """Returns the first `count` tensors and depends on all of them; its backward, a second derivative, raises."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: torch.Tensor | None) -> Any:
@@ -104,9 +104,9 @@ class _Once(torch.autograd.Function):
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a Function's backward: a second derivative raises, wherever it is taken from.
+    """Decorate a Function's backward: a second derivative raises, whichever function of torch takes it.
 
-    torch's decorator of this name cuts the graph: torch.autograd.functional.hvp and jvp would come out as zeros.
+    torch's decorator of this name cuts the graph: torch.autograd.functional.hvp and jvp would return zeros.
     """
 
     @wraps(backward)
@@ -132,7 +132,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wants_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd must record a call with these inputs; refuses torch.func's, which would come out wrong."""
+    """Whether autograd must record a call with these inputs; refuses those of torch.func: results would be wrong."""
     if not torch.compiler.is_compiling():
         if functorch_active():
             _refuse_wrapped(tensors)
@@ -160,9 +160,10 @@ def _refuse_duals(tensors: Sequence[torch.Tensor | None]) -> None:
 
 
 def shared(x: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The weights, of one dtype, as forward and backward read them: on a GPU one cast to x's dtype serves both.
+    """The weights, of one dtype, as forward and backward read them.
 
-    Several of one shape lie side by side in it. Native kernels on a CPU take weights as they are.
+    On a GPU they are cast to x's dtype, once for both. Several weights of one shape lie side by side in the copy.
+    Kernels on a CPU read the weights as they are.
     """
     if not x.is_cuda or weights[0].dtype == x.dtype:
         return weights
@@ -195,5 +196,5 @@ def sums(x: torch.Tensor) -> torch.dtype:
 
 
 def none_if_empty(grad: torch.Tensor) -> torch.Tensor | None:
-    """A registered op returns tensors only, so that a gradient nobody needs comes back with no element."""
+    """The gradient, or None. A registered op returns tensors only: one that is not needed has no elements."""
     return grad if grad.numel() else None

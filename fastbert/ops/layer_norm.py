@@ -87,8 +87,8 @@ def layer_norm(
 ) -> Tensor:
     """LayerNorm over the last dimension, returned in x's dtype, under autocast too.
 
-    fp32, bf16, fp16 (fp64 through `torch` and `reference`); statistics are fp32. Saves x, mean and rstd for backward,
-    with `from_output` the output instead of x, as dropout_add_layer_norm does, which then wants weight and bias.
+    fp32, bf16, fp16 (fp64 through `torch` and `reference`); statistics are fp32. Saves x, mean and rstd for backward.
+    With `from_output`, as in dropout_add_layer_norm, it saves the output instead of x; weight and bias are required.
     Refuses integer tensors, a weight or bias that is not (C,), a bias without a weight. Ba, Kiros, Hinton 2016.
     """
     _check.floating(x=x, weight=weight, bias=bias)

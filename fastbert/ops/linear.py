@@ -78,7 +78,7 @@ def linear(
 ) -> Tensor:
     """x weight^T + bias -> (..., N) in x's dtype, or autocast's; the weights may be of another dtype.
 
-    Saves x and weight, on a GPU in x's dtype, for backward and computes the gradients that are wanted only. Refuses
+    Saves x and weight, on a GPU in x's dtype, for backward and computes only the gradients that are needed. Refuses
     shapes that don't fit and integer tensors.
     """
     _check.floating(x=x, weight=weight, bias=bias)

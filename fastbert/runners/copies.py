@@ -125,7 +125,7 @@ def why_not_prepacked(fields: Fields | None, settings: LayerSettings) -> str | N
     for name, field in zip(LayerWeights._fields, fields, strict=True):
         label = name if name.endswith("bias") else f"{name}.weight"
         for t in field:
-            if reason := cpu.unpackable(label, t):
+            if reason := cpu.unsupported_parameter(label, t):
                 return reason
     sizes = LayerWeights(*(tuple(f[0].shape) for f in fields))
     pieces = len(fields[0])

@@ -1,1 +1,1 @@
-"""Which backend runs an op: ask (`explain`) and measure (`tune`)."""
+"""Which backend runs an op: `explain` prints it, `tune` measures which one is the fastest."""

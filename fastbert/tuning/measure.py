@@ -45,7 +45,7 @@ class _Wrong(RuntimeError):
 
 
 class _Timer(TorchDispatchMode):
-    """Times every call of an op: on a GPU what the device takes, since that is what a captured graph takes."""
+    """Times every call of an op. On a GPU that is the device's time, which is also the time in a captured graph."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class _Timer(TorchDispatchMode):
         slug, _, direction = (
             torch_private.qualified_name(func).removeprefix("fastbert::").rpartition("_")
         )
-        # ops of fastbert without backends have another ending, and those that are not tuned have no key
+        # an op without backends has another ending, and an op that is not tuned has no key
         key = None
         if func.namespace == "fastbert" and direction in ("fwd", "bwd"):
             key = tuned.key(slug, args, backward=direction == "bwd")
@@ -121,11 +121,11 @@ class _Timer(TorchDispatchMode):
         return total
 
     def asked_by_all(self) -> set[tuned.Call]:
-        """Every configuration that some op asked for."""
+        """Every call of a configuration function that some op made."""
         return set().union(*(c.configured for c in self.calls))
 
     def of(self, call: tuned.Call) -> float:
-        """Seconds of the calls of ops that asked this configuration."""
+        """Seconds of the ops that made this call of a configuration function."""
         return sum(c.seconds for c in self.calls if call in c.configured)
 
 
@@ -160,10 +160,10 @@ def tune(
     rounds: int = 5,
     configurations: bool = True,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Time what can run the ops of `step()` on a device and use the fastest from now on.
+    """Time the backends that can run the ops of `step()` on a device and use the fastest from now on.
 
-    `step` is what should become fast, for instance `lambda: model(**batch).loss.backward()`. First, with
-    `configurations` and where Triton's kernels run, each of their launch configurations that the step asks for is
+    `step` is the work that should become fast, for instance `lambda: model(**batch).loss.backward()`. First, with
+    `configurations` and where Triton's kernels run, each of their launch configurations that the step uses is
     compared with its neighbours (a tile or the warps halved or doubled, a stage more or less), and with those of the
     winner, until none is 2 % faster: minutes, for every candidate is compiled. Then every backend of the device has a
     turn, rounds + 1 steps, the first uncounted. The winner of each op, dtype and size, by the median of forward and
@@ -195,7 +195,7 @@ def tune(
             with _preferring(where, name), _Timer(where) as timer:
                 step()
             for (key, ran), seconds in timer.by_class().items():
-                # one that could not run the call has fallen back to another, which has a turn of its own
+                # a backend that can't run the call has fallen back to another one, which has its own turn
                 if number >= 0 and ran == name:
                     taken[key][name].append(seconds)
     if not taken:
@@ -211,7 +211,7 @@ def tune(
 
 
 class _Search:
-    """Climbs, for every launch configuration that a step asks of a backend, from neighbour to faster neighbour."""
+    """Climbs from neighbour to faster neighbour, for every launch configuration of a backend that a step uses."""
 
     def __init__(
         self,
@@ -227,7 +227,7 @@ class _Search:
         self.shown: dict[str, dict[str, float]] = {}
 
     def run(self) -> None:
-        """Search them all, one after the other, and have the winners in force."""
+        """Search them all, one after the other, and put the winners in force."""
         theirs = self.configurations
         for call in sorted(self._timer().asked_by_all(), key=str):
             if (config := theirs.in_force(call)) is None:
@@ -246,12 +246,12 @@ class _Search:
             }
             own = theirs.own(call)
             fields = {k: v for k, v in vars(best).items() if v != getattr(own, k)}
-            # each as it is found, so that an interrupt loses one
+            # stored one by one: an interrupt loses only the one under way
             tuned.store(self.device, {}, self.facts, {call: fields})
             theirs.adopt(call, best)
 
     def _measured(self, call: tuned.Call, configs: list[Any]) -> dict[Any, float]:
-        """Seconds by configuration, medians of interleaved rounds, without those that do not compile or fit."""
+        """{configuration: seconds}, medians of interleaved rounds; one that does not compile or fit is left out."""
         theirs = self.configurations
         taken: dict[Any, list[float]] = {}
         for number, config in enumerate(configs):

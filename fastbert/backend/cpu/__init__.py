@@ -1,7 +1,7 @@
 """The native CPU backend: adapters from torch tensors to the raw-pointer kernels in csrc/cpu.
 
-`unavailable` says why there is no native module (None when there is one); `native` is the module. The instruction
-set is the best that the machine has, or FASTBERT_CPU_ISA; `misset` says why that one can't be had.
+`native` is the native module; where there is none, `unavailable` says why, else it is None. The instruction set is the
+best one of the machine, or FASTBERT_CPU_ISA; `misset` says why that variable cannot be met.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class _Symbol(ctypes.Structure):
-    """What dladdr tells of an address."""
+    """dladdr's result for an address."""
 
     _fields_ = (
         ("path", ctypes.c_char_p),
@@ -37,7 +37,7 @@ class _Symbol(ctypes.Structure):
 
 
 def _share_openmp() -> None:
-    """Make the OpenMP runtime that torch is bound to, whatever others are loaded, visible to the native module.
+    """Make the OpenMP runtime that torch is bound to visible to the native module, even where others are loaded.
 
     The module is not linked to a runtime of its own: two of them in one process oversubscribe the cores.
     """
@@ -55,7 +55,7 @@ _isa = os.environ.get("FASTBERT_CPU_ISA")
 
 
 def _loaded() -> tuple[Any, str | None]:
-    """The native module on the instruction set that is asked for, or None and why there is none."""
+    """The native module, on FASTBERT_CPU_ISA where it is set; or None and the reason."""
     try:
         _share_openmp()
         module = import_module("fastbert._cpu")
@@ -84,8 +84,8 @@ misset = f"FASTBERT_CPU_ISA is {_isa!r}: {unavailable}" if _isa and unavailable 
 def fresh(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """Memory for a result, in the dtype of `like` or this one.
 
-    Where it is large it asks for 2 MB pages: malloc maps such memory anew each time, and 25,000 faults of 4 KB cost
-    100 ms in a virtual machine, a third of the feed-forward's GEMM that writes the 100 MB.
+    Large memory gets 2 MB pages: malloc maps it anew each time, and 25,000 page faults of 4 KB cost 100 ms in a virtual
+    machine. That is a third of the time of the feed-forward's GEMM, which writes these 100 MB.
     """
     made = like.new_empty(shape, dtype=dtype)
     if made.nbytes >= native.LARGE:
@@ -102,8 +102,8 @@ def unsupported_dtype(name: str, t: Tensor) -> str | None:
     return None
 
 
-def unpackable(name: str, p: Tensor) -> str | None:
-    """Why a parameter can't be copied once and watched for changes, None if it can be."""
+def unsupported_parameter(name: str, p: Tensor) -> str | None:
+    """Why a parameter can't be prepacked and watched for changes, None if it can be."""
     if p.dtype not in DTYPES:
         return unsupported_dtype(name, p)
     if p.device.type != "cpu":
@@ -128,14 +128,15 @@ def fp32(t: _common.Given) -> _common.Given:
 
 
 def row_losses(
-    run: Callable[
-        ..., None
-    ],  # native.cross_entropy_fwd, or _inplace, which overwrites the logits by softmax - onehot
+    run: Callable[..., None],
     logits: Tensor,  # (N, V)
     labels: Tensor,  # (N,)
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each row and lse, (N,) fp32, both 0 in ignored rows."""
+    """The loss of each row and lse, (N,) fp32, both 0 in ignored rows.
+
+    `run` is native.cross_entropy_fwd, or cross_entropy_inplace, which overwrites the logits by softmax - onehot.
+    """
     count, size = logits.shape
     loss, lse = (logits.new_empty(count, dtype=torch.float32) for _ in range(2))
     if count > 0:

@@ -42,7 +42,7 @@ def gradients(
     alpha: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, and of all weights together dweight (N, K), in theirs or this dtype, and dbias (N,) fp32, times alpha."""
+    """dx, dweight (N, K) of all weights together, in this dtype or theirs, and dbias (N,) fp32, all times alpha."""
     T, N = dy.shape
     K, weight, threads = x.shape[1], weights[0], torch.get_num_threads()
     kind = DTYPES[dy.dtype]

@@ -1,8 +1,8 @@
 """The CUDA C++ backend: adapters from torch tensors to the raw-pointer kernels in csrc/cuda.
 
-`unavailable` says why there is no native module (None when there is one); `native` is the module, which imports on a
-machine without a GPU too. Adapters read metadata only and launch on torch's current stream, in torch's memory: no host
-sync, so that a forward and a backward can be captured in a CUDA graph.
+`native` is the native module, which imports on a machine without a GPU too; `unavailable` says why it is not usable,
+else it is None. Adapters read metadata only and launch on torch's current stream, in torch's memory. Without a host
+sync, a CUDA graph can capture a forward and a backward.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def unsupported_dtype(**tensors: Tensor | None) -> str | None:
                 f"{name} is {t.dtype} and the cuda kernels take float32, bfloat16 and float16: "
                 "cast it, or use the torch backend"
             )
-        # a tracer must not ask the device
+        # a tracer must not query the device
         if torch.compiler.is_compiling() or not t.is_cuda:
             continue
         if _capability(t.get_device()) < OLDEST:
@@ -111,7 +111,7 @@ def place(t: Tensor) -> tuple[int, int]:
 
 
 def row_partials(x: Tensor) -> Tensor:
-    """Memory for the two sums (2, blocks, C) fp32 that the blocks of a backward over x (N, C) leave."""
+    """Memory for the partial sums (2, blocks, C) fp32 that the blocks of a backward over x (N, C) write."""
     N, C = x.shape
     count = multiprocessors(x.get_device())
     blocks = native.row_blocks(N, C, DTYPES[x.dtype], count)
@@ -119,7 +119,7 @@ def row_partials(x: Tensor) -> Tensor:
 
 
 def column_partials(x: Tensor) -> Tensor:
-    """Memory for the sum (blocks, F) fp32 that the blocks of a kernel over x's columns (N, F) leave."""
+    """Memory for the partial sums (blocks, F) fp32 that the blocks of a kernel over x (N, F) write."""
     N, F = x.shape
     count = multiprocessors(x.get_device())
     blocks = native.column_blocks(N, F, DTYPES[x.dtype], count)

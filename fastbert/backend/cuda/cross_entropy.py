@@ -74,7 +74,7 @@ def _softmax(
     gradient: Tensor | None,
     ignore_index: int,
 ) -> None:
-    """The one kernel of both directions, for what is given."""
+    """Launch the kernel of both directions; it writes the outputs that are given."""
     N, width = logits.shape
     if N == 0:
         return

@@ -48,7 +48,7 @@ def unsupported(
 class _Lookups:
     """ids, positions, types, then each table with its element type and size, as the kernels read them.
 
-    Without word the rows of ids (T, C) are looked up by their own number; what is made here lives as long as this.
+    Without word, token t reads row t of ids (T, C). Tensors that are converted live as long as this object.
     """
 
     def __init__(

@@ -60,7 +60,7 @@ def forward(
 
 
 def _three(tensors: Sequence[Tensor | None]) -> tuple[int, int, int]:
-    """The addresses of one tensor or three, 0 for those that are not there."""
+    """Three addresses: of one tensor and two zeros, or of three tensors."""
     first, second, third = (*tensors, None, None)[:3]
     return address(first), address(second), address(third)
 

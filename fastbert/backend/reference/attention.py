@@ -43,7 +43,7 @@ def _weights(q: Tensor, k: Tensor, scale: float, causal: bool) -> tuple[Tensor, 
 def _factor(
     seed: Tensor | None, site: int, b: int, H: int, L: int, p: float, like: Tensor
 ) -> Tensor:
-    """What dropout multiplies the weights (H, L, L) of sequence b by: 0 or 1 / (1 - p)."""
+    """Dropout's factor of the weights (H, L, L) of sequence b: 0 or 1 / (1 - p)."""
     if p == 0.0 or seed is None:
         return torch.ones((), dtype=like.dtype, device=like.device)
     bh = b * H + torch.arange(H, device=like.device)

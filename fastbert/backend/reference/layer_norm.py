@@ -39,7 +39,7 @@ def rebuilt(
 ) -> Tensor:
     """The normalisation's input from its output, (y - bias) / weight / rstd + mean; the mean where a weight is 0.
 
-    (y - bias) / weight is cut at sqrt(C), beyond which no normalised row of C goes.
+    (y - bias) / weight is cut at sqrt(C): no element of a normalised row of C exceeds it.
     """
     if weight is None or bias is None:
         return y

@@ -1,4 +1,4 @@
-"""What an op's reference offers to tests and benchmarks: sample inputs and the cost of a call."""
+"""Sample inputs and the cost of a call, which every op's reference has for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Draw:
 
 
 def low_precision(dtype: torch.dtype) -> bool:
-    """Whether the dtype is bf16 or fp16, for which a sample with fp32 weights is due too."""
+    """Whether the dtype is bf16 or fp16, which are also tested with fp32 weights."""
     return dtype in (torch.bfloat16, torch.float16)
 
 

@@ -30,7 +30,7 @@ class _Layout:
         self.B, self.S = cu.shape[0] - 1, S
         column = torch.arange(S, device=device)
         self.valid = column < cu.diff()[:, None]  # (B, S)
-        # padding reads the sequence's own first row, never a row that belongs to nobody
+        # padding reads its own sequence's first row
         self.row = torch.where(self.valid, cu[:-1, None] + column, cu[:-1, None]).clamp(max=T - 1)
         token = torch.arange(T, device=device)
         sequence = torch.searchsorted(cu[1:].contiguous(), token, right=True)
@@ -56,7 +56,7 @@ class _Layout:
             hidden, -torch.inf
         )
         H = q.shape[1]
-        # scale and mask ride on the product
+        # one call multiplies, scales and masks
         bias = bias.repeat_interleave(H, 0)
         product = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)
         return product.view(self.B, H, self.S, self.S)

@@ -60,7 +60,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (N, C), dweight and dbias (C,), the last in fp32, which are empty where there is no weight."""
     x = rebuilt(x, weight, bias, mean, rstd)
-    # the bias has no part in its gradients, but CUDA's kernel takes dbias's shape from it
+    # the gradients do not depend on the bias; CUDA's kernel only reads its shape
     w, b = _affine(x, weight, weight)
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         dy,
