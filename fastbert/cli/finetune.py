@@ -13,7 +13,7 @@ import typer
 from fastbert.cli.settings import ready, say, signature
 from fastbert.cli.text import read_lines
 from fastbert.finetune.config import FinetuneConfig
-from fastbert.train.settings import load_settings, merge
+from fastbert.train.settings import load_settings, merge, recorded
 
 FORMATS = (".jsonl", ".csv", ".conll")
 
@@ -32,12 +32,10 @@ def finetune(**flags: Any) -> None:
     resume, quiet = (flags.pop(name) for name in ("resume", "quiet"))
     given = {name: value for name, value in flags.items() if value not in (None, [])}
     settings = merge(load_settings(file, FinetuneConfig) if file else {}, given)
-    config = None if resume else FinetuneConfig(**settings)
+    config = recorded(out, settings, FinetuneConfig) if resume else FinetuneConfig(**settings)
     ready()
     from fastbert.finetune import run
 
-    if config is None:
-        config = run.resumed(out, settings)
     result = run.finetune(config, out, resume=resume, quiet=quiet, say=None if quiet else say)
     for line in run.summary(result):
         typer.echo(line)

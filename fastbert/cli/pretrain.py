@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fastbert.cli.settings import ready, say, signature
 from fastbert.pretrain.config import PretrainConfig, load_settings
-from fastbert.train.settings import check_length_said, merge
+from fastbert.train.settings import check_length_said, merge, recorded
 
 
 def pretrain(**flags: Any) -> None:
@@ -26,21 +25,14 @@ def pretrain(**flags: Any) -> None:
     resume, rebuild, quiet = (flags.pop(name) for name in ("resume", "rebuild", "quiet"))
     given = {name: value for name, value in flags.items() if value not in (None, [])}
     settings = merge(load_settings(file) if file else {}, given)
-    if not resume:
+    if resume:
+        config = recorded(out, settings, PretrainConfig)
+    else:
         check_length_said(settings)
-    config = None if resume else PretrainConfig(**settings)
-    _pretrain(config, settings, out, rebuild, quiet)
-
-
-def _pretrain(
-    config: PretrainConfig | None, settings: dict[str, Any], out: Path, rebuild: bool, quiet: bool
-) -> None:
+        config = PretrainConfig(**settings)
     ready()
     from fastbert.pretrain import run
 
-    resume = config is None
-    if config is None:
-        config = run.resumed(out, settings)
     result = run.pretrain(
         config, out, resume=resume, rebuild=rebuild, quiet=quiet, say=None if quiet else say
     )

@@ -66,10 +66,16 @@ class FinetuneConfig(TrainingSettings):
     """
 
     sources: list[str] = setting(
-        [], DATA, "training data: .csv, .tsv, .jsonl, .json, .conll, or a folder of `datasets`"
+        [],
+        DATA,
+        "training data: .csv, .tsv, .jsonl, .json, .conll, or a folder of `datasets`",
+        path=True,
     )
     validation: str | None = setting(
-        None, DATA, "data to choose the best step by; default a part of the training data"
+        None,
+        DATA,
+        "data to choose the best step by; default a part of the training data",
+        path=True,
     )
     heldout: float = setting(
         0.1, DATA, "part of the training data taken for validation where none is given"
@@ -92,7 +98,7 @@ class FinetuneConfig(TrainingSettings):
     longest_answer: int = setting(30, DATA, "answer: tokens in the longest answer")
 
     model: str | None = setting(
-        None, MODEL, "folder of the model to start from, with its tokenizer"
+        None, MODEL, "folder of the model to start from, with its tokenizer", path=True
     )
     dropout: float | None = setting(None, MODEL, "of hidden states; default the model's own")
     attention_dropout: float | None = setting(
@@ -111,8 +117,12 @@ class FinetuneConfig(TrainingSettings):
         0, RUN, "evaluations without a better one after which training stops, 0 for never"
     )
     split_seed: int = setting(0, RUN, "of the choice of held-out examples")
-    eval_every: int = setting(0, RUN, "steps between evaluations, 0 for one an epoch")
-    checkpoint_every: int = setting(0, RUN, "steps between checkpoints, 0 for one an epoch")
+    eval_every: int = setting(
+        0, RUN, "steps between evaluations, 0 for one an epoch", zero_is_open=True
+    )
+    checkpoint_every: int = setting(
+        0, RUN, "steps between checkpoints, 0 for one an epoch", zero_is_open=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

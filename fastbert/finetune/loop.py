@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from fastbert.data import Batch, save_tokenizer
+from fastbert.data import Batch
 from fastbert.finetune.config import FinetuneConfig
 from fastbert.finetune.data import Data
 from fastbert.finetune.features import Shuffled, items
 from fastbert.finetune.judge import Part, predict
-from fastbert.train import store
 from fastbert.train.loop import Run
-from fastbert.train.session import autocast
+from fastbert.train.session import Session, autocast
 from fastbert.train.trainer import Trainer
 
 
@@ -49,29 +46,22 @@ class FinetuneRun(Run):
 
     command = "finetune"
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        data: Data,
-        out: Path,
-        identity: dict[str, Any],
-        config: FinetuneConfig,
-        quiet: bool = False,
-    ) -> None:
-        super().__init__(trainer, out, identity, quiet)
+    def __init__(self, trainer: Trainer, data: Data, session: Session[FinetuneConfig]) -> None:
+        super().__init__(trainer, session, data.identity())
         self.data = data
-        self.settings = config
-        self.metric = config.metric or data.task.metric
+        self.config = session.config
+        self.metric = self.config.metric or data.task.metric
         # the best evaluation so far, and how many have come after it
         self.best: dict[str, Any] = {"step": 0, "value": None, "since": 0}
 
     def evaluation(self) -> tuple[dict[str, float], str]:
         """Judge the model on the validation data, and keep it if it is the best so far."""
-        values = judge(self.trainer.model, self.data, self.data.validation, self.settings)[0]
+        data, model = self.data, self.trainer.model
+        values = judge(model, data, data.validation, self.config)[0]
         value, step = values[self.metric], self.trainer.at.step
         if self.best["value"] is None or value > self.best["value"]:
             self.best = {"step": step, "value": value, "since": 0}
-            store.write_folder(self.out / "model", exporter(self.trainer.model, self.data))
+            self.session.export(model, data.tokenizer, data.task.options.save)
         else:
             self.best["since"] += 1
         line = f"validation at step {step}: loss {values['loss']:.4f}, {self.metric} {value:.4f}"
@@ -81,7 +71,7 @@ class FinetuneRun(Run):
 
     def finished(self) -> bool:
         """Whether all steps are made, or the metric has not improved for as long as `patience` says."""
-        patience = self.settings.patience
+        patience = self.config.patience
         return super().finished() or 0 < patience <= self.best["since"]
 
     def extra(self) -> dict[str, Any]:
@@ -99,17 +89,6 @@ def judge(
     """The metrics of a model on labelled examples, and its predictions."""
     predictions, loss = predict(model, data.task, part, config.batch_size, config.precision)
     return {"loss": loss, **data.task.metrics(part.examples, predictions)}, predictions
-
-
-def exporter(model: Any, data: Data) -> Callable[[Path], None]:
-    """What fills a folder with the model, its tokenizer and what `fastbert predict` needs to know."""
-
-    def fill(folder: Path) -> None:
-        model.save_pretrained(folder)
-        save_tokenizer(data.tokenizer, folder)
-        data.task.options.save(folder)
-
-    return fill
 
 
 def training_data(data: Data, config: FinetuneConfig) -> Shuffled:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from fastbert.finetune.loop import FinetuneRun, FinetuneTrainer, judge, training
 from fastbert.finetune.plot import plot_confusion, plot_curves
 from fastbert.finetune.tag import seqeval
 from fastbert.models.config import BertConfig
-from fastbert.train import session, store
+from fastbert.train import store
 from fastbert.train.progress import duration
-from fastbert.train.settings import FREE
+from fastbert.train.session import Session
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run has made and how good it is."""
+    """The files of a finished run, and how good its model is."""
 
     out: Path
     # folder in Hugging Face's layout, of the best step
@@ -54,29 +55,18 @@ def finetune(
     resumption is given the same again. Raises ValueError, TypeError or OSError before training for settings, data or
     folders that can't be used, loop.Stopped after SIGTERM or SIGINT, and TrainingError when training can't go on.
     """
-    out, say = Path(out), say or session.silent
     given = Sources(train, validation, test)
-    config = _settled(_checked(config, out, resume, given))
-    with session.alone(out), session.threads(config.threads), session.forced(config.backend):
-        data = load_data(config, given)
-        session.seed_all(config.seed)
-        model = build_model(config, data).to(config.device)
-        if config.recompute:
-            model.gradient_checkpointing_enable()
-        say(f"{type(model).__name__} from {config.model}: {data.describe()}")
-        _check_metric(config, data)
-        batches = training_data(data, config)
-        if not resume:
-            session.check_space(model, config, out)
-            config = _scheduled(config, len(batches))
-            about = {**session.about(config), "examples": data.sizes(), "labels": data.task.names}
-            store.write_json(out / "about.json", about)
-            # the last thing before training: a folder that has it holds a run
-            store.write_text(out / "config.toml", config.to_toml())
-        trainer = FinetuneTrainer(model, batches, config)
-        run = FinetuneRun(trainer, data, out, _identity(config, data), config, quiet)
-        if resume:
-            say(f"going on after step {run.resume()} of {config.steps}")
+    check = partial(_check, given=given)
+    session = Session(FinetuneConfig, config, out, resume=resume, quiet=quiet, say=say, check=check)
+    with session as s:
+        data = load_data(s.config, given)
+        model = s.model(lambda: build_model(s.config, data))
+        s.say(f"{type(model).__name__} from {s.config.model}: {data.describe()}")
+        _check_metric(s.config, data)
+        batches = training_data(data, s.config)
+        about = {"examples": data.sizes(), "labels": data.task.names}
+        s.begin(model, lambda: _scheduled(s.config, len(batches)), about)
+        run = FinetuneRun(FinetuneTrainer(model, batches, s.config), data, s)
         run.train()
         return _report(run)
 
@@ -115,9 +105,10 @@ def summary(result: Result) -> list[str]:
 
 
 def _report(run: FinetuneRun) -> Result:
-    """Judge the model that was saved, as everybody will load it; write its figures and pictures."""
-    out, data, config, at = run.out, run.data, run.settings, run.trainer.at
-    model = data.task.kind.from_pretrained(out / "model").to(config.device)
+    """Judge the saved model, loaded as users load it; write its figures and pictures."""
+    out, folder, data, config = run.out, run.session.model_folder, run.data, run.config
+    at = run.trainer.at
+    model = data.task.kind.from_pretrained(folder).to(config.device)
     found: dict[str, dict[str, float]] = {}
     parts: dict[str, Part | None] = {"validation": data.validation, "test": data.test}
     for name, part in parts.items():
@@ -132,7 +123,7 @@ def _report(run: FinetuneRun) -> Result:
     plot_curves(out / "metrics.jsonl", out / "curves.png", run.metric, best, str(config.task))
     result = Result(
         out,
-        out / "model",
+        folder,
         at.step,
         at.seconds,
         run.metric,
@@ -145,15 +136,8 @@ def _report(run: FinetuneRun) -> Result:
     return result
 
 
-def _checked(
-    config: FinetuneConfig | None, out: Path, resume: bool, given: Sources
-) -> FinetuneConfig:
-    """The run's settings, after the checks that need no data."""
-    if resume:
-        return resumed(out, {} if config is None else config.to_dict())
-    if config is None:
-        raise TypeError("config is None: only a run that is resumed has its settings in OUT")
-    session.fresh(out)
+def _check(config: FinetuneConfig, given: Sources) -> None:
+    """The checks that need no data."""
     for name, remedy in (
         ("task", "choose classify, tag or answer"),
         ("model", "name the folder of the model to start from"),
@@ -167,7 +151,7 @@ def _checked(
     assert config.model is not None
     assert config.max_length is not None
     if config.task == "tag":
-        # asked for now, and not after an hour of training
+        # a missing package is an error now, not after an hour of training
         seqeval()
     base = BertConfig.from_file(config.model)
     if config.max_length > base.max_length:
@@ -175,35 +159,6 @@ def _checked(
             f"max_length is {config.max_length} and the model in {config.model} has {base.max_length} positions: "
             "lower max_length"
         )
-    session.writable(out)
-    return config
-
-
-def resumed(out: Path, given: Mapping[str, Any]) -> FinetuneConfig:
-    """The settings of the run in `out`, as session.recorded has them."""
-    # 0 leaves these to the run, which has recorded what it came to
-    open_ = ("eval_every", "checkpoint_every")
-    given = {name: value for name, value in given.items() if value or name not in open_}
-    return session.recorded(out, _absolute(given), FinetuneConfig)
-
-
-def _settled(config: FinetuneConfig) -> FinetuneConfig:
-    config = session.settled(config)
-    return replace(config, **_absolute({n: getattr(config, n) for n in (*_PATHS, "sources")}))
-
-
-_PATHS = ("validation", "test", "model")
-
-
-def _absolute(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with whole paths, which a resumption from elsewhere finds too."""
-    found = dict(given)
-    for name in _PATHS:
-        if found.get(name) is not None:
-            found[name] = str(Path(found[name]).absolute())
-    if found.get("sources") is not None:
-        found["sources"] = [str(Path(s).absolute()) for s in found["sources"]]
-    return found
 
 
 def _scheduled(config: FinetuneConfig, batches: int) -> FinetuneConfig:
@@ -227,10 +182,3 @@ def _check_metric(config: FinetuneConfig, data: Data) -> None:
         raise ValueError(
             f"metric is {metric!r} and the tags mark no entities (such as B-PER): choose accuracy"
         )
-
-
-def _identity(config: FinetuneConfig, data: Data) -> dict[str, Any]:
-    """What must be the same when a run is resumed."""
-    settings = {k: v for k, v in config.to_dict().items() if k not in FREE}
-    kernels = session.backends(config.device or "cpu")
-    return {**settings, **data.identity(), "the backend of each op": kernels}

@@ -18,7 +18,7 @@ class PretrainConfig(TrainingSettings):
     """
 
     sources: list[str] = setting(
-        [], DATA, "text files, folders, .jsonl or .gz files, or - for standard input"
+        [], DATA, "text files, folders, .jsonl or .gz files, or - for standard input", path=True
     )
     separator: str | None = setting(
         None,

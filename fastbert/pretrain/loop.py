@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, Protocol
-
-from fastbert.data import Batch
+from fastbert.pretrain.config import PretrainConfig
 from fastbert.pretrain.evaluate import evaluate
+from fastbert.pretrain.feed import Feed
 from fastbert.pretrain.trainer import PretrainTrainer
 from fastbert.train.loop import Run
-
-
-class HeldOut(Protocol):
-    """Batches to judge by, such as fastbert.pretrain.feed.Feed has them."""
-
-    mask_id: int
-
-    def held_out(self) -> Iterable[Batch]:
-        """The batches, always the same under the same mask."""
+from fastbert.train.session import Session
 
 
 class PretrainRun(Run):
@@ -27,14 +16,9 @@ class PretrainRun(Run):
     command = "pretrain"
 
     def __init__(
-        self,
-        trainer: PretrainTrainer,
-        feed: HeldOut,
-        out: Path,
-        identity: dict[str, Any],
-        quiet: bool = False,
+        self, trainer: PretrainTrainer, feed: Feed, session: Session[PretrainConfig]
     ) -> None:
-        super().__init__(trainer, out, identity, quiet)
+        super().__init__(trainer, session, feed.identity())
         self.feed = feed
         self.judge = trainer.judge
 

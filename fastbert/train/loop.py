@@ -6,6 +6,7 @@ import logging
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from fastbert.train import store
 from fastbert.train.metrics import Metrics
 from fastbert.train.progress import Progress
+from fastbert.train.session import Session
 from fastbert.train.sharded import ShardedCheckpoints
 from fastbert.train.trainer import StepResult, Trainer, TrainingError
 
@@ -60,28 +62,22 @@ class Signals:
 
 
 class Run:
-    """A trainer with its output folder: when to log, to evaluate, to write a checkpoint, and to stop.
+    """A trainer in its session: when to log, to evaluate, to write a checkpoint, and to stop.
 
-    A kind of training is a subclass with its `command` and `evaluation`; it may override the methods from `finished`
-    to `restore_extra`.
+    `data` is what must be the same, beside settings and backends, when the run is resumed. A kind of training is a
+    subclass with its `command` and `evaluation`; it may override the methods from `finished` to `restore_extra`.
     """
 
     # the command line's name of this kind of training
     command: str
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        out: Path,
-        identity: dict[str, Any],
-        quiet: bool = False,
-    ) -> None:
+    def __init__(self, trainer: Trainer, session: Session[Any], data: Mapping[str, Any]) -> None:
         self.trainer = trainer
-        self.out = out
-        self.identity = identity
-        self.quiet = quiet
-        world, folder, keep = trainer.world, out / "checkpoints", trainer.config.keep_last
-        self.world = world
+        self.session = session
+        self.out = session.out
+        self.world = world = session.world
+        self.identity = session.identity(data)
+        folder, keep = self.out / "checkpoints", trainer.config.keep_last
         self.checkpoints: store.Checkpoints | ShardedCheckpoints = store.Checkpoints(folder, keep)
         if world.shards > 1:
             self.checkpoints = ShardedCheckpoints(folder, keep, world, trainer.state)
@@ -89,10 +85,15 @@ class Run:
         self._metrics_size = 0
 
     def train(self) -> dict[str, float]:
-        """Run to the last step and return the evaluation there. Raises Stopped after a signal, TrainingError."""
-        t = self.trainer
+        """Run to the last step and return the evaluation there, from the newest checkpoint on where it is resumed.
+
+        Raises Stopped after a signal, TrainingError, and ValueError for a checkpoint of something else.
+        """
+        t, session = self.trainer, self.session
+        if session.resume:
+            session.say(f"going on after step {self.resume()} of {t.steps}")
         self.metrics = Metrics(self.out, t.at.step, self._metrics_size, self.world.main)
-        self.progress = Progress(t.steps, t.at.step, self.quiet or not self.world.main)
+        self.progress = Progress(t.steps, t.at.step, session.quiet or not self.world.main)
         try:
             with Signals() as signals, self.progress:
                 while True:

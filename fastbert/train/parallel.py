@@ -82,10 +82,20 @@ class Spread:
             optim_state_dict=state["optimiser"],
         )
 
-    def whole(self) -> dict[str, Any]:
-        """All weights in the main process's memory; every process must call it."""
+    def whole(self) -> Any:
+        """The model with all weights, on the main process; every process must call it.
+
+        Sharded weights are gathered into a new model in the main process's memory.
+        """
+        if not self.sharded:
+            return self.model
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_model_state_dict(self.model, options=options)
+        weights = get_model_state_dict(self.model, options=options)
+        if not self.world.main:
+            return self.model
+        model = type(self.model)(self.model.config)
+        model.load_state_dict(weights)
+        return model
 
 
 def _shard(model: Any, size: int) -> None:

@@ -26,9 +26,14 @@ GROUPS = (DATA, TOKENIZER, MODEL, BATCH, OPTIMISER, RUN)
 Config = TypeVar("Config", bound="Settings")
 
 
-def setting(default: Any, group: str, comment: str) -> Any:
-    """A field whose comment is also its line in the command's --help."""
-    metadata = {"group": group, "comment": comment}
+def setting(
+    default: Any, group: str, comment: str, *, path: bool = False, zero_is_open: bool = False
+) -> Any:
+    """A field whose comment is also its line in the command's --help.
+
+    A `path` is recorded as an absolute one. `zero_is_open` says that a run finds a value in the place of 0.
+    """
+    metadata = {"group": group, "comment": comment, "path": path, "zero_is_open": zero_is_open}
     if isinstance(default, list):
         return dataclasses.field(default_factory=list, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -230,6 +235,38 @@ def _parse(path: Path) -> Any:
         except yaml.YAMLError as error:
             raise ValueError(str(error)) from error
     raise ValueError(f"its suffix is {path.suffix!r}, and a configuration is .toml, .yaml or .yml")
+
+
+def recorded(out: Path, given: Mapping[str, Any], kind: type[Config]) -> Config:
+    """The recorded settings of the run in `out`, with the given ones that change no loss.
+
+    Raises FileNotFoundError where there is no run, and ValueError, naming what differs, for any other difference.
+    """
+    if not (out / "config.toml").exists():
+        raise FileNotFoundError(f"{out} holds no run to resume: start one without --resume")
+    config = kind(**load_settings(out / "config.toml", kind))
+    # a setting that is left open agrees with whatever value the run has found for it
+    zeros = [f.name for f in dataclasses.fields(kind) if f.metadata["zero_is_open"]]
+    given = {n: v for n, v in given.items() if v is not None and (v or n not in zeros)}
+    if differences := config.differences(with_whole_paths(given, kind)):
+        raise ValueError(f"the run can't be resumed with other settings: {'; '.join(differences)}")
+    return dataclasses.replace(config, **{name: given[name] for name in FREE if name in given})
+
+
+def with_whole_paths(given: Mapping[str, Any], kind: type[Settings]) -> dict[str, Any]:
+    """The settings with absolute paths, which a resumption from another folder finds too; - is standard input."""
+
+    def whole(path: str | Path) -> str:
+        return "-" if str(path) == "-" else str(Path(path).absolute())
+
+    found = dict(given)
+    for name in (f.name for f in dataclasses.fields(kind) if f.metadata["path"]):
+        value = found.get(name)
+        if isinstance(value, (list, tuple)):
+            found[name] = [whole(path) for path in value]
+        elif value is not None:
+            found[name] = whole(value)
+    return found
 
 
 def merge(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:

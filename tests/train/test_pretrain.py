@@ -302,7 +302,7 @@ def test_two_processes_in_one_folder(corpus, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     settings = PretrainConfig(**tiny_run.tiny_settings(corpus))
-    with session.alone(out), pytest.raises(FileExistsError, match="another process is training"):
+    with session.locked(out), pytest.raises(FileExistsError, match="another process is training"):
         pretrain(settings, out, quiet=True)
     # an empty one goes
     assert not out.exists()

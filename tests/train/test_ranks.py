@@ -10,9 +10,9 @@ import pytest
 import ranks
 import tiny_run
 
-from fastbert.pretrain.run import _divided
 from fastbert.train import PretrainConfig, pretrain
 from fastbert.train.metrics import read_metrics
+from fastbert.train.session import _divided
 from fastbert.train.world import World
 
 
