@@ -51,6 +51,27 @@ def tiny_settings(corpus, **settings):
     return given | settings
 
 
+def losses(out):
+    """All lines of a run's metrics.jsonl without their times: what an interruption must not change."""
+    from fastbert.train.metrics import read_metrics
+
+    timed = ("seconds", "tokens_per_s")
+    lines = read_metrics(out / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+
+
+def make_old(checkpoint):
+    """Rewrite a checkpoint as version 0.1 wrote it: the sums of losses in three fields, used or not."""
+    state = torch.load(checkpoint, weights_only=True)
+    window = state["position"].pop("window")
+    state["position"] |= {
+        "window_loss": window["loss"],
+        "window_mlm": window.get("mlm_loss", window["loss"]),
+        "window_nsp": window.get("nsp_loss", 0.0),
+    }
+    torch.save(state, checkpoint)
+
+
 def die():
     """What `kill -9` does, at this very line."""
     os.kill(os.getpid(), signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -87,6 +88,11 @@ class Pretrained(nn.Module):
         """
         for layer in self.bert.layers:
             layer.norms_from_output = on  # type: ignore[assignment]
+
+    @property
+    def layers_to_shard(self) -> Iterable[nn.Module]:
+        """The modules that FSDP2 shards one by one: it gathers the weights of one of them at a time."""
+        return self.bert.layers
 
     @property
     def device(self) -> torch.device:

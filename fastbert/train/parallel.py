@@ -99,12 +99,12 @@ class Spread:
 
 
 def _shard(model: Any, size: int) -> None:
-    """Every layer by itself, and the rest: embeddings, heads, which the model's own methods read."""
+    """Shard every layer by itself, then the rest as one: embeddings and heads, which the model's own methods read."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(next(model.parameters()).device.type, (size,))
-    for layer in model.bert.layers:
+    for layer in model.layers_to_shard:
         fully_shard(layer, mesh=mesh)
     # a tied decoder reads the word embedding after the layers
     fully_shard(model, mesh=mesh, reshard_after_forward=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -42,20 +42,26 @@ class Position:
     tokens: int = 0
     seconds: float = 0.0
     window_steps: int = 0
-    # by the losses' names
+    # sums of the losses by their names
     window: dict[str, float] = field(default_factory=dict)
     window_tokens: int = 0
     window_seconds: float = 0.0
 
     @classmethod
-    def read(cls, saved: dict[str, Any]) -> Position:
-        """The position in a checkpoint; those of version 0.1 hold three losses in fields of their own."""
+    def read(cls, saved: dict[str, Any], losses: Sequence[str]) -> Position:
+        """The position in a checkpoint of a training with these losses.
+
+        Checkpoints of version 0.1 hold three sums in fields of their own, also where a training has fewer losses.
+        """
         saved = dict(saved)
-        old = {name: saved.pop(f"window_{name}", None) for name in ("loss", "mlm", "nsp")}
-        if old["loss"] is not None:
-            names = {"loss": "loss", "mlm": "mlm_loss", "nsp": "nsp_loss"}
-            saved["window"] = {names[name]: value for name, value in old.items()}
+        old = {name: saved.pop(field, None) for name, field in _OLD_SUMS.items()}
+        if "window" not in saved:
+            saved["window"] = {name: old[name] for name in ("loss", *losses)}
         return cls(**saved)
+
+
+# the names of losses, and the fields in which checkpoints of version 0.1 hold their sums
+_OLD_SUMS = {"loss": "window_loss", "mlm_loss": "window_mlm", "nsp_loss": "window_nsp"}
 
 
 @dataclass
@@ -175,6 +181,6 @@ class Trainer:
         else:
             self.model.load_state_dict(state["model"])
             self.optimiser.load_state_dict(state["optimiser"])
-        self.at = Position.read(state["position"])
+        self.at = Position.read(state["position"], self.losses)
         self._batches = None
         store.restore_rng(state["rng"])

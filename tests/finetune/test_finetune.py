@@ -7,9 +7,11 @@ import signal
 
 import datasets
 import pytest
+import tiny_run
 import tiny_tasks
 import torch
 from PIL import Image
+from tiny_run import losses
 from tiny_tasks import ROWS, tiny_config, tiny_settings
 
 from fastbert.finetune import FinetuneConfig, Predictor, finetune
@@ -169,14 +171,6 @@ def test_answers_to_plain_questions(finished):
     assert [f["answer"] for f in found] == ["Karl", "Oslo"]
 
 
-def losses(out):
-    """Every line without its times."""
-    timed = ("seconds", "tokens_per_s")
-    return [
-        {k: v for k, v in m.items() if k not in timed} for m in read_metrics(out / "metrics.jsonl")
-    ]
-
-
 @pytest.mark.parametrize("place", ["step", "evaluation"])
 def test_interrupted_runs_leave_no_trace(finished, base, tmp_path, monkeypatch, place):
     """Broken off within a step, or right after a better model was written: the same losses, best step and figures."""
@@ -202,6 +196,18 @@ def test_interrupted_runs_leave_no_trace(finished, base, tmp_path, monkeypatch, 
     last = "checkpoints/step-00000024.pt"
     mine, theirs = (torch.load(r / last)["model"] for r in (out, whole.out))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_a_checkpoint_of_version_0_1_goes_on(base, tmp_path):
+    """It was written between two log lines; the sums that this training does not have are left out."""
+    out, rows = tmp_path / "run", ROWS["classify"]
+    run("classify", base, out, steps=6, log_every=4, checkpoint_every=5)
+    expected = losses(out)
+    (out / "checkpoints" / "step-00000006.pt").unlink()
+    tiny_run.make_old(out / "checkpoints" / "step-00000005.pt")
+    again = {"train": rows(96), "validation": rows(32, seed=1), "test": rows(32, seed=2)}
+    finetune(None, out, resume=True, quiet=True, **again)
+    assert losses(out) == expected
 
 
 def test_asked_to_stop(base, tmp_path, monkeypatch):

@@ -130,6 +130,20 @@ def test_finished_run_can_be_resumed_again(finished, tmp_path):
     assert (out / "model" / "config.json").exists()
 
 
+@pytest.mark.parametrize("recipe", ["bert", "roberta"])
+def test_a_checkpoint_of_version_0_1_goes_on(corpus, tmp_path, recipe):
+    """It was written between two log lines; the sum of next sentences, which RoBERTa does not have, is left out."""
+    out = tmp_path / "run"
+    often = {"steps": 6, "log_every": 4, "checkpoint_every": 5, "vocab_size": 400}
+    settings = tiny_run.tiny_settings(corpus, recipe=recipe, **often)
+    pretrain(PretrainConfig(**settings), out, quiet=True)
+    expected = tiny_run.losses(out)
+    (out / "checkpoints" / "step-00000006.pt").unlink()
+    tiny_run.make_old(out / "checkpoints" / "step-00000005.pt")
+    pretrain(None, out, resume=True, quiet=True)
+    assert tiny_run.losses(out) == expected
+
+
 def test_gradient_recomputation_changes_nothing(corpus, finished, tmp_path):
     settings = tiny_run.tiny_settings(corpus, recompute=True)
     result = pretrain(PretrainConfig(**settings), tmp_path / "run", quiet=True)

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import tiny_run
+from tiny_run import losses
 
 from fastbert.train.metrics import read_metrics
 
@@ -29,13 +30,6 @@ def finish(settings, out, **options):
     process.join(120)
     assert process.exitcode is not None, "the run hangs"
     return process.exitcode
-
-
-def losses(out):
-    """All that must not change: every line without its times."""
-    timed = ("seconds", "tokens_per_s")
-    lines = read_metrics(out / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
 @pytest.fixture(scope="module")
