@@ -34,6 +34,14 @@ def replacing(path: Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
+def sync_files(folder: Path) -> None:
+    """Put the content of every file below the folder on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Put a rename inside the folder on the disk."""
     handle = os.open(folder, os.O_RDONLY)

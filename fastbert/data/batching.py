@@ -24,7 +24,6 @@ I64 = NDArray[np.int64]
 
 # examples are sorted by length within this many steps, so that order stays random beyond them
 _WINDOW = 64
-_SHUFFLE, _GROUPS = 30, 31
 
 
 @dataclass(frozen=True)
@@ -190,7 +189,7 @@ class PretrainingData:
             examples = sentence_pairs(self.shards, self.documents, short_seq_prob=short, **common)
         else:
             examples = full_sentences(self.shards, self.documents, **common)
-        lengths, key = examples.lengths(), rng.derive(seed, epoch, _SHUFFLE)
+        lengths, key = examples.lengths(), rng.derive(seed, epoch, rng.Purpose.BATCHES)
         if settings.max_tokens is None:
             members, bounds = bucketed(
                 lengths, settings.batch_size, key, self.rank, self.world_size

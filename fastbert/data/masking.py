@@ -17,6 +17,7 @@ IGNORE = -100
 
 # what replaces a chosen token: [MASK] below the first, a random token below the second, itself above
 _MASK_BELOW, _RANDOM_BELOW = 0.8, 0.9
+# independent draws at one token, or of a whole sequence
 _CHOICE, _COUNT, _BOUNDARY, _ACTION, _TOKEN = range(5)
 
 
@@ -49,8 +50,8 @@ class Masker:
 
     @staticmethod
     def keys(seed: int, epoch: int, examples: I64) -> rng.U64:
-        """(B,) what the masks of these examples are a function of, whatever batch they are in."""
-        return rng.bits(rng.derive(seed, epoch, 20), examples)
+        """(B,) the keys of these examples' masks, the same in whatever batch an example is."""
+        return rng.bits(rng.derive(seed, epoch, rng.Purpose.MASKS), examples)
 
     def __call__(
         self,
@@ -110,6 +111,6 @@ class Masker:
         return result
 
 
-def _counter(column: I64, purpose: int) -> I64:
-    """A number of its own for every (column, purpose); 0 to 7 are for the sequence as a whole."""
-    return (column + 1) * 8 + purpose
+def _counter(column: I64, draw: int) -> I64:
+    """Another number for every (column, draw); 0 to 7 are for the sequence as a whole."""
+    return (column + 1) * 8 + draw

@@ -23,7 +23,6 @@ I64 = NDArray[np.int64]
 _BLOCK = 1 << 20
 # independent draws at one sentence
 _SHORT, _LENGTH, _SPLIT, _DOCUMENT, _START, _FRONT_A, _FRONT_B, _DRAWS = range(8)
-_PAIRS, _COINS, _ORDER = 10, 11, 12
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,8 @@ def sentence_pairs(
             f"next-sentence prediction needs at least 2 documents, there are {len(documents)}: add some, say what "
             "separates them, or use recipe roberta"
         )
-    keys = rng.derive(seed, epoch, _PAIRS), rng.derive(seed, epoch, _COINS)
+    purposes = rng.Purpose.PAIRS, rng.Purpose.RANDOM_NEXT
+    keys = tuple(rng.derive(seed, epoch, purpose) for purpose in purposes)
     budget = max_length - 3
     found = [
         _pairs_block(shards, documents, block, budget, short_seq_prob, keys)
@@ -89,8 +89,8 @@ def _pairs_block(
     )  # (S,) place in documents
     s = ranges(first[block], last[block])  # (S,) sentence numbers
 
-    def draw(purpose: int, at: I64 = s) -> NDArray[np.float64]:
-        return rng.uniform(keys[0], at * _DRAWS + purpose)
+    def draw(number: int, at: I64 = s) -> NDArray[np.float64]:
+        return rng.uniform(keys[0], at * _DRAWS + number)
 
     short = 2 + (draw(_LENGTH) * (budget - 1)).astype(np.int64)
     target = np.where(draw(_SHORT) < short_seq_prob, short, budget)
@@ -101,10 +101,10 @@ def _pairs_block(
     coins = rng.uniform(keys[1], s[::2]) < 0.5
     # a single sentence before the document's end makes no example of either kind
     local = np.arange(len(s))
-    alone = s + 1 == last[owner]
-    following = np.where(alone, 1, chunk - s) + local
-    put_back = np.where(alone, 1, split - s) + local
-    at, random = _walk_pairs(following.tolist(), put_back.tolist(), alone.tolist(), coins.tolist())
+    single = s + 1 == last[owner]
+    following = np.where(single, 1, chunk - s) + local
+    put_back = np.where(single, 1, split - s) + local
+    at, random = _walk_pairs(following.tolist(), put_back.tolist(), single.tolist(), coins.tolist())
 
     s, target, chunk, split, owner = s[at], target[at], chunk[at], split[at], owner[at]
     other = (draw(_DOCUMENT, s) * (len(documents) - 1)).astype(np.int64)
@@ -119,14 +119,14 @@ def _pairs_block(
 
 
 def _walk_pairs(
-    following: list[int], put_back: list[int], alone: list[bool], coins: list[bool]
+    following: list[int], put_back: list[int], single: list[bool], coins: list[bool]
 ) -> tuple[I64, NDArray[np.bool_]]:
     """The sentences at which examples begin, and whether each one's B is random."""
     at: list[int] = []
     random: list[bool] = []
     i = 0
     while i < len(following):
-        if alone[i]:
+        if single[i]:
             i += 1
             continue
         # the second of two examples is of the other kind than the first
@@ -172,9 +172,8 @@ def full_sentences(
     """
     if len(documents) == 0:
         raise ValueError("there is no document to make examples of")
-    order = documents[
-        np.argsort(rng.bits(rng.derive(seed, epoch, _ORDER), documents), kind="stable")
-    ]
+    key = rng.derive(seed, epoch, rng.Purpose.DOCUMENTS)
+    order = documents[np.argsort(rng.bits(key, documents), kind="stable")]
     budget = max_length - 2
     return _join([_full_block(shards, order[block], budget) for block in _blocks(shards, order)])
 

@@ -7,6 +7,8 @@ SplitMix64 (Steele, Lea, Flood 2014) with the key as its seed.
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,6 +17,19 @@ _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
 
 U64 = NDArray[np.uint64]
+
+
+class Purpose(IntEnum):
+    """The last part of a key: draws of different purposes are independent. Other values are other data in every run."""
+
+    HELD_OUT_DOCUMENTS = 1
+    PAIRS = 10
+    RANDOM_NEXT = 11
+    DOCUMENTS = 12
+    MASKS = 20
+    BATCHES = 30
+    # fine-tuning: the examples held out, and the order of an epoch
+    EXAMPLES = 40
 
 
 def bits(key: U64, counter: NDArray[np.int64] | NDArray[np.uint64]) -> U64:

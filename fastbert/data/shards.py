@@ -90,7 +90,8 @@ class Shards:
                 f"{self.folder} has {count} documents, of which {heldout} would be held out: at least {least} must be "
                 "left to train on; add documents, say what separates them, or hold out none"
             )
-        order = np.argsort(rng.bits(rng.derive(seed, 1), np.arange(count)), kind="stable")
+        key = rng.derive(seed, rng.Purpose.HELD_OUT_DOCUMENTS)
+        order = np.argsort(rng.bits(key, np.arange(count)), kind="stable")
         return np.sort(order[heldout:]), np.sort(order[:heldout])
 
 

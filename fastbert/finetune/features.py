@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from fastbert.data import Batch, rng
 
 I64 = NDArray[np.int64]
-_ORDER = 40
 
 
 @dataclass
@@ -97,7 +96,7 @@ class Shuffled:
             epoch, start = epoch + 1, 0
 
     def _order(self, epoch: int) -> I64:
-        key = rng.derive(self.seed, epoch, _ORDER)
+        key = rng.derive(self.seed, epoch, rng.Purpose.EXAMPLES)
         return np.argsort(rng.bits(key, np.arange(len(self.features))), kind="stable")
 
     def _batch(self, order: I64, epoch: int, number: int) -> Batch:
@@ -111,7 +110,8 @@ def split(groups: Sequence[Any], share: float, seed: int) -> tuple[list[int], li
     """Numbers of the examples kept and held out: whole groups, `share` of them but at least one of each side."""
     names = list(dict.fromkeys(groups))
     count = min(max(round(share * len(names)), 1), len(names) - 1)
-    order = np.argsort(rng.bits(rng.derive(seed, _ORDER), np.arange(len(names))), kind="stable")
+    key = rng.derive(seed, rng.Purpose.EXAMPLES)
+    order = np.argsort(rng.bits(key, np.arange(len(names))), kind="stable")
     out = {names[i] for i in order[:count]}
     kept = [i for i, name in enumerate(groups) if name not in out]
     held = [i for i, name in enumerate(groups) if name in out]

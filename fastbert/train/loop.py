@@ -78,7 +78,7 @@ class Run:
         self.world = world = session.world
         self.identity = session.identity(data)
         folder, keep = self.out / "checkpoints", trainer.config.keep_last
-        self.checkpoints: store.Checkpoints | ShardedCheckpoints = store.Checkpoints(folder, keep)
+        self.checkpoints = store.Checkpoints(folder, keep)
         if world.shards > 1:
             self.checkpoints = ShardedCheckpoints(folder, keep, world, trainer.state)
         self.last_evaluation: dict[str, float] = {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,35 +12,32 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from fastbert.files import UNFINISHED, sync_folder
+from fastbert.files import UNFINISHED, sync_files, sync_folder
+from fastbert.train.store import Checkpoints
 from fastbert.train.world import World
 
-_CHECKPOINT = re.compile(r"step-(\d+)")
-# what is spread over the processes; the rest is one process's
+# the parts of a state that are spread over the processes; the main process has the others
 _SPREAD = ("model", "optimiser")
 
 
-class ShardedCheckpoints:
-    """The folder of a run's checkpoints, of which the last `keep` are kept; each is a folder, named when it is whole.
+class ShardedCheckpoints(Checkpoints):
+    """Checkpoints that are folders; a folder gets its name when it is whole.
 
     `present` gives the state that the run has now: a checkpoint is read into its tensors, however they are spread.
     """
 
+    suffix = ""
+
     def __init__(
         self, folder: Path, keep: int, world: World, present: Callable[[], dict[str, Any]]
     ) -> None:
-        self.folder, self.keep, self.world, self.present = folder, keep, world, present
-
-    def paths(self) -> list[Path]:
-        """All of them, oldest first."""
-        found = [
-            (int(m[1]), p) for p in self.folder.glob("*") if (m := _CHECKPOINT.fullmatch(p.name))
-        ]
-        return [path for _, path in sorted(found)]
+        super().__init__(folder, keep)
+        self.world = world
+        self.present = present
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Write one, every process its part, then delete the oldest; raises OSError where it can't be written."""
-        path = self.folder / f"step-{step:08d}"
+        path = self.path(step)
         new = self.folder / f"{UNFINISHED}{path.name}"
         if self.world.main:
             shutil.rmtree(new, ignore_errors=True)
@@ -66,26 +61,15 @@ class ShardedCheckpoints:
         self.world.meet()
         return path
 
-    def load(self) -> dict[str, Any] | None:
-        """The newest one, or None; raises ValueError, with its name, if it is damaged.
-
-        On another number of processes the generators of the new ones stay as they are.
-        """
-        paths = self.paths()
-        if not paths:
-            return None
-        path, present = paths[-1], self.present()
+    def _read(self, path: Path) -> dict[str, Any]:
+        """On another number of processes the generators of the new ones stay as they are."""
+        present = self.present()
         spread = {name: present[name] for name in _SPREAD}
-        try:
-            rest = torch.load(path / "run.pt", map_location="cpu", weights_only=True)
-            with _quiet():
-                dcp.load(spread, checkpoint_id=path, no_dist=self.world.size == 1)
-            rng = path / f"rng-{self.world.rank}.pt"
-            own = torch.load(rng, weights_only=True) if rng.exists() else present["rng"]
-        except Exception as error:  # a damaged file raises nearly anything
-            raise ValueError(
-                f"{path} is damaged ({str(error).splitlines()[0]}): delete it to resume from the one before it"
-            ) from error
+        rest = torch.load(path / "run.pt", map_location="cpu", weights_only=True)
+        with _quiet():
+            dcp.load(spread, checkpoint_id=path, no_dist=self.world.size == 1)
+        rng = path / f"rng-{self.world.rank}.pt"
+        own = torch.load(rng, weights_only=True) if rng.exists() else present["rng"]
         return {**rest, **spread, "rng": own}
 
 
@@ -99,10 +83,7 @@ def _quiet() -> Iterator[None]:
 
 def _finish(new: Path, path: Path) -> None:
     """Give a whole checkpoint its name, after it has reached the disk."""
-    for file in new.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
+    sync_files(new)
     sync_folder(new)
     shutil.rmtree(path, ignore_errors=True)
     new.rename(path)

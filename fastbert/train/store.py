@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
@@ -15,9 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastbert.files import UNFINISHED, replacing, sync_folder, write_text
-
-_CHECKPOINT = re.compile(r"step-(\d+)\.pt")
+from fastbert.files import UNFINISHED, replacing, sync_files, sync_folder, write_text
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -32,10 +29,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         new = Path(scratch) / "new"
         new.mkdir()
         fill(new)
-        for path in new.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
+        sync_files(new)
         if folder.exists():
             folder.rename(Path(scratch) / "old")
         new.rename(folder)
@@ -52,22 +46,28 @@ def remove_unfinished(folder: Path) -> None:
 
 
 class Checkpoints:
-    """The folder of a run's checkpoints, of which the last `keep` are kept."""
+    """The folder of a run's checkpoints, of which the last `keep` are kept; each is a file."""
+
+    # of a checkpoint's name, step-00000012.pt
+    suffix = ".pt"
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = keep
 
+    def path(self, step: int) -> Path:
+        """The checkpoint of a step."""
+        return self.folder / f"step-{step:08d}{self.suffix}"
+
     def paths(self) -> list[Path]:
         """All of them, oldest first."""
-        found = [
-            (int(m[1]), p) for p in self.folder.glob("*") if (m := _CHECKPOINT.fullmatch(p.name))
-        ]
+        name = re.compile(rf"step-(\d+){re.escape(self.suffix)}")
+        found = [(int(m[1]), p) for p in self.folder.glob("*") if (m := name.fullmatch(p.name))]
         return [path for _, path in sorted(found)]
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Write one, then delete the oldest; raises OSError, with all older ones kept, where it can't be written."""
-        path = self.folder / f"step-{step:08d}.pt"
+        path = self.path(step)
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as new:
             try:
@@ -85,7 +85,7 @@ class Checkpoints:
         if not paths:
             return None
         try:
-            state = torch.load(paths[-1], map_location="cpu", weights_only=True)
+            state = self._read(paths[-1])
             if not isinstance(state, dict) or not state:
                 raise TypeError("it holds no state of a run")
         except Exception as error:  # a damaged file raises nearly anything
@@ -93,6 +93,9 @@ class Checkpoints:
                 f"{paths[-1]} is damaged ({str(error).splitlines()[0]}): delete it to resume from the one before it"
             ) from error
         return state
+
+    def _read(self, path: Path) -> Any:
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def capture_rng() -> dict[str, Any]:
