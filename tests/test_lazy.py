@@ -1,0 +1,87 @@
+"""`import fastbert`, help and refused flags import no torch; the modules of version 0.1 are at their old names."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from fastbert._lazy import MOVED
+
+# runs the command line and prints its exit code, and whether torch was imported, in the last line
+COMMAND = """
+import sys
+from fastbert.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as stop:
+    print(f"\\n{stop.code or 0} {'torch' in sys.modules}")
+"""
+
+
+def python(code, *words, **options):
+    """(standard output, standard error) of a process that must end well."""
+    command = [sys.executable, "-c", code, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, **options)
+    return done.stdout, done.stderr
+
+
+def test_import_needs_no_torch():
+    code = (
+        "import sys, fastbert; fastbert.__version__; dir(fastbert); print('torch' in sys.modules)"
+    )
+    assert python(code)[0] == "False\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["--version"], ["pretrain", "--help"], ["finetune", "--help"]],
+    ids=" ".join,
+)
+def test_help_needs_no_torch(words):
+    assert python(COMMAND, *words)[0].splitlines()[-1] == "0 False"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["pretrain", "a.txt", "--steps", 1, "--lrr", 3], "--lrr"),
+        (["pretrain", "a.txt", "--steps", 1, "--lr", -1], "lr is -1.0: it must be above 0"),
+        (["pretrain", "a.txt", "--steps", 1, "--backend", "tpu"], "backend is 'tpu': choose one"),
+        (["pretrain", "a.txt"], "how long to train is not said"),
+        (["pretrain", "a.txt", "--config", "typo.toml"], "no setting 'stepps': did you mean"),
+        (["pretrain", "--resume"], "holds no run to resume"),
+        (["finetune", "a.csv", "--task", "rank"], "task is 'rank': choose one of"),
+        (["finetune", "--resume"], "holds no run to resume"),
+    ],
+)
+def test_what_is_refused_needs_no_torch(tmp_path, words, sentence):
+    (tmp_path / "typo.toml").write_text("stepps = 1\n")
+    output, error = python(COMMAND, *words, "--out", "run", cwd=tmp_path)
+    assert output.splitlines()[-1] == "2 False"
+    # typer draws a box around its sentences
+    assert sentence in " ".join(error.replace("│", " ").split())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_moved_modules_are_the_new_ones(old):
+    assert importlib.import_module(old) is importlib.import_module(MOVED[old])
+
+
+def test_modules_below_a_moved_package_are_the_new_ones():
+    from fastbert.backend.stock import layer_norm
+
+    assert importlib.import_module("fastbert.stock.layer_norm") is layer_norm
+
+
+@pytest.mark.parametrize("name", ["freeze", "tune"])
+def test_a_module_does_not_take_its_functions_place(name):
+    """`import fastbert.freeze` is the module's old name, and `fastbert.freeze` the verb."""
+    code = f"""
+import sys
+import fastbert.{name}
+assert sys.modules["fastbert.{name}"].{name} is fastbert.{name}
+assert callable(fastbert.{name})
+"""
+    python(code)
