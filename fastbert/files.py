@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# how the names of files and folders begin that a killed process may leave
+# the first letters in names of files and folders that a killed process may leave
 UNFINISHED = ".unfinished-"
 
 
@@ -24,7 +24,7 @@ def replacing(path: Path) -> Iterator[Path]:
         new.touch()
         mode = new.stat().st_mode
         yield new
-        # safetensors makes files that only their owner can read
+        # safetensors makes files that no other user can read
         new.chmod(mode)
         with open(new, "rb+") as file:
             os.fsync(file.fileno())

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as stock
+from torch.nn import functional as tnf
 
 from fastbert.data import load_tokenizer
 from fastbert.data.tokenizer import SpecialIds, is_roberta
@@ -22,13 +22,13 @@ def packed(encodings: Sequence[Any]) -> dict[str, Any]:
     return {
         "input_ids": torch.tensor([i for e in encodings for i in e.ids]),  # (T,)
         "token_type_ids": torch.tensor([i for e in encodings for i in e.type_ids]),  # (T,)
-        "cu_seqlens": stock.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),  # (B + 1,)
+        "cu_seqlens": tnf.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),  # (B + 1,)
         "max_seqlen": int(lengths.max()),
     }
 
 
 def plain_tokenizer(model: str | Path) -> Any:
-    """The tokenizer in a model's folder, without the padding and cutting that its file may ask for."""
+    """The tokenizer in a model's folder, without the padding and truncation that its file may switch on."""
     tokenizer = load_tokenizer(model)
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -69,7 +69,7 @@ class Filler:
         ]
 
     def _word(self, token_id: int) -> str:
-        # byte-level tokens are bytes in disguise; WordPiece's ## says that a piece continues a word
+        # byte-level tokens write bytes as other characters; WordPiece's ## marks a piece that continues a word
         if is_roberta(self.tokenizer):
             return str(self.tokenizer.decode([token_id], skip_special_tokens=False)).strip()
         return str(self.tokenizer.id_to_token(token_id))
@@ -98,7 +98,7 @@ class Embedder:
         encodings = self.tokenizer.encode_batch(list(texts))
         self.cut = sum(len(e.ids) > self.max_length for e in encodings)
         if self.cut:
-            # again, so that the special token at the end is kept
+            # the tokenizer cuts the texts itself, so that the special token at the end is kept
             self.tokenizer.enable_truncation(self.max_length)
             encodings = self.tokenizer.encode_batch(list(texts))
         order = sorted(range(len(encodings)), key=lambda i: len(encodings[i].ids))
@@ -106,7 +106,7 @@ class Embedder:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             vectors[rows] = self._pooled([encodings[i] for i in rows])
-        return stock.normalize(vectors) if self.normalize else vectors
+        return tnf.normalize(vectors) if self.normalize else vectors
 
     def _pooled(self, encodings: Sequence[Any]) -> Tensor:
         batch = packed(encodings)

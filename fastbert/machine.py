@@ -1,4 +1,4 @@
-"""What a measurement was made on: the machine, the versions, the date."""
+"""The machine, the versions and the date of a measurement or a run."""
 
 from __future__ import annotations
 

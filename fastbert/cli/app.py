@@ -1,4 +1,4 @@
-"""The `fastbert` command: pretrain, finetune, predict, fill-mask, embed, tune, info; slow imports wait until needed."""
+"""The `fastbert` command: pretrain, finetune, predict, fill-mask, embed, tune, info; help needs no torch."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _print_matrix(matrix: dict[str, dict[str, str | None]]) -> None:
     for name in backends:
         for slug, row in matrix.items():
             if reason := row[name]:
-                # the table names the op already
+                # the op is named after the reason, so that ops with the same reason share a line
                 reasons.setdefault(f"{name}: {reason.replace(f' {slug} ', ' such ')}", []).append(
                     slug
                 )
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run_app(app: typer.Typer, arguments: list[str], name: str) -> None:
     """Run and exit: 0, 1 for an abort, 2 with a sentence for an error, 128 + n after a checkpoint for signal n."""
-    # wherever it stands: it is what one adds to the end of a line that has just failed
+    # at any place: users add it to the end of a line that has just failed
     debug = "--debug" in arguments or bool(os.environ.get("FASTBERT_DEBUG"))
     try:
         app([word for word in arguments if word != "--debug"], prog_name=name)
@@ -140,7 +140,7 @@ def _is_expected(error: Exception) -> bool:
     """Whether the message is a sentence for the user; anything else is a bug, and its traceback is wanted."""
     if isinstance(error, (ValueError, TypeError, IndexError, OSError)):
         return True
-    # their modules import torch
+    # the modules of these exceptions import torch
     from fastbert.backend.chooser import Unsupported
     from fastbert.data.fetch import FetchError
     from fastbert.train.loop import Stopped

@@ -65,7 +65,7 @@ def predict(
 ) -> None:
     """Print a fine-tuned model's predictions, a line of JSON per text or record, in their order.
 
-    Where all records of --file have labels, what the predictions are worth is printed too, to standard error.
+    Where all records of --file have labels, the metrics of the predictions are printed too, to standard error.
 
     Example: fastbert predict runs/a "A splendid film."
     """

@@ -23,7 +23,7 @@ def say(text: str) -> None:
 def ready() -> None:
     """Import torch; refuse what FASTBERT_BACKEND or FASTBERT_CPU_ISA asks for and this machine or package lacks.
 
-    A command calls it once its own arguments are known to be good: torch takes seconds.
+    A command calls it after the checks of its own arguments: the import of torch takes seconds.
     """
     from fastbert.backend import chooser
 
@@ -62,7 +62,7 @@ def _optional(hint: Any) -> Any:
 
 def _flag(f: dataclasses.Field[Any]) -> Any:
     comment = f.metadata["comment"]
-    # a list is what stands on the line without a flag
+    # the words of a command line without a flag are a list
     if f.default_factory is not dataclasses.MISSING:
         return typer.Argument(help=comment, show_default=False)
     if f.default is not None:

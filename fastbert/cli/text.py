@@ -93,7 +93,7 @@ def embed(
     ready()
     from fastbert.infer import Embedder
 
-    # the model first: it is what is wrong more often, and stdin may be slow
+    # the model first: its folder is wrong more often than the texts are, and stdin may be slow
     embedder = Embedder(model, pooling, normalize)
     lines = read_lines(texts, file)
     vectors = embedder(lines, batch_size)

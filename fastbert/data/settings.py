@@ -1,4 +1,4 @@
-"""What shapes the training examples; the shards on disk don't depend on any of it."""
+"""The settings of training examples; the shards on disk depend on none of them."""
 
 from __future__ import annotations
 

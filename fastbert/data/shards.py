@@ -1,4 +1,4 @@
-"""Tokenised documents on disk, memory-mapped: made once, opened at once, refused when they no longer fit."""
+"""Tokenised documents on disk, memory-mapped: made once, opened at once, refused when sources or tokenizer changed."""
 
 from __future__ import annotations
 
@@ -284,14 +284,14 @@ def _crc32(path: Path) -> int:
 
 
 def _beside(folder: Path, purpose: str) -> Path:
-    """A name of this process's own in the same file system, so that a rename is atomic."""
+    """A name for this process only, in the same file system, so that a rename is atomic."""
     return folder.absolute().with_name(
         f".{folder.absolute().name}.{purpose}-{socket.gethostname()}-{os.getpid()}"
     )
 
 
 def _publish(part: Path, folder: Path, rebuild: bool) -> None:
-    """Rename the finished folder into place; where another process was first, theirs stays."""
+    """Rename the finished folder into place; where another process was first, its folder stays."""
     old = _beside(folder, "old")
     if rebuild and folder.exists():
         folder.rename(old)
@@ -307,7 +307,7 @@ def _publish(part: Path, folder: Path, rebuild: bool) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a build that was killed on this machine left."""
+    """Remove the folders of builds that were killed on this machine."""
     folder = folder.absolute()
     for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.*-{socket.gethostname()}-*"):
         pid = leftover.name.rsplit("-", 1)[1]

@@ -87,7 +87,7 @@ def finish_bpe(tokenizer: Tokenizer) -> Tokenizer:
     *special, mask = ROBERTA_TOKENS.values()
     known = tokenizer.get_vocab()
     tokenizer.add_special_tokens([t for t in special if t in known])
-    # a <mask> in a sentence takes the space before it, as the word that it stands for would
+    # a <mask> includes the space before it, as the tokens of words do
     tokenizer.add_special_tokens([AddedToken(mask, lstrip=True, special=True)])
     ids = SpecialIds.of(tokenizer)
     # sep, cls, trim_offsets, add_prefix_space: the first two have other names in other versions
@@ -114,7 +114,7 @@ def word_starts(tokenizer: Tokenizer) -> NDArray[np.bool_]:
 
 
 def vocabulary(tokenizer: Tokenizer) -> list[str]:
-    """The tokens by id; "" for an id that none has."""
+    """The tokens by id; "" for an id without a token."""
     ids = tokenizer.get_vocab(with_added_tokens=True)
     tokens = [""] * (max(ids.values()) + 1)
     for token, index in ids.items():

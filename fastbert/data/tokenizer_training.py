@@ -20,7 +20,8 @@ from fastbert.data.tokenizer import (
     wordpiece,
 )
 
-# training takes quadratic time in the longest word; this is no word but data, in scripts that put spaces between words
+# training takes quadratic time in the longest word; so many letters without a space are data and no word, except in
+# scripts that put no spaces between words
 _ENDLESS = re.compile(r"[^\W\u0e00-\u0eff\u2e80-\u9fff\uf900-\ufaff]{1000,}")
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FinetuneConfig", "Predictor", "Result", "finetune"]
 
-# the settings alone, which `fastbert --help` needs, are there without waiting for torch
+# the settings, which `fastbert --help` needs, are imported at once and need no torch
 __getattr__ = lazy(
     __name__,
     {

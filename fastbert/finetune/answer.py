@@ -63,7 +63,7 @@ class Answer:
         return ()
 
     def learn(self, examples: Sequence[Question]) -> None:
-        """Raises ValueError where no question has an answer."""
+        """Raise ValueError where no question has an answer."""
         if not any(e.answers for e in examples):
             raise ValueError(
                 "no question of the training data has an answer: there is nothing to learn"
@@ -72,7 +72,7 @@ class Answer:
     def encode(self, tokenizer: Any, examples: Sequence[Question]) -> Features:
         """Tokenise question and text; a long text is cut into parts that share `stride` tokens.
 
-        A part without the answer has the first token for a target, as a question without one.
+        In a part without the answer the target is the first token, as for a question without an answer.
         """
         o, features = self.options, Features()
         tokenizer.enable_truncation(o.max_length // 3)
@@ -109,7 +109,7 @@ class Answer:
     def predictions(
         self, examples: Sequence[Question], features: Features, scores: Sequence[Floats]
     ) -> list[dict[str, Any]]:
-        """The best answer of every question, over all parts of its text; "" where none is thought better."""
+        """The best answer of every question, over all parts of its text; "" where no answer scores higher."""
         none = np.full(len(examples), np.inf)
         best: list[tuple[float, int, int]] = [(-np.inf, 0, 0) for _ in examples]
         for owner, spans, values in zip(features.owners, features.places, scores, strict=True):
@@ -137,7 +137,7 @@ class Answer:
         return {"exact": float(np.mean(exact)), "f1": float(np.mean(f1))}
 
     def confusion(self, examples: Sequence[Question], predictions: Sequence[Any]) -> None:
-        """There are no classes to confuse."""
+        """None: answers have no classes."""
 
 
 def plain(text: str) -> str:
@@ -156,7 +156,7 @@ def overlap(true: str, guessed: str) -> float:
 
 
 def _answers(record: Record, context: str) -> tuple[tuple[str, int], ...]:
-    """The answers of a record, each checked to stand in the text."""
+    """The answers of a record, each one found in the text."""
     if "answers" not in record.values and "answer" in record.values:
         text, start = record.values["answer"], record.values.get("answer_start")
         pairs = [(text, start)] if text else []

@@ -130,7 +130,7 @@ class Classify:
 
 
 def label_name(value: Any, place: str) -> str:
-    """A label as text; raises ValueError for what can't be a class."""
+    """A label as text; raises ValueError for a value that can't be a class."""
     if isinstance(value, bool) or (isinstance(value, int) and not isinstance(value, bool)):
         return str(value)
     if isinstance(value, float) and value.is_integer():
@@ -155,6 +155,6 @@ def softmax(logits: Floats) -> Floats:
 
 
 def counts(true: Sequence[int], guessed: Sequence[int], n: int) -> NDArray[np.int64]:
-    """(n, n) how often each class was taken for each."""
+    """(n, n) counts: a row for each true class, a column for each predicted one."""
     flat = np.asarray(true, np.int64) * n + np.asarray(guessed, np.int64)
     return np.bincount(flat, minlength=n * n).reshape(n, n)

@@ -1,4 +1,4 @@
-"""FinetuneConfig: every setting of `fastbert finetune`; Options: those that a trained model is used with."""
+"""FinetuneConfig: every setting of `fastbert finetune`; Options: the part that predictions need."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ METRICS = {
     "tag": ("f1", "precision", "recall", "accuracy"),
     "answer": ("f1", "exact"),
 }
-# beside a trained model: how its inputs are made
+# holds the Options, in the folder of a trained model
 OPTIONS_FILE = "finetune.json"
 
 
 @dataclass(frozen=True)
 class Options:
-    """What turns records into a model's inputs, and its outputs into predictions."""
+    """How records become a model's inputs, and its outputs become predictions."""
 
     task: str
     max_length: int
@@ -43,12 +43,12 @@ class Options:
     unanswerable: bool = False
 
     def save(self, folder: Path) -> None:
-        """Write them beside a model."""
+        """Write them into the folder of a model."""
         (folder / OPTIONS_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Options | None:
-        """Those beside a model, or None; raises ValueError for a file that is something else."""
+        """The options in the folder of a model, or None; raises ValueError for a file that holds something else."""
         file = folder / OPTIONS_FILE
         if not file.is_file():
             return None
@@ -60,7 +60,7 @@ class Options:
 
 @dataclass
 class FinetuneConfig(TrainingSettings):
-    """The settings of a fine-tuning run; None stands for what the comment says.
+    """The settings of a fine-tuning run; None has the meaning that the comment gives.
 
     Raises TypeError or ValueError, naming the setting, for values that can't be.
     """
@@ -154,6 +154,6 @@ class FinetuneConfig(TrainingSettings):
             )
 
     def options(self, unanswerable: bool = False) -> Options:
-        """The part that a trained model is used with."""
+        """The part that predictions need."""
         own = {f.name: getattr(self, f.name) for f in fields(Options) if f.name != "unanswerable"}
         return Options(**own, unanswerable=unanswerable)

@@ -18,7 +18,7 @@ from fastbert.models.config import BertConfig
 
 @dataclass
 class Sources:
-    """Data in memory that stands in for the settings' files: datasets, or lists of dicts."""
+    """Data in memory, in place of the settings' files: datasets, or lists of dicts."""
 
     train: Any = None
     validation: Any = None
@@ -36,7 +36,7 @@ class Data:
     test: Part | None
 
     def identity(self) -> dict[str, Any]:
-        """What tells this data from any other: a run goes on with the same only."""
+        """Hashes of the tokenizer and of the examples: a run is resumed with the same ones only."""
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
         return {
             "the tokenizer": tokenizer_hash(self.tokenizer),
@@ -49,7 +49,7 @@ class Data:
         return {name: len(part.examples) for name, part in parts.items() if part is not None}
 
     def describe(self) -> str:
-        """Its size in a few words."""
+        """The sizes of the data in a few words."""
         sizes = ", ".join(f"{count} {name}" for name, count in self.sizes().items())
         cut = self.train.features.cut
         more = (
@@ -68,7 +68,7 @@ def load_data(config: FinetuneConfig, given: Sources) -> Data:
     base = BertConfig.from_file(config.model)
     own = [name for _, name in sorted((base.id2label or {}).items())]
     if set(own) == set(task.names):
-        # a classifier that is trained further keeps its numbers
+        # a classifier that is trained further keeps the numbers of its labels
         task.names = own
     validation = _optional(given.validation or config.validation, "validation", task)
     if validation is None:
@@ -80,7 +80,7 @@ def load_data(config: FinetuneConfig, given: Sources) -> Data:
         kept, held = split(groups, config.heldout, config.split_seed)
         train, validation = [train[i] for i in kept], [train[i] for i in held]
     test = _optional(given.test or config.test, "test", task)
-    # a model that was never shown a question without an answer can't tell one
+    # a model learns to give no answer from questions without one only
     unanswerable = config.task == "answer" and not all(e.answers for e in train)
     task.options = replace(task.options, unanswerable=unanswerable)
     for name, examples in (("validation", validation), ("test", test or [])):
@@ -107,7 +107,7 @@ def _training(config: FinetuneConfig, given: Sources, task: Any) -> list[Any]:
 
 
 def _optional(source: Any, split: str, task: Any) -> list[Any] | None:
-    """The examples of a part that need not be there."""
+    """The examples of an optional part, or None."""
     if source is None:
         return None
     records = read_records(source, split, task.options.task == "tag")

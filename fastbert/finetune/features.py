@@ -20,7 +20,7 @@ class Features:
     """Sequences of tokens; a long example may have several.
 
     `targets` are what the model's forward takes, each with an array per sequence: of one value, or of one a token.
-    `places` are a task's own: what its predictions need to find their way back.
+    `places` are the task's: they lead from tokens back to words or characters of the example.
     """
 
     ids: list[I64] = field(default_factory=list)  # (S_i,) each
@@ -37,7 +37,7 @@ class Features:
     def add(
         self, ids: Sequence[int], types: Sequence[int], owner: int, **targets: Sequence[int]
     ) -> None:
-        """One sequence more."""
+        """Append a sequence."""
         self.ids.append(np.asarray(ids, np.int64))
         self.types.append(np.asarray(types, np.int64))
         self.owners.append(owner)
@@ -69,7 +69,7 @@ def _joined(values: Sequence[I64], members: Sequence[int]) -> torch.Tensor:
 
 
 def items(batch: Batch) -> int:
-    """How many terms the batch's loss is a mean of."""
+    """The number of terms in the mean that is the batch's loss."""
     if "labels" in batch:
         return int((batch["labels"] != -100).sum())
     return len(batch["start_positions"])
@@ -107,7 +107,7 @@ class Shuffled:
 
 
 def split(groups: Sequence[Any], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Numbers of the examples kept and held out: whole groups, `share` of them but at least one of each side."""
+    """Numbers of the examples kept and held out: whole groups, `share` of them, but at least one on each side."""
     names = list(dict.fromkeys(groups))
     count = min(max(round(share * len(names)), 1), len(names) - 1)
     key = rng.derive(seed, rng.Purpose.EXAMPLES)

@@ -37,7 +37,7 @@ class Part:
 
     @classmethod
     def of(cls, examples: list[Any], task: Any, tokenizer: Any, config: BertConfig) -> Part:
-        """Tokenised for a model of this config; one with a single token type is given no other."""
+        """Tokenised for a model of this config; where it has a single token type, all types are 0."""
         features = task.encode(tokenizer, examples)
         if config.type_vocab_size == 1:
             features.types = [np.zeros_like(types) for types in features.types]

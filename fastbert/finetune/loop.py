@@ -1,4 +1,4 @@
-"""Fine-tuning's own steps and its own run: the best step is kept, and training ends when it no longer improves."""
+"""Fine-tuning's steps and its run: the best step's model is kept; training ends when the metric no longer improves."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class FinetuneRun(Run):
         self.data = data
         self.config = session.config
         self.metric = self.config.metric or data.task.metric
-        # the best evaluation so far, and how many have come after it
+        # the best evaluation so far, and the number of evaluations since
         self.best: dict[str, Any] = {"step": 0, "value": None, "since": 0}
 
     def evaluation(self) -> tuple[dict[str, float], str]:
@@ -70,7 +70,7 @@ class FinetuneRun(Run):
         return values, line
 
     def finished(self) -> bool:
-        """Whether all steps are made, or the metric has not improved for as long as `patience` says."""
+        """Whether all steps are made, or the metric has not improved for `patience` evaluations."""
         patience = self.config.patience
         return super().finished() or 0 < patience <= self.best["since"]
 
@@ -79,7 +79,7 @@ class FinetuneRun(Run):
         return {"best": self.best}
 
     def restore_extra(self, state: dict[str, Any]) -> None:
-        """Go on from what `extra` gave."""
+        """Take the best evaluation from a checkpoint."""
         self.best = state["best"]
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a fine-tuning run: its learning curves, and which classes were taken for which."""
+"""Pictures of a fine-tuning run: its learning curves and its confusion matrix."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _HEADS = {
 
 
 class Predictor:
-    """Uses the model in a folder: a run of `fastbert finetune`, or any that transformers saved with one of the heads.
+    """Predicts with the model in a folder: of a run of `fastbert finetune`, or one with a head that transformers saved.
 
     Raises FileNotFoundError or ValueError for a folder without such a model.
     """
@@ -47,7 +47,7 @@ class Predictor:
         self.task = make_task(options, [names[i] for i in sorted(names)])
         self.model = self.task.kind.from_pretrained(folder)
         self.tokenizer = load_tokenizer(folder)
-        # examples of the last call that were longer than the model takes
+        # the number of examples in the last call that were longer than the model takes
         self.cut = 0
 
     def texts(
@@ -98,7 +98,7 @@ class Predictor:
 
 
 def _guessed(config: BertConfig, folder: Path) -> Options:
-    """For a model that was trained elsewhere: its head says what it does."""
+    """The options of a model that was trained elsewhere, from the name of its head."""
     names = config.extra.get("architectures") or [""]
     task = next((t for head, t in _HEADS.items() if str(names[0]).endswith(head)), None)
     if task is None:
@@ -107,7 +107,7 @@ def _guessed(config: BertConfig, folder: Path) -> Options:
             "classification, tags or answers, such as fastbert finetune makes"
         )
     longest = min(config.max_length, 512)
-    # whether it was shown questions without an answer can't be seen: it always gives one
+    # nothing says whether its training had questions without an answer: it always gives one
     return Options(task, longest, stride=longest // 3, unanswerable=False)
 
 

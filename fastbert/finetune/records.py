@@ -16,7 +16,7 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
 
 @dataclass(frozen=True)
 class Record:
-    """One row of a source, and where it stands for error messages."""
+    """One row of a source; error messages name its `place`."""
 
     place: str
     values: Mapping[str, Any]
@@ -29,7 +29,7 @@ class Record:
         return value
 
     def value(self, name: str) -> Any:
-        """What a field holds; raises ValueError, with the fields that are there, where it is absent."""
+        """The value of a field; raises ValueError, naming the fields of the record, where it is absent."""
         if name not in self.values:
             known = ", ".join(map(str, self.values)) or "none"
             raise ValueError(f"{self.place} has no field {name!r}, only {known}")
@@ -39,7 +39,7 @@ class Record:
 def read_records(source: Any, split: str = "train", conll: bool = False) -> list[Record]:
     """All records of a file, of a folder of `datasets`, of a data set of it, or of dicts.
 
-    Of a data set in splits `split` is read; `conll` says that text files hold a token a line. Raises FileNotFoundError,
+    Of a data set with splits `split` is read; with `conll` text files hold a token a line. Raises FileNotFoundError,
     or ValueError naming the place and what is wrong there.
     """
     if not isinstance(source, (str, Path)):
@@ -204,7 +204,7 @@ def _of_object(source: Any, split: str, name: str = "the data") -> list[Record]:
 
 
 def _named(value: Any, names: Sequence[str]) -> Any:
-    """Class numbers as names; -1, as hidden labels have it, becomes None."""
+    """Class numbers as names; -1, which stands for a hidden label, becomes None."""
     if isinstance(value, (list, tuple)):
         return [_named(v, names) for v in value]
     return None if value is None or value < 0 else names[value]

@@ -72,7 +72,7 @@ def finetune(
 
 
 def build_model(config: FinetuneConfig, data: Data) -> Any:
-    """The model to start from, with a head for the task's labels where it has none of them."""
+    """The model to start from, with a new head for the task's labels where the folder has none."""
     assert config.model is not None
     given: dict[str, Any] = {
         "hidden_dropout_prob": config.dropout,
@@ -162,7 +162,7 @@ def _check(config: FinetuneConfig, given: Sources) -> None:
 
 
 def _scheduled(config: FinetuneConfig, batches: int) -> FinetuneConfig:
-    """The settings with the number of steps, and an evaluation and a checkpoint an epoch where nothing else is said."""
+    """The settings with the number of steps, and an evaluation and a checkpoint an epoch where they are left open."""
     steps = config.steps
     if steps is None:
         assert config.epochs is not None

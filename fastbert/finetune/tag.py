@@ -29,7 +29,7 @@ _WORDS = re.compile(r"\w+|[^\w\s]")
 
 @dataclass(frozen=True)
 class Words:
-    """A sentence in words, their tags, and where plain text has them."""
+    """A sentence in words, with their tags, and with their places where it was plain text."""
 
     words: tuple[str, ...]
     tags: tuple[str, ...] | None = None
@@ -63,7 +63,7 @@ class Tag:
 
     def read(self, record: Record, labelled: bool) -> Words:
         """The example of a record."""
-        # CoNLL files have no names of their own
+        # a CoNLL file names no columns: its records have tokens and tags
         names = (self.options.tokens, self.options.tags)
         tokens, tags = (
             n if n in record.values else d for n, d in zip(names, ("tokens", "tags"), strict=True)

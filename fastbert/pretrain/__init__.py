@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PretrainConfig", "Result", "pretrain"]
 
-# the settings alone, which `fastbert --help` needs, are there without waiting for torch
+# the settings, which `fastbert --help` needs, are imported at once and need no torch
 __getattr__ = lazy(
     __name__,
     {"Result": "fastbert.pretrain.run", "pretrain": "fastbert.pretrain.run"},

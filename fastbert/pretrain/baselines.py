@@ -40,7 +40,7 @@ def unigram_estimate(train_ids: Ids, vocab_size: int, special_ids: Sequence[int]
 
 
 def cross_entropy(probabilities: Floats) -> float:
-    """Mean loss in nats of what was given to the targets, probabilities (N,); NaN for none."""
+    """Mean loss in nats of the targets' probabilities (N,); NaN for none."""
     return float(-np.log(probabilities).mean()) if probabilities.size else float("nan")
 
 
@@ -75,7 +75,7 @@ class BigramBaseline:
         for _ in range(100):
             shares = weights[cases] * parts
             shares /= shares.sum(1, keepdims=True)
-            # a third of a target more each, so that cases without any keep equal weights
+            # each weight gets 1/3 of a target more, so that a case without targets keeps equal weights
             totals = [np.bincount(cases, part, minlength=len(weights)) + 1 / 3 for part in shares.T]
             weights = np.stack(totals, 1) / np.sum(totals, 0)[:, None]
         model = cls(train_ids, vocab_size, special_ids)
@@ -86,7 +86,7 @@ class BigramBaseline:
         """p(target | left, right) (N,) for ids (N,); a negative neighbour is hidden."""
         parts, cases = self._parts(targets, left, right)
         weights = self.weights[cases]
-        # what was never seen predicts nothing: its weight goes to the others
+        # a neighbour that was never seen predicts nothing: its weight goes to the other estimates
         weights[:, 0] *= _at(self.as_left, left) > 0
         weights[:, 1] *= _at(self.as_right, right) > 0
         return (weights * parts).sum(1) / weights.sum(1)

@@ -1,4 +1,4 @@
-"""The model that a run's settings and its tokenizer ask for."""
+"""The model that follows from a run's settings and its tokenizer."""
 
 from __future__ import annotations
 

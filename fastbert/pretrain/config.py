@@ -12,7 +12,7 @@ from fastbert.train.settings import BATCH, DATA, MODEL, RUN, TOKENIZER, Training
 
 @dataclass
 class PretrainConfig(TrainingSettings):
-    """The settings of a pretraining run; None stands for what the comment says.
+    """The settings of a pretraining run; None has the meaning that the comment gives.
 
     Raises TypeError or ValueError, naming the setting, for values that can't be.
     """

@@ -1,6 +1,6 @@
 """Evaluation on held-out documents under one fixed mask.
 
-One labelled token in ten is left visible, so that loss on all labelled tokens flatters: `mlm_loss_masked` and
+One labelled token in ten is left visible, which lowers the loss over all labelled tokens. `mlm_loss_masked` and
 `accuracy_masked` count only the places where the input is [MASK].
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as stock
+from torch.nn import functional as tnf
 
 from fastbert.data import Batch
 from fastbert.train.metrics import wilson
@@ -46,7 +46,7 @@ def evaluate(
                 if number % world.size == world.rank:
                     sums += judged(batch.to(device), mask_id)
             if 0 < (number + 1) % world.size <= world.rank:
-                # no batch is left for this one, but the others may wait for its part of the weights
+                # this process has no batch left, but others may need its part of the weights: it repeats the last batch
                 judged(batch.to(device), mask_id)
     finally:
         model.train(training)
@@ -80,7 +80,7 @@ def judge(model: Any, batch: Batch, mask_id: int) -> Tensor:
     hidden = encoded.last_hidden_state.index_select(0, rows)  # (R, C)
     logits = model.mlm_head(hidden, model.bert.embeddings.word.weight).float()  # (R, V)
     labels = batch["labels"].index_select(0, rows)
-    loss = stock.cross_entropy(logits, labels, reduction="none").double()
+    loss = tnf.cross_entropy(logits, labels, reduction="none").double()
     right = (logits.argmax(1) == labels).double()
     masked = (ids.index_select(0, rows) == mask_id).double()
     one = torch.ones_like(loss)

@@ -84,7 +84,7 @@ class Feed:
         return (self.heldout.batch(0, number) for number in range(self.eval_batches))
 
     def identity(self) -> dict[str, str]:
-        """What tells this data from any other: a run goes on with the same only."""
+        """Hashes of the tokenizer and of the text: a run is resumed with the same ones only."""
         files = json.dumps(self.shards.manifest["files"], sort_keys=True)
         return {
             "the tokenizer": tokenizer_hash(self.tokenizer),
@@ -92,7 +92,7 @@ class Feed:
         }
 
     def describe(self) -> str:
-        """Its size in a few words."""
+        """The sizes of the data in a few words."""
         m = self.shards.manifest
         return (
             f"{m['tokens'] / 1e6:.2f} M tokens in {m['documents']} documents, {len(self.heldout.documents)} of them "
@@ -133,7 +133,7 @@ class Feed:
 
 
 def _first_batches(data: PretrainingData, tokens: int) -> int:
-    """How many batches from the first hold `tokens` tokens, 0 for all."""
+    """The number of batches, from the first on, that hold `tokens` tokens; all of them for 0."""
     plan = data.plan(0)
     ends = np.cumsum(plan.examples.lengths()[plan.members])[plan.bounds[1:] - 1]
     return min(int(np.searchsorted(ends, tokens)) + 1, len(plan)) if tokens else len(plan)
@@ -143,7 +143,7 @@ def prepare_feed(
     config: PretrainConfig, out: Path, world: World, quiet: bool = False, rebuild: bool = False
 ) -> Feed:
     """Train or load the tokenizer, tokenise the sources or open shards that fit; writes OUT/tokenizer and shards."""
-    # bars belong on terminals only
+    # progress bars are for terminals only
     quiet = quiet or not sys.stderr.isatty()
     documents = _documents(config)
     tokenizer = _tokenizer(config, documents, quiet)
@@ -151,7 +151,7 @@ def prepare_feed(
     try:
         shards = build_shards(documents, tokenizer, folder, rebuild=rebuild, progress=not quiet)
     except ShardsError:
-        # OUT holds no run yet: what an attempt that never started training has left may go
+        # OUT holds no run yet: its shards are left from an attempt that never started training
         if config.data_dir is not None:
             raise
         shards = build_shards(documents, tokenizer, folder, rebuild=True, progress=not quiet)
@@ -167,7 +167,7 @@ def reopen_feed(config: PretrainConfig, out: Path, world: World, rebuild: bool =
     """
     tokenizer = load_tokenizer(out / "tokenizer")
     if rebuild:
-        # a run goes on with the same text only: its checkpoint knows the shards' checksums
+        # another text is refused later: the checkpoint has the shards' checksums
         build_shards(_documents(config), tokenizer, _folder(config, out), rebuild=True)
     shards = Shards.open(_folder(config, out))
     if "-" not in config.sources:

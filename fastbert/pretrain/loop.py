@@ -23,7 +23,7 @@ class PretrainRun(Run):
         self.judge = trainer.judge
 
     def evaluation(self) -> tuple[dict[str, float], str]:
-        """Judge the model as it is: the values to log, and a sentence of them."""
+        """Evaluate the model: the values to log, and a sentence with them."""
         t = self.trainer
         values = evaluate(
             t.model,

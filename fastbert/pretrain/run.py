@@ -151,7 +151,7 @@ def _scheduled(
 
 
 def _steps(config: PretrainConfig, model: torch.nn.Module, feed: Feed, world: World) -> int:
-    """The number of optimiser steps that the settings ask for."""
+    """The number of optimiser steps that follows from the settings."""
     if config.steps is not None:
         return config.steps
     if config.epochs is not None:

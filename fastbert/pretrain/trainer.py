@@ -23,7 +23,7 @@ class PretrainTrainer(Trainer):
     ) -> None:
         super().__init__(model, data, config, world)
         self.losses = ("mlm_loss", "nsp_loss") if config.recipe == "bert" else ("mlm_loss",)
-        # judges one held-out batch; reads weights outside of the model's forward
+        # evaluates one held-out batch; it reads weights outside of the model's forward
         self.judge = self.spread.bound(judge)
 
     def counts(self, batches: list[Batch]) -> dict[str, int]:
@@ -41,7 +41,7 @@ class PretrainTrainer(Trainer):
         with autocast(self.device, self.config.precision):
             output = call(**batch, **counts)
         if self._replayed is None:
-            # gradients come back as means over the processes, where sums are wanted
+            # gradients become means over the processes, and their sum is needed
             (output.loss * self.world.size).backward()
         if len(self.losses) == 1:
             return output.loss[None].detach().double()

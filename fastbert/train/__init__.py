@@ -1,6 +1,6 @@
 """The engine of every training: steps, runs, checkpoints that resume bitwise, several processes.
 
-Pretraining was here in version 0.1; its names stay.
+In version 0.1 pretraining was here too: its names are lent from fastbert.pretrain.
 """
 
 from fastbert._lazy import lazy

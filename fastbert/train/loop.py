@@ -41,7 +41,7 @@ class Signals:
         self.caught: int | None = None
 
     def __enter__(self) -> Signals:
-        # handlers can be set in the main thread only; elsewhere the caller has its own
+        # Python sets handlers in the main thread only; in another thread the caller handles signals
         self._before = (
             {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
             if threading.current_thread() is threading.main_thread()
@@ -85,9 +85,9 @@ class Run:
         self._metrics_size = 0
 
     def train(self) -> dict[str, float]:
-        """Run to the last step and return the evaluation there, from the newest checkpoint on where it is resumed.
+        """Run to the last step, from the newest checkpoint on where the run is resumed; return the evaluation there.
 
-        Raises Stopped after a signal, TrainingError, and ValueError for a checkpoint of something else.
+        Raises Stopped after a signal, TrainingError, and ValueError for a checkpoint that is damaged or of another run.
         """
         t, session = self.trainer, self.session
         if session.resume:
@@ -102,12 +102,12 @@ class Run:
                         break
                     self._step()
                     due = _due(t.at.step, t.config.checkpoint_every) and t.at.step < t.steps
-                    # one process that was asked to stop stops all, after the same step
+                    # a signal to one process stops all of them, after the same step
                     caught = int(self.world.most(signals.caught or 0))
                     if due or caught:
                         self.save()
                     if caught and not self.world.main:
-                        # one of them says so
+                        # the main process reports the signal
                         raise SystemExit(128 + caught)
                     if caught:
                         raise Stopped(caught, t.at.step, self.out, self.command)
@@ -149,7 +149,7 @@ class Run:
         at.window, at.window_steps, at.window_tokens, at.window_seconds = {}, 0, 0, 0.0
 
     def _evaluate_if_due(self) -> None:
-        """Evaluate once at every step where it is due; after a stop that came first, when the run is resumed."""
+        """Evaluate once at every step where it is due; a run that stopped before it does so when it is resumed."""
         t, at = self.trainer, self.trainer.at
         due = _due(at.step, t.config.eval_every) or at.step == t.steps
         if not due or at.evaluated == at.step:
@@ -170,15 +170,15 @@ class Run:
         return {name: total / at.window_steps for name, total in at.window.items()}
 
     def evaluation(self) -> tuple[dict[str, float], str]:
-        """Judge the model as it is: the values to log, and a sentence of them."""
+        """Evaluate the model: the values to log, and a sentence with them."""
         raise NotImplementedError
 
     def extra(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the trainer's state."""
+        """More values for a checkpoint, beside the trainer's state."""
         return {}
 
     def restore_extra(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint with what `extra` gave."""
+        """Take the values of `extra` from a checkpoint."""
 
     def save(self) -> Path:
         """Write a checkpoint of this step; raises TrainingError, with the older ones kept, where it can't."""
@@ -222,7 +222,7 @@ class Run:
 
 
 def check_identity(saved: dict[str, Any], present: dict[str, Any]) -> None:
-    """Raise ValueError, naming what differs, when a checkpoint is of another run than this one would be."""
+    """Raise ValueError, naming the first difference, for a checkpoint of another run."""
     for name, value in present.items():
         if saved.get(name) != value:
             raise ValueError(

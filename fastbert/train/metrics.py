@@ -20,9 +20,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Metrics:
-    """Appends to OUT/metrics.jsonl and OUT/tensorboard; what a run resumed at `step` will write again is dropped.
+    """Appends to OUT/metrics.jsonl and OUT/tensorboard; lines that a run resumed at `step` writes again are dropped.
 
-    `size` is the length of metrics.jsonl at that step's checkpoint. Not `main`, it writes nothing.
+    `size` is the length of metrics.jsonl at that step's checkpoint. A process that is not `main` writes nothing.
     """
 
     def __init__(self, out: Path, step: int = 0, size: int = 0, main: bool = True) -> None:
@@ -45,14 +45,14 @@ class Metrics:
                 self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def sync(self) -> int:
-        """Put the lines on the disk, as a checkpoint of the same step wants them; returns the file's length."""
+        """Put the lines on the disk before a checkpoint records their length, which is returned."""
         if not self._main:
             return 0
         os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
-        """Close both."""
+        """Close the file and TensorBoard's writer."""
         if not self._main:
             return
         self._file.close()
@@ -67,7 +67,7 @@ def _board(folder: Path, step: int) -> Any:
     except ImportError:
         _log.warning("no TensorBoard log: pip install tensorboard to have one")
         return None
-    # events after the step resumed at are hidden
+    # TensorBoard hides the events after the step at which the run is resumed
     return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
 

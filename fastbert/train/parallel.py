@@ -21,7 +21,7 @@ from fastbert.train.world import World
 
 
 class Spread:
-    """A model on this process of several. `call` is what steps call; its gradients are means over the processes.
+    """A model spread over processes. A step calls `call`; the gradients that follow are means over the processes.
 
     DDP copies weights and exchanges gradients while backward goes on; FSDP2 (Zhao et al. 2023) keeps a part of each
     weight and of its moments on every process and gathers a layer's weights while it runs.
@@ -42,7 +42,7 @@ class Spread:
             )
 
     def step_part(self, last: bool) -> AbstractContextManager[Any]:
-        """Around one of a step's batches: gradients are exchanged after the last one only."""
+        """The context for one batch of a step: gradients are exchanged in the `last` one only."""
         if self.sharded:
             self.model.set_requires_gradient_sync(last)
         elif self.world.size > 1 and not last:
@@ -64,7 +64,7 @@ class Spread:
         return getattr(self.model, name)
 
     def clip(self, limit: float) -> Tensor:
-        """Scale the gradient down to the largest norm allowed; returns what it was, of all parts together."""
+        """Scale the gradient down to norm `limit`; returns its norm before that, over the parts of all processes."""
         norm: Any = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
@@ -74,7 +74,7 @@ class Spread:
         return {"model": model, "optimiser": moments}
 
     def restore(self, state: dict[str, Any], optimiser: torch.optim.Optimizer) -> None:
-        """Go on from what `state` gave, there or on another number of processes."""
+        """Load what `state` returned, on this or on another number of processes."""
         set_state_dict(
             self.model,
             optimiser,

@@ -38,7 +38,7 @@ class Progress:
             self._bar.stop()
 
     def advance(self, step: int, loss: float, tokens_per_s: float) -> None:
-        """Show the bar at this step; plain output waits for `line`."""
+        """Show the bar at this step; plain output has lines from `log` alone."""
         if self._bar is not None:
             loss_text, speed = f"{loss:.3f}", f"{tokens_per_s:,.0f}"
             self._bar.update(self._task, completed=step, loss=loss_text, speed=speed)

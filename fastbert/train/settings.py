@@ -1,4 +1,4 @@
-"""What the settings of every command share: types, ranges, files, flags, and those of a training of any kind."""
+"""What the settings of all commands share: types, ranges, files, flags; and the settings of a training of any kind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 # settings that may differ between a run and its resumption: they change no loss
 FREE = ("checkpoint_every", "keep_last")
-# one of these says how long to train; what it came to in steps is recorded
+# one of these gives the length of a training; a run records the steps that follow from it
 LENGTHS = ("steps", "epochs", "minutes")
 
 DATA, TOKENIZER, MODEL = "Data", "Tokenizer", "Model"
@@ -54,7 +54,7 @@ class Settings:
         self._check()
 
     def _check(self) -> None:
-        """Refuse what a value's type does not."""
+        """Raise ValueError for values of the right type that can't be."""
 
     def _check_choices(self, choices: Mapping[str, tuple[str | None, ...]]) -> None:
         for name, allowed in choices.items():
@@ -77,7 +77,7 @@ class Settings:
                 raise ValueError(f"{name} is {value}: it must be {bound}")
 
     def _check_most(self, most: Mapping[str, float]) -> None:
-        """More than these are slips of the keyboard that would hang or crash what is below."""
+        """Larger values are slips of the keyboard, with which torch would hang or crash."""
         for name, bound in most.items():
             value = getattr(self, name)
             if value is not None and value > bound:
@@ -162,7 +162,7 @@ class TrainingSettings(Settings):
 
 
 def check_length_said(settings: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the settings say how long to train, once; steps may stand with what they came from."""
+    """Raise ValueError unless one setting gives the length; a recorded run has steps and the one they follow from."""
     given = [name for name in LENGTHS if settings.get(name) is not None]
     if not given:
         raise ValueError("how long to train is not said: pass one of steps, epochs and minutes")
@@ -171,7 +171,7 @@ def check_length_said(settings: Mapping[str, Any]) -> None:
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
-    """The value in the setting's type; whole numbers serve as floats, nothing else is converted."""
+    """The value in the setting's type: ints become floats, paths strings, one string a list; others raise TypeError."""
     kinds = typing.get_args(hint) if typing.get_origin(hint) is not list else (hint,)
     kinds = kinds or (hint,)
     if value is None and type(None) in kinds:

@@ -62,7 +62,7 @@ class ShardedCheckpoints(Checkpoints):
         return path
 
     def _read(self, path: Path) -> dict[str, Any]:
-        """On another number of processes the generators of the new ones stay as they are."""
+        """The state in a checkpoint; where it lacks this process's generators, they stay as they are."""
         present = self.present()
         spread = {name: present[name] for name in _SPREAD}
         rest = torch.load(path / "run.pt", map_location="cpu", weights_only=True)
@@ -75,7 +75,7 @@ class ShardedCheckpoints(Checkpoints):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warning that one process is one process."""
+    """Without torch's warning that a single process writes or reads the checkpoint."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

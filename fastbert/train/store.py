@@ -99,7 +99,7 @@ class Checkpoints:
 
 
 def capture_rng() -> dict[str, Any]:
-    """The states of torch's, numpy's and Python's generators, as what torch.load(weights_only=True) accepts."""
+    """The states of torch's, numpy's and Python's generators, in types that torch.load(weights_only=True) accepts."""
     kind, keys, place, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 -- the global one
     version, internal, gauss_next = random.getstate()
     state = {
@@ -113,7 +113,7 @@ def capture_rng() -> dict[str, Any]:
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """Set the generators to what capture_rng found."""
+    """Set the generators to the states that capture_rng returned."""
     torch.set_rng_state(state["torch"])
     kind, keys, place, has_gauss, gauss = state["numpy"]
     keys = keys.numpy().astype(np.uint32)

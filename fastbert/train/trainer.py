@@ -1,4 +1,4 @@
-"""A model with its optimiser, its data and its position: training steps, and all that the next one depends on."""
+"""A model with its optimiser, its data and its position: training steps, and the state that the next one depends on."""
 
 from __future__ import annotations
 
@@ -127,9 +127,9 @@ class Trainer:
         for batch in batches:
             with self.spread.step_part(last=batch is batches[-1]):
                 parts.append(self.backward(batch.to(self.device), counts))
-        # an infinite limit measures and leaves the gradient alone
+        # with clip 0 the limit is infinite: the norm is measured and the gradient stays as it is
         norm_there = self.spread.clip(self.config.clip or math.inf)
-        # one wait for the device in a step
+        # the only wait for the device in a step
         *own, norm = torch.cat([torch.stack(parts).sum(0), norm_there.double()[None]]).tolist()
         *values, tokens = self.world.totals(*own, sum(len(b["input_ids"]) for b in batches))
         loss = sum(values)

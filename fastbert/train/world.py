@@ -1,7 +1,7 @@
-"""The processes that train one model together: who this one is, and what they tell each other.
+"""The processes that train one model together: the number of this one, and sums over all of them.
 
-torchrun starts them and says where they meet; without it there is one. Numbers travel through host memory (gloo), so
-that no GPU has to wait for them; gradients travel by the strategy, DDP or FSDP2 (parallel.py).
+torchrun starts the processes and gives them an address to connect to; without torchrun there is one process. Sums of
+numbers go through host memory (gloo), so that no GPU waits for them. DDP or FSDP2 exchange gradients (parallel.py).
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-# in what the libraries say of a process that is gone; gloo names its source file
+# parts of the libraries' messages when another process is gone; gloo's have the name of its source file
 _GONE = ("gloo", "by peer", "Broken pipe")
 
-# groups that were parted from, kept to the program's end: a DDP object that outlives its group would be the last to
-# hold it, and with the GIL held would wait for gloo's thread, which needs the GIL to let go of a tensor (torch 2.13)
-_parted: list[dist.ProcessGroup | None] = []
-atexit.register(_parted.clear)
+# process groups that this process has left, kept until the program ends. Without the list a DDP object that outlives
+# its group has the last reference to it: the group's destructor then holds the GIL and waits for gloo's thread, which
+# needs the GIL to release a tensor (torch 2.13)
+_left: list[dist.ProcessGroup | None] = []
+atexit.register(_left.clear)
 
 
 class PeerLost(RuntimeError):
@@ -33,7 +34,7 @@ class World:
     """This process's number, how many there are, and the parts (`shards`) that the data of a step is divided into.
 
     Part j belongs to process j % size: a run that was started with as many processes as parts has the same batches, and
-    at dropout 0 the same losses, on fewer of them.
+    at dropout 0 the same losses, on fewer processes.
     """
 
     rank: int = 0
@@ -41,7 +42,7 @@ class World:
     shards: int = 1
     # this process's number on its machine
     local: int = 0
-    # how the model is spread: ddp or fsdp (parallel.py)
+    # how parallel.py spreads the model: ddp or fsdp
     strategy: str = "ddp"
 
     @property
@@ -67,11 +68,11 @@ class World:
         return self._reduced([value], dist.ReduceOp.MAX)[0]
 
     def meet(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process has called this."""
         self.total(0.0)
 
     def device(self, name: str) -> str:
-        """The device of this process: every one on a machine has its own GPU."""
+        """The device of this process: each process on a machine has a GPU of its own."""
         return f"cuda:{self.local}" if name == "cuda" and self.size > 1 else name
 
     def _reduced(self, values: list[float], how: dist.ReduceOp.RedOpType) -> list[float]:
@@ -84,14 +85,14 @@ class World:
 
 @contextmanager
 def joined(gpu: bool) -> Iterator[World]:
-    """Meet the other processes that torchrun has started, where it has, and part at the end.
+    """Connect the processes that torchrun has started, inside the block; without torchrun the World has one process.
 
-    Raises PeerLost, in the place of what the libraries say, where another process has ended.
+    Raises PeerLost in place of the libraries' errors where another process has ended.
     """
     if not dist.is_torchelastic_launched():
         yield World()
         return
-    # a first step may wait for another process to tokenise the text
+    # the processes first wait until the main one has tokenised the text
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(hours=2))
     try:
         size = dist.get_world_size()
@@ -103,5 +104,5 @@ def joined(gpu: bool) -> Iterator[World]:
             ) from error
         raise
     finally:
-        _parted.append(dist.group.WORLD)
+        _left.append(dist.group.WORLD)
         dist.destroy_process_group()

@@ -22,7 +22,7 @@ def free_port():
 
 
 def _entry(function, rank, size, port, errors, arguments):
-    """What torchrun does before it calls a program."""
+    """Set the variables that torchrun sets, then run the function."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
     names |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
     os.environ.update({name: str(value) for name, value in names.items()})
@@ -57,7 +57,7 @@ def run(size, function, *arguments, errors):
 
 
 def train(settings, out, resume=False, kill=None, fail=None):
-    """Pretrain; `kill` = (rank, step) dies there without a word, `fail` = (rank, step) with an error."""
+    """Pretrain; `kill` = (rank, step) kills that process before the step, `fail` = (rank, step) raises an error there."""
     from fastbert.pretrain.trainer import PretrainTrainer
     from fastbert.train import PretrainConfig, pretrain
 

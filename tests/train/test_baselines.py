@@ -70,7 +70,7 @@ def test_an_order_only_one_way():
     found = mask_baselines(stream[4000:], list(inputs), list(labels), MASK, 13, range(5))
     assert found.unigram == pytest.approx(np.log(8), abs=0.01)
     # weights do not depend on which words the neighbours are, so a part stays with the wrong neighbour:
-    # half of the words are told by the left and half by the right one, which gives a mixture of 1 and 1/4
+    # half of the words follow from the left neighbour and half from the right one, which gives a mixture of 1 and 1/4
     assert found.bigram == pytest.approx(-np.log(0.5 + 0.5 / 4), abs=0.03)
 
 

@@ -112,7 +112,7 @@ def test_epochs_and_minutes_become_steps(corpus, finished, tmp_path):
     result = pretrain(PretrainConfig(**minutes), tmp_path / "minutes", quiet=True)
     recorded = PretrainConfig(**load_settings(result.out / "config.toml"))
     assert (recorded.minutes, recorded.steps) == (0.01, result.steps)
-    # what was timed has left no trace: the same steps asked for by number give the same losses
+    # the timed steps have changed nothing: a run with the same number of steps has the same losses
     same = PretrainConfig(**minutes | {"minutes": None, "steps": result.steps})
     again = pretrain(same, tmp_path / "steps", quiet=True)
     assert [m["loss"] for m in read_metrics(again.out / "metrics.jsonl")[:-1]] == [
@@ -312,13 +312,13 @@ def test_every_setting_reaches_the_run():
 
 
 def test_two_processes_in_one_folder(corpus, tmp_path):
-    """Whoever comes second is refused and has written nothing."""
+    """The second one is refused and has written nothing."""
     out = tmp_path / "run"
     out.mkdir()
     settings = PretrainConfig(**tiny_run.tiny_settings(corpus))
     with session.locked(out), pytest.raises(FileExistsError, match="another process is training"):
         pretrain(settings, out, quiet=True)
-    # an empty one goes
+    # an empty folder is removed
     assert not out.exists()
 
 

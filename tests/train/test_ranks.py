@@ -22,7 +22,7 @@ def corpus(tmp_path_factory):
 
 
 def settings(corpus, **given):
-    """Without dropout, whose masks are each process's own; in batches of so many sequences."""
+    """Without dropout, whose masks differ between processes; in batches with a fixed number of sequences."""
     common = {"dropout": 0.0, "max_tokens": None, "batch_size": 4, "shards": 2}
     return tiny_run.tiny_settings(corpus, **common | given)
 
@@ -61,7 +61,7 @@ def test_two_processes_have_the_losses_of_one(corpus, expected, tmp_path, strate
 
 
 def test_a_doubled_batch_on_one_process(corpus, expected, tmp_path):
-    """Without parts: the same examples in the first epoch, whose end leaves some out where there are parts."""
+    """Without parts: the same examples up to the end of the first epoch, where a run with parts leaves some out."""
     given = settings(corpus, batch_size=8, shards=1, eval_every=0)
     pretrain(PretrainConfig(**given), tmp_path / "whole", quiet=True)
     found = losses(tmp_path / "whole")
