@@ -57,7 +57,7 @@ def run(size, function, *arguments, errors):
 
 
 def train(settings, out, resume=False, kill=None, fail=None):
-    """Pretrain; `kill` = (rank, step) kills that process before the step, `fail` = (rank, step) raises an error there."""
+    """Pretrain; `kill` = (rank, step) kills that process before the step, `fail` = (rank, step) raises an error."""
     from fastbert.pretrain.trainer import PretrainTrainer
     from fastbert.train import PretrainConfig, pretrain
 
