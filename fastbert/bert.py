@@ -1,9 +1,9 @@
 """BERT, RoBERTa and DistilBERT with their heads; a family is an argument of BertConfig, not a class.
 
-Tokens are packed inside: a padded batch is unpadded once before the embeddings (one host sync) and padded again only
-for the outputs, with zeros at padding. A caller with packed tokens passes input_ids (T,), cu_seqlens (B + 1,) int32
-and max_seqlen, needs no sync, and gets packed outputs. Arguments and outputs are named as in transformers; every
-forward also takes output_hidden_states, output_attentions, cu_seqlens and max_seqlen.
+Tokens are packed inside. Padding is removed once, before the embeddings (one host sync), and comes back only in the
+outputs, as zeros. A caller with packed tokens passes input_ids (T,), cu_seqlens (B + 1,) int32 and max_seqlen; this
+needs no sync, and outputs stay packed. Arguments and outputs are named as in transformers; every forward also takes
+output_hidden_states, output_attentions, cu_seqlens and max_seqlen.
 """
 
 from fastbert.models.config import BertConfig

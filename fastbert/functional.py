@@ -1,4 +1,4 @@
-"""The public ops. Shapes and contracts stand in each op's docstring; docs/ops.md has the table of dtypes."""
+"""The public ops. Each op's docstring has its shapes and its contract; docs/ops.md has the table of dtypes."""
 
 from fastbert.ops.attention import attention
 from fastbert.ops.bias_gelu import bias_gelu

@@ -1,4 +1,4 @@
-"""accelerate() and restore(): a loaded model's modules change their classes, in place, and nothing else of them."""
+"""accelerate() and restore(): they change the classes of a loaded model's modules, in place, and nothing else."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _TORCH: dict[type[nn.Module], type[nn.Module]] = {
     nn.TransformerEncoderLayer: drop_in.TransformerEncoderLayer,
     nn.TransformerEncoder: drop_in.TransformerEncoder,
 }
-# the attribute that keeps a changed module's own class
+# the attribute that holds a changed module's original class
 _STOCK = "_fastbert_stock"
 
 
 def accelerate(model: M) -> M:
-    """Have a model's layers run on fastbert's kernels, in place, and return it; restore() undoes it.
+    """Make a model's layers run on fastbert's kernels, in place, and return the model; restore() undoes it.
 
     Changes the class of every module that is exactly one of torch.nn's LayerNorm, GELU, CrossEntropyLoss,
-    MultiheadAttention, TransformerEncoder, TransformerEncoderLayer, or of transformers' BERT, RoBERTa, XLM-RoBERTa,
-    CamemBERT, DistilBERT and ELECTRA encoders and masked-LM, question-answering and token-level heads, to a subclass of
-    the same name. Modules, parameters, their names, state-dict keys, hooks and signatures stay. What a layer can't do
-    on packed tokens is done by its own class's code, with one sentence in the log "fastbert". docs/accelerate.md.
-    Refuses what is no torch.nn.Module and, before anything is changed, a module of these that fully_shard had before.
+    MultiheadAttention, TransformerEncoder, TransformerEncoderLayer, or one of transformers' BERT, RoBERTa, XLM-RoBERTa,
+    CamemBERT, DistilBERT and ELECTRA encoders and heads, to a subclass of the same name. Modules, parameters, their
+    names, state-dict keys, hooks and signatures stay the same. Where a layer cannot run on packed tokens, its original
+    class's code runs and the log "fastbert" says why in one sentence: docs/accelerate.md. Raises TypeError for anything
+    but a torch.nn.Module, and ValueError, before any change, for a layer that fully_shard has sharded already.
     """
     _check(model)
     _check_sharded(model)
@@ -57,10 +57,10 @@ def accelerate(model: M) -> M:
 
 
 def restore(model: M) -> M:
-    """Give the modules that accelerate() changed their own classes back, and return the model.
+    """Give the modules that accelerate() changed their original classes back, and return the model.
 
-    Refuses, before anything is changed, a module whose class somebody else has changed since (fully_shard,
-    parametrize): undo that first.
+    Raises ValueError, before any change, if another tool (fully_shard, parametrize) has changed the class of one of
+    them since: undo that first.
     """
     _check(model)
     changed = [m for m in model.modules() if _STOCK in m.__dict__]
@@ -76,7 +76,7 @@ def restore(model: M) -> M:
 
 
 def is_accelerated(model: nn.Module) -> bool:
-    """Whether accelerate() has changed a module in there; refuses what is no torch.nn.Module."""
+    """Whether accelerate() has changed a module of this model; raises TypeError for anything but a torch.nn.Module."""
     _check(model)
     return any(_STOCK in m.__dict__ for m in model.modules())
 
@@ -84,12 +84,12 @@ def is_accelerated(model: nn.Module) -> bool:
 def _check(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model is a {type(model).__name__}: pass a torch.nn.Module, such as what from_pretrained returns"
+            f"model is a {type(model).__name__}: pass a torch.nn.Module, such as a model from from_pretrained"
         )
 
 
 def _check_sharded(model: nn.Module) -> None:
-    """fully_shard gives a module a class of its own, in whose place there is nothing to put."""
+    """Refuse sharded layers: fully_shard gives a module a class of its own, which has no replacement."""
     sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
     for m in model.modules():
         if isinstance(m, sharded) and _STOCK not in m.__dict__:

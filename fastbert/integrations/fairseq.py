@@ -1,8 +1,8 @@
 """From fairseq's RoBERTa checkpoints, such as those of `sapiens`, to Hugging Face directories.
 
-A fairseq checkpoint is a pickle {"args": argparse.Namespace, "model": state dict, ...}. Its encoder is RoBERTa with
-other names, without token types; the vocabulary stands beside it in dict.txt, one `token count` a line, and gets ids
-from 4 on, between <s> <pad> </s> <unk> and <mask>.
+A fairseq checkpoint is a pickle {"args": argparse.Namespace, "model": state dict, ...}. Its encoder is RoBERTa under
+other names, without token types. The vocabulary is the file dict.txt beside it, with one `token count` per line. Its
+tokens get the ids from 4 on; <s> <pad> </s> <unk> come before them and <mask> comes after them.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ _FIRST = ("<s>", "<pad>", "</s>", "<unk>")
 def convert_fairseq_roberta(checkpoint_file: str | Path, out_dir: str | Path) -> None:
     """Write a Hugging Face RoBERTa directory with the masked-LM model of a fairseq checkpoint.
 
-    A dict.txt beside the checkpoint becomes tokenizer.json, for text whose tokens stand between spaces. Nothing in the
-    file is executed. Raises FileNotFoundError without the file, ValueError for one that is no such checkpoint.
+    A dict.txt beside the checkpoint becomes tokenizer.json, which splits text at spaces. No code in the checkpoint is
+    executed. Raises FileNotFoundError if the file does not exist, ValueError if it is no fairseq RoBERTa.
     """
     file = Path(checkpoint_file)
     if not file.is_file():
@@ -72,7 +72,7 @@ def convert_fairseq_roberta(checkpoint_file: str | Path, out_dir: str | Path) ->
     unused = fill(model, state, names, str(file))
     if unused:
         raise ValueError(
-            f"{file} has weights that a RoBERTa masked LM has not: {', '.join(unused[:8])}: "
+            f"{file} has weights that a RoBERTa masked LM does not have: {', '.join(unused[:8])}: "
             "only plain RoBERTa models of fairseq are converted"
         )
     save(model, out_dir)
@@ -98,13 +98,13 @@ def _config(state: State, arguments: dict[str, Any], file: Path) -> BertConfig:
     activation = arguments.get("activation_fn", "gelu")
     if activation != "gelu":
         raise ValueError(
-            f"{file} has activation_fn {activation!r}: the head of a Hugging Face RoBERTa knows gelu only"
+            f"{file} has activation_fn {activation!r}: the head of a Hugging Face RoBERTa computes gelu only"
         )
     vocabulary, _ = state[f"{_PREFIX}.embed_tokens.weight"].shape
     return BertConfig(
         model_type="roberta",
         vocab_size=vocabulary,
-        # fairseq's table too starts at the padding id + 1
+        # as in Hugging Face, the first position is the padding id + 1
         max_position_embeddings=state[f"{_PREFIX}.embed_positions.weight"].shape[0],
         type_vocab_size=1,
         layer_norm_eps=1e-5,
@@ -115,7 +115,7 @@ def _config(state: State, arguments: dict[str, Any], file: Path) -> BertConfig:
 
 
 def _tokenizer(file: Path, vocabulary: int) -> Tokenizer | None:
-    """The tokenizer of a dict.txt, if it is there: tokens between spaces, <s> and </s> around them."""
+    """The tokenizer of dict.txt, None without that file: it splits at spaces and adds <s> and </s>."""
     if not file.is_file():
         return None
     lines = file.read_text(encoding="utf-8").splitlines()

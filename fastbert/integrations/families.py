@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Parts(NamedTuple):
-    """The modules of one encoder layer, whatever its family calls them."""
+    """The modules of one encoder layer, under the same names for every family."""
 
     core: Any  # has the head size, the scale and the training flag of attention
     query: Any
@@ -35,7 +35,7 @@ def _paths(*names: str) -> tuple[Path, ...]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a layer keeps its parts: the ways to them in the order of Parts, and to modules that only hold others."""
+    """Attribute paths from a layer: to its parts, in the order of Parts, and to modules that only hold others."""
 
     parts: tuple[Path, ...]
     holders: tuple[Path, ...]
@@ -50,20 +50,20 @@ class Layout:
 
 
 def follow(root: Any, paths: tuple[Path, ...]) -> list[Any]:
-    """What stands at the end of each way from a module, None for no way and for one that leads nowhere."""
+    """The object at the end of each path from `root`; None for an empty path and for one that does not exist."""
     ends = []
     for path in paths:
         m = root if path else None
         for step in path:
-            # nn.Module's own look-up is ten times slower, and every forward asks for every part
+            # looked up here since nn.Module's own __getattr__ is slow, and every forward looks up every part
             modules = getattr(m, "__dict__", {}).get("_modules", ())
             m = modules[step] if step in modules else getattr(m, step, None)
         ends.append(m)
     return ends
 
 
-def found(m: Any, name: str) -> Any:
-    """The attribute that a dotted name leads to."""
+def module_at(m: Any, name: str) -> Any:
+    """The module at a dotted name, such as "lm_head.decoder"; None if there is none."""
     return follow(m, _paths(name))[0]
 
 
@@ -72,26 +72,26 @@ class Family:
     """One modelling file of transformers."""
 
     module: str
-    prefix: str  # of its class names
+    prefix: str  # the beginning of its models' class names
     layout: Layout
     stack: str  # the model's attribute that holds the layers
-    encoder: str  # class names without the prefix
+    encoder: str  # class names
     layer: str
-    # what the masked-LM head calls in turn before its decoder; "gelu" is the function
+    # the modules that the masked-LM head calls before its decoder, in order; "gelu" is torch's function
     transform: tuple[str, ...]
     decoder: str
     output: str = "BaseModelOutputWithPastAndCrossAttentions"
-    # RoBERTa's positions count the tokens that are not padding, the others' are columns
+    # RoBERTa's position ids count the tokens that are not padding; other families' are column numbers
     counts_tokens: bool = False
 
     def kind(self, name: str) -> str | None:
-        """What a class of this file is to accelerate(), None where it stays as it is."""
+        """The kind of forward that accelerate() gives a class of this file; None if the class stays unchanged."""
         if name in (self.encoder, self.layer):
             return "encoder" if name == self.encoder else "layer"
         if not name.startswith(self.prefix):
             return None
         kind = _KINDS.get(name.removeprefix(self.prefix))
-        # ELECTRA's is no masked LM: a classifier of tokens, which minds the attention mask itself
+        # ElectraForPreTraining is no masked LM: it classifies tokens, and applies the attention mask itself
         return None if kind == "pretraining" and self.prefix != "Bert" else kind
 
 

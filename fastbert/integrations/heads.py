@@ -1,4 +1,4 @@
-"""The heads of transformers' models that accelerate() changes: those with a label per token, and answers' spans."""
+"""The forwards that accelerate() gives to the heads of transformers' models."""
 
 from __future__ import annotations
 
@@ -7,57 +7,57 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as stock_functional
+from torch.nn import functional as tnf
 
 from fastbert import functional as F
 from fastbert.backend.torch_private import tracing
 from fastbert.integrations import layers
-from fastbert.integrations.families import found
+from fastbert.integrations.families import module_at
 from fastbert.nn.packing import find_labelled
-from fastbert.nn.watch import hooked, log_once, observed
+from fastbert.nn.watch import hooked, log_once, why_not_bypassed
 
 Stock = Callable[..., Any]
 
 
 def _traced() -> bool:
-    """Whether no tensor's values may be read: it is being exported or traced, and transformers' own code runs."""
+    """Whether the model is being exported or traced: tensors' values may not be read then, transformers' code runs."""
     return torch.compiler.is_exporting() or tracing() is not None
 
 
 def token_labels(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
-    """A head with a label per token: where padding is labelled, outputs there count, and nothing is packed."""
+    """A head with one label per token. Nothing is packed if padding is labelled: outputs there count in the loss."""
     tensors = values(given), given.get("labels"), given.get("attention_mask")
     known = all(isinstance(t, Tensor) for t in tensors) and not _traced()
     if known and _labelled(given)[1]:
-        given |= _asked(self, None)
+        given |= _encoder_argument(self, None)
     return stock(self, **given)
 
 
 def first_token(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
-    """A head that reads every sequence's first column only: the last layer leaves out what it can."""
+    """A head that reads only the first column: the last layer computes only that, unless other code may see more."""
     family, base = self.fastbert_family, self.base_model_prefix
     for name, m in self.named_children():
-        # what was put there may read, and whoever watches may see, other columns too
+        # a module that the user put there, or a hook, may read other columns too
         own = type(m).__module__ == family.module or type(m) in (nn.Linear, nn.Dropout)
         if name != base and (not own or hooked(m)):
             return stock(self, **given)
-    return stock(self, **given, **_asked(self, "first"))
+    return stock(self, **given, **_encoder_argument(self, "first"))
 
 
-def _asked(self: Any, tokens: Any) -> dict[str, Any]:
-    """The argument that tells the accelerated encoder which tokens this head reads; None: all, and unpacked."""
+def _encoder_argument(self: Any, tokens: Any) -> dict[str, Any]:
+    """The accelerated encoder's extra argument: the tokens that this head reads. None stands for all, unpacked."""
     base = getattr(self, self.base_model_prefix, None)
     return {"fastbert": tokens} if hasattr(type(base), "fastbert_family") else {}
 
 
 def values(given: dict[str, Any]) -> Any:
-    """What there is one of for every token, if the caller has given it: ids (B, S) or embeddings (B, S, C)."""
+    """The batch that the caller passed: ids (B, S) or embeddings (B, S, C); None without either."""
     ids = given.get("input_ids")
     return given.get("inputs_embeds") if ids is None else ids
 
 
 def _labelled(given: dict[str, Any]) -> tuple[Tensor, int, int]:
-    """Places of the labels but -100 in the flat (B * S), how many are at padding, and whether labels are misshaped."""
+    """Positions in the flat (B * S) of labels other than -100, how many are at padding, 1 if labels is misshaped."""
     mask = given.get("attention_mask")
     mask = mask if isinstance(mask, Tensor) else None
     rows, sizes = find_labelled(given["labels"], mask, values(given))
@@ -65,7 +65,7 @@ def _labelled(given: dict[str, Any]) -> tuple[Tensor, int, int]:
     if outside:
         log_once(
             "accelerate: labels at padding are not -100 and count in transformers' loss: "
-            "its own code runs, padding and all"
+            "transformers' code runs, on padding too"
         )
     return rows, outside, misshaped
 
@@ -74,12 +74,12 @@ def _labelled(given: dict[str, Any]) -> tuple[Tensor, int, int]:
 
 
 def masked_lm(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
-    """In training with labels the decoder runs on labelled rows only and there are no logits; else as transformers'."""
+    """In training with labels the decoder runs on labelled rows only, without logits; else as in transformers."""
     return _with_mlm_loss(self, stock, given, ())
 
 
 def pretraining(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
-    """As masked_lm, with the next-sentence loss added; both kinds of labels make a loss, as in transformers."""
+    """As masked_lm, plus the next-sentence loss. As in transformers, a loss needs both kinds of labels."""
     return _with_mlm_loss(self, stock, given, ("next_sentence_label",))
 
 
@@ -88,7 +88,7 @@ def _with_mlm_loss(self: Any, stock: Stock, given: dict[str, Any], others: tuple
     targets = [given.get(name) for name in ("labels", *others)]
     if logits_wanted or not self.training or any(t is None for t in targets):
         return token_labels(self, stock, given)
-    reason = _head_reason(self, given)
+    reason = _why_not_labelled_rows(self, given)
     if reason is None:
         rows, outside, misshaped = _labelled(given)
         reason = "labels is not (B, S)" if misshaped else None
@@ -96,13 +96,13 @@ def _with_mlm_loss(self: Any, stock: Stock, given: dict[str, Any], others: tuple
         log_once(f"accelerate: {type(self).__name__} computes all logits: {reason}")
         return token_labels(self, stock, given)
     if outside:
-        return stock(self, **given, **_asked(self, None))
+        return stock(self, **given, **_encoder_argument(self, None))
     as_dict = given.pop("return_dict", None)
     inputs = {k: v for k, v in given.items() if k not in ("labels", *others)}
     if not others:
-        inputs |= _asked(self, rows)
+        inputs |= _encoder_argument(self, rows)
     encoded = getattr(self, self.base_model_prefix)(**inputs, return_dict=True)
-    # the first work with tensors, so that torch.compile makes no graph of what stands before the encoder
+    # labels are read only after the encoder ran: torch.compile would make one more graph of work before it
     labels = given["labels"].reshape(-1).index_select(0, rows)
     rows, labels = (t.to(encoded[0].device) for t in (rows, labels))
     fields = {
@@ -112,7 +112,7 @@ def _with_mlm_loss(self: Any, stock: Stock, given: dict[str, Any], others: tuple
     }
     if others:
         scores = self.cls.seq_relationship(encoded[1])
-        fields["loss"] = fields["loss"] + stock_functional.cross_entropy(
+        fields["loss"] = fields["loss"] + tnf.cross_entropy(
             scores.view(-1, 2), given["next_sentence_label"].view(-1)
         )
         fields["seq_relationship_logits"] = scores
@@ -121,8 +121,8 @@ def _with_mlm_loss(self: Any, stock: Stock, given: dict[str, Any], others: tuple
     return output if as_dict else output.to_tuple()
 
 
-def _head_reason(self: Any, given: dict[str, Any]) -> str | None:
-    """Why a masked-LM head must compute all logits, None if labelled rows will do."""
+def _why_not_labelled_rows(self: Any, given: dict[str, Any]) -> str | None:
+    """Why a masked-LM head must compute all logits; None if the labelled rows are enough."""
     if not all(isinstance(t, Tensor) for t in (values(given), given["labels"])):
         return "labels is not (B, S)"
     family = self.fastbert_family
@@ -138,22 +138,22 @@ def _head_reason(self: Any, given: dict[str, Any]) -> str | None:
         for m in getattr(self, top).modules():
             if hooked(m, *layers.RECORDERS, layers.SHARDING):
                 return f"hooks are attached to its {top}"
-        m = found(self, name)
+        m = module_at(self, name)
         parts = m.children() if type(m).__module__ == family.module else (m,)
         if not all(layers.tokenwise(part) or layers.elementwise(part) for part in parts):
             return f"its {name} is not transformers' own"
-    return observed()
+    return why_not_bypassed()
 
 
 def _mlm_loss(self: Any, x: Tensor, labels: Tensor) -> Tensor:
-    """The mean over labelled rows (R, C), 0 and connected to the graph without any."""
+    """The mean loss over labelled rows x (R, C); without any, a 0 that is connected to the graph."""
     family = self.fastbert_family
     for name in family.transform:
-        x = stock_functional.gelu(x) if name == "gelu" else found(self, name)(x)
-    decoder = found(self, family.decoder)
+        x = tnf.gelu(x) if name == "gelu" else module_at(self, name)(x)
+    decoder = module_at(self, family.decoder)
     if (own := layers.plain(decoder)) is not None:
         return F.mlm_loss(x, *own, labels, compacted=True)
-    # an adapter, or whatever stands there, computes the labelled rows' logits
+    # an adapter or another module is called on the labelled rows
     total = F.cross_entropy(decoder(x), labels, reduction="sum")
     return total / max(labels.shape[0], 1)
 
@@ -162,7 +162,7 @@ def _mlm_loss(self: Any, x: Tensor, labels: Tensor) -> Tensor:
 
 
 def question_answering(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
-    """Start and end scores at padding are the dtype's lowest value, so that no softmax or argmax sees padding."""
+    """Set start and end scores at padding to the dtype's lowest value, so that no softmax or argmax picks padding."""
     mask, batch = given.get("attention_mask"), values(given)
     if (
         not isinstance(mask, Tensor)
@@ -174,11 +174,11 @@ def question_answering(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
     ends = {name: given.pop(name, None) for name in ("start_positions", "end_positions")}
     as_dict = given.pop("return_dict", None)
     output = stock(self, **given, return_dict=True)
-    # only now: a comparison before the encoder would be a graph of torch.compile's
+    # compared after the encoder: torch.compile would make one more graph of a comparison before it
     if mask.shape != output.start_logits.shape:
         return stock(self, **given, **ends, return_dict=as_dict)
     log_once(
-        "accelerate: answers' scores at padding are the lowest value, and their loss runs over tokens only"
+        "accelerate: answer scores at padding are set to the lowest value, and the loss runs over tokens only"
     )
     token = (mask != 0).to(output.start_logits.device)
     fields = dict(output)
@@ -195,11 +195,11 @@ def question_answering(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
 
 
 def _position_loss(scores: Tensor, token: Tensor, position: Tensor) -> Tensor:
-    """Cross-entropy over a sequence's tokens (B, S); positions outside of them are ignored, as transformers does."""
+    """Cross-entropy of scores (B, S) over each sequence's tokens; other positions are ignored, as in transformers."""
     if position.dim() > 1:
         position = position.squeeze(-1)
     length = scores.shape[1]
     position = position.to(scores.device).clamp(0, length)
     inside = token.gather(1, position.clamp(max=length - 1)[:, None]).squeeze(1)
     position = torch.where(inside, position, length)
-    return stock_functional.cross_entropy(scores, position, ignore_index=length)
+    return tnf.cross_entropy(scores, position, ignore_index=length)

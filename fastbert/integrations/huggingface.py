@@ -1,9 +1,9 @@
-"""Models of transformers on packed tokens: subclasses of theirs, importable by the same names, for accelerate().
+"""Subclasses of transformers' models that run on packed tokens, for accelerate().
 
-`fastbert.integrations.huggingface.BertLayer` is transformers' BertLayer with another forward, made when it is first
-asked for, by unpickling too. The model's forward takes the padding out of ids and positions, transformers' own code
-runs on the batch of one long sequence (1, T), the encoder hands its layers where the sequences begin, and puts the
-padding back, as zeros.
+`fastbert.integrations.huggingface.BertLayer` is a subclass of transformers' BertLayer with another forward. Each class
+is made when it is first imported, which unpickling does too. The model's forward removes padding from ids and
+positions. transformers' code then runs on a batch of one long sequence (1, T). The encoder passes the bounds of the
+sequences to its layers, and puts the padding back as zeros.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastbert.integrations import frozen, heads, layers, transformers4
 from fastbert.integrations.families import FAMILIES, Family, Parts
 from fastbert.integrations.layers import Call
 from fastbert.nn.packing import Packing, find_tokens
-from fastbert.nn.watch import first_hooked, hooked, log_once, observed
+from fastbert.nn.watch import first_hooked, hooked, log_once, why_not_bypassed
 from fastbert.ops.context import seed_for
 
 # --- the classes ---
@@ -31,7 +31,7 @@ _lock = threading.Lock()
 
 
 def replacement(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """The subclass that a module of exactly this class becomes, None if it stays."""
+    """The subclass that replaces exactly this class; None if there is none."""
     family = FAMILIES.get(kind.__module__)
     if family is None or family.kind(kind.__name__) is None:
         return None
@@ -75,7 +75,7 @@ def _make(family: Family, name: str) -> type[nn.Module]:
         if kind == "model" and space["fastbert_old"]:
             space |= transformers4.methods(stock)
         if hasattr(stock, "is_custom_code"):
-            # weights are initialised and converted as those of transformers' own classes
+            # so transformers initialises and converts weights as for its own classes
             space["is_custom_code"] = classmethod(lambda cls: False)
         made = type(stock)(name, (stock,), space)
         _register_recorders(made)
@@ -84,7 +84,7 @@ def _make(family: Family, name: str) -> type[nn.Module]:
 
 
 def _output(family: Family, kind: str) -> Any:
-    """The class of what a forward of ours returns where it returns what it has made itself."""
+    """The output class of those forwards of ours that make their output themselves; None for the others."""
     names = {
         "encoder": family.output,
         "masked_lm": "MaskedLMOutput",
@@ -94,7 +94,7 @@ def _output(family: Family, kind: str) -> Any:
 
 
 def _forward(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
-    """A method with the signature of transformers' that hands it, and all arguments by name, to one of ours."""
+    """A method with the signature of `stock`, transformers' forward: it calls `ours` with arguments by name."""
     parameters = list(inspect.signature(stock).parameters.values())[1:]
     names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
     if transformers4.is_old(stock):
@@ -102,7 +102,7 @@ def _forward(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..
 
     @wraps(stock)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # too many: it says what is wrong. restored: somebody has kept the bound method
+        # transformers' code raises the error of too many arguments, and serves a method kept from before restore()
         if len(args) > len(names) or not hasattr(type(self), "fastbert_family"):
             return stock(self, *args, **kwargs)
         return ours(self, stock, dict(zip(names, args, strict=False), **kwargs))
@@ -111,8 +111,8 @@ def _forward(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..
 
 
 def _register_recorders(made: Any) -> None:
-    """Tell transformers what it may record of these models: its register goes by the class's path."""
-    for name in ("output_capturing", "generic"):  # since and before 5.2 or so
+    """Enter a class into transformers' register of recordable outputs, whose keys are the classes' paths."""
+    for name in ("output_capturing", "generic"):  # the newer module first
         try:
             register = importlib.import_module(f"transformers.utils.{name}")._CAN_RECORD_REGISTRY
         except (ImportError, AttributeError):
@@ -134,39 +134,39 @@ _KNOWN = {
     "output_attentions",
     "return_dict",
     "use_cache",
-    # a loss's business
+    # only the loss reads it
     "num_items_in_batch",
 }
 
 
 def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
-    """The encoder model's forward: packed, or transformers' own with one logged sentence."""
+    """The encoder model's forward: on packed tokens, or transformers' code with one logged sentence."""
     wanted = given.pop("fastbert", "all")
     if wanted is None:
         return stock(self, **given)
-    reason = _model_reason(self, given)
+    reason = _why_not_packed(self, given)
     packing: Packing | None = None
     if reason is None:
         indices = _indices(given, self.fastbert_old)
-        reason = _shape_reason(self, given)
+        reason = _why_not_these_shapes(self, given)
     if reason is None:
         packing, reason = _packing(given, indices, self.fastbert_old)
     if packing is None:
         log_once(f"accelerate: {type(self).__name__} runs transformers' code: {reason}")
         return stock(self, **given)
     values = heads.values(given)
-    # one seed for the whole forward: layers that are computed again must see the same masks
+    # one seed for the whole forward: layers that are recomputed in backward must draw the same masks
     seed = seed_for(1.0, None, values) if self.training else None
     family = self.fastbert_family
     parts = tuple(family.layout.of(layer) for layer in getattr(self, family.stack).layer)
-    reason = _padded_reason(self, parts)
+    reason = _why_not_packed_between_layers(self, parts)
     call = Call(packing, seed, reason is None, parts=parts)
     if reason is not None:
         log_once(f"accelerate: {type(self).__name__} takes padding out layer by layer: {reason}")
         return stock(self, **given, fastbert=call)
     if not given.get("output_hidden_states", getattr(self.config, "output_hidden_states", False)):
         call = _narrowed(self, call, wanted, values)._replace(alone=True)
-    if self.fastbert_old:  # its encoder packs
+    if self.fastbert_old:  # transformers4.encoder packs
         return stock(self, **given, fastbert=call)
     as_dict = given.pop("return_dict", getattr(self.config, "return_dict", True))
     shape = values.shape[:2]
@@ -182,7 +182,7 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
 
 
 def _narrowed(self: Any, call: Call, wanted: str | Tensor, values: Tensor) -> Call:
-    """The call for the tokens that a head reads: all, the first of every sequence, or places in the flat (B * S)."""
+    """The call for the tokens that a head reads: "all", "first" of each sequence, or positions in the flat (B * S)."""
     packing = call.packing
     if (isinstance(wanted, str) and wanted == "all") or hooked(self):
         return call
@@ -200,14 +200,14 @@ def _narrowed(self: Any, call: Call, wanted: str | Tensor, values: Tensor) -> Ca
 
 
 def _padded(hidden: Tensor | None, output: Any, packing: Packing) -> Tensor | None:
-    # the last one is the output itself; those that were not asked for are None
+    # the last hidden state is the output itself; states that were not requested are None
     if hidden is None or hidden is output.last_hidden_state:
         return hidden
     return packing.pad(hidden[0])
 
 
 def _positions(self: Any, given: dict[str, Any], shape: torch.Size) -> Tensor:
-    """(B, S) rows of the position table, as transformers gives them."""
+    """(B, S) rows of the position table, numbered as in transformers."""
     positions = given.get("position_ids")
     if positions is not None:
         return positions.expand(shape)
@@ -221,8 +221,8 @@ def _positions(self: Any, given: dict[str, Any], shape: torch.Size) -> Tensor:
     return token.cumsum(1) * token + embeddings.padding_idx
 
 
-def _model_reason(self: Any, given: dict[str, Any]) -> str | None:
-    """Why the encoder must be transformers' own, before any tensor's values are read."""
+def _why_not_packed(self: Any, given: dict[str, Any]) -> str | None:
+    """Why the encoder must run transformers' code; reads no tensor's values."""
     config = self.config
     for name in ("is_decoder", "add_cross_attention", "is_causal"):
         if getattr(config, name, False):
@@ -250,11 +250,11 @@ def _model_reason(self: Any, given: dict[str, Any]) -> str | None:
         return "attention_mask is not (B, S)"
     if given.get("position_ids") is not None and "flash" in implementation:
         return "position_ids may mark packed sequences for flash attention"
-    return observed()
+    return why_not_bypassed()
 
 
-def _shape_reason(self: Any, given: dict[str, Any]) -> str | None:
-    """Why these sizes need transformers' own code; after the indices, or torch.compile made a graph of comparisons."""
+def _why_not_these_shapes(self: Any, given: dict[str, Any]) -> str | None:
+    """Why these shapes need transformers' code. After _indices: torch.compile would make one more graph before it."""
     shape = heads.values(given).shape[:2]
     if shape.numel() == 0:
         return "the batch is empty"
@@ -281,7 +281,7 @@ def _shape_reason(self: Any, given: dict[str, Any]) -> str | None:
 
 
 def _indices(given: dict[str, Any], old: bool) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Where the mask's tokens are, None without one; one host sync, and torch.compile's only break."""
+    """The result of find_tokens, None without a mask; one host sync, and torch.compile's only graph break."""
     mask, device = given.get("attention_mask"), heads.values(given).device
     if mask is None:
         return None
@@ -292,19 +292,19 @@ def _indices(given: dict[str, Any], old: bool) -> tuple[Tensor, Tensor, Tensor] 
 def _packing(
     given: dict[str, Any], indices: tuple[Tensor, Tensor, Tensor] | None, old: bool
 ) -> tuple[Packing | None, str | None]:
-    """How to pack the batch, or why not."""
+    """(packing, None), or (None, why the batch cannot be packed)."""
     values = heads.values(given)
     if indices is None:
         return Packing.full(values.shape[0], values.shape[1], values.device), None
     packing, wrong = Packing.found(indices, values.shape[1])
     if wrong:
-        odd = ", or its mask is not of 0 and 1" if old else ""
-        return None, f"a sequence begins with padding, which transformers' heads read{odd}"
+        other = ", or its mask is not of 0 and 1" if old else ""
+        return None, f"a sequence begins with padding, which transformers' heads read{other}"
     return packing, None
 
 
-def _padded_reason(self: Any, parts: tuple[Parts, ...]) -> str | None:
-    """Why hidden states must go from layer to layer as (B, S, C): somebody else sees them."""
+def _why_not_packed_between_layers(self: Any, parts: tuple[Parts, ...]) -> str | None:
+    """Why hidden states must pass from layer to layer as (B, S, C): other code sees them there."""
     family = self.fastbert_family
     stack = getattr(self, family.stack)
     embeddings = self.embeddings
@@ -332,7 +332,7 @@ def _padded_reason(self: Any, parts: tuple[Parts, ...]) -> str | None:
 
 
 def _encoder(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
-    """All layers; takes packed hidden states (1, T, C) and gives padded ones, zeros at padding."""
+    """Run all layers on hidden states (1, T, C), or (B, S, C) unless call.packed; the output is zero at padding."""
     call = given.pop("fastbert", None)
     if call is None:
         return stock(self, **given)
@@ -344,7 +344,7 @@ def _encoder(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any
         x = layer(x, mask, fastbert=call.at(i, last=i == len(self.layer) - 1), **given)
     x = x if y is None else y
     x = call.padded(x[0] if call.packed else call.packing.unpad(x))
-    # under autocast layers compute in its dtype, and transformers' output is in the embeddings'
+    # under autocast layers compute in autocast's dtype, while transformers' output has the embeddings' dtype
     return self.fastbert_output(last_hidden_state=x.to(dtype))
 
 
@@ -356,7 +356,7 @@ def _layer(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     if call.packed:
         return layers.run(call.parts[0], x[0], call)[None]
     family = self.fastbert_family
-    # hooks of the modules around may have changed it since the forward began
+    # a hook on another module may have changed this layer since the forward began
     parts = family.layout.of(self)
     if layers.unsuited(self, parts, family.layout, family.module):
         return stock(self, **given)

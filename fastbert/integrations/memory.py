@@ -1,4 +1,4 @@
-"""How much a forward keeps for its backward."""
+"""How many bytes a forward saves for its backward."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor
 
 
 def saved_bytes(forward: Callable[[], Any], exclude: Iterable[Tensor] = ()) -> int:
-    """Bytes of the storages that autograd saves in `forward()`, each counted once, in whole.
+    """Bytes of the storages that autograd saves in `forward()`; each storage counts once, with its whole size.
 
-    `exclude` are tensors that are there anyway: parameters, inputs. Gradient checkpointing is not seen through.
+    Storages of the tensors in `exclude`, such as parameters and inputs, do not count. Tensors that
+    gradient checkpointing keeps outside of autograd do not count either.
     """
     known = {t.untyped_storage().data_ptr() for t in exclude}
     found: dict[int, int] = {}
@@ -24,7 +25,7 @@ def saved_bytes(forward: Callable[[], Any], exclude: Iterable[Tensor] = ()) -> i
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        # what is saved lives as long as the result does, so that no address is used twice
+        # saved tensors live as long as the result, so no address is reused while they are counted
         result = forward()
     del result
     return sum(found.values())

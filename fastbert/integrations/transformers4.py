@@ -1,9 +1,10 @@
-"""What transformers 4.48 to 4.57 do differently from 5, for huggingface.py, which knows 5 only.
+"""The differences of transformers 4.48 to 4.57 from 5, for huggingface.py, which is written for 5.
 
-There no forward takes arguments it doesn't know, so what accelerate()'s head tells its model, and the model its
-encoder, goes in the place of `head_mask`: every forward hands that on. The embeddings of 4 can't be told a token's
-position in all families: they run on the padded batch, and the encoder takes the padding out and puts it back. The
-encoder records hidden states itself, and a layer returns a tuple.
+- transformers 4 rejects unknown keyword arguments. A head's tokens for its model, and the model's Call for its encoder,
+  are passed as `head_mask`, which every forward passes on.
+- DistilBERT's embeddings take no position ids. So embeddings run on the padded batch; the encoder removes the padding
+  and puts it back.
+- The encoder records hidden states itself, and a layer returns a tuple.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from fastbert.integrations.frozen import served
 from fastbert.integrations.layers import Call
 
 OLDEST = (4, 48)
-# how DistilBERT's encoder and layer call their first arguments
+# DistilBERT's names of arguments of its encoder and layer -> the other families' names
 _NAMES = {"x": "hidden_states", "attn_mask": "attention_mask"}
 
 
 class Handed(NamedTuple):
-    """A value of ours in the place of a head_mask."""
+    """A value of ours that is passed as `head_mask`."""
 
     value: Any
 
@@ -37,12 +38,12 @@ def supported(version: str) -> bool:
 
 
 def is_old(stock: Callable[..., Any]) -> bool:
-    """Whether a forward is one of transformers 4: 5 has no head_mask."""
+    """Whether a forward is transformers 4's: those of 5 take no head_mask."""
     return "head_mask" in inspect.signature(stock).parameters
 
 
 def methods(stock: type) -> dict[str, Any]:
-    """What a model's class of transformers 4 gets besides its forward: what was handed in goes on to the encoder."""
+    """A get_head_mask for a model class of transformers 4: it passes our value on to the encoder."""
 
     def get_head_mask(self: Any, head_mask: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(head_mask, Handed):
@@ -54,7 +55,7 @@ def methods(stock: type) -> dict[str, Any]:
 
 
 def bridged(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
-    """One of huggingface.py's forwards, for a forward of transformers 4."""
+    """`ours`, a forward of huggingface.py, with the arguments and outputs of `stock`, a forward of transformers 4."""
     parameters = inspect.signature(stock).parameters
     theirs = {name: old for old, name in _NAMES.items() if old in parameters}
 
@@ -66,7 +67,7 @@ def bridged(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[...
         return stock(self, **{theirs.get(name, name): value for name, value in given.items()})
 
     def forward(self: Any, _: Any, given: dict[str, Any]) -> Any:
-        # heads pass every argument on, as None where there is none
+        # heads pass on every argument, None where the caller gave none
         given = {_NAMES.get(n, n): value for n, value in given.items() if value is not None}
         if isinstance(given.get("head_mask"), Handed):
             given["fastbert"] = given.pop("head_mask").value
@@ -79,7 +80,7 @@ def bridged(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[...
 
 
 def encoder(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
-    """All layers; takes padded hidden states (B, S, C) and gives them, zeros at padding."""
+    """Run all layers; hidden states come and go padded (B, S, C), with zeros at padding."""
     call = given.pop("fastbert", None)
     if call is None:
         return stock(self, **given)
@@ -87,7 +88,7 @@ def encoder(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     dtype, packing, states = x.dtype, call.packing, []
     if call.packed:
         x = packing.unpad(x)[None]
-    # later versions' layers do it themselves
+    # a layer with this attribute, in later versions, checkpoints itself
     checkpointing = self.training and getattr(self, "gradient_checkpointing", False)
     y = served(self, x, call)
     for i, layer in enumerate(self.layer if y is None else ()):
@@ -106,10 +107,10 @@ def encoder(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
 
 
 def _mask(call: Call, given: dict[str, Any]) -> Tensor | None:
-    """The mask for layers of transformers' own, which the model has made as for a real head_mask."""
+    """The attention mask for layers that run transformers' code; the model has made it as for a real head_mask."""
     x, mask = given["hidden_states"], given.get("attention_mask")
     if mask is None or mask.dim() != 2 or not call.sdpa:
         return mask
-    # with a head_mask DistilBERT's model leaves (B, S) to its attention, which sdpa doesn't take
+    # given a head_mask, DistilBERT's model passes the mask on as (B, S), which sdpa does not take
     added = torch.zeros_like(mask, dtype=x.dtype)
     return added.masked_fill(mask == 0, torch.finfo(x.dtype).min)[:, None, None]

@@ -20,7 +20,7 @@ COSINE = 0.9999
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison; `agrees` is None where there is nothing to agree on (speed, memory)."""
+    """One comparison; `agrees` is None for speed and memory, which need not agree."""
 
     what: str
     stock: str
@@ -31,13 +31,13 @@ class Row:
 
 @dataclass
 class Report:
-    """What validate() found; prints as a table."""
+    """The comparisons that validate() made; prints as a table."""
 
     rows: list[Row] = field(default_factory=list)
 
     @property
     def agrees(self) -> bool:
-        """Whether all outputs, the loss and the gradients do."""
+        """Whether all outputs, the loss and the gradients agree."""
         return all(row.agrees is not False for row in self.rows)
 
     def __str__(self) -> str:
@@ -54,11 +54,12 @@ def validate(
 ) -> Report:
     """Run the model as it was and accelerated on one batch, print the table of differences and return it.
 
-    `batch` are the forward's arguments by name, in order, or the only one. Compared without dropout: the outputs in
-    inference, at tokens where an attention mask says which those are (cosine at least .9999), the loss and the
-    gradients in training (of the outputs' mean square where there is no loss). Speed is the median of `rounds`
-    interleaved calls; memory is what training keeps for backward. Weights, gradients, buffers, modes and random states
-    are left as they were, and the model accelerated or not as it came. Refuses a batch of another kind, rounds below 1.
+    `batch` holds the forward's arguments by name, in order, or is the only one. Compared without dropout: the outputs
+    in inference (cosine at least .9999; only at tokens if there is an attention mask), and in training the loss and the
+    gradients (of the outputs' mean square if the model returns no loss). Speed is the median of `rounds` interleaved
+    calls; memory is the bytes that training saves for backward. Afterwards weights, gradients, buffers, modes and
+    random states are as before, and the model is accelerated only if it was before. Raises TypeError for a batch of
+    another kind, ValueError for rounds below 1 and for a model without a layer that accelerate() knows.
     """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}: it must be at least 1")
@@ -138,13 +139,14 @@ def _named(output: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
 
 
 def _at_tokens(t: Tensor, mask: Tensor | None) -> Tensor:
-    """What is not padding: (T, ...) of (B, S, ...)."""
+    """A tensor's values at tokens: (B, S, ...) -> (T, ...); other shapes pass unchanged."""
     if mask is None or mask.dim() != 2 or t.shape[:2] != mask.shape:
         return t
     return t[mask.to(t.device) != 0]
 
 
 def _objective(output: Any, mask: Tensor | None) -> Tensor:
+    """The loss, or without one the sum of the outputs' mean squares."""
     named = dict(_named(output))
     if "loss" in named:
         return named["loss"]
@@ -153,7 +155,7 @@ def _objective(output: Any, mask: Tensor | None) -> Tensor:
 
 @contextmanager
 def _kept(model: nn.Module) -> Iterator[None]:
-    """Without dropout inside; what a training step changes besides weights is put back afterwards."""
+    """Switch dropout off inside; afterwards restore all that a training step changes, except weights."""
     modes = {m: m.training for m in model.modules()}
     gradients = {p: p.grad for p in model.parameters()}
     buffers = {b: b.clone() for b in model.buffers()}
@@ -215,10 +217,12 @@ def _training(stock: _Found, ours: _Found) -> Iterator[Row]:
     x, y = float(stock.loss), float(ours.loss)
     close = abs(x - y) <= 4 * torch.finfo(stock.loss.dtype).eps * max(abs(x), 1.0) + 1e-4 * abs(x)
     yield Row("loss", f"{x:.6f}", f"{y:.6f}", f"{abs(x - y):.1e}", close or (x != x and y != y))
-    odd = sorted(stock.gradients.keys() ^ ours.gradients.keys())
+    one_sided = sorted(stock.gradients.keys() ^ ours.gradients.keys())
     figures = _pair(*(f"{len(f.gradients)} tensors" for f in (stock, ours)))
-    if odd or not stock.gradients:
-        yield Row("gradients", *figures, f"on one side only: {', '.join(odd[:3])}", not odd)
+    if one_sided or not stock.gradients:
+        yield Row(
+            "gradients", *figures, f"on one side only: {', '.join(one_sided[:3])}", not one_sided
+        )
         return
     flat = [torch.cat([f.gradients[k].flatten() for k in stock.gradients]) for f in (stock, ours)]
     cosine, largest = _cosine(*flat), float((flat[0].double() - flat[1].double()).abs().max())
@@ -239,7 +243,7 @@ def _speed(
 
     for what, work, training in (("inference", inference, False), ("training", step, True)):
         seconds: dict[str, list[float]] = {name: [] for name in NAMES}
-        for number in range(-1, rounds):  # the first is not counted
+        for number in range(-1, rounds):  # round -1 is a warm-up
             for name in NAMES[:: 1 if number % 2 else -1]:
                 _switch(model, name)
                 model.train(training)

@@ -35,14 +35,14 @@ _KINDS = {
 _ROOTS = ("embeddings.", "encoder.", "transformer.", "pooler.")
 # fixed tables that old versions of transformers stored
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
-# what of a stranger's config.json is not true of the directory that we write
+# keys of a loaded config.json that do not hold for the directory that we write
 _STALE = ("architectures", "auto_map", "torch_dtype", "_name_or_path", "transformers_version")
-# what torch.load raises for files that are cut off or are something else
+# exceptions of torch.load for truncated files and for files of another kind
 _UNREADABLE = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, OSError),
     *(ValueError, KeyError, IndexError, AttributeError),
 )
-# whose number of rows is which setting
+# module -> the setting that gives its weight's number of rows
 _ROWS = {
     "bert.embeddings.word": "vocab_size",
     "bert.embeddings.position": "max_position_embeddings",
@@ -54,13 +54,14 @@ _ROWS = {
 def load(cls: type, directory: str | Path, **overrides: Any) -> Any:
     """Build `cls` from a Hugging Face directory, in fp32 and eval mode; `overrides` are fields of BertConfig.
 
-    Weights that are only missing in a head are drawn anew, with a warning that names them. Raises FileNotFoundError for
-    what is not there, and ValueError for files that are damaged, hold code, or do not fit config.json or the class.
+    A head's weights that are missing in the file are initialised anew, with a warning that names them. Raises
+    FileNotFoundError for a missing directory or file, and ValueError for files that are damaged, hold code, or do not
+    fit config.json or the class.
     """
     folder = Path(directory)
     if not folder.exists():
         raise FileNotFoundError(
-            f"there is no directory {folder}: pass one with a config.json and weights, names of a hub are not looked up"
+            f"there is no directory {folder}: pass one with a config.json and weights, hub names are not looked up"
         )
     if not folder.is_dir():
         raise ValueError(
@@ -83,9 +84,9 @@ def load(cls: type, directory: str | Path, **overrides: Any) -> Any:
 
 
 def save(model: nn.Module, directory: str | Path) -> None:
-    """Write config.json and model.safetensors as transformers has them, each all or nothing.
+    """Write config.json and model.safetensors in transformers' format, each file whole or not at all.
 
-    An older checkpoint in the directory stays whole until the new one is; other files there are left alone.
+    An older checkpoint in the directory stays in place until both new files are written; other files are not touched.
     """
     config: BertConfig = model.config  # type: ignore[assignment]
     folder = Path(directory)
@@ -105,7 +106,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
 
 
 def class_name(cls: type) -> str:
-    """The name of the fastbert model that `cls` is or comes from."""
+    """The name of the fastbert model that `cls` is or is derived from."""
     name = getattr(cls, "architecture", None)
     if name is None:
         raise TypeError(f"{cls.__name__} is not made from a model of fastbert.bert")
@@ -122,7 +123,7 @@ def to_hf(model: nn.Module, names: Names) -> State:
             state[name.split(".", 1)[1] if bare else name] = part.detach().cpu().contiguous()
     decoder = names.get("mlm_head.decoder")
     if f"{decoder}.weight" in state and f"{names['mlm_head']}.bias" in state:
-        # transformers unties the bias with the weight: its decoder reads its own
+        # an untied decoder of transformers reads a bias of its own
         state[f"{decoder}.bias"] = state[f"{names['mlm_head']}.bias"].clone()
     return state
 
@@ -154,7 +155,7 @@ def _is_head(model: nn.Module) -> bool:
 def _check_missing(
     model: nn.Module, missing: dict[str, list[str]], bare: bool, state: State, source: str
 ) -> None:
-    """Refuse a file without the whole encoder; name the weights of a head that stay as they were drawn."""
+    """Refuse a file that lacks encoder weights; warn of head weights that keep their random values."""
     encoder: list[str] = []
     head: list[str] = []
     for key, absent in missing.items():
@@ -224,20 +225,20 @@ def _override(config: BertConfig, overrides: dict[str, Any]) -> BertConfig:
             f"from_pretrained got {', '.join(unknown)}: it takes a directory and the fields of BertConfig"
         )
     if "id2label" in overrides:
-        # else the file's number would win over the new names
+        # otherwise the file's num_labels would override the number of new names
         overrides = {"num_labels": None, "label2id": None, **overrides}
     return dataclasses.replace(config, **overrides)
 
 
 def _standard(raw: Mapping[str, Tensor], family: str) -> State:
-    """A file's weights as transformers names them today: with prefix, LayerNorm weight and bias, one decoder bias."""
+    """A file's weights under transformers' present names: with prefix, LayerNorm weight and bias, one decoder bias."""
     state: State = {}
     for key, value in raw.items():
         key = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key))
         key = f"{family}.{key}" if key.startswith(_ROOTS) else key
         if not key.endswith(_BUFFERS):
             state[key] = value
-    # where both are there and differ, the decoder's own is the one that transformers adds
+    # if a file has two different decoder biases, transformers adds decoder.bias
     for head in ("cls.predictions", "lm_head"):
         if f"{head}.decoder.bias" in state:
             state[f"{head}.bias"] = state.pop(f"{head}.decoder.bias")
@@ -245,7 +246,7 @@ def _standard(raw: Mapping[str, Tensor], family: str) -> State:
 
 
 def share_decoder(config: BertConfig, state: State, names: Names) -> BertConfig:
-    """Take a tied decoder out of `state`; where it is not the word embedding, a config that does not tie them."""
+    """Remove a tied decoder from `state`; if it differs from the word embedding, return a config that unties them."""
     word, decoder = (f"{names[key]}.weight" for key in ("bert.embeddings.word", "mlm_head.decoder"))
     if not config.tie_word_embeddings or decoder not in state:
         return config
@@ -254,7 +255,7 @@ def share_decoder(config: BertConfig, state: State, names: Names) -> BertConfig:
             "%s is not the word embedding though config.json ties them: both are kept", decoder
         )
         return dataclasses.replace(config, tie_word_embeddings=False)
-    # files that keep one name of a shared tensor may have kept the decoder's
+    # a file that stores a shared tensor once may store it under the decoder's name
     state[word] = state.pop(decoder)
     return config
 
@@ -262,7 +263,7 @@ def share_decoder(config: BertConfig, state: State, names: Names) -> BertConfig:
 def read_weights(folder: Path) -> State:
     """All tensors of a directory's model.safetensors or pytorch_model.bin, whole or in shards with an index.
 
-    Raises FileNotFoundError where there is none, ValueError for a damaged file or one that holds code.
+    Raises FileNotFoundError if there is none, ValueError for a damaged file or one that holds code.
     """
     for name, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_bin)):
         if (folder / name).is_file():

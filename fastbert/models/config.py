@@ -1,4 +1,4 @@
-"""BertConfig: the settings of every model in bert.py, read from and written to Hugging Face config.json files."""
+"""BertConfig: the settings of every model in fastbert.bert, read from and written to Hugging Face config.json files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROBLEM_TYPES = (
     "single_label_classification",
     "multi_label_classification",
 )
-# families whose weights and maths are those of another one: the name is kept and written back
+# model_type -> the family with the same weights and maths; to_dict writes the original model_type
 ALIASES = {"xlm-roberta": "roberta", "camembert": "roberta"}
 # Hugging Face spelling -> ours, where they differ
 SPELLINGS: dict[str, dict[str, str]] = {
@@ -39,19 +39,27 @@ SPELLINGS: dict[str, dict[str, str]] = {
         "attention_dropout": "attention_probs_dropout_prob",
     },
 }
-# what a key that is missing from a config.json means there, where it differs from the dataclass's default
+# Hugging Face's value of a key that config.json lacks, where it differs from the dataclass's default
 HF_DEFAULTS: dict[str, dict[str, Any]] = {
     "bert": {},
     "roberta": {"vocab_size": 50265, "type_vocab_size": 2},
     "distilbert": {"num_hidden_layers": 6},
 }
-# fields of ours that a family's config.json does not hold
+# fields of ours that a family's config.json does not have
 _NOT_WRITTEN = {
     "bert": {"seq_classif_dropout", "qa_dropout"},
     "roberta": {"seq_classif_dropout", "qa_dropout"},
     "distilbert": {"type_vocab_size", "layer_norm_eps", "classifier_dropout"},
 }
-_EITHER = ("extra", "num_labels", "id2label", "label2id", "problem_type", "position_embedding_type")
+# fields that to_dict writes one by one
+_SPECIAL = (
+    "extra",
+    "num_labels",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "position_embedding_type",
+)
 
 
 @dataclass
@@ -84,7 +92,7 @@ class BertConfig:
     # standard deviation of fresh weights
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
-    # its word embedding is zero and gets no gradient from the lookup; None: 1 in RoBERTa, else 0
+    # this id's word embedding is zero and gets no gradient from the lookup; None: 1 in RoBERTa, else 0
     pad_token_id: int | None = None
     # "absolute" is a learned table, "sinusoidal" the fixed one of the Transformer paper
     position_embedding_type: str = "absolute"
@@ -98,7 +106,7 @@ class BertConfig:
     num_labels: int | None = None
     id2label: dict[int, str] | None = None
     label2id: dict[str, int] | None = None
-    # of a sequence classifier; None: told from num_labels and the labels' dtype
+    # the loss of a sequence classifier; None: derived from num_labels and the labels' dtype
     problem_type: str | None = None
     # DistilBERT's own dropouts: before the sequence classifier and before the span classifier
     seq_classif_dropout: float = 0.2
@@ -129,7 +137,7 @@ class BertConfig:
             if self.num_labels is None:
                 self.num_labels = len(self.id2label)
             elif self.num_labels != len(self.id2label):
-                # as in transformers: the number wins, and the names of another number are dropped
+                # as in transformers: num_labels wins, and names of another number of labels are dropped
                 self.id2label = self.label2id = None
         if self.num_labels is None:
             self.num_labels = 2
@@ -213,7 +221,7 @@ class BertConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BertConfig:
-        """Read the contents of a config.json of BERT, RoBERTa or DistilBERT; keys without a meaning here are kept.
+        """Read the contents of a config.json of BERT, RoBERTa or DistilBERT; unknown keys are kept in `extra`.
 
         Raises ValueError for settings that no model here has (relative positions, decoders).
         """
@@ -235,7 +243,7 @@ class BertConfig:
     def to_dict(self) -> dict[str, Any]:
         """The contents of a config.json in the family's own spelling, with the keys that from_dict kept."""
         spelling = {ours: theirs for theirs, ours in SPELLINGS[self.model_type].items()}
-        skipped = {*_EITHER, *_NOT_WRITTEN[self.model_type]}
+        skipped = {*_SPECIAL, *_NOT_WRITTEN[self.model_type]}
         values = {
             spelling.get(f.name, f.name): getattr(self, f.name)
             for f in dataclasses.fields(self)

@@ -33,9 +33,9 @@ class Prepacked(Protocol):
 
 
 class Encoded(NamedTuple):
-    """The encoder's result and what the heads need with it."""
+    """The encoder's result, with the packing and the seed that heads need."""
 
-    x: Tensor  # (T, C), or (R, C) at the rows that were asked for
+    x: Tensor  # (T, C), or (R, C) at the requested rows
     packing: Packing
     seed: Tensor | None
     hidden_states: tuple[Tensor, ...] | None
@@ -43,15 +43,15 @@ class Encoded(NamedTuple):
 
 
 class Pretrained(nn.Module):
-    """What all models share: the configuration, fresh weights, directories, gradient checkpointing."""
+    """The base of all models: configuration, fresh weights, loading and saving, gradient checkpointing."""
 
-    # transformers' Trainer then divides the loss by the accumulation steps itself
+    # False: transformers' Trainer divides the loss by the accumulation steps
     accepts_loss_kwargs = False
     # the class's name in checkpoints, inherited by classes that users derive
     architecture: str
     # whether `labels` has one label per token, (B, S), not one per sequence
     labels_per_token = False
-    # whether the loss reads labelled rows only, whose numbers `label_rows` has
+    # whether the loss reads labelled rows only; `label_rows` has their numbers
     reads_label_rows = False
     bert: BertModel
 
@@ -73,7 +73,7 @@ class Pretrained(nn.Module):
         checkpoint.save(self, directory)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Keep only the layers' inputs in training and compute each layer again in backward, with the same dropout."""
+        """In training, keep only the layers' inputs and recompute each layer in backward, with the same dropout."""
         self.bert.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
@@ -81,10 +81,10 @@ class Pretrained(nn.Module):
         self.bert.gradient_checkpointing = False
 
     def norms_from_output(self, on: bool = True) -> None:
-        """Have the layers' norms keep for backward their outputs, which are kept anyway, and not their inputs.
+        """Let the layers' norms save for backward their outputs, which the next op saves anyway, and not their inputs.
 
-        It saves two rows (T, C) a layer; gradients are less exact where a norm's |bias| is far above its |weight|
-        (functional.dropout_add_layer_norm, from_output).
+        This saves two tensors (T, C) per layer. Gradients are less exact where a norm's |bias| is far above its
+        |weight| (functional.dropout_add_layer_norm, from_output).
         """
         for layer in self.bert.layers:
             layer.norms_from_output = on  # type: ignore[assignment]
@@ -106,7 +106,7 @@ class Pretrained(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw the weights of this class as BERT does; a head leaves its encoder alone, which has drawn its own."""
+        """Draw this class's weights as BERT does; a model with a head skips its encoder, which drew its own."""
         inside = set(self.bert.modules()) if self.bert is not self else set()
         for module in self.modules():
             if module in inside:
@@ -121,7 +121,7 @@ class Pretrained(nn.Module):
             self.bert.embeddings.fill_positions()
 
     def head_dropout(self, x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
-        """Dropout in a head; `site` counts from the last one of the encoder."""
+        """Dropout in a head; `site` is counted on from the encoder's last site."""
         site += 1 + 3 * self.config.num_hidden_layers
         return dropout(x, p if self.training else 0.0, seed, site)
 
@@ -164,13 +164,13 @@ class BertModel(Pretrained):
         wanted = c.add_pooler if add_pooler is None else add_pooler
         self.pooler = Linear(width, width) if wanted else None
         self.gradient_checkpointing = False
-        # packed copies of the weights, by fastbert.freeze only
+        # prepacked copies of the weights, which only fastbert.freeze makes
         self.frozen: Prepacked | None = None
         self.init_weights()
 
     @property
     def bert(self) -> BertModel:  # type: ignore[override]
-        """The encoder of every model, here itself."""
+        """The encoder: every model has this attribute, and the encoder's is itself."""
         return self
 
     def forward(
@@ -195,10 +195,10 @@ class BertModel(Pretrained):
     def encode(self, inputs: Inputs, rows: Tensor | None = None) -> Encoded:
         """Run the encoder on a packed batch; with `rows` (R,) the result is at these rows, in this order.
 
-        A row may be asked for twice. The last layer leaves out the others, unless the hidden states are wanted too.
+        A row may occur twice. The last layer skips all other rows, unless hidden states are requested too.
         """
         packing = inputs.packing
-        # one seed for the whole forward, whatever the modules' p: recomputed layers must see the same masks
+        # one seed for the whole forward, for every dropout rate: recomputed layers must draw the same masks
         seed = seed_for(1.0, None, inputs.ids) if self.training else None
         x = self.embeddings(inputs.ids, inputs.positions, inputs.types, seed, 0)
         whole = not (inputs.output_hidden_states or inputs.output_attentions)
@@ -218,7 +218,7 @@ class BertModel(Pretrained):
             last = rows if i == narrow else None
             arguments = (x, packing.cu_seqlens, packing.max_seqlen, seed, 1 + 3 * i, last)
             if self.gradient_checkpointing and self.training:
-                # dropout is replayed from the seed tensor, so that the generator's state is not needed
+                # the seed tensor replays dropout, so the generator's state is not needed
                 x = recompute(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(*arguments)
@@ -235,7 +235,7 @@ class BertModel(Pretrained):
         )
 
     def encode_starts(self, inputs: Inputs) -> Encoded:
-        """Run the encoder for every sequence's first token: x is (B, C), zeros where a sequence has none."""
+        """Run the encoder for every sequence's first token: x is (B, C), zeros for an empty sequence."""
         e = self.encode(inputs, inputs.packing.starts(inputs.positions.shape[0]))
         return e._replace(x=e.packing.of_starts(e.x))
 

@@ -11,27 +11,29 @@ from fastbert.models.config import BertConfig
 from fastbert.models.encoder import BertModel, Encoded, Pretrained
 from fastbert.models.inputs import Inputs, prepare
 from fastbert.models.losses import class_loss, position_loss, sequence_loss
-from fastbert.models.output import Output
+from fastbert.models.output import Output, SequenceOutput
 from fastbert.nn.blocks import Linear, MLMHead, NSPHead
 
 
 class _Head(Pretrained):
-    """An encoder with something on top."""
+    """An encoder with a head."""
 
     def __init__(self, config: BertConfig, add_pooler: bool = False) -> None:
         super().__init__(config)
         if add_pooler and config.model_type == "distilbert":
-            raise ValueError(f"{type(self).__name__} needs the pooler, which DistilBERT has not")
+            raise ValueError(
+                f"{type(self).__name__} needs the pooler, which DistilBERT does not have"
+            )
         self.bert = BertModel(config, add_pooler)
 
 
 class Scored(NamedTuple):
-    """What a masked-LM model has computed."""
+    """The results of a masked-LM forward."""
 
     encoded: Encoded
     loss: Tensor | None
     logits: Tensor | None  # (B, S, V), padded
-    first: Tensor  # (B, C) at the rows packing.starts, (0, C) where they were not asked for
+    first: Tensor  # (B, C) at the rows packing.starts, (0, C) if not requested
 
 
 class _MaskedLM(_Head):
@@ -43,7 +45,7 @@ class _MaskedLM(_Head):
         self.mlm_head = MLMHead(
             config.hidden_size,
             config.vocab_size,
-            # RoBERTa's head has the exact GELU whatever hidden_act says
+            # RoBERTa's head has the exact GELU for every hidden_act
             approximate="none" if config.model_type == "roberta" else config.approximate,
             eps=config.layer_norm_eps,
             tied=config.tie_word_embeddings,
@@ -64,7 +66,7 @@ class _MaskedLM(_Head):
             return_logits = labels is None or not self.training
         labelled = rows.shape[0]
         if starts:
-            # a first token that is labelled too is computed twice, which costs less than to find it
+            # a first token that is also labelled is computed twice, which costs less than a search for duplicates
             rows = torch.cat([rows, inputs.packing.starts(inputs.positions.shape[0])])
         e = self.bert.encode(inputs, None if return_logits else rows)
         x = e.x.index_select(0, rows) if return_logits else e.x
@@ -81,7 +83,7 @@ class _MaskedLM(_Head):
 
 
 class BertForPreTraining(_MaskedLM):
-    """Masked-LM and next-sentence heads; the loss is the sum of the two, or the one whose labels are given."""
+    """Masked-LM and next-sentence heads; the loss is the sum of the losses whose labels are given."""
 
     architecture = "BertForPreTraining"
 
@@ -204,13 +206,13 @@ class BertForNextSentencePrediction(_Head):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,  # (B,), 0 = is next, 1 = random
         **options: Any,
-    ) -> Output:
+    ) -> SequenceOutput:
         """Score sentence pairs."""
         batch = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         e = self.bert.encode_starts(prepare(self.config, *batch, **options))
         logits = self.nsp_head(self.bert.pool(e.x))
         loss = None if labels is None else class_loss(logits, labels)
-        return Output(
+        return SequenceOutput(
             loss=loss, logits=logits, hidden_states=e.hidden_states, attentions=e.attentions
         )
 
@@ -218,7 +220,7 @@ class BertForNextSentencePrediction(_Head):
 class BertForSequenceClassification(_Head):
     """A classifier of whole sequences; logits (B, num_labels).
 
-    BERT classifies the pooler's output; RoBERTa and DistilBERT have a dense layer of their own, tanh and ReLU.
+    BERT classifies the pooler's output; RoBERTa has a dense layer with tanh instead, DistilBERT one with ReLU.
     """
 
     architecture = "BertForSequenceClassification"
@@ -240,7 +242,7 @@ class BertForSequenceClassification(_Head):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,  # (B,) classes or values, or (B, num_labels) floating point
         **options: Any,
-    ) -> Output:
+    ) -> SequenceOutput:
         """Score sequences; problem_type names the loss, as in transformers."""
         batch = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         e = self.bert.encode_starts(prepare(self.config, *batch, **options))
@@ -248,12 +250,12 @@ class BertForSequenceClassification(_Head):
         loss = None
         if labels is not None:
             loss = sequence_loss(logits, labels, self.config.problem_type)
-        return Output(
+        return SequenceOutput(
             loss=loss, logits=logits, hidden_states=e.hidden_states, attentions=e.attentions
         )
 
     def _features(self, e: Encoded) -> Tensor:
-        """(B, C): what the classifier sees."""
+        """(B, C): the classifier's input."""
         p = self.config.classifier_p
         if self.pre_classifier is None:
             return self.head_dropout(self.bert.pool(e.x), p, e.seed, 0)
@@ -328,7 +330,7 @@ class BertForQuestionAnswering(_Head):
         end_positions: Tensor | None = None,
         **options: Any,
     ) -> Output:
-        """Score spans; the softmax of the loss runs over tokens only, and positions outside of them do not count."""
+        """Score spans; the loss's softmax runs over tokens only, and positions without a token do not count."""
         batch = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         e = self.bert.encode(prepare(self.config, *batch, **options))
         p = self.config.qa_dropout if self.config.model_type == "distilbert" else 0.0

@@ -43,7 +43,7 @@ def prepare(
 ) -> Inputs:
     """Check the arguments and pack the batch; `rows_wanted` also finds the labelled rows (a sync unless given).
 
-    Raises ValueError or TypeError, naming the argument, for shapes, dtypes or combinations that can't be.
+    Raises ValueError or TypeError, naming the argument, for wrong shapes, dtypes or combinations.
     """
     if return_dict is False:
         raise ValueError(
@@ -59,7 +59,7 @@ def prepare(
     packing = _packing(tokens, attention_mask, cu_seqlens, max_seqlen)
     _check_length(config, packing, position_ids)
     if packing.length is None:
-        # rows that belong to no sequence hold anything: they are not looked up and not labelled
+        # rows past cu_seqlens[-1] may hold any value: give them valid ids and no label
         tail = packing.tail(tokens.shape[0])
         if input_ids is not None:
             values = tokens = input_ids = input_ids.masked_fill(tail, 0)

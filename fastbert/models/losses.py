@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as stock
+from torch.nn import functional as tnf
 
 from fastbert import functional as F
 from fastbert.nn.packing import Packing
 
 
 def class_loss(logits: Tensor, labels: Tensor, count: Tensor | int | None = None) -> Tensor:
-    """Cross-entropies of logits (N, classes) at labels (N,) but -100: their sum, divided by their number or `count`.
+    """The sum of cross-entropies of logits (N, classes) over labels (N,) other than -100, divided by `count`.
 
-    0 where none is left.
+    Without `count`, divided by the number of these labels; 0 if there is none.
     """
     labels = labels.reshape(-1)
     total = F.cross_entropy(logits, labels, reduction="sum")
@@ -21,7 +21,7 @@ def class_loss(logits: Tensor, labels: Tensor, count: Tensor | int | None = None
 
 
 def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
-    """A sequence classifier's loss, of the kind that transformers takes from problem_type, or tells from the labels."""
+    """A sequence classifier's loss for problem_type; None derives it from the labels, as in transformers."""
     classes = logits.shape[-1]
     if problem_type is None:
         kinds = "multi_label_classification", "single_label_classification"
@@ -37,12 +37,12 @@ def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> T
             f"not {tuple(labels.shape)} {labels.dtype}"
         )
     if problem_type == "regression":
-        return stock.mse_loss(logits, labels)
-    return stock.binary_cross_entropy_with_logits(logits, labels)
+        return tnf.mse_loss(logits, labels)
+    return tnf.binary_cross_entropy_with_logits(logits, labels)
 
 
 def position_loss(scores: Tensor, position: Tensor, packing: Packing) -> Tensor:
-    """Cross-entropy of scores (T,) over each sequence's tokens; a position (B,) outside of them is ignored."""
+    """Cross-entropy of scores (T,) over each sequence's tokens; a position (B,) without a token is ignored."""
     grid = packing.spread(scores)  # (B, S)
     token = packing.spread(torch.ones_like(scores, dtype=torch.bool))
     length = grid.shape[1]

@@ -1,7 +1,7 @@
 """The names of weights: one table per family pairs our modules with Hugging Face's, for loading and for saving.
 
-A key is a module path of ours, `*` stands for the layer's number, and three paths on the right are the queries, keys
-and values that, on top of each other, make up our one fused projection.
+A key is a path of one of our modules; `*` is the layer's number. Three paths on the right are the projections of
+queries, keys and values, whose weights, stacked in this order, are our one fused projection.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _HEADS: dict[str, Names] = {
         "mlm_head.decoder": "vocab_projector",
     },
 }
-# where a class has its own name for what is called otherwise in the family
+# (family, class) -> names that differ from the rest of the family's
 _OWN_NAMES: dict[tuple[str, str], Names] = {
     ("bert", "BertForQuestionAnswering"): {"classifier": "qa_outputs"},
     ("roberta", "BertForQuestionAnswering"): {"classifier": "qa_outputs"},
@@ -90,9 +90,9 @@ def names_of(family: str, name: str) -> Names:
 
 
 def hf_keys(key: str, names: Names) -> list[str]:
-    """The Hugging Face keys whose tensors, laid on top of each other, are our parameter `key`.
+    """The Hugging Face keys whose tensors, stacked, are our parameter `key`.
 
-    A key that no table knows, such as one that a subclass has added, keeps its name.
+    A key that is in no table, such as a parameter that a subclass adds, keeps its name.
     """
     module, _, leaf = key.rpartition(".")
     layer = re.search(r"\.(\d+)\.", module)

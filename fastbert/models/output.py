@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -13,9 +13,15 @@ from torch import Tensor
 class Output:
     """A model's results; fields that were not computed are None, and are left out of indices and iteration.
 
-    Per-token fields are (B, S, ...) with zeros at padding, or (T, ...) where the caller passed packed tokens;
-    attentions are always (B, H, S, S).
+    Fields in PER_TOKEN are (B, S, ...) with zeros at padding, or (T, ...) if the caller passed packed tokens. Fields in
+    PER_SEQUENCE are (B, ...). The losses are scalars, and attentions are always (B, H, S, S).
     """
+
+    PER_TOKEN: ClassVar[tuple[str, ...]] = (
+        *("logits", "prediction_logits", "start_logits", "end_logits"),
+        *("last_hidden_state", "hidden_states"),
+    )
+    PER_SEQUENCE: ClassVar[tuple[str, ...]] = ("seq_relationship_logits", "pooler_output")
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -54,3 +60,10 @@ class Output:
 
     def __len__(self) -> int:
         return len(self.keys())
+
+
+class SequenceOutput(Output):
+    """The results of a classifier of whole sequences: logits are (B, classes)."""
+
+    PER_TOKEN = tuple(name for name in Output.PER_TOKEN if name != "logits")
+    PER_SEQUENCE = ("logits", *Output.PER_SEQUENCE)

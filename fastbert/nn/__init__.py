@@ -1,7 +1,7 @@
 """Drop-ins for torch.nn with the same constructors and state-dict keys, and BERT's own blocks.
 
-A drop-in that can't take its fast path runs torch.nn's own code and logs the reason once (logger "fastbert").
-docs/modules.md lists when. Encoders compute no padding: their outputs there are zeros.
+A drop-in that cannot take its fast path runs torch.nn's code and logs the reason once (logger "fastbert").
+docs/modules.md lists the cases. Encoders do not compute padding: their outputs there are zeros.
 """
 
 from fastbert._lazy import lazy
@@ -45,7 +45,7 @@ __all__ = [
     "sinusoidal_positions",
 ]
 
-# runners are made of models, which are made of these modules
+# imported at first use: runners import models, which import this package
 __getattr__ = lazy(
     __name__,
     {

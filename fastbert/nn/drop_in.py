@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import functional as F
-from fastbert.nn.watch import log_once, transformed
+from fastbert.nn.watch import log_once, why_not_ops
 
 
 def log_stock(module: nn.Module, reason: str | None) -> None:
@@ -15,14 +15,14 @@ def log_stock(module: nn.Module, reason: str | None) -> None:
 
 
 def why_not_fused(x: Tensor) -> str | None:
-    """Why the ops can't take a tensor that torch.nn's own code may take."""
+    """Why the ops cannot take an input that torch.nn's code may take."""
     if torch.compiler.is_compiling():
         return None
     if type(x) not in (Tensor, nn.Parameter) or x.is_nested:
         return f"the input is a {'nested tensor' if x.is_nested else type(x).__name__}"
     if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] == 0:
         return f"the input is {x.dtype} of shape {tuple(x.shape)}"
-    return transformed()
+    return why_not_ops()
 
 
 class LayerNorm(nn.LayerNorm):
@@ -56,7 +56,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     """torch.nn.CrossEntropyLoss; the mean over no labelled row is NaN, as in torch.nn."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:  # (N, V), (N,)
-        if reason := self._stock_reason(input, target):
+        if reason := self._why_not_fused(input, target):
             log_stock(self, reason)
             return super().forward(input, target)
         if target.dtype == torch.uint8:
@@ -65,7 +65,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             input, target, ignore_index=self.ignore_index, reduction=self.reduction
         )
 
-    def _stock_reason(self, input: Tensor, target: Tensor) -> str | None:
+    def _why_not_fused(self, input: Tensor, target: Tensor) -> str | None:
         if reason := why_not_fused(input):
             return reason
         if self.weight is not None:

@@ -1,16 +1,16 @@
-"""Packed tokens: sequences laid end to end without padding, the way there and back, and a model's arguments packed."""
+"""Packed tokens: sequences laid end to end without padding; from padded tensors to packed ones and back."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as stock
 from torch import Tensor
+from torch.nn import functional as tnf
 
 from fastbert.ops.context import untraced
 
-# --- from values to indices: ops, so that torch.compile's graph breaks here and nowhere else ---
+# --- from values to indices: opaque ops, so that torch.compile breaks its graph here and nowhere else ---
 
 
 def _mask(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,12 +35,12 @@ def _key_padding(mask: Tensor) -> tuple[Tensor, Tensor]:
     return token, ~token & (mask != float("-inf"))
 
 
-# what a mask (B, S) says: booleans (B, S), True at tokens, and booleans that are True at what is wrong
+# ways to read a mask (B, S). Each gives booleans (B, S), True at tokens, and booleans that are True where it is wrong
 READINGS = {
     "mask": _mask,  # 1 at tokens, 0 at padding; other values are wrong
     "heads": _mask_of_heads,  # 0 at padding; sequences that begin with padding are wrong
-    "heads4": _mask_of_heads4,  # so are numbers but 0 and 1, which are no tokens to transformers 4
-    "key_padding": _key_padding,  # True or -inf at padding; numbers but 0 are wrong
+    "heads4": _mask_of_heads4,  # also wrong: values other than 0 and 1, which are no tokens to transformers 4
+    "key_padding": _key_padding,  # True or -inf at padding; other numbers than 0 are wrong
 }
 
 
@@ -55,13 +55,13 @@ def _fake_tokens(mask: Tensor, reading: str) -> tuple[Tensor, Tensor, Tensor]:
 
 @untraced("find_tokens", _fake_tokens)
 def find_tokens(mask: Tensor, reading: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A mask's tokens: cu_seqlens (B + 1,), rows (T,) and a tensor whose shape (max_seqlen, wrong, 0) tells numbers.
+    """A mask's tokens: cu_seqlens (B + 1,), rows (T,), and an empty tensor of shape (max_seqlen, wrong, 0).
 
-    A shape, because code that is traced after the op takes it as it takes every other size.
+    `wrong` counts wrong values. The two numbers are returned as a shape, since traced code can compute with sizes.
     """
     token, bad = READINGS[reading](mask)
     lengths = token.sum(1, dtype=torch.int32)
-    cu_seqlens = stock.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    cu_seqlens = tnf.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     if token.numel() == 0:
         return cu_seqlens, lengths.new_empty(0, dtype=torch.int64), lengths.new_empty(1, 0, 0)
     counts = torch.stack([cu_seqlens[-1], lengths.max(), bad.sum(dtype=torch.int32)])
@@ -70,10 +70,10 @@ def find_tokens(mask: Tensor, reading: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _places(flags: Tensor, total: int) -> Tensor:
-    """Where the flattened booleans are True, `total` places, in order; no host sync."""
+    """Ascending positions (total,) at which the flattened booleans are True; no host sync on a GPU."""
     if flags.device.type == "cpu":
         return flags.flatten().nonzero().squeeze(1)
-    # a stable sort puts them first and in order; nonzero would sync once more
+    # a stable sort moves True to the front, in order; nonzero would sync once more
     return torch.argsort((~flags).flatten().to(torch.uint8), stable=True)[:total]
 
 
@@ -84,9 +84,9 @@ def _fake_labelled(labels: Tensor, mask: Tensor | None, values: Tensor) -> tuple
 
 @untraced("find_labelled", _fake_labelled)
 def find_labelled(labels: Tensor, mask: Tensor | None, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Places (R,) of the labels (B, S) but -100 in the flat (B * S); a shape (at padding, misshaped, 0) as above.
+    """Positions (R,) in the flat (B * S) of labels other than -100, and an empty tensor (outside, misshaped, 0).
 
-    The first number counts labelled places at padding, the second is 1 where labels don't fit values (B, S, ...).
+    `outside` counts labels at padding; `misshaped` is 1 if the labels' shape does not fit values (B, S, ...).
     """
     labelled = labels != -100
     outside = labelled.new_zeros(())
@@ -102,15 +102,15 @@ def find_labelled(labels: Tensor, mask: Tensor | None, values: Tensor) -> tuple[
 
 @dataclass(frozen=True)
 class Packing:
-    """Where packed tokens (T, ...) stand in a padded batch (B, S, ...).
+    """The positions of packed tokens (T, ...) in a padded batch (B, S, ...).
 
-    `rows` is None where every column is a token; `length` is None where the caller's own tensors are packed, so that
-    outputs stay packed. `max_seqlen` is at least the longest sequence.
+    `rows` is None if every column is a token. `length` is None if the caller passed packed tensors; outputs then stay
+    packed. `max_seqlen` is at least the longest sequence's length.
     """
 
     cu_seqlens: Tensor  # (B + 1,) int32, running sums of the lengths
     max_seqlen: int
-    rows: Tensor | None = None  # (T,) int64, the tokens' places in the flattened (B * S) layout
+    rows: Tensor | None = None  # (T,) int64, the tokens' positions in the flat (B * S)
     length: int | None = None  # S
 
     @property
@@ -139,7 +139,7 @@ class Packing:
 
     @classmethod
     def read(cls, mask: Tensor, reading: str) -> tuple[Packing, int]:
-        """Pack by a mask (B, S) as a name of READINGS takes it, and count what is wrong with it: one host sync."""
+        """Pack by a mask (B, S), read as READINGS[reading] says, and count its wrong values; one host sync."""
         if mask.dim() != 2:
             raise ValueError(
                 f"the mask has shape {tuple(mask.shape)}: pass (B, S), one value per token"
@@ -148,7 +148,7 @@ class Packing:
 
     @classmethod
     def found(cls, indices: tuple[Tensor, Tensor, Tensor], length: int) -> tuple[Packing, int]:
-        """The packing of what find_tokens returns, and the number of things that are wrong."""
+        """The packing from the result of find_tokens, and the number of wrong values."""
         cu_seqlens, rows, sizes = indices
         return cls(cu_seqlens, sizes.shape[0], rows, length), sizes.shape[1]
 
@@ -192,7 +192,7 @@ class Packing:
             return self.pad(y)
         sequence, offset = self._coordinates(y.shape[0])
         places = self.batch * self.max_seqlen
-        # rows past cu_seqlens[-1] go to a place that is cut off
+        # rows past cu_seqlens[-1] go to one extra place at the end, which is cut off again
         place = torch.where(sequence < self.batch, sequence * self.max_seqlen + offset, places)
         grid = y.new_zeros((places + 1, *y.shape[1:])).index_copy(0, place, y)
         return grid[:places].reshape(self.batch, self.max_seqlen, *y.shape[1:])
@@ -210,7 +210,7 @@ class Packing:
         return self.of_starts(x.index_select(0, self.starts(x.shape[0])))
 
     def starts(self, tokens: int) -> Tensor:
-        """Row of each sequence's first token: any row where it has none, and no row at all without a token."""
+        """(B,) rows of the sequences' first tokens, any row for an empty sequence; (0,) if there is no token at all."""
         if tokens == 0:
             return self.cu_seqlens.new_empty(0, dtype=torch.int64)
         return self.cu_seqlens[:-1].clamp(max=tokens - 1).to(torch.int64)
@@ -222,7 +222,7 @@ class Packing:
         return torch.where((self.cu_seqlens.diff() > 0)[:, None], x, 0.0)
 
     def _coordinates(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """(T,) sequence number, B past the last one, and (T,) offset in the sequence, 0 there."""
+        """Each row's sequence number (T,) and offset in its sequence (T,); past the last sequence they are B and 0."""
         row = torch.arange(tokens, dtype=torch.int32, device=self.cu_seqlens.device)
         sequence = torch.searchsorted(self.cu_seqlens[1:].contiguous(), row, right=True)
         offset = row - self.cu_seqlens.index_select(0, sequence)

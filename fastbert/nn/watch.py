@@ -1,4 +1,4 @@
-"""Whether a module may be read instead of called: hooks, tracers and transformations that watch it."""
+"""Whether a module's weights may be read instead of calling it: hooks, tracers and transforms that forbid it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _logged: set[str] = set()
 
 
 def log_once(message: str) -> None:
-    """Log a sentence the first time it is met; traced code stays silent, the eager run says it."""
+    """Log a sentence once in this process; code under torch.compile logs nothing."""
     if not torch.compiler.is_compiling() and message not in _logged:
         _logged.add(message)
         _log.info(message)
@@ -26,31 +26,35 @@ def log_once(message: str) -> None:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def hooked(m: nn.Module, *indifferent: str) -> bool:
-    """Whether somebody watches or replaces a module's calls; hooks of the packages `indifferent` do not count."""
+def hooked(m: nn.Module, *ignored: str) -> bool:
+    """Whether a module has hooks or a replaced forward; hooks of packages that begin with `ignored` do not count."""
     state = m.__dict__
-    # transformers 5.0 leaves a module's own method behind when it has recorded
+    # transformers 5.0 leaves the module's own bound method in its __dict__ after recording outputs
     if "forward" in state and getattr(m.forward, "__func__", None) is not type(m).forward:
         return True
     if not any(map(state.__getitem__, _HOOKS)):
         return False
     hooks = [hook for name in _HOOKS for hook in state[name].values()]
-    return any(not (getattr(h, "__module__", None) or "").startswith(indifferent) for h in hooks)
+    return any(not (getattr(h, "__module__", None) or "").startswith(ignored) for h in hooks)
 
 
-def observed() -> str | None:
-    """Why modules must be called as they stand, whatever the model: somebody records or transforms all of them."""
+def why_not_bypassed() -> str | None:
+    """Why all modules must be called, whichever model it is: global hooks, export, tracing or a transform."""
     if torch_private.global_hooks():
         return "global module hooks are registered"
     if torch.compiler.is_compiling():
         return "it is being exported" if torch.compiler.is_exporting() else None
     if torch_private.tracing() is not None:
         return "it is being traced"
-    return transformed()
+    return why_not_ops()
 
 
-def transformed() -> str | None:
-    """Which transformation of torch is under way that the ops have no rule for."""
+# the name in transformer.py
+observed = why_not_bypassed
+
+
+def why_not_ops() -> str | None:
+    """The active transform of torch that the ops have no rule for."""
     if torch_private.functorch_active():
         return "torch.func is active"
     if torch_private.forward_ad._current_level >= 0:
@@ -58,8 +62,8 @@ def transformed() -> str | None:
     return None
 
 
-def first_hooked(modules: Iterable[nn.Module], *indifferent: str) -> nn.Module | None:
-    """The first of these modules that is `hooked`, None if none is: one call instead of one a module."""
+def first_hooked(modules: Iterable[nn.Module], *ignored: str) -> nn.Module | None:
+    """The first of these modules that is `hooked`, None if none is; faster than one call of `hooked` per module."""
     for m in modules:
         state = m.__dict__
         watched = (
@@ -69,6 +73,6 @@ def first_hooked(modules: Iterable[nn.Module], *indifferent: str) -> nn.Module |
             or state["_backward_pre_hooks"]
             or "forward" in state
         )
-        if watched and hooked(m, *indifferent):
+        if watched and hooked(m, *ignored):
             return m
     return None

@@ -18,7 +18,7 @@ from fastbert.ops.context import autocast_dtype
 def padded_inputs(
     tokens: int, sequences: int, longest: int, types: bool, device: torch.device
 ) -> dict[str, Any]:
-    """A model's inputs for a packed batch of these sizes, for `fill` to write and a graph to read."""
+    """A model's input tensors for a packed batch of these sizes: `fill` writes them and a graph reads them."""
     inputs: dict[str, Any] = {
         "input_ids": torch.zeros(tokens, dtype=torch.int64, device=device),
         "position_ids": torch.zeros(tokens, dtype=torch.int64, device=device),
@@ -31,7 +31,7 @@ def padded_inputs(
 
 
 def fill(inputs: dict[str, Any], batch: Inputs) -> None:
-    """Copy a batch in front of each input; what an earlier one left behind it belongs to no sequence."""
+    """Copy a batch to the front of each input; an earlier batch's values after it belong to no sequence."""
     tokens = batch.ids.shape[0]
     inputs["input_ids"][:tokens] = batch.ids
     inputs["position_ids"][:tokens] = batch.positions
@@ -43,7 +43,7 @@ def fill(inputs: dict[str, Any], batch: Inputs) -> None:
 
 
 def config_of(model: nn.Module, max_graphs: int) -> BertConfig:
-    """The configuration of a model of fastbert; refuses another, and less than one graph."""
+    """The configuration of a fastbert model. Raises TypeError for another model, ValueError for max_graphs below 1."""
     config = getattr(model, "config", None)
     if not isinstance(config, BertConfig):
         raise TypeError(
@@ -55,14 +55,14 @@ def config_of(model: nn.Module, max_graphs: int) -> BertConfig:
 
 
 def touch(entries: OrderedDict[tuple[Any, ...], Any], key: tuple[Any, ...], most: int) -> None:
-    """Count an entry as the last used, and forget what was used longest ago."""
+    """Mark an entry as the last used, and drop all but the `most` last used ones."""
     entries.move_to_end(key)
     while len(entries) > most:
         entries.popitem(last=False)
 
 
 class Capture:
-    """Captures calls as CUDA graphs that share a pool of memory, and so a stream."""
+    """Captures calls as CUDA graphs that share a memory pool and therefore a stream."""
 
     def __init__(self) -> None:
         self.pool: Any = None
@@ -72,7 +72,7 @@ class Capture:
         """(graph, what call() returns), captured after two calls that compile kernels and set up libraries."""
         low = contextlib.nullcontext()
         if (kind := autocast_dtype(device.type)) is not None:
-            # copies of weights that autocast keeps would be the graph's memory
+            # autocast's cache of cast weights would hold memory of the graph
             low = torch.autocast(device.type, kind, cache_enabled=False)  # type: ignore[assignment]
         with torch.cuda.device(device), low:
             stream = self.stream = self.stream or torch.cuda.Stream(device)
@@ -82,7 +82,7 @@ class Capture:
                     call()
             torch.cuda.current_stream(device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # other threads, such as a loader's, may go on
+            # other threads, such as a data loader's, may use CUDA during the capture
             mode = "thread_local"
             with torch.cuda.graph(graph, self.pool, stream, capture_error_mode=mode):
                 outputs = call()
@@ -91,10 +91,10 @@ class Capture:
 
 
 def multiple(count: int, step: int) -> int:
-    """The next multiple of `step`."""
+    """`count` rounded up to a multiple of `step`."""
     return -(-count // step) * step
 
 
 def power(count: int, least: int) -> int:
-    """The smallest power of two that is at least both."""
+    """`count` rounded up to a power of two, or `least`, a power of two, if that is larger."""
     return max(least, 1 << max(count - 1, 0).bit_length())

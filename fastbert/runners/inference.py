@@ -1,4 +1,4 @@
-"""A model's inference or training step as one CUDA graph: one launch for the host, tokens padded to a few sizes."""
+"""A model's inference as one CUDA graph: the host launches once, and tokens are padded to a few sizes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.models.inputs import Inputs, prepare
+from fastbert.models.output import Output
 from fastbert.nn.packing import Packing
 from fastbert.ops.context import autocast_dtype
 from fastbert.runners.capture import Capture, config_of, fill, multiple, padded_inputs, power, touch
 
-# padded tokens of a batch, beyond which the host keeps up with the device without a graph
+# places of a padded batch (B * S) beyond which the host keeps up with the device without a graph
 MAX_TOKENS = 65536
 
 
 @dataclasses.dataclass
 class _Entry:
-    """The inputs that a graph reads, what it writes, and the graph, None on a CPU."""
+    """The inputs that a graph reads, the outputs that it writes, and the graph; None on a CPU."""
 
     inputs: dict[str, Any]
     outputs: Any
@@ -31,13 +32,14 @@ class InferenceRunner:
     """Calls a model of fastbert without gradients, on a GPU by replaying a CUDA graph for the batch's size.
 
     `InferenceRunner(model)(input_ids, attention_mask, token_type_ids)` returns what `model` returns for the same padded
-    batch (B, S) in eval mode, as new tensors. Tokens are packed, then padded to a power of two and at least 16, above
-    1024 to an eighth of one, the number of sequences and the longest length to powers of two, so that few graphs serve
-    all batches: the last `max_graphs` used are kept. Batches of more than `max_tokens` places (B * S) run without a
-    graph. A graph's outputs stay allocated beside the copies that are returned: give models with a decoder, whose
-    logits are (B, S, V), fewer of `max_tokens`. Weights may be changed in place, not replaced.
+    batch (B, S) in eval mode, as new tensors. So that few graphs serve all batches, packed tokens are padded to a power
+    of two of at least 16, above 1024 to multiples of an eighth of it; the number of sequences and the longest length
+    are padded to powers of two. The last `max_graphs` used graphs are kept. Batches of more than `max_tokens` places
+    (B * S) run without a graph. A graph's outputs stay allocated beside the copies that are returned: use a smaller
+    `max_tokens` for models with a decoder, whose logits are (B, S, V). Weights may be changed in place, not replaced.
     On a CPU the same padded call runs without graphs. One host sync a call, for the number of tokens. Raises TypeError
-    for a model without a configuration, ValueError for one in training mode and for what the model itself refuses.
+    for a model without a configuration, ValueError for a model in training mode and for arguments that the model
+    refuses.
     """
 
     def __init__(
@@ -77,12 +79,11 @@ class InferenceRunner:
         else:
             with torch.cuda.device(device):
                 entry.graph.replay()
-        return self._cut(entry.outputs, batch, sizes)
+        return self._cut(entry.outputs, batch)
 
     def _sizes(self, tokens: int, packing: Packing) -> tuple[int, int, int]:
         """Tokens, sequences and longest length of the graph that serves this batch."""
-        # one sequence more, an odd number that no number of tokens equals; it is empty
-        sequences = power(packing.batch, 1) + 1
+        sequences = power(packing.batch, 1)
         longest = min(power(packing.max_seqlen, 16), self.config.max_length)
         padded = power(tokens, 16)
         if padded > 1024:
@@ -97,14 +98,14 @@ class InferenceRunner:
         return _Entry(inputs, outputs, graph)
 
     @staticmethod
-    def _cut(outputs: Any, batch: Inputs, sizes: tuple[int, int, int]) -> Any:
-        """The part of each output that is the batch's: tokens back in (B, S), sequences without the extra ones."""
+    def _cut(outputs: Output, batch: Inputs) -> Output:
+        """Copies of the batch's part of each output: tokens as (B, S, ...), sequences without the extra ones."""
         packing, cut = batch.packing, {}
-        for field in dataclasses.fields(outputs):
-            value = getattr(outputs, field.name)
-            if isinstance(value, Tensor) and value.dim() and value.shape[0] == sizes[0]:
+        for name in outputs.keys():  # noqa: SIM118 -- an Output iterates over values
+            value = getattr(outputs, name)
+            if name in outputs.PER_TOKEN:
                 value = packing.pad(value[: batch.ids.shape[0]])
-            elif isinstance(value, Tensor) and value.dim() and value.shape[0] == sizes[1]:
+            elif name in outputs.PER_SEQUENCE:
                 value = value[: packing.batch]
-            cut[field.name] = value.clone() if isinstance(value, Tensor) else value
+            cut[name] = value.clone()
         return type(outputs)(**cut)

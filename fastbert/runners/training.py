@@ -1,4 +1,4 @@
-"""A training step's forward and backward as one CUDA graph, tokens padded to a few sizes."""
+"""A training step's forward and backward as one CUDA graph; tokens are padded to a few sizes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as stock
 from torch import Tensor, nn
+from torch.nn import functional as tnf
 
 from fastbert.backend.torch_private import zero_all
 from fastbert.models.inputs import Inputs, prepare
@@ -20,7 +20,7 @@ from fastbert.runners.capture import Capture, config_of, fill, multiple, padded_
 
 @dataclasses.dataclass
 class _Step:
-    """The inputs of a captured training step, the parameters that it gives gradients, its losses and its graph."""
+    """The inputs of a captured step, the parameters that get gradients, the losses and the graph; None on a CPU."""
 
     inputs: dict[str, Any]
     used: list[nn.Parameter]
@@ -33,16 +33,17 @@ class TrainingRunner:
 
     `TrainingRunner(model)(input_ids, attention_mask, token_type_ids, labels=...)` returns an Output with the losses
     that `model` returns in training mode, detached, and nothing else; gradients are added to the parameters' `.grad` as
-    `output.loss.backward()` adds them. Clipping, optimiser and schedule stay outside. Tokens are packed, then padded to
-    steps of a sixteenth (at least 256), labelled rows to a 32nd of the tokens, sequences to a sixteenth in pretraining
-    and else not at all; a size that is met a second time is captured, and the last `max_graphs` used are kept. All
-    graphs add to the same gradients, which stay the runner's between steps. Dropout draws new masks in every replay.
-    Works under bf16 autocast. A graph keeps what it was captured with: parameters may be changed in place, not
-    replaced; hooks, another dropout or backend, and `eval()` of a part come too late. On a CPU the same padded call
-    runs without graphs. One host sync a call, for the numbers of tokens and labels, none where `cu_seqlens`,
-    `max_seqlen` and `label_rows` are given. Raises TypeError for a model without a configuration
-    (DistributedDataParallel has none) and for `inputs_embeds`, ValueError for a model in eval mode, for fp16 autocast,
-    which wants a GradScaler, and for what the model itself refuses.
+    `output.loss.backward()` adds them. Clipping, optimiser and schedule stay outside. Packed tokens are padded to a
+    multiple of a sixteenth of the next power of two (at least 256), labelled rows to a multiple of a 32nd of the
+    tokens; sequences to a multiple of a sixteenth of the next power of two in masked-LM models, and not at all in
+    others. A size is captured at its second occurrence, and the last `max_graphs` used graphs are kept. All graphs add
+    to the same gradient tensors, which the runner keeps between steps. Dropout draws new masks in every replay. Works
+    under bf16 autocast. Parameters may be changed in place, not replaced; a graph ignores hooks, dropout rates,
+    backends and an `eval()` of a part that were set after its capture. On a CPU the same padded call runs without
+    graphs. One host sync a call, for the numbers of tokens and labels; none if `cu_seqlens`, `max_seqlen` and
+    `label_rows` are given. Raises TypeError for a model without a configuration (DistributedDataParallel has none) and
+    for `inputs_embeds`, ValueError for a model in eval mode, for fp16 autocast, which needs a GradScaler, and for
+    arguments that the model refuses.
     """
 
     def __init__(self, model: nn.Module, *, max_graphs: int = 64) -> None:
@@ -53,7 +54,7 @@ class TrainingRunner:
         self._parameters = list(model.parameters())
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._entries: OrderedDict[tuple[Any, ...], _Step] = OrderedDict()
-        # sizes that were met
+        # keys that occurred before, in order of last use
         self._met: OrderedDict[tuple[Any, ...], None] = OrderedDict()
         self._capture = Capture()
 
@@ -63,9 +64,9 @@ class TrainingRunner:
         input_ids: Tensor,  # (B, S) int64, or packed (T,) with cu_seqlens and max_seqlen
         attention_mask: Tensor | None = None,  # (B, S), 1 at tokens
         token_type_ids: Tensor | None = None,  # as input_ids
-        **options: Any,  # labels and whatever else the model's forward takes
+        **options: Any,  # labels and other arguments of the model's forward
     ) -> Output:
-        """The losses of a batch; the gradients of `loss` are added to the parameters'."""
+        """The losses of a batch; adds the gradients of `loss` to the parameters' `.grad`."""
         self._check(input_ids, options)
         if input_ids.numel() == 0:
             given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
@@ -74,7 +75,7 @@ class TrainingRunner:
         sizes = self._sizes(batch)
         if (answers := targets.get("next_sentence_label")) is not None:
             more = sizes[1] - batch.packing.batch
-            targets["next_sentence_label"] = stock.pad(answers.reshape(-1), (0, more), value=-100)
+            targets["next_sentence_label"] = tnf.pad(answers.reshape(-1), (0, more), value=-100)
         key = self._key(batch, sizes, targets)
         entry = self._entries.get(key)
         if entry is None:
@@ -103,13 +104,13 @@ class TrainingRunner:
             raise ValueError("the model is in eval mode: call model.train()")
         if autocast_dtype(ids.device.type) == torch.float16:
             raise ValueError(
-                "the model runs under fp16 autocast, which wants a GradScaler: use bfloat16"
+                "the model runs under fp16 autocast, which needs a GradScaler: use bfloat16"
             )
 
     def _key(
         self, batch: Inputs, sizes: tuple[int, ...], targets: dict[str, Any]
     ) -> tuple[Any, ...]:
-        """What two batches must share to be served by one graph."""
+        """The key of the graph: batches with equal keys can use the same graph."""
         given = [
             (name, (v.shape, v.dtype, v.device) if isinstance(v, Tensor) else repr(v))
             for name, v in sorted(targets.items())
@@ -123,12 +124,12 @@ class TrainingRunner:
     def _packed(
         self, ids: Tensor, mask: Tensor | None, types: Tensor | None, options: dict[str, Any]
     ) -> tuple[Inputs, dict[str, Any]]:
-        """The batch packed, with labels of tokens, and what else the model's forward is called with."""
+        """The packed batch with its per-token labels, and the remaining arguments of the model's forward."""
         packing = ["position_ids", "cu_seqlens", "max_seqlen", "label_rows"]
         packing += ["labels"] if self._of_tokens else []
         given = {name: options.pop(name) for name in packing if name in options}
         for name in ("num_items_in_batch", "num_pairs_in_batch"):
-            # a number that changes from batch to batch is no part of the graph
+            # a tensor, since the graph would keep a Python number of the first batch
             if (count := options.get(name)) is not None:
                 count = torch.as_tensor(count, dtype=torch.float32, device=ids.device)
                 options[name] = count.reshape(())
@@ -143,20 +144,20 @@ class TrainingRunner:
         packing, rows = batch.packing, batch.label_rows
         longest = min(power(packing.max_seqlen, 16), self.config.max_length)
         longest = max(longest, packing.max_seqlen)
-        # one token more, which is nobody's: labelled rows that there are not point to it
+        # one extra token belongs to no sequence; unused entries of label_rows point at it
         tokens = batch.ids.shape[0] + 1
         tokens = multiple(tokens, max(256, power(tokens, 1) // 16))
         labelled = 0 if rows is None else multiple(max(rows.shape[0], 1), tokens // 32)
         sequences = packing.batch
         if self._masked_lm:
-            # sequences more than there are have no token, and no answer either
+            # the extra sequences have no tokens, and the next-sentence label -100
             sequences = multiple(sequences, max(1, power(sequences, 1) // 16))
         return tokens, sequences, longest, labelled
 
     def _inputs(
         self, batch: Inputs, sizes: tuple[int, int, int, int], targets: dict[str, Any]
     ) -> dict[str, Any]:
-        """The padded batch in tensors of its own."""
+        """New input tensors of these sizes, filled with the batch."""
         tokens, sequences, longest, labelled = sizes
         types, device = batch.types is not None, batch.ids.device
         inputs = padded_inputs(tokens, sequences, longest, types, device)
@@ -170,7 +171,7 @@ class TrainingRunner:
         return inputs
 
     def _prepare(self, inputs: dict[str, Any], device: torch.device) -> _Step:
-        """The step captured, with the gradients and the random state as they were."""
+        """Capture the step; gradients and the random state are restored afterwards."""
         if device.type != "cuda":
             return _Step(inputs, [], None, None)
         state = torch.cuda.get_rng_state(device)
@@ -178,7 +179,7 @@ class TrainingRunner:
         try:
             for p in self._parameters:
                 p.grad = None
-            # a first step shows which parameters get a gradient at all; the others' stays None, as without a graph
+            # run once to see which parameters get a gradient; the others keep None, as without a graph
             self._step(inputs)
             used = [p for p in self._parameters if p.grad is not None]
             for p in used:
@@ -201,7 +202,7 @@ class TrainingRunner:
         return _losses(output, Tensor.detach)
 
     def _own(self, used: list[nn.Parameter]) -> None:
-        """Have the parameters' gradients be the tensors that the graphs add to, with what they hold now."""
+        """Copy gradients into the tensors that the graphs add to, and make these the parameters' `.grad`."""
         none = []
         for p in used:
             ours = self._gradients[p]
@@ -215,7 +216,7 @@ class TrainingRunner:
 
     @staticmethod
     def _fill(inputs: dict[str, Any], batch: Inputs, targets: dict[str, Any]) -> None:
-        """Copy a batch and what else the model is called with into its graph's inputs."""
+        """Copy a batch and the other arguments into a graph's inputs."""
         fill(inputs, batch)
         if batch.labels is not None:
             inputs["labels"][: batch.labels.shape[0]] = batch.labels
@@ -228,7 +229,7 @@ class TrainingRunner:
 
 
 def _losses(output: Any, copy: Callable[[Tensor], Tensor]) -> Output:
-    """An Output of copies of the scalars in one."""
+    """An Output with copies of the scalars of another one."""
     found: dict[str, Any] = {}
     for name in output.keys():  # noqa: SIM118 -- an Output iterates over values
         value = getattr(output, name)
@@ -241,7 +242,7 @@ def _offsets(
     columns: Tensor,  # (B,) int64
     token: Tensor,  # (B, S) bool
 ) -> Tensor:
-    """Columns of a padded batch as offsets among each sequence's tokens, -1 where there is no token."""
+    """Columns of a padded batch as offsets among each sequence's tokens; -1 for a column without a token."""
     column = columns.clamp(0, token.shape[1] - 1)[:, None]
     offset = token.cumsum(1).gather(1, column)[:, 0] - 1
     inside = (columns == column[:, 0]) & token.gather(1, column)[:, 0]

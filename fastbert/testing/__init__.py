@@ -1,1 +1,1 @@
-"""Shipped test tools: error budget, poison, sample inputs, parity checks, timing, machine info, test data."""
+"""Test tools in the package: error budget, poison, parity checks, timing, peaks, compiled kernels, test data."""

@@ -1,7 +1,7 @@
-"""What the Triton kernels become on a GPU that is not here: registers, spills, shared memory and machine code.
+"""The Triton kernels compiled for GPUs that this machine lacks: registers, spills, shared memory, machine code.
 
 `compiled(arch, call)` runs an adapter on meta tensors with Triton's launches replaced by compilations for that
-architecture: the specialisation is that of a real launch, and an adapter that looked at a value would fail.
+architecture. The specialisation is that of a real launch, and an adapter that reads a tensor's values fails.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastbert.kernels import _launch
 ARCHS: tuple[_launch.Arch, ...] = (80, 90, 100, "gfx942")
 # bytes of shared memory that one block may have: compute capabilities 8.0, 9.0, 10.0 and CDNA 3's LDS
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448, "gfx942": 65_536}
-# registers of a multiprocessor and of a thread, and threads it holds
+# registers and threads of a multiprocessor
 REGISTERS, THREADS = 65_536, 2_048
 # names of instructions: products of matrices on Ampere's, Hopper's and Blackwell's tensor cores and CDNA's matrix
 # cores; accesses of 16 bytes a lane
@@ -52,7 +52,7 @@ class Kernel:
 
     @cached_property
     def opcodes(self) -> dict[str, int]:
-        """How often each instruction stands in the machine code, by its whole name."""
+        """The number of each instruction in the machine code, by its whole name."""
         found: dict[str, int] = {}
         pattern = (
             r"^\s+(\w+)"
@@ -64,7 +64,7 @@ class Kernel:
         return found
 
     def count(self, pattern: str) -> int:
-        """Instructions whose whole name matches."""
+        """The number of instructions whose whole name matches."""
         return sum(n for name, n in self.opcodes.items() if re.fullmatch(pattern, name))
 
     @property
@@ -77,7 +77,7 @@ class Kernel:
 
 
 class _Driver:
-    """Stands for a GPU of one architecture; it can compile and not run."""
+    """A stand-in for the driver of a GPU of one architecture: it can compile but not run."""
 
     def __init__(self, arch: _launch.Arch) -> None:
         self.arch = arch
@@ -88,7 +88,7 @@ class _Driver:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        # a JITFunction keeps what it compiled by device
+        # a JITFunction caches compiled kernels by device number
         return ARCHS.index(self.arch)
 
     def get_current_stream(self, device: int) -> int:
@@ -97,7 +97,7 @@ class _Driver:
 
 @contextmanager
 def recording(arch: _launch.Arch) -> Iterator[list[tuple[JITFunction, Any, dict[str, Any]]]]:
-    """Inside, launches compile for `arch` and are appended: (function, its compilation, keyword arguments)."""
+    """Inside, launches compile for `arch` and append (function, compiled kernel, keyword arguments) to the list."""
     launches: list[tuple[JITFunction, Any, dict[str, Any]]] = []
     run = JITFunction.run
 

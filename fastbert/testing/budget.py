@@ -1,11 +1,12 @@
-"""The error budget: how far a result may be from the truth, relative to what stock PyTorch manages in the same dtype.
+"""The error budget: how far a result may be from the truth, relative to the error of stock PyTorch in the same dtype.
 
     max |ours - truth| <= 2 max |eager - truth| + 4 eps max |truth|
     rms (ours - truth) <= 2 rms (eager - truth) +   eps rms truth
 
-truth is the reference in fp64, eager the stock ops in the tested dtype, eps that of ours' dtype; NaN and infinities
-must stand at the same places. Where stock rounds its result to a narrower dtype than ours, its error counts as no less
-than such a rounding's mean, eps' / 8 of the value: the loss of a batch is a single number, and stock's may be lucky.
+truth is the reference in fp64, eager the stock ops in the tested dtype, eps that of the dtype of ours. NaN and
+infinities must be at the same positions. Where the dtype of eager is narrower than that of ours, with eps', the error
+of eager counts as at least eps' / 8 of the value, about the mean error of one rounding: a single number, such as the
+loss of a batch, may be exact by chance.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ def excess(ours: Tensor, truth: Tensor, eager: Tensor) -> str | None:
         return None
     eps = torch.finfo(ours.dtype).eps
     a, t, e = (v.detach().to(torch.float64) for v in (ours, truth, eager))
-    for what, test in (("NaN", torch.isnan), ("inf", torch.isinf)):
+    for kind, test in (("NaN", torch.isnan), ("inf", torch.isinf)):
         if not torch.equal(test(a), test(t)):
-            return f"{int(test(a).sum())} {what} where the reference has {int(test(t).sum())}"
+            return f"{int(test(a).sum())} {kind} where the reference has {int(test(t).sum())}"
     finite = torch.isfinite(t)
     a, t, e = a[finite], t[finite], e[finite]
-    # where stock itself fails it allows nothing
+    # values of eager that are not finite allow no error
     e = e.where(torch.isfinite(e), t)
     if t.numel() == 0:
         return None

@@ -23,10 +23,9 @@ from fastbert.data.fetch import fetch
 from fastbert.integrations.fairseq import convert_fairseq_roberta
 from fastbert.models.checkpoint import class_name
 from fastbert.models.names import hf_keys, names_of
+from fastbert.models.output import Output
 
 LAYOUTS = ("padded", "packed", "single")
-# outputs with one row per token, the others have one per sequence
-PER_TOKEN = ("last_hidden_state", "prediction_logits", "logits", "hidden_states")
 SENTENCES = (
     ("A man is eating food.", "He sits at a long table in the kitchen."),
     ("The new movie is awesome, and everybody in the audience applauded at the end.", None),
@@ -53,12 +52,12 @@ AMINO_ACIDS = [*("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"), *"ACDEFGHIKLMNPQ
 
 @dataclass
 class Example:
-    """One tokenised sequence with everything that a loss may want."""
+    """One tokenised sequence with the labels of every kind of loss."""
 
     ids: Tensor  # (S,) int64, some of them masked
     types: Tensor  # (S,) int64
-    labels: Tensor  # (S,) int64, -100 where nothing was masked
-    # next sentence or not, or the class
+    labels: Tensor  # (S,) int64, -100 at tokens that are not masked
+    # the class, or the next-sentence label
     target: int
 
 
@@ -196,7 +195,7 @@ def flat(out: Any, inputs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     for name in out.keys():  # noqa: SIM118 -- not a dict
         values = out[name] if isinstance(out[name], tuple) else (out[name],)
         for i, value in enumerate(values):
-            if name in PER_TOKEN and mask is not None and value.shape[:2] == mask.shape:
+            if name in Output.PER_TOKEN and mask is not None and value.shape[:2] == mask.shape:
                 value = value[mask.bool()]
             if value.dim():
                 yield (f"{name}[{i}]" if len(values) > 1 else name), value
@@ -208,7 +207,7 @@ Results = tuple[dict[str, Tensor], dict[str, Tensor]]
 def loss_of(
     out: Any, values: dict[str, Tensor], group: list[Example], whole: list[Example]
 ) -> Tensor:
-    """What `group` adds to the loss of the whole batch; a bare model's is a fixed function of its outputs."""
+    """The share of `group` in the loss of the whole batch; a bare model's loss is a fixed function of its outputs."""
     if "loss" not in out:
         states, pooled = values["last_hidden_state"], values["pooler_output"]
         generator = torch.Generator().manual_seed(0)
@@ -245,7 +244,7 @@ def run(real: Real, model: Any, examples: list[Example], layout: str = "padded")
 
 
 def fused(model: Any, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients of transformers' parameters as those of ours: queries, keys and values on top of each other."""
+    """Gradients of transformers' parameters as those of ours: queries, keys and values stacked."""
     names = names_of(model.config.model_type, class_name(type(model)))
     bare = model.bert is model
     found = {}
@@ -256,7 +255,7 @@ def fused(model: Any, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def errors(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Each tensor's largest error relative to its largest expected value; all that is expected must be there."""
+    """Each tensor's largest error relative to its largest expected value; every expected tensor must be in `ours`."""
     found = {}
     for name, value in expected.items():
         if ours[name].shape != value.shape:
@@ -297,7 +296,7 @@ def measure(real: Real, scratch: Path) -> dict[str, Parity]:
     truth = run(real, theirs.double(), examples)
     found["padded to fp64"] = Parity.of(ours, results["padded"], truth)
     found["transformers to fp64"] = Parity.of(ours, (stock[0], fused(ours, stock[1])), truth)
-    # what rounding alone does to each tensor: a few are so ill-conditioned that plain PyTorch misses 1e-5
+    # the effect of rounding alone: a few tensors are so ill-conditioned that plain PyTorch misses 1e-5
     found["reference to fp64"] = Parity.of(ours, plain, truth)
     found["both in fp64"] = Parity.of(ours, run(real, ours.double(), examples), truth)
     return found

@@ -1,6 +1,6 @@
 """Calls that launch every Triton kernel in every configuration, on meta tensors: nothing is computed or allocated.
 
-`calls(dtype)` names each by op, direction and what is special about it; with `full=False` one of a kernel is enough.
+`calls(dtype, full)` labels each call by op, direction and settings; `full=False` gives about one call per kernel.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def calls(dtype: torch.dtype, full: bool) -> Iterator[Call]:
     yield from _products(dtype, (1, 64, 512, 8192) if full else (64,), full)
     if full or dtype == torch.bfloat16:
         yield from _optional(dtype)
-    # AMD's whole-sequence backward goes up to 32 tokens
+    # AMD's backward of whole sequences takes up to 32 tokens
     lengths = (16, 32, 64, 128, 512) if full else (32, 512)
     for D in (32, 64, 128) if full else (64,):
         for S in lengths:
@@ -76,7 +76,7 @@ def _norms(dtype: torch.dtype, widths: tuple[int, ...], full: bool) -> Iterator[
 
 
 def _optional(dtype: torch.dtype) -> Iterator[Call]:
-    """What may be absent: dropout, weights, biases, ids, types, numbers of rows, anything saved for backward."""
+    """Calls without optional arguments: dropout, weights, biases, ids, types, numbers of rows, saving for backward."""
     x, w, ids, seed, mean = _meta(_T, 768, dtype=dtype), _stats(768), _ids(_T), _ids(1), _stats(_T)
     word, position, type_ = _stats(30522, 768), _stats(512, 768), _stats(2, 768)
     yield "layer_norm fwd plain", partial(layer_norm.forward, x, None, None, 1e-12)

@@ -57,7 +57,7 @@ def upstream(y: Tensor) -> Tensor:
 
 
 def detached(kwargs: dict[str, Any], grad: bool = True) -> dict[str, Any]:
-    """The arguments cut off from any graph, every float tensor wanting a gradient with `grad`."""
+    """The arguments detached from any graph; with `grad` every float tensor requires a gradient."""
     return {
         k: tree_map(v, lambda t: t.detach().requires_grad_(grad and t.is_floating_point()))
         for k, v in kwargs.items()
@@ -94,9 +94,9 @@ def check(
     backward: bool,
     again: bool = True,
 ) -> None:
-    """Run one sample on one backend; raise AssertionError where it breaks the budget, is not written, or varies.
+    """Run one sample on one backend; raise AssertionError if results break the budget, are unwritten or vary.
 
-    `again=False` leaves out the second run, for a device that cannot vary. A backend that does not support the call
+    `again=False` omits the second run, for a device whose results cannot vary. A backend that does not support the call
     raises `backend.Unsupported` with its reason, which tests turn into a skip.
     """
     reference = importlib.import_module(f"fastbert.backend.reference.{slug}")

@@ -1,4 +1,4 @@
-"""Poison: outputs are allocated full of NaN and inputs lie inside NaN, so that a stray read or missing write shows."""
+"""Poison: outputs start as NaN and inputs are surrounded by NaN, so that a stray read or a missing write shows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-_GUARD = 64  # elements of poison before and after
+_GUARD = 64  # elements of poison before and after an input
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Timing competitors side by side, so that a machine that slows down slows all of them down."""
+"""Timing calls side by side, so that a machine that slows down slows all of them down."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from fastbert.backend import torch_private
 
-# cycles: some three milliseconds, in which a slow host enqueues a forward and a backward
+# cycles, about three milliseconds: time for a slow host to enqueue a forward and a backward
 _SLEEP = 6_000_000
 
 
@@ -33,51 +33,49 @@ class Timing:
 
 
 def interleave(
-    competitors: Mapping[str, Callable[[], object]], rounds: int = 30, warmup: int = 3
+    calls: Mapping[str, Callable[[], object]], rounds: int = 30, warmup: int = 3
 ) -> dict[str, Timing]:
-    """Call every competitor once per round, in an order that rotates, and time each call.
+    """Time each of these calls once per round, in an order that rotates.
 
-    `warmup` rounds are not counted. On a GPU a call ends when the device is done. Raises ValueError without
-    competitors or rounds.
+    `warmup` rounds are not counted. On a GPU a call ends when the device is done. Raises ValueError without calls or
+    rounds.
     """
-    if not competitors or rounds < 1 or warmup < 0:
+    if not calls or rounds < 1 or warmup < 0:
         raise ValueError(
-            f"{len(competitors)} competitors in {rounds} rounds after {warmup}: nothing can be timed"
+            f"{len(calls)} calls in {rounds} rounds after {warmup}: nothing can be timed"
         )
-    names = list(competitors)
+    names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warmup, rounds):
         for name in rotated(names, number):
-            taken = _time(competitors[name])
+            taken = _time(calls[name])
             if number >= 0:
                 seconds[name].append(taken)
     return {name: Timing.of(values) for name, values in seconds.items()}
 
 
 def interleave_training(
-    competitors: Mapping[str, tuple[Callable[[], Any], Callable[[Any], object]]],
+    calls: Mapping[str, tuple[Callable[[], Any], Callable[[Any], object]]],
     seconds: float,
     rounds: tuple[int, int] = (3, 200),
 ) -> dict[str, dict[str, Timing]]:
     """Time (forward, backward) pairs in rotating order: {name: {"forward", "backward", "both": Timing}}.
 
     Each backward takes what its own forward has just returned, so that no graph is kept for longer than a training
-    step keeps it. As many rounds as fit into `seconds`, within the bounds `rounds`; callers warm up. On a GPU the times
-    are the device's, from cold caches: up to three milliseconds of what the host takes to launch the work is
-    hidden. Raises ValueError without competitors or with bounds that allow no round.
+    step keeps it. There are as many rounds as fit into `seconds`, within the bounds `rounds`; callers warm up. On a GPU
+    these are the device's times, from cold caches; up to three milliseconds of the host's launches are hidden. Raises
+    ValueError without calls or with bounds that allow no round.
     """
     least, most = rounds
-    if not competitors or not 1 <= least <= most:
-        raise ValueError(
-            f"{len(competitors)} competitors in {least} to {most} rounds: nothing can be timed"
-        )
-    names = list(competitors)
+    if not calls or not 1 <= least <= most:
+        raise ValueError(f"{len(calls)} calls in {least} to {most} rounds: nothing can be timed")
+    names = list(calls)
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
     done = 0
     while done < least or (done < most and time.perf_counter() < end):
         for name in rotated(names, done):
-            taken[name].append(_time_pair(*competitors[name]))
+            taken[name].append(_time_pair(*calls[name]))
         done += 1
     return {
         name: {
@@ -90,7 +88,7 @@ def interleave_training(
 
 
 def rotated(names: list[str], number: int) -> list[str]:
-    """The order of a round: whoever followed the same neighbour every time would always find the same caches."""
+    """The order of a round, rotated by its number, so that no call is first, with its caches, in every round."""
     shift = number % len(names)
     return names[shift:] + names[:shift]
 
@@ -112,7 +110,7 @@ def _time_pair(
 def _time_pair_on_device(
     forward: Callable[[], Any], backward: Callable[[Any], object]
 ) -> tuple[float, float]:
-    """Between events, after 256 MB that no cache holds and a wait in which the host enqueues everything."""
+    """Times between CUDA events, after a write of 256 MB that empties caches and a wait that lets the host enqueue."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
     torch.cuda.synchronize()
     torch.empty(2**28, dtype=torch.int8, device="cuda").zero_()

@@ -57,6 +57,28 @@ def test_the_model_s_own_output(cls, kind):
             same(runner(ids), net(ids))
 
 
+@pytest.mark.parametrize(
+    "cls",
+    [
+        bert.BertModel,
+        bert.BertForPreTraining,
+        bert.BertForMaskedLM,
+        bert.BertForNextSentencePrediction,
+        bert.BertForSequenceClassification,
+        bert.BertForTokenClassification,
+        bert.BertForQuestionAnswering,
+    ],
+)
+def test_as_many_sequences_as_tokens(cls):
+    """13 sequences of 14 tokens, each padded to 16: sizes do not tell per-token from per-sequence outputs."""
+    net = model(cls)
+    runner = InferenceRunner(net)
+    ids, mask, types = batch((1,) * 12 + (2,))
+    assert runner._sizes(14, Packing.from_mask(mask))[:2] == (16, 16)
+    with torch.no_grad():
+        same(runner(ids, mask, types), net(ids, attention_mask=mask, token_type_ids=types))
+
+
 def test_results_are_the_caller_s():
     runner = InferenceRunner(model())
     first = runner(*batch((5, 2))[:2]).last_hidden_state

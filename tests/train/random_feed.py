@@ -1,7 +1,7 @@
 """Random batches in the collator's layout, a pure function of (epoch, number): training without text."""
 
 import torch
-from torch.nn import functional as stock
+from torch.nn import functional as tnf
 
 from fastbert.bert import BertConfig, BertForPreTraining
 from fastbert.data import Batch
@@ -33,7 +33,7 @@ class RandomFeed:
         labels[0] = ids[0]
         masked = torch.where((labels >= 0) & (torch.rand(tokens, generator=g) < 0.8), MASK, ids)
         masked[0] = MASK
-        starts = stock.pad(lengths.cumsum(0), (1, 0))
+        starts = tnf.pad(lengths.cumsum(0), (1, 0))
         half = [torch.arange(n) >= n // 2 for n in lengths.tolist()]
         batch = Batch(
             {
