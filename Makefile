@@ -59,11 +59,11 @@ test-ptx: $(INSTALLED)
 	$(PY) -m pytest -m ptx_full -n auto $(PYTEST_ARGS) tests/ptx
 
 gpu: $(INSTALLED)
-	$(PY) benchmarks/gpu.py $(BENCH_ARGS)
-	$(PY) benchmarks/gpu_page.py
+	$(PY) -m benchmarks.gpu.gpu $(BENCH_ARGS)
+	$(PY) -m benchmarks.gpu.gpu_page
 
 gpu-report: $(INSTALLED)
-	$(PY) benchmarks/gpu_report.py
+	$(PY) -m benchmarks.gpu.gpu_report
 
 # a whole second package in a folder of its own, whose module is built with these flags. Python itself leaks, and torch
 # is not instrumented: its tensors' memory is watched because it comes from malloc
@@ -83,21 +83,21 @@ sanitize: $(INSTALLED)
 	$(RUN) $(VENV)/bin/pytest --capture=sys -x $(SANITIZED_TESTS) $(PYTEST_ARGS)
 
 bench: $(INSTALLED)
-	$(PY) -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
-	$(PY) benchmarks/tables.py
-	$(PY) benchmarks/bench_bert.py --peers fastbert sdpa compiled --rows 'infer-*-fp32' '*-real-fp32' \
+	$(PY) -m pytest benchmarks/ops --benchmark-only $(PYTEST_ARGS)
+	$(PY) -m benchmarks.report.tables
+	$(PY) -m benchmarks.models.bench_bert --peers fastbert sdpa compiled --rows 'infer-*-fp32' '*-real-fp32' \
 		--rounds 3 --limit 20 --out runs/bench/bert.json
 
 bench-peers: $(INSTALLED)
 	$(PY) benchmarks/peers/install.py --pip-args="$(PIP_ARGS)"
-	$(PY) benchmarks/bench_bert.py $(BENCH_ARGS)
-	$(PY) benchmarks/readme.py
+	$(PY) -m benchmarks.models.bench_bert $(BENCH_ARGS)
+	$(PY) -m benchmarks.report.readme
 
 bench-scaling: $(INSTALLED)
-	$(PY) benchmarks/scaling.py $(BENCH_ARGS)
+	$(PY) -m benchmarks.models.scaling $(BENCH_ARGS)
 
 bench-scripts: $(INSTALLED)
-	$(PY) benchmarks/scripts.py $(BENCH_ARGS)
+	$(PY) -m benchmarks.models.scripts $(BENCH_ARGS)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -39,9 +39,9 @@ def tile(length: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(length)))
 
 
-# Chosen by compiling (benchmarks/gpu_report.py): the largest tiles that do not spill on sm_80, sm_90, sm_100, gfx942.
-# Some for sm_90 were measured instead, and a few of backward spill there (docs/triton.md). Replaying dropout takes some
-# 60 registers a thread.
+# Chosen by compiling (benchmarks/gpu/gpu_report.py): the largest tiles that do not spill on sm_80, sm_90, sm_100 and
+# gfx942. Some for sm_90 were measured instead, and a few of backward spill there (docs/triton.md). Replaying dropout
+# takes some 60 registers a thread.
 
 
 @configured()

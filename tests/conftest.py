@@ -2,10 +2,15 @@
 
 import os
 import random
+import sys
+from pathlib import Path
 
 # before anything imports transformers or tokenizers
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# benchmarks/ is a package in the repository's root; last, so that an installed fastbert comes before the checkout's
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import pytest

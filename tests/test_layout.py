@@ -338,12 +338,12 @@ def test_readme_links_and_table():
     assert len(links) > 3
     assert not [link for link in links if not (ROOT / link).exists()]
     results = json.loads(text("benchmarks/results/bert.json"))
-    command = [sys.executable, "benchmarks/readme.py", "--check"]
-    # the README shows what was measured, all of it: a row is a work with its competitors
+    command = [sys.executable, "-m", "benchmarks.report.readme", "--check"]
+    # the README shows what was measured, all of it: a row is a work with its peers
     assert results["rows"]
     assert all("fastbert" in row["results"] for row in results["rows"])
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0, (
-        "python benchmarks/readme.py"
+        "python -m benchmarks.report.readme"
     )
 
 

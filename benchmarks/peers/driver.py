@@ -1,4 +1,4 @@
-"""Runs workers side by side: one process per competitor, one call each per round, one active at a time."""
+"""Runs workers side by side: one process per peer, one call each per round, one active at a time."""
 
 from __future__ import annotations
 
@@ -98,13 +98,13 @@ class Limits:
     """How long anything may take, in seconds."""
 
     load: float = 600
-    # a competitor whose calls take longer than this is left out
+    # a peer whose calls take longer than this is left out
     call: float = 60
 
 
 @dataclass
 class Outcome:
-    """What one competitor did: samples in seconds per call, or the reason why not."""
+    """One peer's samples in seconds per call, or the reason why there are none."""
 
     samples: list[float] = field(default_factory=list)
     check: dict[str, Any] = field(default_factory=dict)
@@ -115,7 +115,7 @@ class Outcome:
 
 @dataclass
 class Race:
-    """Competitors at one work; `start` makes a worker by its name or raises WorkerError."""
+    """Peers at one work; `start` makes a worker by its name or raises WorkerError."""
 
     start: Callable[[str], Handle]
     job: dict[str, Any]
@@ -127,7 +127,7 @@ class Race:
     say: Callable[[str], None] = print
 
     def run(self, names: Sequence[str]) -> dict[str, Outcome]:
-        """Load, check, warm up, then interleave; a competitor that fails is left out with its reason."""
+        """Load, check, warm up, then interleave; a peer that fails is left out with its reason."""
         outcomes = {name: Outcome() for name in names}
         handles: dict[str, Handle] = {}
 
@@ -147,7 +147,7 @@ class Race:
                 attempt(name, self._prepare)
             for number in range(self.rounds):
                 alive = list(handles)
-                # whoever follows the same neighbour every time would always find the same caches
+                # rotated, so that no peer is first in every round
                 shift = number % len(alive) if alive else 0
                 for name in alive[shift:] + alive[:shift]:
                     attempt(name, lambda h, o, n=number: o.samples.append(self._time(h, n)))

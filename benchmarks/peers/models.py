@@ -1,6 +1,6 @@
-"""The competitors: each is a function that takes a Job and returns a function of the batch's number.
+"""The peers: each is a function that takes a Job and returns a function of the batch's number.
 
-What that one returns is the last hidden state; in training it is a Step. A peer that can't do a job raises
+The returned function gives the last hidden state; in training it is a Step. A peer that can't do a job raises
 Unsupported. Third-party packages are imported inside, since every environment has others.
 """
 
@@ -147,7 +147,7 @@ def autocast(job: Job) -> Call:
 
 
 def fastbert(job: Job, freeze: bool = True) -> Any:
-    """This project; `freeze` packs the weights for inference, as other engines do; cast to bf16 as theirs are."""
+    """This project; `freeze` prepacks the weights for inference, as other engines do. In bf16 weights are cast."""
     import torch
 
     import fastbert
@@ -156,8 +156,6 @@ def fastbert(job: Job, freeze: bool = True) -> Any:
 
     if cpu.native is None:
         raise Unsupported(str(cpu.unavailable))
-    if not freeze and not hasattr(fastbert, "freeze"):
-        raise Unsupported("this fastbert has no freeze, so this is fastbert")
     names = {"infer": "BertModel", "pretrain": "BertForPreTraining"}
     cls = getattr(bert, names.get(job.kind, "BertForSequenceClassification"))
     source = job.folder / ("classifier" if job.kind == "finetune" else "model")
@@ -165,9 +163,8 @@ def fastbert(job: Job, freeze: bool = True) -> Any:
     if job.kind != "infer":
         return Step(model, job)
     model = model.to(torch.bfloat16 if job.precision == "bf16" else torch.float32).eval()
-    # older versions have none; it may work in place or return something new
-    if freeze and hasattr(fastbert, "freeze"):
-        model = fastbert.freeze(model) or model
+    if freeze:
+        fastbert.freeze(model)
     return infer(model, job, torch.inference_mode)
 
 

@@ -1,4 +1,4 @@
-"""One competitor in a process of its own: `python worker.py PEER`, JSON lines in on stdin, JSON lines out on stdout.
+"""One peer in a process of its own: `python worker.py PEER`, JSON lines in on stdin, JSON lines out on stdout.
 
 {"do": "load", ...} builds the model and answers with versions; "check" writes the last hidden state, or tells the
 loss without dropout; "once" is one call; "time" times calls after one that is not counted; "memory" tells what a call

@@ -1,22 +1,19 @@
 """The benchmarks' command lines: what they refuse, and what is kept of a run. Nothing is measured here."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+from benchmarks import ROOT
+from benchmarks.models import bench_bert, scaling, scripts
+from benchmarks.peers.driver import Outcome, Race
+from benchmarks.report import readme, tables
 
-import bench_bert  # noqa: E402
-import readme  # noqa: E402
-import scaling  # noqa: E402
-import scripts  # noqa: E402
-import tables  # noqa: E402
-from peers.driver import Outcome, Race  # noqa: E402
-
+BENCHMARKS = ROOT / "benchmarks"
 MACHINE = {"date": "2026-01-02", "cpu": "a CPU", "cores": 2, "threads": 2, "instructions": "AVX2"}
 FAILED = Outcome(reason="no luck")
 
@@ -40,8 +37,8 @@ def bench(monkeypatch, tmp_path):
 
     run.out, run.peaks, run.outcomes = tmp_path / "out" / "bert.json", 0, {}
     run.rows = lambda: json.loads(run.out.read_text())["rows"]
-    monkeypatch.setattr(bench_bert.machine, "peaks", peaks)
-    monkeypatch.setattr(bench_bert.machine, "machine_info", lambda: MACHINE)
+    monkeypatch.setattr(bench_bert, "peaks", peaks)
+    monkeypatch.setattr(bench_bert, "machine_info", lambda: MACHINE)
     monkeypatch.setattr(bench_bert, "make_models", lambda folder: None)
     monkeypatch.setattr(bench_bert, "make_inputs", lambda folder, work: inputs)
     monkeypatch.setattr(Race, "run", lambda race, names: {n: run.outcomes[n] for n in names})
@@ -145,13 +142,15 @@ def test_asking_for_help_writes_nothing(module, flag, monkeypatch, capsys):
 def test_every_script_has_a_target_and_a_description():
     """pytest's bench_<slug>.py aside, which `make bench` collects."""
     scripts = [file for file in BENCHMARKS.rglob("*.py") if "__main__" in file.read_text()]
-    make, page = (
-        (BENCHMARKS.parent / name).read_text() for name in ("Makefile", "docs/benchmarks.md")
-    )
+    make, page = ((ROOT / name).read_text() for name in ("Makefile", "docs/benchmarks.md"))
     assert len(scripts) > 4
     for file in scripts:
-        assert file.name in page, f"docs/benchmarks.md does not name {file.name}"
-        started = file.name in make or file.name in ("worker.py", "script.py")
+        path = file.relative_to(ROOT)
+        module = "-m " + ".".join(path.with_suffix("").parts)
+        named = file.name in page or module in page
+        assert named, f"docs/benchmarks.md does not name {path}"
+        started = str(path) in make or re.search(rf"{module}\b", make)
+        started = started or file.name in ("worker.py", "script.py")
         assert started, f"no target runs {file.name}"
 
 
@@ -170,7 +169,7 @@ def test_a_script_is_compared_with_stock_step_by_step():
     assert found["metrics"] == [0.85, 0.88]
     assert (found["peak"], found["added"]) == (pytest.approx(2 / 3), 0.5)
     row = {"work": "tag", "precision": "fp32", "steps": 4, "date": "2026-11-26"}
-    row["competitors"] = {"accelerated": found}
+    row["variants"] = {"accelerated": found}
     machine = {**MACHINE, "versions": {"torch": "2", "transformers": "5"}}
     line = scripts.table({"machine": machine, "rows": {"tag-fp32": row}}).splitlines()[2]
     assert "2.00x" in line
@@ -213,5 +212,5 @@ def test_scaling_draws_and_tells_the_growth(tmp_path):
 def test_tables_without_results_says_who_makes_them(monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["tables.py"])
-    with pytest.raises(SystemExit, match=r"pytest benchmarks --benchmark-only` writes it$"):
+    with pytest.raises(SystemExit, match=r"pytest benchmarks/ops --benchmark-only` writes it$"):
         tables.main()

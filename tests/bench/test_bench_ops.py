@@ -2,25 +2,19 @@
 
 import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from fastbert import functional, machine
+from benchmarks.ops import bench_attention, opbench
+from benchmarks.ops.opbench import Spec
+from benchmarks.report import tables
+from fastbert import functional
 from fastbert.backend import cpu
 from fastbert.backend.names import SLUGS
 from fastbert.backend.reference.samples import Cost
+from fastbert.testing import peaks
 from fastbert.testing.timing import Timing, interleave_training
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import bench_attention  # noqa: E402
-import opbench  # noqa: E402
-import tables  # noqa: E402
-from opbench import Spec  # noqa: E402
 
 PEAKS = {"gflops_fp32": 100.0, "gflops_bf16": 50.0, "copy_gb_per_s": 10.0, "threads": 2}
 MACHINE = {
@@ -34,7 +28,7 @@ MACHINE = {
 
 def bench(slug):
     """The op's benchmark module."""
-    return importlib.import_module(f"bench_{slug}")
+    return importlib.import_module(f"benchmarks.ops.bench_{slug}")
 
 
 def timing(us):
@@ -138,7 +132,7 @@ def test_goals():
     assert opbench.goal("attention", "full", 512, "both") == {"ratio": 1.0}
 
 
-def test_a_row_is_measured_against_the_better_competitor():
+def test_a_row_is_measured_against_the_better_peer():
     r = row(ours=10.0, eager=20.0, compiled=15.0)
     assert r["ratio_to_best"] == r["ratio_to_compiled"] == pytest.approx(1.5)
     assert r["ratio_to_eager"] == pytest.approx(2.0)
@@ -202,13 +196,13 @@ def test_the_page_and_the_plot(tmp_path):
     assert (tmp_path / "ops.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_round_times_forward_and_backward_of_every_competitor():
+def test_a_round_times_forward_and_backward_of_every_call():
     calls = []
 
-    def competitor(name):
+    def pair(name):
         return (lambda: calls.append(name) or name), (lambda y: calls.append(y + "'"))
 
-    pairs = {n: competitor(n) for n in "ab"}
+    pairs = {n: pair(n) for n in "ab"}
     times = interleave_training(pairs, 0.0, (3, 5))
     assert calls == ["a", "a'", "b", "b'", "b", "b'", "a", "a'", "a", "a'", "b", "b'"]
     assert all(t.rounds == 3 for timed in times.values() for t in timed.values())
@@ -221,8 +215,8 @@ def test_a_round_times_forward_and_backward_of_every_competitor():
 
 
 def test_peaks(monkeypatch):
-    monkeypatch.setattr(machine, "_GEMMS", ((64, 96, 32), (32, 64, 64)))
-    found = machine.peaks(0.2)
+    monkeypatch.setattr(peaks, "_GEMMS", ((64, 96, 32), (32, 64, 64)))
+    found = peaks.peaks(0.2)
     assert found["threads"] == torch.get_num_threads()
     assert {"gflops_fp32", "gflops_bf16", "copy_gb_per_s"} <= found.keys()
     assert all(value > 0 for value in found.values())

@@ -8,7 +8,7 @@ from fastbert.machine import machine_info
 from fastbert.testing.timing import Timing, interleave
 
 
-def test_every_competitor_runs_in_every_round_in_turn():
+def test_every_call_runs_in_every_round_in_turn():
     calls = []
     timings = interleave({n: lambda n=n: calls.append(n) for n in "abc"}, rounds=4, warmup=1)
     assert len(calls) == 15

@@ -10,13 +10,14 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton backend needs the package triton")
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = [sys.executable, "-m", "benchmarks.gpu.gpu"]
 
 
 def test_the_whole_command(tmp_path):
     out = tmp_path / "gpu.json"
-    command = [sys.executable, str(SCRIPT), "--rehearse", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [*COMMAND, "--rehearse", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(out.read_text())
     assert report["rehearsal"] is True
@@ -31,8 +32,6 @@ def test_the_whole_command(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_what_to_do():
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(COMMAND, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "--rehearse" in done.stderr

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.models.saved import against_stock, ours, per_token_and_layer, theirs
+from benchmarks.models.works import REAL
 from fastbert.integrations.memory import saved_bytes
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-from saved import against_stock, ours, per_token_and_layer, theirs
-from works import REAL
 
 BUILDS = {"fastbert": ours, "sdpa": theirs}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -14,14 +14,14 @@ from typing import Any
 from torch import Tensor
 
 # a call and the arguments that it takes, those of our op or its own
-Rival = tuple[Callable[..., Any], dict[str, Any]]
+Call = tuple[Callable[..., Any], dict[str, Any]]
 # what has no backward
 FORWARD_ONLY = ("flash-mlm",)
 
 
 def _importable() -> None:
     """Have the peers' packages found, behind everything that this environment has itself."""
-    from peers.install import environment
+    from benchmarks.peers.install import environment
 
     home = environment("kernels")
     if (home / "installed").is_file():
@@ -30,21 +30,21 @@ def _importable() -> None:
         ]
 
 
-def of(slug: str, arguments: dict[str, Any]) -> dict[str, Rival]:
-    """{name: (call, its arguments)} of the rivals that can do the work of this call of ours."""
+def of(slug: str, arguments: dict[str, Any]) -> dict[str, Call]:
+    """{name: (call, its arguments)} of the peers that can do the work of this call of ours."""
     _importable()
-    found: dict[str, Rival] = {}
+    found: dict[str, Call] = {}
     for name, make in _MAKERS.get(slug, {}).items():
         try:
-            rival = make(arguments)
+            call = make(arguments)
         except ImportError:
             continue
-        if rival is not None:
-            found[name] = rival
+        if call is not None:
+            found[name] = call
     return found
 
 
-def _liger_norm(arguments: dict[str, Any]) -> Rival:
+def _liger_norm(arguments: dict[str, Any]) -> Call:
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
     def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def _liger_norm(arguments: dict[str, Any]) -> Rival:
     return call, arguments
 
 
-def _liger_loss(arguments: dict[str, Any]) -> Rival:
+def _liger_loss(arguments: dict[str, Any]) -> Call:
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
     def call(logits: Tensor, labels: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def _liger_loss(arguments: dict[str, Any]) -> Rival:
     return call, arguments
 
 
-def _liger_fused_loss(arguments: dict[str, Any]) -> Rival:
+def _liger_fused_loss(arguments: dict[str, Any]) -> Call:
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     def call(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
@@ -78,14 +78,14 @@ def _dense(arguments: dict[str, Any]) -> dict[str, Tensor]:
     return {name: t.contiguous() for name, t in zip("qkv", three.unbind(0), strict=True)}
 
 
-def _tutorial(arguments: dict[str, Any]) -> Rival | None:
-    from peers.tutorial_attention import attention
+def _tutorial(arguments: dict[str, Any]) -> Call | None:
+    from benchmarks.peers.tutorial_attention import attention
 
     plain = not arguments.get("p") and arguments["max_seqlen"] % 128 == 0
     return (attention, _dense(arguments)) if plain else None
 
 
-def _flash_mlm(arguments: dict[str, Any]) -> Rival | None:
+def _flash_mlm(arguments: dict[str, Any]) -> Call | None:
     from flash_mlm.host import flash_attn_mlm
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def _flash_mlm(arguments: dict[str, Any]) -> Rival | None:
     return (call, _dense(arguments)) if able else None
 
 
-def _flash_attn(arguments: dict[str, Any]) -> Rival:
+def _flash_attn(arguments: dict[str, Any]) -> Call:
     from flash_attn import flash_attn_varlen_qkvpacked_func
 
     def call(
@@ -107,7 +107,7 @@ def _flash_attn(arguments: dict[str, Any]) -> Rival:
     return call, arguments
 
 
-_MAKERS: dict[str, dict[str, Callable[[dict[str, Any]], Rival | None]]] = {
+_MAKERS: dict[str, dict[str, Callable[[dict[str, Any]], Call | None]]] = {
     "layer_norm": {"liger": _liger_norm},
     "cross_entropy": {"liger": _liger_loss},
     "mlm_loss": {"liger": _liger_fused_loss},

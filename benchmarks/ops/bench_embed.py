@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from opbench import DTYPES, VOCAB, Case, Spec, grid, run_case
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.ops.opbench import DTYPES, VOCAB, Case, Spec, grid, run_case
 from fastbert.backend.reference.samples import Draw
 
 SLUG = "embed"

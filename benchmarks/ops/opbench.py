@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import fastbert
+from benchmarks import RESULTS
 from fastbert import functional
 from fastbert.backend import chooser
 from fastbert.backend.reference.samples import Cost
@@ -31,7 +32,7 @@ from fastbert.testing.parity import call, detached, leaves_of, tree_map
 from fastbert.testing.peaks import peaks
 from fastbert.testing.timing import Timing, interleave_training
 
-RESULTS = Path(__file__).parent / "results" / "ops.json"
+OPS_JSON = RESULTS / "ops.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENS, HIDDEN = (64, 512, 4096), (384, 768, 1024)
 VOCAB, HEAD = 30522, 64
@@ -153,15 +154,15 @@ def chosen_backend(slug: str, ours: dict[str, Any]) -> str:
 def measure(slug: str, case: Case, seconds: float) -> dict[str, dict[str, Timing]]:
     """Ours, stock eager and stock compiled for exactly these shapes, interleaved."""
     torch.compiler.reset()
-    competitors = {
+    pairs = {
         "fastbert": pair(getattr(functional, slug), case.ours),
         "eager": pair(case.stock, case.stock_args),
         "compiled": pair(torch.compile(case.stock, dynamic=False), case.stock_args),
     }
     # the gate has run the others
-    forward, backward = competitors["compiled"]
+    forward, backward = pairs["compiled"]
     backward(forward())
-    return interleave_training(competitors, seconds)
+    return interleave_training(pairs, seconds)
 
 
 def goal(slug: str, variant: str, T: int, direction: str) -> dict[str, float]:
@@ -301,10 +302,10 @@ def line(r: dict[str, Any]) -> str:
 
 
 def keep_memory() -> None:
-    """Make glibc's malloc keep what is freed, for all competitors.
+    """Make glibc's malloc keep freed memory, for all calls alike.
 
-    By default results of some sizes are mapped anew, at 4 us per 4 KB page in a virtual machine, depending on what ran
-    before: it is then mostly page faults that one measures.
+    By default tensors of some sizes are mapped anew, at 4 us per 4 KB page in a virtual machine, depending on earlier
+    calls: the measured time is then mostly page faults.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         mmap_max, trim_threshold = -4, -1

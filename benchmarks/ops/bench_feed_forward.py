@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from opbench import BF16_GEMM, DTYPES, Case, Spec, grid, run_case
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.ops.opbench import BF16_GEMM, DTYPES, Case, Spec, grid, run_case
 from fastbert.backend.reference.samples import Draw
 
 SLUG = "feed_forward"

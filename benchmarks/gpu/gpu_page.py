@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-from readme import filled, replaced
+from benchmarks import RESULTS, ROOT
+from benchmarks.report.readme import filled, replaced
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
-BEGIN, END = "<!-- table: python benchmarks/gpu_page.py -->", "<!-- end of that table -->"
+GPU_JSON = RESULTS / "gpu.json"
+BEGIN, END = "<!-- table: python -m benchmarks.gpu.gpu_page -->", "<!-- end of that table -->"
 OURS = ("fastbert", "fastbert, graph")
-RIVALS = ("liger", "tutorial", "flash-mlm", "flash-attn")
+PEERS = ("liger", "tutorial", "flash-mlm", "flash-attn")
 
 Row = dict[str, Any]
 
@@ -41,7 +40,7 @@ def ops(report: dict[str, Any]) -> list[str]:
     """Every op and direction: microseconds on the device, from cold caches."""
     rows = report["ops"]["rows"]
     names = [
-        n for n in ("triton", "cuda", "compiled eager", "sdpa", *RIVALS, "torch") if _timed(rows, n)
+        n for n in ("triton", "cuda", "compiled eager", "sdpa", *PEERS, "torch") if _timed(rows, n)
     ]
     lines = [
         f"| op | | {' | '.join(names)} | of copy bandwidth | of matrix peak |",
@@ -79,7 +78,7 @@ def page(report: dict[str, Any]) -> str:
         "# On a GPU",
         "",
         "This page has the measurements of kernels and whole steps on a GPU.",
-        "Written by `python benchmarks/gpu_page.py` from `benchmarks/results/gpu.json`, which `make gpu` writes.",
+        "Written by `python -m benchmarks.gpu.gpu_page` from `benchmarks/results/gpu.json`, which `make gpu` writes.",
         "",
         facts(report),
         "",
@@ -113,7 +112,7 @@ def page(report: dict[str, Any]) -> str:
 
 def main() -> None:
     """Rewrite both pages."""
-    report = json.loads(RESULTS.read_text())
+    report = json.loads(GPU_JSON.read_text())
     (ROOT / "docs" / "gpu.md").write_text(page(report))
     readme = ROOT / "README.md"
     table = "\n".join(

@@ -1,4 +1,4 @@
-"""Cost against length: `python benchmarks/scaling.py [--quick] [--out FOLDER]` writes scaling.json and scaling.png.
+"""Cost against length: `python -m benchmarks.models.scaling [--quick] [--out FOLDER]` writes scaling.json and .png.
 
 One encoder layer of BERT-base over T packed tokens, real lengths and full, beside torch.nn.TransformerEncoderLayer on
 the padded batch; and attention alone on one sequence of S tokens, time and peak memory, each in a process of its own.
@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_attention import lengths_of
 from torch import Tensor, nn
 
+from benchmarks import RESULTS, ROOT
+from benchmarks.ops.bench_attention import lengths_of
 from fastbert import functional
 from fastbert.files import write_text
 from fastbert.machine import machine_info
@@ -26,7 +27,6 @@ from fastbert.nn.blocks import EncoderLayer
 from fastbert.testing.peaks import peaks
 from fastbert.testing.timing import interleave_training
 
-RESULTS = Path(__file__).parent / "results"
 C, H, F = 768, 12, 3072
 TOKENS = tuple(2**i for i in range(6, 15))
 WEIGHTS = ("weight", "bias")
@@ -64,7 +64,7 @@ def layers() -> tuple[EncoderLayer, nn.TransformerEncoderLayer]:
 
 
 def layer_case(T: int, fill: str) -> tuple[dict[str, Pair], dict[str, Any]]:
-    """The competitors at T tokens, refused when they disagree without dropout, and what the batch looks like."""
+    """Our layer and torch's at T tokens, refused if they disagree without dropout, and facts about the batch."""
     ours, stock = layers()
     lengths = lengths_of(T, "full" if fill == "full" else "padded")
     x = torch.randn(T, C).requires_grad_()
@@ -151,14 +151,16 @@ def measure_attention(name: str, S: int, p: float, rounds: int) -> dict[str, Any
 
 
 def attention_rows(lengths: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
-    """Every competitor at every S, each in a process of its own."""
+    """Every implementation at every S, each in a process of its own."""
     rows = []
     for S in lengths:
         for p in (0.0, 0.1):
             for name in ("fastbert", "sdpa", "written out"):
-                command = [sys.executable, __file__, "--attention", name, str(S), str(p)]
-                command += ["--rounds", str(rounds)]
-                output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                command = [sys.executable, "-m", "benchmarks.models.scaling"]
+                command += ["--attention", name, str(S), str(p), "--rounds", str(rounds)]
+                output = subprocess.run(
+                    command, cwd=ROOT, check=True, capture_output=True, text=True
+                ).stdout
                 row = {"S": S, "p": p, "name": name, **json.loads(output.splitlines()[-1])}
                 rows.append(row)
                 print(json.dumps(row), flush=True)

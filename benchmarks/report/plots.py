@@ -66,7 +66,7 @@ def _times(rows: list[dict[str, Any]]) -> Any:
 
 
 def _memory(rows: list[dict[str, Any]]) -> Any:
-    """Per work and competitor: resident before the step, and what the step adds at its peak."""
+    """Per work and peer: resident before the step, and what the step adds at its peak."""
     bars = [
         (f"{row['title']}, {row['precision']}: {name}", result["memory"], _colour(name, result))
         for row in reversed(rows)

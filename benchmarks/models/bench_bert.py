@@ -1,8 +1,8 @@
-"""A whole BERT-base, end to end, against what a user would run otherwise: `python benchmarks/bench_bert.py --help`.
+"""A whole BERT-base, end to end, beside its peers: `python -m benchmarks.models.bench_bert --help`.
 
-Every competitor is a process of its own (peers/worker.py), in its own environment where it needs one; rounds are
-interleaved. Rows are merged into a JSON of which benchmarks/readme.py makes tables and plots. docs/benchmarks.md
-tells how it is measured.
+Every peer is a process of its own (peers/worker.py), in an environment of its own if it needs one; rounds are
+interleaved. Rows are merged into a JSON; benchmarks.report.readme makes tables and plots of it. docs/benchmarks.md
+explains the measurement.
 """
 
 from __future__ import annotations
@@ -19,17 +19,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers.driver import Handle, Limits, Outcome, Race, WorkerError
-from peers.install import find
-from saved import against_stock
-from summary import earlier, row
-from works import OURS, PEERS, STOCK, WORKS, Peer, Work, make_inputs, make_models
 
-from fastbert import machine
+from benchmarks import RESULTS, ROOT
+from benchmarks.models.saved import against_stock
+from benchmarks.models.summary import earlier, row
+from benchmarks.models.works import (
+    OURS,
+    PEERS,
+    STOCK,
+    WORKS,
+    Peer,
+    Work,
+    make_inputs,
+    make_models,
+)
+from benchmarks.peers.driver import Handle, Limits, Outcome, Race, WorkerError
+from benchmarks.peers.install import find
 from fastbert.files import write_text
+from fastbert.machine import machine_info
+from fastbert.testing.peaks import peaks
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "bert.json"
+BERT_JSON = RESULTS / "bert.json"
 
 
 def arguments() -> argparse.Namespace:
@@ -42,7 +52,9 @@ def arguments() -> argparse.Namespace:
         "--limit", type=float, help="leave out calls longer than this, instead of each row's own"
     )
     parser.add_argument("--timeout", type=float, default=900, help="for loading and compiling")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON that rows are merged into")
+    parser.add_argument(
+        "--out", type=Path, default=BERT_JSON, help="JSON that rows are merged into"
+    )
     parser.add_argument("--folder", type=Path, help="keeps converted models for the next run")
     parser.add_argument("--list", action="store_true", help="print the rows and peers")
     options = parser.parse_args()
@@ -70,12 +82,12 @@ def starter(folder: Path) -> Any:
         python: Path | None = Path(sys.executable)
         peer = peers[name]
         if peer.env is None:
-            env["PYTHONPATH"] = str(HERE.parent)
+            env["PYTHONPATH"] = str(ROOT)
         else:
             python, reason = find(peer.env)
             if python is None:
                 raise WorkerError(reason)
-        command = [str(python), str(HERE / "peers" / "worker.py"), name]
+        command = [str(python), str(ROOT / "benchmarks" / "peers" / "worker.py"), name]
         return Handle(command, folder / f"{name}.log", env)
 
     return start
@@ -106,8 +118,8 @@ def measure(
     for peer in PEERS:
         if peer.takes(work) and peer not in peers:
             outcomes[peer.name] = Outcome(reason="not asked for in this run")
-    peaks = {"before": before, "after": machine.peaks()}
-    facts = {"date": date, "rounds": race.rounds, "peaks": peaks}
+    around = {"before": before, "after": peaks()}
+    facts = {"date": date, "rounds": race.rounds, "peaks": around}
     # without the native module it would be stock's kernels that are counted
     if work.saved_goal and not (outcomes[OURS].reason or outcomes[STOCK].reason):
         facts["saved_bytes"] = against_stock(work.lengths, work.precision)
@@ -127,9 +139,9 @@ def merge(results: dict[str, Any], new: dict[str, Any], outcomes: dict[str, Outc
 
 def run(options: argparse.Namespace) -> bool:
     """Measure the chosen rows, saving each that has a measurement; tells whether there was one."""
-    facts = machine.machine_info()
+    facts = machine_info()
     results = earlier(options.out, facts, environments={}, rows=[])
-    peaks = machine.peaks()
+    before = peaks()
     make_models(options.folder)
     saved = False
     for work in (work for work in WORKS if work.name in options.rows):
@@ -138,8 +150,8 @@ def run(options: argparse.Namespace) -> bool:
         if not peers:
             continue
         started = time.monotonic()
-        new, outcomes = measure(work, peers, options, facts["date"], peaks)
-        peaks = new["peaks"]["after"]
+        new, outcomes = measure(work, peers, options, facts["date"], before)
+        before = new["peaks"]["after"]
         report(new, time.monotonic() - started)
         if not any("seconds" in result for result in new["results"].values()):
             print("  nothing was measured: the row stays what it was", flush=True)

@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks_ops.md and the PNGs from results/ops.json: `python benchmarks/tables.py [--check]`."""
+"""Writes docs/benchmarks_ops.md and the PNGs from results/ops.json: `python -m benchmarks.report.tables [--check]`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from readme import filled
+from benchmarks import RESULTS, ROOT
+from benchmarks.report.readme import filled
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 DOC = ROOT / "docs" / "benchmarks_ops.md"
 DIRECTIONS = ("forward", "backward", "both")
 INTRODUCTION = """\
-This page compares each op with stock PyTorch on a CPU. `python benchmarks/tables.py` makes it from
+This page compares each op with stock PyTorch on a CPU. `python -m benchmarks.report.tables` makes it from
 `benchmarks/results/ops.json`, which `make bench` writes. A ratio is the time of the better of torch eager and
 torch.compile (for exactly these shapes) over fastbert's, so that it is over 1 where fastbert is faster; times are
 medians of interleaved rounds. Forward is timed with gradients wanted, as in training, backward on the graph just
@@ -209,7 +208,7 @@ def main() -> int:
     file = RESULTS / "ops.json"
     if not file.exists():
         raise SystemExit(
-            f"{file} is not there: `python -m pytest benchmarks --benchmark-only` writes it"
+            f"{file} is not there: `python -m pytest benchmarks/ops --benchmark-only` writes it"
         )
     text = document(results := json.loads(file.read_text()))
     if options.check:

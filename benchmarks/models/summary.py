@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers.driver import Outcome
-from works import OURS, PEERS, STOCK, Work, flops
+
+from benchmarks.models.works import OURS, PEERS, STOCK, Work, flops
+from benchmarks.peers.driver import Outcome
 
 COSINE = 0.9999
 # relative difference of the loss without dropout
@@ -89,7 +90,7 @@ def gemm_peak(results: dict[str, Any], peaks: dict[str, Any], precision: str) ->
 
 
 def result_of(outcome: Outcome, work: Work, peer: Any, inputs: Path) -> dict[str, Any]:
-    """One competitor's entry: numbers, or only the reason why there are none."""
+    """One peer's entry: numbers, or only the reason why there are none."""
     if outcome.reason:
         return {"reason": outcome.reason}
     result: dict[str, Any] = {

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from opbench import cost_of, pair
 
+from benchmarks import ROOT
+from benchmarks.ops.opbench import cost_of, pair
 from fastbert import functional
 from fastbert.backend import chooser
 from fastbert.backend.reference.samples import Draw
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(ROOT / "tests"))
 from ptx import host
 from ptx.memory import SECTOR
 

@@ -12,11 +12,11 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from benchmarks import RESULTS, ROOT
+
 IN_TABLE = ("speed", "of peak")
 COLUMNS = 120
-BEGIN, END = "<!-- table: python benchmarks/readme.py -->", "<!-- end of table -->"
+BEGIN, END = "<!-- table: python -m benchmarks.report.readme -->", "<!-- end of table -->"
 
 
 def duration(seconds: float) -> str:
@@ -126,7 +126,7 @@ def _low(machine: dict[str, Any]) -> str:
 
 
 def full_table(results: dict[str, Any]) -> str:
-    """docs/benchmarks.md's: every competitor of every work, with the reasons of those that did not run."""
+    """docs/benchmarks.md's: every peer of every work, with the reasons of those that did not run."""
     lines = []
     for row in results["rows"]:
         lines += [
@@ -175,7 +175,7 @@ def main() -> int:
     wanted = pages(results)
     if options.check:
         return int(any(path.read_text() != text for path, text in wanted.items()))
-    from plots import draw
+    from benchmarks.report.plots import draw
 
     for path, text in wanted.items():
         path.write_text(text)

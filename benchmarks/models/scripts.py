@@ -1,7 +1,7 @@
-"""Scripts that users have, as they are and with fastbert's one line: `python benchmarks/scripts.py --help`.
+"""Scripts that users have, as they are and with fastbert's one line: `python -m benchmarks.models.scripts --help`.
 
 mlm: Trainer and BERT-base from random weights on speeches; classify, tag: Trainer and MiniLM on movie sentences and
-CoNLL-2003; encode: sentence-transformers. Every competitor runs its whole script in a process of its own
+CoNLL-2003; encode: sentence-transformers. Every variant runs its whole script in a process of its own
 (peers/script.py), which waits before each step: steps are interleaved. docs/accelerate.md has the table.
 """
 
@@ -18,18 +18,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers.driver import Handle
-from readme import filled, replaced
-from summary import earlier
 
+from benchmarks import RESULTS, ROOT
+from benchmarks.models.summary import earlier
+from benchmarks.peers.driver import Handle
+from benchmarks.report.readme import filled, replaced
 from fastbert.files import write_text
 from fastbert.machine import machine_info
 from fastbert.testing.timing import Timing, rotated
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "scripts.json"
-PAGE = HERE.parent / "docs" / "accelerate.md"
-BEGIN, END = "<!-- table: python benchmarks/scripts.py -->", "<!-- end of table -->"
+SCRIPTS_JSON = RESULTS / "scripts.json"
+PAGE = ROOT / "docs" / "accelerate.md"
+BEGIN, END = "<!-- table: python -m benchmarks.models.scripts -->", "<!-- end of table -->"
 
 # steps by default: of movie sentences and of CoNLL-2003 an epoch
 STEPS = {"mlm": 24, "classify": 252, "tag": 439, "encode": 4}
@@ -54,10 +54,10 @@ LAST = 5
 
 
 def run(work: str, steps: int, seed: int, precision: str) -> dict[str, dict[str, Any]]:
-    """One run of every competitor, step by step in turns: what each of them answers at its end, and its seconds."""
+    """One run of every variant, step by step in turns: its figures at the end, and the seconds of its steps."""
     variants = VARIANTS[work]
     env = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()), HF_HUB_OFFLINE="1")
-    env |= {"PYTHONPATH": str(HERE.parent), "TOKENIZERS_PARALLELISM": "false"}
+    env |= {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
     handles: dict[str, Handle] = {}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     found: dict[str, dict[str, Any]] = {}
@@ -66,7 +66,12 @@ def run(work: str, steps: int, seed: int, precision: str) -> dict[str, dict[str,
             for name in variants:
                 folder = Path(scratch, name)
                 folder.mkdir()
-                command = [sys.executable, str(HERE / "peers" / "script.py"), work, name]
+                command = [
+                    sys.executable,
+                    str(ROOT / "benchmarks" / "peers" / "script.py"),
+                    work,
+                    name,
+                ]
                 handles[name] = Handle(command, Path(scratch, f"{name}.log"), env)
                 job = {"folder": str(folder), "steps": steps, "seed": seed, "precision": precision}
                 handles[name].ask(SECONDS, "load", **job)
@@ -95,7 +100,7 @@ def _compare(found: dict[str, dict[str, Any]]) -> None:
 
 
 def summary(runs: list[dict[str, dict[str, Any]]], name: str, warm: int) -> dict[str, Any]:
-    """A competitor beside stock: how many times as fast, step by step, and what its steps came to."""
+    """A variant beside stock: how many times as fast, step by step, its memory, and its metric or loss."""
     mine, stock = ([run[who] for run in runs] for who in (name, "stock"))
     ratios = [
         s / m
@@ -131,7 +136,7 @@ def table(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for key, row in results["rows"].items():
-        for name, found in row["competitors"].items():
+        for name, found in row["variants"].items():
             lines.append(f"| {' | '.join(_cells(key, row, name, found))} |")
     m, v = results["machine"], results["machine"]["versions"]
     dates = " and ".join(sorted({row["date"] for row in results["rows"].values()}))
@@ -174,7 +179,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="runs of classify and tag")
     parser.add_argument("--steps", type=int, help="instead of each work's own number")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON that rows are merged into")
+    parser.add_argument(
+        "--out", type=Path, default=SCRIPTS_JSON, help="JSON that rows are merged into"
+    )
     options = parser.parse_args()
     for name in ("seeds", "steps"):
         if (value := getattr(options, name)) is not None and value < 1:
@@ -196,11 +203,11 @@ def main() -> None:
             print(f"{work}, seed {seed}: done", flush=True)
         warm = min(WARM[work], steps - 1)
         row = {"work": work, "precision": options.precision, "steps": steps, "date": facts["date"]}
-        row["competitors"] = {name: summary(runs, name, warm) for name in VARIANTS[work]}
+        row["variants"] = {name: summary(runs, name, warm) for name in VARIANTS[work]}
         results["rows"][f"{work}-{options.precision}"] = row
         write_text(options.out, json.dumps(results, indent=1) + "\n")
     print(table(results))
-    if options.out == RESULTS:
+    if options.out == SCRIPTS_JSON:
         write_text(PAGE, replaced(PAGE.read_text(), table(results), BEGIN, END))
 
 

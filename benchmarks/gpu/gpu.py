@@ -17,14 +17,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import rivals
 import torch
-import torch.nn.functional as stock
-from opbench import cost_of, gate, pair, reference_of
-from works import REAL
+from torch.nn import functional as tnf
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
+from benchmarks import RESULTS, ROOT
+from benchmarks.gpu import kernel_peers
+from benchmarks.models.works import REAL
+from benchmarks.ops.opbench import cost_of, gate, pair, reference_of
+
+GPU_JSON = RESULTS / "gpu.json"
 TESTS = ["tests/ops", *(f"tests/gpu/test_{n}.py" for n in ("triton", "triton_tune", "graphs"))]
 # small enough for a sanitizer, which slows kernels down a hundredfold
 SANITIZED = "(triton or cuda) and bf16 and (S5 or S33 or T7 or N7 or T13)"
@@ -140,31 +141,31 @@ def ops(device: str, rehearsal: bool) -> dict[str, Any]:
     for slug, arguments in op_cases(device, rehearsal):
         op, reference = getattr(functional, slug), reference_of(slug)
         cost = cost_of(slug, arguments)
-        competitors: dict[str, tuple[Callable, Callable]] = {}
+        pairs: dict[str, tuple[Callable, Callable]] = {}
         for name in GPU_BACKENDS:
             if chooser.matrix()[slug][name] is not None or chooser.device_of(name) is None:
                 continue
             with chooser.use(name):
                 gate(slug, arguments, cost)
-            competitors[name] = pair(_forced(chooser, name, op), arguments)
+            pairs[name] = pair(_forced(chooser, name, op), arguments)
         if slug == "attention":
-            competitors["sdpa"] = pair(_sdpa, arguments)
+            pairs["sdpa"] = pair(_sdpa, arguments)
         elif not rehearsal:
             plain = torch.compile(PLAIN.get(slug, reference.eager), dynamic=False)
-            competitors["compiled eager"] = pair(plain, arguments)
-        for name, (call, given) in ({} if rehearsal else rivals.of(slug, arguments)).items():
+            pairs["compiled eager"] = pair(plain, arguments)
+        for name, (call, given) in ({} if rehearsal else kernel_peers.of(slug, arguments)).items():
             forward, backward = pair(call, given)
-            lacks = name in rivals.FORWARD_ONLY
-            competitors[name] = (forward, _nothing) if lacks else (forward, backward)
-        for name, (forward, backward) in list(competitors.items()):
+            lacks = name in kernel_peers.FORWARD_ONLY
+            pairs[name] = (forward, _nothing) if lacks else (forward, backward)
+        for name, (forward, backward) in list(pairs.items()):
             try:
                 backward(forward())
             except Exception as error:
                 if name in GPU_BACKENDS:
                     raise
                 print(f"{slug}: {name} does not run: {error!s:.200}", flush=True)
-                del competitors[name]
-        times = interleave_training(competitors, 3.0, (1, 1) if rehearsal else (3, 200))
+                del pairs[name]
+        times = interleave_training(pairs, 3.0, (1, 1) if rehearsal else (3, 200))
         for direction, moved, flops in (
             ("forward", cost.forward_bytes, cost.forward_flops),
             ("backward", cost.backward_bytes, cost.backward_flops),
@@ -172,7 +173,7 @@ def ops(device: str, rehearsal: bool) -> dict[str, Any]:
             seconds = {
                 name: t[direction]
                 for name, t in times.items()
-                if direction == "forward" or name not in rivals.FORWARD_ONLY
+                if direction == "forward" or name not in kernel_peers.FORWARD_ONLY
             }
             ours = seconds["triton"].median
             rows.append(
@@ -208,13 +209,13 @@ def _plain_embed(
     p: float,
     seed: Any,
 ) -> Any:
-    x = stock.embedding(ids, word) + stock.embedding(positions, position)
-    x = stock.layer_norm(x + stock.embedding(types, type_), x.shape[-1:], weight, bias)
-    return stock.dropout(x, p)
+    x = tnf.embedding(ids, word) + tnf.embedding(positions, position)
+    x = tnf.layer_norm(x + tnf.embedding(types, type_), x.shape[-1:], weight, bias)
+    return tnf.dropout(x, p)
 
 
 def _plain_norm(x: Any, residual: Any, weight: Any, bias: Any, p: float, seed: Any) -> Any:
-    return stock.layer_norm(stock.dropout(x, p) + residual, x.shape[-1:], weight, bias)
+    return tnf.layer_norm(tnf.dropout(x, p) + residual, x.shape[-1:], weight, bias)
 
 
 # with torch's own dropout: the replayed one of the specification does not compile (torch 2.11)
@@ -224,7 +225,7 @@ PLAIN = {"embed": _plain_embed, "dropout_add_layer_norm": _plain_norm}
 def _sdpa(qkv: Any, max_seqlen: int, p: float = 0.0, **rest: Any) -> Any:
     """What a user of stock torch calls, for sequences that are all of one length."""
     q, k, v = qkv.unflatten(0, (-1, max_seqlen)).permute(2, 0, 3, 1, 4)
-    out = stock.scaled_dot_product_attention(q, k, v, dropout_p=p)
+    out = tnf.scaled_dot_product_attention(q, k, v, dropout_p=p)
     return out.transpose(1, 2).flatten(0, 1)
 
 
@@ -307,7 +308,7 @@ def _call(model: Any, batch: dict[str, Any], training: bool, device: str) -> Cal
 
 
 def _timed(name: str, calls: dict[str, Call], rehearsal: bool) -> dict[str, Any]:
-    """A row: median, p20 and p80 of each competitor, interleaved."""
+    """A row: median, p20 and p80 of each call, interleaved."""
     from fastbert.testing.timing import interleave
 
     times = interleave(calls, *((1, 1) if rehearsal else (20, 3)))
@@ -340,19 +341,16 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=GPU_JSON)
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=PARTS, help="what to do: everything"
     )
     options = parser.parse_args()
     if options.rehearse and os.environ.get("TRITON_INTERPRET") != "1":
         # Triton reads it when it is imported
-        command = [sys.executable, __file__, *sys.argv[1:]]
-        sys.exit(
-            subprocess.run(
-                command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False
-            ).returncode
-        )
+        command = [sys.executable, "-m", "benchmarks.gpu.gpu", *sys.argv[1:]]
+        env = {**os.environ, "TRITON_INTERPRET": "1"}
+        sys.exit(subprocess.run(command, cwd=ROOT, env=env, check=False).returncode)
     if not options.rehearse and not torch.cuda.is_available():
         parser.error(
             "there is no GPU that torch can use: --rehearse runs this on a CPU with tiny shapes"

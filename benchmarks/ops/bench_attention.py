@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 import torch
-from opbench import DTYPES, HEAD, Case, Spec, grid, run_case
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.ops.opbench import DTYPES, HEAD, Case, Spec, grid, run_case
 from fastbert.backend.reference.samples import Draw
 
 SLUG = "attention"

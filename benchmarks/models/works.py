@@ -1,4 +1,4 @@
-"""What bench_bert.py measures: the works (rows), the competitors (columns), and the inputs that they share."""
+"""What bench_bert.py measures: the works (rows), the peers (columns), and the inputs that they share."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ WORKS = [
 
 @dataclass(frozen=True)
 class Peer:
-    """A competitor: a function of peers/models.py in an environment; None is the project's own."""
+    """A function of peers/models.py and the environment it runs in; None is this project's own. fastbert is one too."""
 
     name: str
     env: str | None = None

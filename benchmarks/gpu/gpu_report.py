@@ -9,21 +9,19 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import rivals
 import torch
-import traffic
-from opbench import pair
-from readme import filled
 
+from benchmarks import RESULTS, ROOT
+from benchmarks.gpu import kernel_peers, traffic
+from benchmarks.ops.opbench import pair
+from benchmarks.report.readme import filled
 from fastbert.backend.reference.samples import Draw
 from fastbert.files import write_text
 from fastbert.machine import machine_info
 
-ROOT = Path(__file__).resolve().parents[1]
-JSON, PAGE = ROOT / "benchmarks" / "results" / "gpu_static.json", ROOT / "docs" / "gpu_report.md"
+JSON, PAGE = RESULTS / "gpu_static.json", ROOT / "docs" / "gpu_report.md"
 # calls of ours (fastbert.testing.launches) that public kernels know too
 SHARED_CALLS = {
     call.format(direction)
@@ -85,7 +83,7 @@ def inspected(label: str, kernel: Any) -> dict[str, Any]:
 
 
 def side_by_side() -> Iterator[dict[str, Any]]:
-    """Rows of ours and of public kernels (rivals.py) for the same bf16 calls, on sm_80 and sm_90."""
+    """Rows of ours and of public kernels (kernel_peers.py) for the same bf16 calls, on sm_80 and sm_90."""
     from fastbert.testing import aot
     from fastbert.testing.launches import calls
 
@@ -96,19 +94,19 @@ def side_by_side() -> Iterator[dict[str, Any]]:
         for label, call in ours:
             for kernel in aot.compiled(arch, call, "bf16"):
                 yield {"whose": "fastbert", **inspected(label, kernel)}
-        for slug, arguments in rival_cases():
-            for name, (call, given) in rivals.of(slug, arguments).items():
+        for slug, arguments in peer_cases():
+            for name, (call, given) in kernel_peers.of(slug, arguments).items():
                 forward, backward = pair(call, given)
                 kept: list[Any] = []
                 steps = {"fwd": lambda f=forward, k=kept: k.append(f())}
-                if name not in rivals.FORWARD_ONLY:
+                if name not in kernel_peers.FORWARD_ONLY:
                     steps["bwd"] = lambda b=backward, k=kept: b(k[0])
                 for direction, step in steps.items():
                     for kernel in aot.compiled(arch, step, "bf16"):
                         yield {"whose": name, **inspected(f"{slug} {direction}", kernel)}
 
 
-def rival_cases() -> Iterator[tuple[str, dict[str, Any]]]:
+def peer_cases() -> Iterator[tuple[str, dict[str, Any]]]:
     """(op, arguments) on a CPU: launches only compile."""
     draw, C = Draw(torch.bfloat16), 768
     norm = {"weight": draw.normal(C), "bias": draw.normal(C)}

@@ -1,12 +1,13 @@
-"""Options of the op benchmarks and the store that they share: `pytest benchmarks --benchmark-only [--quick]`."""
+"""Options and the store of the op benchmarks: `python -m pytest benchmarks/ops --benchmark-only [--quick]`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import opbench
 import pytest
+
+from benchmarks.ops import opbench
 
 STORE = pytest.StashKey[opbench.Store]()
 
@@ -19,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="only the smallest case of every op, variant and dtype, and no file of results",
     )
     group.addoption("--seconds", type=float, default=1.0, help="time for the rounds of one case")
-    group.addoption("--ops-json", type=Path, default=opbench.RESULTS, help="file of results")
+    group.addoption("--ops-json", type=Path, default=opbench.OPS_JSON, help="file of results")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from works import LAYERS, OURS, STOCK
 
+from benchmarks.models.works import LAYERS, OURS, STOCK
 from fastbert.bert import BertConfig, BertModel
 from fastbert.integrations.memory import saved_bytes
 

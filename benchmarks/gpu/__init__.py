@@ -1,0 +1,1 @@
+"""The GPU kernels: times on a GPU, compiled code and counted bytes without one."""

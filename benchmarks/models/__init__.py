@@ -1,0 +1,1 @@
+"""Whole models and whole scripts against their peers."""

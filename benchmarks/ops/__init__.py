@@ -1,0 +1,1 @@
+"""Every op against stock PyTorch, run by pytest."""
