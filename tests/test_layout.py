@@ -26,7 +26,6 @@ NOT_SLUGS = {
     "fastbert/backend/reference/samples.py": "sample inputs and costs, which every slug's reference offers",
     "fastbert/ops/context.py": "dropout seeds, autocast and tracing, for all slugs",
     "fastbert/backend/reference/philox.py": "the definition of the dropout bits, shared by the slugs",
-    "fastbert/ops/context.py": "seed, autocast and dispatch around a call, shared by the slugs",
     "csrc/cpu/bindings.cpp": "the module's entry, for all slugs",
     "csrc/cuda/bindings.cu": "the module's entry, for all slugs",
     "csrc/cpu/peak.cpp": "what the arithmetic units can do, which percentages refer to",

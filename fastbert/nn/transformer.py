@@ -17,7 +17,7 @@ from fastbert.nn.layer import (
     encoder_layer,
 )
 from fastbert.nn.packing import Packing
-from fastbert.nn.watch import hooked, observed
+from fastbert.nn.watch import hooked, why_not_bypassed
 from fastbert.ops.context import seed_for
 
 # the class of torch.nn.MultiheadAttention's output projection is not public
@@ -59,7 +59,7 @@ def _attention_reason(m: nn.MultiheadAttention, x: Tensor) -> str | None:
         return "batch_first is False: pass batch_first=True"
     if x.is_nested or x.dim() != 3 or x.numel() == 0:
         return "the input is not a padded batch (B, S, C)"
-    if reason := why_not_fused(x) or observed():
+    if reason := why_not_fused(x) or why_not_bypassed():
         return reason
     if m.in_proj_weight is None:
         return "kdim or vdim differ from embed_dim"

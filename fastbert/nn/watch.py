@@ -49,10 +49,6 @@ def why_not_bypassed() -> str | None:
     return why_not_ops()
 
 
-# the name in transformer.py
-observed = why_not_bypassed
-
-
 def why_not_ops() -> str | None:
     """The active transform of torch that the ops have no rule for."""
     if torch_private.functorch_active():
