@@ -1,4 +1,4 @@
-"""fastbert.freeze for transformers' encoders: the packed path with copies of the weights, in one native call."""
+"""freeze() for transformers' encoders: prepacked copies of the weights, all layers in one native call."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fastbert.runners.copies import RECORDED, Copies, Fields, why_not_prepacked
 
 
 def served(encoder: nn.Module, x: Tensor, call: layers.Call) -> Tensor | None:
-    """What a frozen encoder makes of packed hidden states (1, T, C); None where its layers have to run."""
+    """A frozen encoder's output for packed hidden states (1, T, C), None where its layers have to run."""
     copies = vars(encoder).get("frozen")
-    if copies is None or not (call.packed and call.alone):
+    if copies is None or not (call.packed and call.states_unused):
         return None
     y = copies.encode(call.parts, x[0], call)
     return None if y is None else y[None]
@@ -43,9 +43,9 @@ class FrozenLayers(Copies):
         self._sources, self._state = [], ()
 
     def encode(self, parts: Sequence[Parts], x: Tensor, call: layers.Call) -> Tensor | None:
-        """What the last of these layers makes of x (T, C), at call.rows where they are given; None if it can't be here.
+        """The last layer's output for x (T, C), at call.rows where given; None where the layers have to run.
 
-        That every layer runs on packed tokens was found before.
+        The caller has checked that every layer runs on packed tokens.
         """
         if torch.compiler.is_compiling() or any(_trains(m) for m in parts):
             return None

@@ -165,7 +165,7 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
         log_once(f"accelerate: {type(self).__name__} takes padding out layer by layer: {reason}")
         return stock(self, **given, fastbert=call)
     if not given.get("output_hidden_states", getattr(self.config, "output_hidden_states", False)):
-        call = _narrowed(self, call, wanted, values)._replace(alone=True)
+        call = _narrowed(self, call, wanted, values)._replace(states_unused=True)
     if self.fastbert_old:  # transformers4.encoder packs
         return stock(self, **given, fastbert=call)
     as_dict = given.pop("return_dict", getattr(self.config, "return_dict", True))
@@ -323,7 +323,7 @@ def _why_not_packed_between_layers(self: Any, parts: tuple[Parts, ...]) -> str |
         name = f"layer {stacked.index(seen)}" if seen in stacked else name
         return f"hooks are attached to the {name}"
     for i, layer in enumerate(stacked):
-        if reason := layers.unsuited(layer, parts[i], family.layout, family.module):
+        if reason := layers.why_not_packed(layer, parts[i], family.layout, family.module):
             return f"layer {i} runs transformers' code: {reason}"
     return None
 
@@ -358,7 +358,7 @@ def _layer(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     family = self.fastbert_family
     # a hook on another module may have changed this layer since the forward began
     parts = family.layout.of(self)
-    if layers.unsuited(self, parts, family.layout, family.module):
+    if layers.why_not_packed(self, parts, family.layout, family.module):
         return stock(self, **given)
     packing = call.packing
     return packing.pad(layers.run(parts, packing.unpad(x), call))

@@ -1,7 +1,6 @@
 """One encoder layer of a transformers model on packed tokens, with the layer's own modules and weights.
 
-A weight is read only where its module is exactly torch.nn's, untouched; an adapter, or whatever else was put there, is
-called.
+A weight is read where its module is an untouched one of torch.nn. Any other module, such as an adapter, is called.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as stock
+from torch.nn import functional as tnf
 
 from fastbert import functional as F
 from fastbert import nn as drop_in
@@ -33,35 +32,37 @@ class Call(NamedTuple):
 
     packing: Packing
     seed: Tensor | None
-    packed: bool  # whether hidden states go from layer to layer as (1, T, C), or as (B, S, C)
-    # (R,) int64, the packed rows that a head reads: what follows the last layer's attention leaves out the others
+    packed: bool  # True: hidden states go from layer to layer as (1, T, C); False: as (B, S, C)
+    # (R,) int64, the packed rows that a head reads; the last layer computes only these after its attention
     rows: Tensor | None = None
-    firsts: bool = False  # whether these are the sequences' first tokens
+    firsts: bool = False  # True: `rows` are the sequences' first tokens
     layer: int = 0
-    alone: bool = False  # whether nobody asks for what is between the layers
-    # the layers' parts, looked up and checked when this forward began; a layer sees its own only
+    states_unused: bool = False  # True: no caller wants the intermediate hidden states
+    # the parts of all layers, found and checked at the start of the forward; `at` leaves one layer's
     parts: tuple[Parts, ...] = ()
-    sdpa: bool = False  # whether transformers' own layers want masks for sdpa; known with transformers 4 only
+    sdpa: bool = (
+        False  # True: transformers' own layers take masks for sdpa; set with transformers 4 only
+    )
 
     def at(self, layer: int, last: bool) -> Call:
-        """What the layer of this number sees."""
+        """The call for the layer of this number."""
         rows, parts = self.rows if last else None, self.parts[layer : layer + 1]
         return self._replace(layer=layer, rows=rows, parts=parts)
 
     def padded(self, x: Tensor) -> Tensor:
-        """What the last layer returned, (T, C) or (R, C), as (B, S, C), zeros elsewhere."""
+        """The last layer's output (T, C) or (R, C) as (B, S, C), with zeros elsewhere."""
         packing, rows = self.packing, self.rows
         if rows is None or packing.length is None:
             return packing.pad(x)
         if self.firsts:
-            return stock.pad(packing.of_starts(x)[:, None], (0, 0, 0, packing.length - 1))
+            return tnf.pad(packing.of_starts(x)[:, None], (0, 0, 0, packing.length - 1))
         places = rows if packing.rows is None else packing.rows.index_select(0, rows)
         size = packing.batch * packing.length
         y = x.new_zeros((size, x.shape[1])).index_copy(0, places, x)
         return y.view(packing.batch, packing.length, x.shape[1])
 
 
-# --- what may be read or bypassed ---
+# --- modules that may be read instead of called ---
 
 _GELUS = {
     "GELUActivation": "none",
@@ -72,28 +73,25 @@ _GELUS = {
 _FUNCTIONS = {
     *(getattr(torch, name) for name in ("relu", "sigmoid", "tanh", "selu", "celu")),
     *(
-        getattr(stock, name)
+        getattr(tnf, name)
         for name in ("elu", "gelu", "hardswish", "hardtanh", "leaky_relu", "mish", "relu")
     ),
     *(
-        getattr(stock, name)
+        getattr(tnf, name)
         for name in ("relu6", "selu", "sigmoid", "silu", "softplus", "softsign", "tanh")
     ),
 }
-# hooks that packed tokens do not matter to: those that record hidden states, which are padded afterwards, and
-# attentions, which are not asked for here; those that make the embeddings' output require a gradient
+# packages whose hooks work on packed tokens too: they record hidden states, which are padded afterwards, or attentions,
+# which no packed forward returns, or they make the embeddings' output require a gradient
 RECORDERS = ("transformers.utils.", "transformers.modeling_utils", "peft.utils.")
 _ORDINARY = (nn.Parameter, Tensor)
 NORMS = (nn.LayerNorm, drop_in.LayerNorm)
-# FSDP2's, on modules that are called
+# FSDP2 attaches hooks to the modules that it gathers
 SHARDING = "torch.distributed."
 
 
 def plain(m: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """A Linear's weight and bias where they say everything about it, else None.
-
-    They do in exactly nn.Linear, untouched, with ordinary tensors.
-    """
+    """The weight and bias of an nn.Linear without hooks and with ordinary tensors, None for any other module."""
     if type(m) is not nn.Linear or hooked(m, *RECORDERS):
         return None
     weight, bias = m.weight, m.bias
@@ -107,7 +105,7 @@ def _adapter(m: nn.Module) -> bool:
 
 
 def _linear_like(m: nn.Module) -> bool:
-    # parametrized and quantised ones have another class or another kind of weight, and this forward
+    # a parametrized or quantised Linear has another class but keeps this forward
     return type(m).forward is nn.Linear.forward or _adapter(m)
 
 
@@ -116,7 +114,7 @@ def _norm_like(m: nn.Module) -> bool:
 
 
 def tokenwise(m: nn.Module) -> bool:
-    """Whether a part of the embeddings or a head treats every token by itself, and may see them packed."""
+    """Whether a module computes each token by itself, so that it may run on packed tokens."""
     known = type(m).forward in (nn.Embedding.forward, nn.Dropout.forward)
     return known or _linear_like(m) or _norm_like(m)
 
@@ -126,7 +124,7 @@ def _dropout_like(m: nn.Module | None) -> bool:
 
 
 def elementwise(m: Any) -> bool:
-    """Whether an activation, a module or a function, treats every number by itself."""
+    """Whether an activation, a module or a function, computes each element by itself."""
     if not isinstance(m, nn.Module):
         return m in _FUNCTIONS
     if gelu(m) is not None or type(m).__module__ == "transformers.activations":
@@ -134,7 +132,7 @@ def elementwise(m: Any) -> bool:
     return type(m) in (nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Mish, nn.ELU, nn.Identity)
 
 
-# classes that surely fit, what others must fulfil, and the parts that it is asked of
+# (classes that fit, the test for other classes, names of the parts to check)
 _CHECKS: tuple[tuple[tuple[type, ...], Callable[[Any], bool], tuple[str, ...]], ...] = (
     ((nn.Linear,), _linear_like, ("query", "key", "value", "out", "up", "down")),
     (NORMS, _norm_like, ("attention_norm", "output_norm")),
@@ -143,7 +141,7 @@ _CHECKS: tuple[tuple[tuple[type, ...], Callable[[Any], bool], tuple[str, ...]], 
 )
 
 
-def unsuited(layer: nn.Module, parts: Parts, layout: Layout, module: str) -> str | None:
+def why_not_packed(layer: nn.Module, parts: Parts, layout: Layout, module: str) -> str | None:
     """Why a layer of these parts must be run by transformers' own code, None if it can be run here."""
     holders = layout.holding(layer)
     for path, holder in zip(layout.holders, holders, strict=True):
@@ -158,7 +156,7 @@ def unsuited(layer: nn.Module, parts: Parts, layout: Layout, module: str) -> str
     # transformers 4 only
     if getattr(parts.core, "position_embedding_type", "absolute") != "absolute":
         return f"its attention has {parts.core.position_embedding_type!r} positions"
-    # and its sdpa classes have a rate of their own
+    # transformers 4's sdpa classes have a rate of their own
     if not 0.0 <= getattr(parts.core, "dropout_prob", 0.0) < 1.0:
         return f"its attention's dropout_prob is {parts.core.dropout_prob}"
     named: dict[str, nn.Module] = {}
@@ -185,7 +183,7 @@ def run(m: Parts, x: Tensor, call: Call) -> Tensor:
 
 
 def weights(m: Parts) -> LayerWeights:
-    """The layer's parameters; a part that must be called stands in the place of its weight."""
+    """The layer's parameters; a module that must be called takes the place of its weight."""
     qkv, qkv_bias = _fused(plain(m.query), plain(m.key), plain(m.value)) or (_separate(m), None)
     return LayerWeights(
         qkv,
@@ -199,7 +197,7 @@ def weights(m: Parts) -> LayerWeights:
 
 
 def _weight_and_bias(m: nn.Module) -> tuple[Any, Tensor | None]:
-    """A Linear's weight and bias, or how it is called: it sees the packed tokens as a batch of one sequence."""
+    """A Linear's weight and bias, or a function that calls it with the packed tokens as one sequence (1, T, C)."""
     return plain(m) or ((lambda x: m(x[None])[0]), None)
 
 
@@ -211,7 +209,7 @@ def _norm(m: Any) -> tuple[Any, Tensor | None]:
 
 
 def _separate(m: Parts) -> Callable[[Tensor], Tensor]:
-    """x (T, C) -> (T, 3, H, D) by three projections that one product can't do."""
+    """x (T, C) -> (T, 3, H, D) by three calls, for projections that do not fit into one product."""
 
     def project(x: Tensor) -> Tensor:
         qkv = torch.stack([_tokens(p, x) for p in (m.query, m.key, m.value)], 1)
@@ -229,7 +227,7 @@ def _tokens(m: nn.Module, x: Tensor) -> Tensor:
 def _fused(
     *own: tuple[Tensor, Tensor | None] | None,
 ) -> tuple[list[Tensor], list[Tensor] | None] | None:
-    """The weights and biases of projections that one product can do, None where it can't."""
+    """The weights and biases of projections that fit into one product, None where they do not."""
     pairs = [pair for pair in own if pair is not None]
     weights, biases = ([*side] for side in zip(*pairs, strict=True)) if pairs else ([], [])
     without = [bias is None for bias in biases]
@@ -244,7 +242,7 @@ def _fused(
 
 
 def settings(m: Parts) -> LayerSettings:
-    """What the layer computes beside its weights, as its modules say now."""
+    """The layer's settings as its modules hold them now."""
     core, size = m.core, m.core.attention_head_size
     # transformers 4 keeps the rate on its sdpa classes, and names no scale
     attention = getattr(core, "dropout_prob", m.attention_dropout.p) if core.training else 0.0

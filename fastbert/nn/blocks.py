@@ -1,4 +1,4 @@
-"""BERT's own building blocks, on packed tokens (T, C); fastbert.nn re-exports them and bert.py is made of them.
+"""BERT's own building blocks, on packed tokens (T, C); fastbert.nn exports them and models/ is made of them.
 
 Dropout draws its bits from `seed` (int64, one element) at the absolute site numbers given; without a seed every op
 draws its own.
@@ -170,7 +170,7 @@ class FeedForward(nn.Module):
                 up=up.weight, up_bias=up.bias, down=down.weight, down_bias=down.bias
             )
         else:
-            # adapters say more than their weights
+            # an adapter computes more than its weight
             weights = LayerWeights(up=up, down=down)
         settings = LayerSettings(activation=activation_name(self.approximate))
         return feed_forward_block(x, weights, settings)

@@ -78,7 +78,7 @@ class Copies:
             kept += [t for t, f in zip(packed, fields, strict=True) if t is not f[0]]
         self._packs[dtype] = torch.tensor(rows, dtype=torch.int64), kept
         self._settings = _settings_tables(layers, settings)
-        # here, not in `freeze`: deep copies and unpickled models come by as well
+        # not in `freeze`: deep copies and unpickled models are packed without a call of it
         _live.add(self)
         _watch_optimizers()
 
@@ -183,7 +183,7 @@ def _joined(vectors: Sequence[Tensor]) -> Tensor:
 
 @functools.cache
 def _watch_optimizers() -> None:
-    """Drop the copies of weights that an optimiser steps: fused AdamW does not bump their version counters."""
+    """Drop the copies of weights that an optimiser steps: fused AdamW leaves their version counters unchanged."""
     register_optimizer_step_post_hook(_stepped)
 
 

@@ -1,8 +1,8 @@
-"""Packed weights for inference on the CPU: the encoder's layers run in one native call, explicitly frozen only.
+"""Prepacked weights for inference on the CPU: the encoder's layers run in one native call.
 
-A packed copy can't see every change of the weight it was made from, so nothing is packed unless `freeze` says that the
-weights stay as they are, and the copies go as soon as a change can be seen: another module, parameter, setting or
-address, an optimiser's step, an in-place write that bumps the version counter.
+Not every write to a weight can be detected, so weights are packed only for a model that `freeze` was called on. The
+copies are dropped at every change that can be detected: another module, parameter, setting or address, an optimiser's
+step, an in-place write that increments the version counter.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from fastbert.runners.frozen import Frozen
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Use packed copies of the encoder's weights in inference (CPU, no gradient); returns the model in eval mode.
+    """Use prepacked copies of the encoder's weights in inference (CPU, no gradient); returns the model in eval mode.
 
     Takes fastbert.bert's models, and transformers' after fastbert.accelerate; raises TypeError for others. The copies
     are made at the first forward under torch.no_grad() or torch.inference_mode(), or of a model without trainable
     weights, once per dtype of the activations (fp32, or bf16 under autocast), in addition to the weights:
-    `frozen_bytes` tells their size. They are made again when a weight was written to, loaded, moved, replaced or
+    `frozen_bytes` returns their size. They are made again when a weight was written to, loaded, moved, replaced or
     stepped by an optimiser. Writes that PyTorch does not count (`.data`, numpy, memory shared with another process)
     are not seen: call `freeze` again after them.
     """
@@ -36,7 +36,7 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def unfreeze(model: nn.Module) -> nn.Module:
-    """Drop the packed copies that `freeze` made; returns the model."""
+    """Drop the prepacked copies that `freeze` made; returns the model."""
     for m in model.modules():
         if vars(m).get("frozen") is not None:
             m.frozen = None  # type: ignore[assignment]
@@ -44,7 +44,7 @@ def unfreeze(model: nn.Module) -> nn.Module:
 
 
 def frozen_bytes(model: nn.Module) -> int:
-    """Bytes of all packed copies in the model, over and above its weights."""
+    """Bytes of all prepacked copies in the model, over and above its weights."""
     found = (vars(m).get("frozen") for m in model.modules())
     return sum(copies.nbytes() for copies in found if isinstance(copies, Copies))
 

@@ -1,4 +1,4 @@
-"""Prepacked copies of one of our own encoders' weights."""
+"""Prepacked copies of the weights of a fastbert.bert encoder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastbert.nn.packing import Packing
 from fastbert.nn.watch import log_once
 from fastbert.runners.copies import RECORDED, Copies, why_not_prepacked
 
-# the parts of a layer that the native code knows, by name
+# the class that each part of a layer must have for its parameters to be read
 PARTS: dict[str, type[nn.Module]] = {
     "": EncoderLayer,
     "attention": SelfAttention,
@@ -39,7 +39,10 @@ SETTINGS: dict[type[nn.Module], str] = {
 
 
 class Origin:
-    """What the copies were made from, held so that no id or address goes to something else in the meantime."""
+    """The modules and parameters that were copied.
+
+    They are held: an id or an address that is compared later can't have gone to another object.
+    """
 
     def __init__(self, encoder: BertModel) -> None:
         self.layers = encoder.layers
@@ -47,7 +50,7 @@ class Origin:
         self.parameters = [p for layer in self.layers for p in layer.parameters()]
         self.memory = [p.detach() for p in self.parameters]
         self.inside = [vars(m) for m in self.parts]
-        # where a forward finds the parts and parameters
+        # the dicts in which a forward looks up its parts and parameters
         places = [d[kind] for d in self.inside for kind in ("_modules", "_parameters")]
         self.places = [(place, name) for place in places for name in place]
         self.settings = [(vars(m), SETTINGS[type(m)]) for m in self.parts if type(m) in SETTINGS]
@@ -58,14 +61,14 @@ class Origin:
         return encoder.layers is self.layers and self.look() == self.state
 
     def look(self) -> tuple[object, ...]:
-        """All that the copies and the native call depend on; every forward compares it, so it is flat and cheap."""
+        """Everything that the copies and the native call depend on. Every forward compares it: it is flat, for speed."""
         return (
             cpu.native.isa(),
             [d[name] for d, name in self.settings],
             [id(m) for m in self.layers._modules.values()],
             [id(place.get(name)) for place, name in self.places],
             [*map(type, self.parts)],
-            # none: parts that run other code than their class's
+            # parts that run other code than their class's: there must be none
             [
                 d
                 for d in self.inside
@@ -77,7 +80,7 @@ class Origin:
 
 
 class Frozen(Copies):
-    """The copies of one of our own encoders."""
+    """The copies of a fastbert.bert encoder."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +101,7 @@ class Frozen(Copies):
         if torch.compiler.is_compiling() or encoder.training:
             return False
         if x.device.type != "cpu":
-            # the weights have moved: their copies would stay for nothing
+            # the weights have moved to another device: the copies serve no more
             self.drop()
             return False
         if not chooser.permits(cpu) or x.numel() == 0:
