@@ -61,7 +61,7 @@ class Origin:
         return encoder.layers is self.layers and self.look() == self.state
 
     def look(self) -> tuple[object, ...]:
-        """Everything that the copies and the native call depend on. Every forward compares it: it is flat, for speed."""
+        """Everything that the copies and the native call depend on; flat, because every forward compares it."""
         return (
             cpu.native.isa(),
             [d[name] for d, name in self.settings],
@@ -97,7 +97,7 @@ class Frozen(Copies):
         return () if self._origin is None else self._origin.parameters
 
     def serves(self, encoder: BertModel, x: Tensor) -> bool:
-        """Whether a forward on embeddings x (T, C) can run on packed copies; makes them if they are missing."""
+        """Whether a forward on embeddings x (T, C) can run on the copies; makes them if they are missing."""
         if torch.compiler.is_compiling() or encoder.training:
             return False
         if x.device.type != "cpu":
