@@ -1,18 +1,32 @@
-"""An op and a backend added to a copy of the package by the steps of CONTRIBUTING.md, beside a tuned.json."""
+"""An op and a backend added to a copy of the package by the steps of CONTRIBUTING.md, beside a tuned.json.
 
+No other module needs to know a new backend: none outside the backends names one.
+"""
+
+import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from test_layout import python
 
 from fastbert.backend import tuned
+from fastbert.backend.names import TABLE
 
 ROOT = Path(__file__).resolve().parents[1]
+# files outside the backends that name one
+NAMES_A_BACKEND = {
+    "fastbert/machine.py": "triton is a package there, whose version counts",
+    "fastbert/testing/checkpoints.py": "real models are compared with the reference",
+    "fastbert/testing/parity.py": "every backend is compared with the reference",
+}
 
 # the op: y = factor x
 REFERENCE = '''
@@ -224,3 +238,25 @@ with fastbert.use("dummy"):
         in printed
     )
     assert "cannot run linear: the dummy backend has no linear kernel yet" in printed
+
+
+def backends_named(tree: ast.Module) -> Iterator[str]:
+    """The backends' names among a module's strings; "cpu" and "cuda" are types of devices elsewhere."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.expr):
+            continue
+        strings = [c.value for c in ast.walk(node) if isinstance(c, ast.Constant)]
+        names = [value for value in strings if isinstance(value, str) and value in TABLE]
+        yield from (name for name in names if name in ("triton", "reference"))
+        source = ast.unparse(node) if names else ""
+        if re.search(r"\b(chosen|forced|backend|use|choose)\b", source):
+            yield from [] if re.search(r"\.type [!=]=|device( |\))", source) else names
+
+
+def test_no_backend_is_named_outside_the_backends():
+    named = {
+        path: sorted(names)
+        for path, tree in python("fastbert")
+        if not path.startswith("fastbert/backend/") and (names := {*backends_named(tree)})
+    }
+    assert named.keys() == NAMES_A_BACKEND.keys(), named

@@ -24,7 +24,6 @@ LONG_FUNCTIONS: dict[str, str] = {}
 # modules beside the slugs in a folder of ops
 NOT_SLUGS = {
     "fastbert/backend/reference/samples.py": "sample inputs and costs, which every slug's reference offers",
-    "fastbert/ops/context.py": "dropout seeds, autocast and tracing, for all slugs",
     "fastbert/backend/reference/philox.py": "the definition of the dropout bits, shared by the slugs",
     "csrc/cpu/bindings.cpp": "the module's entry, for all slugs",
     "csrc/cuda/bindings.cu": "the module's entry, for all slugs",
@@ -57,12 +56,6 @@ BACKEND_FOLDERS = {
         REFERENCE_API if name == "reference" else BACKEND_API
     )
     for name, b in TABLE.items()
-}
-# files outside the backends that name one
-NAMES_A_BACKEND = {
-    "fastbert/machine.py": "triton is a package there, whose version counts",
-    "fastbert/testing/checkpoints.py": "real models are compared with the reference",
-    "fastbert/testing/parity.py": "every backend is compared with the reference",
 }
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -180,28 +173,6 @@ def test_backend_modules_have_the_same_functions(folder):
         assert public - SHARED_HELPERS.get(path, set()) == BACKEND_FOLDERS[folder], path
         classes = [n.name for n in tree.body if isinstance(n, ast.ClassDef) and n.name[0] != "_"]
         assert not classes, f"{path} has public classes {classes}"
-
-
-def backends_named(tree: ast.Module) -> Iterator[str]:
-    """The backends' names among a module's strings; "cpu" and "cuda" are types of devices elsewhere."""
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.expr):
-            continue
-        strings = [c.value for c in ast.walk(node) if isinstance(c, ast.Constant)]
-        names = [value for value in strings if isinstance(value, str) and value in TABLE]
-        yield from (name for name in names if name in ("triton", "reference"))
-        source = ast.unparse(node) if names else ""
-        if re.search(r"\b(chosen|forced|backend|use|choose)\b", source):
-            yield from [] if re.search(r"\.type [!=]=|device( |\))", source) else names
-
-
-def test_no_backend_is_named_outside_the_backends():
-    named = {
-        path: sorted(names)
-        for path, tree in python("fastbert")
-        if not path.startswith("fastbert/backend/") and (names := {*backends_named(tree)})
-    }
-    assert named.keys() == NAMES_A_BACKEND.keys(), named
 
 
 def test_shared_helpers_are_shared():

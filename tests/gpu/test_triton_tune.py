@@ -1,7 +1,6 @@
 """fastbert.tune() over Triton's launch configurations, in the interpreter (a process of `make test`) or on a GPU."""
 
 import dataclasses
-import sys
 from unittest import mock
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 import fastbert
 from fastbert import functional
 from fastbert.backend import chooser, tuned
+from fastbert.tuning import measure
 
 if chooser.device_of("triton") is None:
     reason = chooser.matrix()["layer_norm"]["triton"] or "there is no GPU and no TRITON_INTERPRET=1"
@@ -47,7 +47,7 @@ def test_tune_climbs_to_the_fastest_configuration_and_stores_it(triton_first, mo
         assert asked[0] in ("rows", "persistent_rows")
         return {c: c.num_warps + 8.0 / c.ROWS for c in configs}
 
-    monkeypatch.setattr(sys.modules["fastbert.tune"]._Search, "_measured", measured)
+    monkeypatch.setattr(measure._Search, "_measured", measured)
     found = fastbert.tune(tuned_step(triton_first), rounds=1)
     assert own.ROWS == own.num_warps == 1
     assert _launch.rows(24, arch) == dataclasses.replace(own, ROWS=16)
