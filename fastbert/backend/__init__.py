@@ -13,6 +13,7 @@ _CHOOSER = (
     "misset",
     "module",
     "order",
+    "tuned_tables",
     "use",
 )
 __getattr__ = lazy(

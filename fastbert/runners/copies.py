@@ -26,10 +26,12 @@ RECORDED = "gradients are recorded, call it under torch.no_grad() or torch.infer
 # all Copies that hold a copy
 _live: weakref.WeakSet[Copies] = weakref.WeakSet()
 
-if cpu.native is not None and LayerWeights._fields != cpu.native.LAYER_FIELDS:
+# empty for a module that was built from older sources
+_FIELDS: tuple[str, ...] = getattr(cpu.native, "LAYER_FIELDS", ())
+if cpu.native is not None and _FIELDS != LayerWeights._fields:
     raise ImportError(
-        f"fastbert._cpu reads a layer's parameters as {', '.join(cpu.native.LAYER_FIELDS)}, and this version of "
-        f"fastbert as {', '.join(LayerWeights._fields)}: build it again, `pip install .` in the checkout"
+        f"the native module {cpu.native.__file__} reads a layer's parameters in another order than this version of "
+        "fastbert: build it again, `pip install .` in the checkout"
     )
 
 
