@@ -72,7 +72,7 @@ def convert_fairseq_roberta(checkpoint_file: str | Path, out_dir: str | Path) ->
     unused = fill(model, state, names, str(file))
     if unused:
         raise ValueError(
-            f"{file} has weights that a RoBERTa masked LM does not have: {', '.join(unused[:8])}: "
+            f"{file} has weights that a RoBERTa masked LM has not: {', '.join(unused[:8])}: "
             "only plain RoBERTa models of fairseq are converted"
         )
     save(model, out_dir)
