@@ -1,4 +1,8 @@
-"""The demo, `python -m fastbert.cli.demo`: pretrain a small BERT on real text in minutes and fill masks with it."""
+"""The demo, `python -m fastbert.cli.demo`: pretrain a small BERT on real text in minutes and fill masks with it.
+
+It trains until the held-out loss at [MASK] is `goal` nats below the unigram entropy (demo.toml): the loss of a model
+that knows how frequent each word is and nothing of its neighbours.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,9 @@ SENTENCES = (
 
 def demo(
     out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/demo"),
-    minutes: Annotated[float | None, typer.Option(help="minutes of training; default 2")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="the most minutes of training; default 10")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="delete an older run in OUT; else OUT-2 is taken")
     ] = False,
@@ -46,12 +52,24 @@ def demo(
     folder = fresh_folder(out, overwrite)
     if folder != out:
         say(f"{out} holds an older run: this one starts over in {folder} (--overwrite replaces it)")
-    length = f"about {config.minutes:g} minutes" if config.minutes else f"{config.steps} steps"
-    say(f"2. a tokenizer, a BERT and {length} of training, in {folder}")
+    length = f"{config.minutes:g} minutes" if config.minutes else f"{config.steps} steps"
+    say(f"2. a tokenizer, a BERT and its training, at most about {length}, in {folder}")
+    if config.goal is not None:
+        say(
+            "   training ends when the loss at held-out [MASK]s is "
+            f"{config.goal:g} nats below that of a model that knows word frequencies alone"
+        )
     result = pretrain(config, folder, say=say)
     say("3. what it has learned")
     for line in summary(result):
         say(line)
+    if result.goal is not None and not result.reached:
+        say(
+            f"4. no words for [MASK]: after {length} the held-out loss is "
+            f"{result.evaluation['mlm_loss_masked']:.2f} and not yet {result.goal:.2f}, so that its guesses would be "
+            f"little more than the most frequent words; train longer with --minutes"
+        )
+        return
     say("4. the words it puts for [MASK]")
     show_masks(result.model, console)
     say(f'Try your own: fastbert fill-mask {result.model} "The [MASK] of the nation"')

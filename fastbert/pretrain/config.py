@@ -74,6 +74,11 @@ class PretrainConfig(TrainingSettings):
     minutes: float | None = setting(
         None, BATCH, "time for the steps; the first ones are timed and fix the number of steps"
     )
+    goal: float | None = setting(
+        None,
+        BATCH,
+        "end the run at the first evaluation whose loss at [MASK] is this many nats below the unigram entropy",
+    )
     shards: int | None = setting(
         None, BATCH, "parts of a step's data that processes share; default their number"
     )
@@ -119,7 +124,7 @@ class PretrainConfig(TrainingSettings):
         self._check_least(0, "eval_tokens")
         sizes = ("max_length", "vocab_size", "layers", "hidden", "heads", "ffn", "max_position")
         self._check_least(
-            1, *sizes, "minutes", "max_tokens", "batch_size", "initializer_range", "shards"
+            1, *sizes, "minutes", "goal", "max_tokens", "batch_size", "initializer_range", "shards"
         )
         if self.max_length > self.max_position:
             raise ValueError(

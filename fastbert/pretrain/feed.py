@@ -78,6 +78,7 @@ class Feed:
         self.heldout = PretrainingData(shards, tokenizer, settings, part="heldout")
         self.mask_id = self.heldout.special.mask
         self.eval_batches = _first_batches(self.heldout, config.eval_tokens)
+        self._baselines: dict[str, float] | None = None
 
     def held_out(self) -> Iterator[Batch]:
         """The held-out batches that are read, always the same."""
@@ -100,7 +101,12 @@ class Feed:
         )
 
     def baselines(self) -> dict[str, float]:
-        """What counting predicts where the held-out input is [MASK], in nats."""
+        """What counting predicts where the held-out input is [MASK], in nats; counted once."""
+        if self._baselines is None:
+            self._baselines = self._counted()
+        return self._baselines
+
+    def _counted(self) -> dict[str, float]:
         ids, labels = [], []
         for batch in self.held_out():
             bounds = batch["cu_seqlens"].numpy()[1:-1]

@@ -1,6 +1,8 @@
-"""A pretraining run: evaluation on held-out documents."""
+"""A pretraining run: evaluation on held-out documents, which may end it."""
 
 from __future__ import annotations
+
+import math
 
 from fastbert.pretrain.config import PretrainConfig
 from fastbert.pretrain.evaluate import evaluate
@@ -11,7 +13,7 @@ from fastbert.train.session import Session
 
 
 class PretrainRun(Run):
-    """A run whose evaluations read the held-out batches of `feed`."""
+    """A run whose evaluations read the held-out batches of `feed`; with the setting `goal` one of them may end it."""
 
     command = "pretrain"
 
@@ -21,6 +23,12 @@ class PretrainRun(Run):
         super().__init__(trainer, session, feed.identity())
         self.feed = feed
         self.judge = trainer.judge
+        # the loss at [MASK] that ends the run
+        self.goal: float | None = None
+        if trainer.config.goal is not None:
+            # counting takes seconds: one process does it
+            unigram = feed.baselines()["unigram entropy"] if self.world.main else 0.0
+            self.goal = self.world.most(unigram) - trainer.config.goal
 
     def evaluation(self) -> tuple[dict[str, float], str]:
         """Evaluate the model: the values to log, and a sentence with them."""
@@ -39,3 +47,20 @@ class PretrainRun(Run):
             low, high = values["nsp_low"], values["nsp_high"]
             line += f"; next sentence {values['nsp_accuracy']:.1%} ({low:.1%} to {high:.1%})"
         return values, line
+
+    def finished(self) -> bool:
+        """Whether all steps are made, or the last evaluation has reached the goal."""
+        return super().finished() or reached(self.last_evaluation, self.goal)
+
+    def goal_shown(self) -> str:
+        """The goal and the last evaluation, for the progress shown."""
+        if self.goal is None:
+            return ""
+        last = self.last_evaluation.get("mlm_loss_masked")
+        now = f", now {last:.2f}" if last is not None else ""
+        return f"until the held-out loss is {self.goal:.2f}{now}"
+
+
+def reached(evaluation: dict[str, float], goal: float | None) -> bool:
+    """Whether an evaluation's loss at [MASK] is at most the goal; False without either."""
+    return goal is not None and evaluation.get("mlm_loss_masked", math.inf) <= goal

@@ -15,7 +15,7 @@ import torch
 from fastbert.pretrain.build import build_model, check_model
 from fastbert.pretrain.config import PretrainConfig
 from fastbert.pretrain.feed import Feed, prepare_feed, reopen_feed
-from fastbert.pretrain.loop import PretrainRun
+from fastbert.pretrain.loop import PretrainRun, reached
 from fastbert.pretrain.trainer import PretrainTrainer
 from fastbert.train import store
 from fastbert.train.plot import plot_losses
@@ -25,8 +25,8 @@ from fastbert.train.settings import check_length_said
 from fastbert.train.trainer import TrainingError
 from fastbert.train.world import World
 
-# the part of a time budget that is spent on finding out how many steps fit into it
-_TIMED_PART = 0.05
+# the part of a time budget that is spent on finding out how many steps fit into it, and the most seconds of that
+_TIMED_PART, _TIMED_SECONDS = 0.05, 10.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,13 @@ class Result:
     baselines: dict[str, float]
     # whether this process is the one that reports
     main: bool = True
+    # the loss at [MASK] that was to end the run
+    goal: float | None = None
+
+    @property
+    def reached(self) -> bool:
+        """Whether the last evaluation has reached the goal; False without one."""
+        return reached(self.evaluation, self.goal)
 
 
 def pretrain(
@@ -69,8 +76,8 @@ def pretrain(
         s.say(_description(s.config, model, feed))
         s.begin(model, lambda: _scheduled(s.config, model, feed, s.world))
         trainer = PretrainTrainer(model, feed.batches, s.config, s.world)
-        evaluation = PretrainRun(trainer, feed, s).train()
-        return _report(s, trainer, feed, evaluation)
+        run = PretrainRun(trainer, feed, s)
+        return _report(s, run, run.train())
 
 
 def _feed(s: Session[PretrainConfig], rebuild: bool) -> Feed:
@@ -86,22 +93,18 @@ def _feed(s: Session[PretrainConfig], rebuild: bool) -> Feed:
     return feed
 
 
-def _report(
-    s: Session[PretrainConfig],
-    trainer: PretrainTrainer,
-    feed: Feed,
-    evaluation: dict[str, float],
-) -> Result:
+def _report(s: Session[PretrainConfig], run: PretrainRun, evaluation: dict[str, float]) -> Result:
     """Write the model, the curve and the final figures."""
-    at, plot, main = trainer.at, s.out / "loss.png", s.world.main
-    s.export(trainer.spread.whole(), feed.tokenizer)
-    baselines = feed.baselines() if main else {}
+    at, plot, main = run.trainer.at, s.out / "loss.png", s.world.main
+    s.export(run.trainer.spread.whole(), run.feed.tokenizer)
+    baselines = run.feed.baselines() if main else {}
     if main:
         title = f"{s.config.recipe} pretraining"
         plot_losses(s.out / "metrics.jsonl", plot, baselines, title)
         values = {"steps": at.step, "seconds": at.seconds, "held_out": evaluation}
         store.write_json(s.out / "result.json", {**values, "baselines": baselines})
-    return Result(s.out, s.model_folder, plot, at.step, at.seconds, evaluation, baselines, main)
+    figures = (at.step, at.seconds, evaluation, baselines)
+    return Result(s.out, s.model_folder, plot, *figures, main=main, goal=run.goal)
 
 
 def summary(result: Result) -> list[str]:
@@ -112,6 +115,9 @@ def summary(result: Result) -> list[str]:
         f"held out, where the input is [MASK]: loss {held['mlm_loss_masked']:.3f} nats, "
         f"accuracy {held['accuracy_masked']:.1%}",
     ]
+    if result.goal is not None:
+        state = "reached" if result.reached else "not reached"
+        lines.append(f"  the goal at the same places: {result.goal:.3f} nats, {state}")
     lines += [
         f"  {name} at the same places: {value:.3f} nats" for name, value in result.baselines.items()
     ]
@@ -127,7 +133,8 @@ def summary(result: Result) -> list[str]:
         "TensorBoard": result.out / "tensorboard",
         "settings": result.out / "config.toml",
     }
-    return lines + [f"{name:<12} {path}" for name, path in names.items()]
+    # TensorBoard's folder is there if the package is installed
+    return lines + [f"{name:<12} {path}" for name, path in names.items() if path.exists()]
 
 
 def _check(config: PretrainConfig, out: Path) -> None:
@@ -177,7 +184,7 @@ def seconds_per_step(
     # the first step is slower than the rest: memory, imports
     trial.train_step()
     started, steps, elapsed = time.perf_counter(), 0, 0.0
-    while elapsed < _TIMED_PART * 60.0 * config.minutes:
+    while elapsed < min(_TIMED_PART * 60.0 * config.minutes, _TIMED_SECONDS):
         trial.train_step()
         steps, elapsed = steps + 1, time.perf_counter() - started
     store.restore_rng(rng)

@@ -18,6 +18,8 @@ from fastbert.train.world import World
 class PretrainTrainer(Trainer):
     """Steps on packed batches; each loss is the sum over its terms / their number, over all batches and processes."""
 
+    config: PretrainConfig
+
     def __init__(
         self, model: nn.Module, data: Stream, config: PretrainConfig, world: World | None = None
     ) -> None:

@@ -94,6 +94,7 @@ class Run:
             session.say(f"going on after step {self.resume()} of {t.steps}")
         self.metrics = Metrics(self.out, t.at.step, self._metrics_size, self.world.main)
         self.progress = Progress(t.steps, t.at.step, session.quiet or not self.world.main)
+        self.progress.goal = self.goal_shown()
         try:
             with Signals() as signals, self.progress:
                 while True:
@@ -158,11 +159,16 @@ class Run:
         self.metrics.write("eval", at.step, values)
         self.last_evaluation = values
         at.evaluated = at.step
+        self.progress.goal = self.goal_shown()
         self.progress.say(line)
 
     def finished(self) -> bool:
         """Whether there is nothing left to train."""
         return self.trainer.at.step == self.trainer.steps
+
+    def goal_shown(self) -> str:
+        """What may end the run before its last step, for the progress shown; "" for nothing."""
+        return ""
 
     def losses(self) -> dict[str, float]:
         """The mean losses of the steps since the last log line."""

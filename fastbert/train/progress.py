@@ -24,9 +24,13 @@ class Progress:
 
         self.console: Console = Console(stderr=True, quiet=quiet, highlight=False)
         self.steps = steps
+        # what may end the run sooner; the time left is then the most that it takes
+        self.goal = ""
         self._bar: Bar | None = _bar(self.console) if self.console.is_terminal else None
         if self._bar is not None:
-            self._task = self._bar.add_task("train", total=steps, completed=done, loss="", speed="")
+            self._task = self._bar.add_task(
+                "train", total=steps, completed=done, loss="", speed="", left="left"
+            )
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
@@ -40,15 +44,20 @@ class Progress:
     def advance(self, step: int, loss: float, tokens_per_s: float) -> None:
         """Show the bar at this step; plain output has lines from `log` alone."""
         if self._bar is not None:
-            loss_text, speed = f"{loss:.3f}", f"{tokens_per_s:,.0f}"
-            self._bar.update(self._task, completed=step, loss=loss_text, speed=speed)
+            fields = {"loss": f"{loss:.3f}", "speed": f"{tokens_per_s:,.0f}"}
+            if self.goal:
+                fields |= {"description": self.goal, "left": "at most"}
+            self._bar.update(self._task, completed=step, **fields)
 
     def log(self, step: int, values: dict[str, float], seconds_left: float) -> None:
         """Write the plain line of a log step; the bar has shown it already."""
         if self._bar is None:
+            left = f"{duration(seconds_left)} left"
+            if self.goal:
+                left = f"{self.goal}, at most {duration(seconds_left)}"
             self.say(
                 f"step {step}/{self.steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
-                f"{values['tokens_per_s']:,.0f} tokens/s  {duration(seconds_left)} left"
+                f"{values['tokens_per_s']:,.0f} tokens/s  {left}"
             )
 
     def say(self, text: str) -> None:
@@ -66,7 +75,7 @@ def _bar(console: Console) -> Bar:
         p.TextColumn("loss [bold]{task.fields[loss]}"),
         p.TextColumn("{task.fields[speed]} tokens/s"),
         p.TimeElapsedColumn(),
-        p.TextColumn("left"),
+        p.TextColumn("{task.fields[left]}"),
         p.TimeRemainingColumn(),
     ]
     return p.Progress(*columns, console=console, refresh_per_second=4)
