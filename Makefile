@@ -1,20 +1,26 @@
-# Every target makes .venv and installs what it needs; only Python, a C++ compiler and a package index are assumed.
-#   make demo        pretrain a small BERT on a real corpus and fill masks with it (about two minutes of training)
-#   make test        the default test suite        make test-slow   what takes longer than that
-#   make test-transformers4  accelerate() with transformers 4.48 and 4.57, each in an environment below build/
-#   make bench       the benchmarks that need no environment but this one
-#   make bench-peers the end-to-end benchmark against all peers, each in its own environment
-#   make bench-scaling  cost against the number of tokens and the length of a sequence, with a plot; 4 to 6 minutes
-#   make bench-scripts  users' scripts (Trainer, sentence-transformers) as they are and accelerated, step by step; two hours
-#   make test-gpu-static  the Triton kernels in every configuration compiled for GPUs that are not here, and inspected
-#   make test-ptx    every sample of every op, forward and backward, with the GPU backends on the PTX machine
-#   make gpu         on a machine with a GPU: parity, memory and race checks, timings, into docs/gpu.md
-#   make gpu-report  what those compilations and counted bytes say, as docs/gpu_report.md
-#   make sanitize    the native tests under AddressSanitizer and UBSan: every op on every instruction set (it took 7 min
-#                    to build and 4 to run on one core of an AMD EPYC, 2026-11-25; what was built before is kept)
-#   make lint        ruff, clang-format, mypy
-# PYTHON chooses the interpreter, PIP_ARGS goes to pip: for torch without CUDA on a machine that would get it with,
+# Every target makes .venv and installs into it what the target needs. The machine has Python, a C++ compiler and a
+# package index; nothing else is assumed.
+#   make demo           trains a small BERT on a real corpus and fills masks with it; 5 minutes with the installation
+#   make install        installs everything that the other targets need
+#   make test           runs the default test suite
+#   make test-slow      runs the tests that take longer
+#   make test-transformers4  runs accelerate()'s tests with transformers 4.48 and 4.57, each in an environment below build/
+#   make test-gpu-static  compiles the Triton kernels in every configuration, and the CUDA kernels, for GPUs that are not
+#                       here, and inspects the machine code
+#   make test-ptx       runs every sample of every op, forward and backward, with the GPU backends on the PTX machine
+#   make bench          runs the benchmarks that need no other environment
+#   make bench-peers    runs the end-to-end benchmark against all peers, each in an environment of its own
+#   make bench-scaling  measures the cost against the number of tokens and the sequence length; 4 to 6 minutes
+#   make bench-scripts  times users' scripts (Trainer, sentence-transformers) as they are and accelerated; two hours
+#   make gpu            on a machine with a GPU: parity, memory and race checks and timings, into docs/gpu.md
+#   make gpu-report     writes docs/gpu_report.md: figures of the kernels that need no GPU
+#   make sanitize       runs the native tests under AddressSanitizer and UBSan: every op on every instruction set (on one
+#                       core of an AMD EPYC, 2026-11-25: 7 minutes to build, 4 to run; later runs build what has changed)
+#   make lint           runs ruff, clang-format and mypy
+# PYTHON is the interpreter that makes .venv. PIP_ARGS are arguments of pip; on a machine where pip would choose a torch
+# for CUDA, this takes the one for the CPU:
 #   make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# FASTBERT_CUDA=1 makes `make demo` build the CUDA module where no GPU is visible.
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
@@ -25,20 +31,41 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 # pip before 25.3 takes the versions of an isolated build's tools from the first, later ones from the second
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
-NATIVE := $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+ENVIRONMENT = $(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+# pip would compile the packages' Python files one after the other; the demo imports few of them and compiles none
+COMPILE = $(PY) -m compileall -q -j 0 $(VENV)/lib >/dev/null
+PIP_INSTALL = $(PINNED) $(PY) -m pip install --no-compile $(PIP_ARGS)
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+NATIVE := $(filter csrc/%,$(SOURCES))
+# "GPU" where one is visible
+GPU = $(findstring GPU,$(shell nvidia-smi -L 2>/dev/null))
 
 .DELETE_ON_ERROR:
 .PHONY: install demo test test-slow test-transformers4 test-gpu-static test-ptx gpu gpu-report sanitize bench bench-peers bench-scaling bench-scripts lint
 
 install: $(INSTALLED)
 
-# the stamp is touched last: an interrupted install is done again
-$(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
-	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	FASTBERT_CPU_EMULATE=1 $(PINNED) $(PY) -m pip install $(PIP_ARGS) -e '.[train,test,dev]'
+# each stamp is touched last: an interrupted installation is done again
+$(INSTALLED): $(SOURCES)
+	$(ENVIRONMENT)
+	FASTBERT_CPU_EMULATE=1 $(CUDA_ARCHS) $(PIP_INSTALL) -e '.[train,test,dev]'
+	-$(COMPILE)
 	touch $@
 
-demo: $(INSTALLED)
+# without a GPU only the tests read the CUDA module, and they read sm_80 and PTX
+$(INSTALLED): CUDA_ARCHS = $(if $(FASTBERT_CUDA_ARCHS)$(GPU),,FASTBERT_CUDA_ARCHS=80,ptx)
+
+# what the demo needs: no test tools, no CPU kernels for other processors, and no CUDA module where no GPU is visible. The
+# stamp's name holds FASTBERT_CUDA
+DEMO_CUDA = $(or $(FASTBERT_CUDA),$(if $(GPU),auto,0))
+DEMO_INSTALLED = $(VENV)/.installed-demo-cuda-$(DEMO_CUDA)
+$(VENV)/.installed-demo-cuda-%: $(SOURCES)
+	$(ENVIRONMENT)
+	FASTBERT_CPU_NATIVE=1 FASTBERT_CUDA=$* $(PIP_INSTALL) -e .
+	touch $@
+
+# what `make install` has installed serves the demo too
+demo: $(or $(wildcard $(INSTALLED)),$(DEMO_INSTALLED))
 	$(PY) -m fastbert.cli.demo --out runs/demo
 
 # the second process has Triton run its kernels on the CPU, which it decides when it is imported
@@ -53,6 +80,8 @@ test-transformers4: $(INSTALLED)
 	$(PY) tests/accelerate/transformers4.py --pip-args="$(PIP_ARGS)" -n auto $(PYTEST_ARGS)
 
 test-gpu-static: $(INSTALLED)
+	FASTBERT_CUDA=1 FASTBERT_CPU_EMULATE=1 $(PIP_INSTALL) --no-deps -e .
+	$(PY) -m pytest $(PYTEST_ARGS) tests/gpu/test_cuda_build.py
 	$(PY) -m pytest -m gpu_static -n auto $(PYTEST_ARGS) tests/gpu/test_triton_static.py
 
 test-ptx: $(INSTALLED)

@@ -38,6 +38,8 @@ class Toolchain:
     # instruction set -> flags: every source outside `once` is compiled for each of them
     variants: dict[str, list[str]]
     once: tuple[str, ...]
+    # for the sources in `once` alone: a new instruction set compiles no kernel of another one again
+    once_flags: list[str]
 
 
 # of one x86-64 binary; csrc/cpu/bindings.cpp picks at run time. Others get the baseline alone
@@ -87,7 +89,6 @@ def cpu_toolchain(version: str) -> Toolchain:
     flags = optimise + openmp + shlex.split(os.environ.get("FASTBERT_CPU_FLAGS", ""))
     described = shlex.join([compiler, *flags])
     variants = cpu_variants(compiler)
-    flags += [f"-DFASTBERT_HAS_{name}" for name in variants if name != "baseline"]
     flags += [
         f'-DFASTBERT_VERSION="{version}"',
         f'-DFASTBERT_BUILD_FLAGS="{described}"',
@@ -98,15 +99,21 @@ def cpu_toolchain(version: str) -> Toolchain:
     # -fopenmp is left out: fastbert/backend/cpu/__init__.py binds the module to the runtime that torch has loaded
     extra = shlex.split(os.environ.get("FASTBERT_CPU_FLAGS", ""))
     link = ["-shared", *extra, *undefined]
-    return Toolchain(compiler, flags, link, variants, ("bindings", "runtime"))
+    sets = [f"-DFASTBERT_HAS_{name}" for name in variants if name != "baseline"]
+    return Toolchain(compiler, flags, link, variants, ("bindings", "runtime"), sets)
 
 
 def cpu_variants(compiler: str) -> dict[str, list[str]]:
-    """The instruction sets that the compiler knows, each with its flags; FASTBERT_CPU_EMULATE=1 adds one for tests."""
+    """The instruction sets that the compiler knows, each with its flags.
+
+    FASTBERT_CPU_NATIVE=1 leaves out those that this machine lacks, FASTBERT_CPU_EMULATE=1 adds one for tests.
+    """
     wanted: dict[str, list[str]] = {}
     if platform.machine() in ("x86_64", "AMD64"):
         wanted = {name: shlex.split(" ".join(flags)) for name, flags in ISAS.items()}
     found = {name: flags for name, flags in wanted.items() if _accepts(compiler, flags)}
+    if os.environ.get("FASTBERT_CPU_NATIVE") == "1":
+        found = {name: flags for name, flags in found.items() if _runs(flags)}
     if os.environ.get("FASTBERT_CPU_EMULATE") == "1":
         # AVX-512 BF16's code on vectors of 16 that the compiler splits
         found["emulated"] = [*found.get("avx2", []), "-DFASTBERT_EMULATE", "-O2"]
@@ -173,13 +180,13 @@ def cuda_toolchain(version: str) -> Toolchain:
     # the wheels of PyPI have lib where nvcc looks into lib64; the runtime is linked in, so that no driver is needed
     libraries = Path(compiler).resolve().parent.parent / "lib"
     link = ["-shared", "-cudart=static", *targets, f"-L{libraries}"]
-    return Toolchain(compiler, flags, link, {"": []}, ())
+    return Toolchain(compiler, flags, link, {"": []}, (), [])
 
 
-# module -> (folder of its sources, their pattern, its toolchain)
+# module -> (folder of its sources, their suffixes, its toolchain). nvcc hands a .cpp to the host's compiler
 MODULES = {
-    "fastbert._cpu": ("csrc/cpu", "*.cpp", cpu_toolchain),
-    "fastbert._cuda": ("csrc/cuda", "*.cu", cuda_toolchain),
+    "fastbert._cpu": ("csrc/cpu", (".cpp",), cpu_toolchain),
+    "fastbert._cuda": ("csrc/cuda", (".cu", ".cpp"), cuda_toolchain),
 }
 
 
@@ -190,6 +197,14 @@ def _accepts(compiler: str, flags: list[str]) -> bool:
         source.write_text(OPENMP if "-fopenmp" in flags else "int nothing;\n")
         command = [*shlex.split(compiler), *flags, "-c", str(source), "-o", f"{source}.o"]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def _runs(flags: list[str]) -> bool:
+    """Whether Linux lists every feature of these -m flags for this machine; True on other systems."""
+    listed = Path("/proc/cpuinfo")
+    present = set(listed.read_text().replace("_", "").split()) if listed.is_file() else None
+    wanted = {flag[2:] for flag in flags if flag.startswith("-m") and "=" not in flag}
+    return present is None or wanted <= present
 
 
 def _pybind11_include() -> Path:
@@ -221,7 +236,7 @@ def ninja_file(target: Path, objects: Path, sources: list[Path], tools: Toolchai
     lines = [
         "ninja_required_version = 1.5",
         "rule compile",
-        f"  command = {compiler} {_shell(tools.compile_flags)} $isa -MMD -MF $out.d -c $in -o $out",
+        f"  command = {compiler} {_shell(tools.compile_flags)} $own -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $in",
@@ -231,12 +246,13 @@ def ninja_file(target: Path, objects: Path, sources: list[Path], tools: Toolchai
     ]
     built = []
     for source in sources:
-        variants = {"": []} if source.stem in tools.once else tools.variants
+        once = source.stem in tools.once
+        variants = {"": tools.once_flags} if once else tools.variants
         for name, flags in variants.items():
             built.append(objects / f"{source.stem}{'.' if name else ''}{name}.o")
             lines.append(f"build {_escape(built[-1])}: compile {_escape(source)}")
-            if name:
-                lines.append(f"  isa = {_shell([f'-DFASTBERT_ISA={name}', *flags])}")
+            named = [f"-DFASTBERT_ISA={name}"] if name else []
+            lines.append(f"  own = {_shell([*named, *flags])}")
     lines.append(f"build {_escape(target)}: link {' '.join(map(_escape, built))}")
     return "\n".join(lines) + "\n"
 
@@ -290,8 +306,12 @@ def wanted(name: str) -> bool:
 def extensions() -> list[Extension]:
     """The modules that have sources here and are wanted; without FASTBERT_CUDA=1 its failure fails no install."""
     found = {
-        name: sorted(str(p.relative_to(ROOT)) for p in (ROOT / folder).glob(pattern))
-        for name, (folder, pattern, _) in MODULES.items()
+        name: sorted(
+            str(path.relative_to(ROOT))
+            for path in (ROOT / folder).iterdir()
+            if path.suffix in suffixes
+        )
+        for name, (folder, suffixes, _) in MODULES.items()
         if wanted(name)
     }
     forced = os.environ.get("FASTBERT_CUDA") == "1"

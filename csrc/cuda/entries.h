@@ -1,4 +1,4 @@
-// The entry functions of fastbert._cuda, one block per .cu; bindings.cu registers them.
+// The entry functions of fastbert._cuda, one block per .cu; bindings.cpp registers them.
 //
 // A pointer is device memory that the adapter in fastbert/backend/cuda/<slug>.py owns and checks;
 // null stands for "not given". `dtype` is the number of the activations' element type,

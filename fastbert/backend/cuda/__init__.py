@@ -35,7 +35,7 @@ def _loaded() -> tuple[Any, str | None]:
         return None, (
             f"the native module fastbert._cuda is not usable ({error}): install fastbert with nvcc at hand, the CUDA "
             "toolkit's or the wheels nvidia-cuda-nvcc and nvidia-cuda-cccl, by FASTBERT_CUDA=1 `pip install .` in a "
-            "checkout"
+            "checkout; `make demo` leaves the module out where nvidia-smi lists no GPU"
         )
     if torch.version.hip:
         reason = "this torch is for AMD's GPUs, which CUDA does not run on: use the triton backend"
