@@ -24,13 +24,19 @@ from fastbert.data.fetch import FetchError, fetch
 torch.set_num_threads(1)
 
 
-# files of minutes, which one worker would be left alone with if they came last
-LONG = ("test_gpu_rehearsal.py", "test_install.py", "test_triton_static.py")
+# the files that take longest, longest first: a long file at the end would leave the other workers idle
+LONG = (
+    *("gpu/test_triton_static.py", "gpu/test_gpu_rehearsal.py", "test_install.py"),
+    *("ptx/test_ops.py", "models/test_parity.py", "ops/test_contract.py", "test_cli.py"),
+    *("bench/test_benchmarks.py", "accelerate/test_accelerate_compile.py"),
+    *("data/test_batching.py", "cpu/test_cpu_threads.py"),
+)
 
 
 def pytest_collection_modifyitems(items):
     """Long files first; the order is the same in every worker."""
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(item.path, len(LONG)))
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """The house rules that a machine can check. `python tests/test_layout.py` prints the table of sizes."""
 
 import ast
+import functools
 import json
 import re
 import subprocess
@@ -27,7 +28,7 @@ NOT_SLUGS = {
     "fastbert/ops/context.py": "seed, autocast and dispatch around a call, shared by the slugs",
     "fastbert/backend/reference/philox.py": "the definition of the dropout bits, shared by the slugs",
     "csrc/cpu/bindings.cpp": "the module's entry, for all slugs",
-    "csrc/cuda/bindings.cu": "the module's entry, for all slugs",
+    "csrc/cuda/bindings.cpp": "the module's entry, for all slugs",
     "csrc/cpu/peak.cpp": "what the arithmetic units can do, which percentages refer to",
     "csrc/cpu/encoder.cpp": "whole layers for inference, made of the slugs' kernels",
     "csrc/cpu/runtime.cpp": "memory and threads, compiled once for all instruction sets",
@@ -67,16 +68,23 @@ def files(*suffixes: str, under: tuple[str, ...] = FOLDERS) -> list[str]:
     return sorted(p.relative_to(ROOT).as_posix() for p in found if p.suffix in suffixes)
 
 
+@functools.cache
 def text(path: str) -> str:
     """The file's text."""
     return (ROOT / path).read_text(encoding="utf-8")
+
+
+@functools.cache
+def parsed(path: str) -> ast.Module:
+    """The tree of a Python file, once for all tests."""
+    return ast.parse(text(path))
 
 
 def python(*under: str) -> Iterator[tuple[str, ast.Module]]:
     """Every Python file below these folders, parsed."""
     for path in files(".py", under=under or FOLDERS):
         if not under or path != "setup.py":
-            yield path, ast.parse(text(path))
+            yield path, parsed(path)
 
 
 def is_kernel(node: ast.AST) -> bool:
@@ -101,6 +109,7 @@ def native_functions(path: str) -> Iterator[tuple[str, int, int]]:
         yield f"{path}:{match[2]}", match[0].count("\n") + 1, MAX_KERNEL
 
 
+@functools.cache
 def functions() -> list[tuple[str, int, int]]:
     """Every function of the project: (path:name, lines, limit)."""
     found = [row for path, tree in python() for row in python_functions(path, tree)]

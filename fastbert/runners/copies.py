@@ -28,7 +28,7 @@ _live: weakref.WeakSet[Copies] = weakref.WeakSet()
 
 # empty for a module that was built from older sources
 _FIELDS: tuple[str, ...] = getattr(cpu.native, "LAYER_FIELDS", ())
-if cpu.native is not None and _FIELDS != LayerWeights._fields:
+if cpu.native is not None and LayerWeights._fields != _FIELDS:
     raise ImportError(
         f"the native module {cpu.native.__file__} reads a layer's parameters in another order than this version of "
         "fastbert: build it again, `pip install .` in the checkout"

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -48,7 +48,13 @@ class Kernel:
     registers: int
     spilled: int
     shared: int
-    assembly: str
+    # a disassembler takes half a second
+    disassemble: Callable[[], str]
+
+    @cached_property
+    def assembly(self) -> str:
+        """The machine code as text."""
+        return self.disassemble()
 
     @cached_property
     def opcodes(self) -> dict[str, int]:
@@ -130,33 +136,34 @@ def _inspect(
         k: v for k, v in options.items() if k not in ("debug", "num_warps", "enable_fp_fusion")
     }
     read = _amd if isinstance(arch, str) else _nvidia
-    registers, spilled, assembly = read(result.asm)
+    registers, spilled, disassemble = read(result.asm)
     shared, warps = result.metadata.shared, result.metadata.num_warps
     return Kernel(
-        function.__name__, arch, dtype, constants, warps, registers, spilled, shared, assembly
+        function.__name__, arch, dtype, constants, warps, registers, spilled, shared, disassemble
     )
 
 
-def _nvidia(asm: dict[str, Any]) -> tuple[int, int, str]:
-    """Registers of a thread, bytes of its stack that spills take, and the SASS."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        sass = _tool("nvdisasm", "-c", file.name)
+def _nvidia(asm: dict[str, Any]) -> tuple[int, int, Callable[[], str]]:
+    """Registers of a thread, bytes of its stack that spills take, and what makes the SASS."""
+    usage = _tool(asm["cubin"], "cuobjdump", "-res-usage")
     numbers = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    sass = partial(_tool, asm["cubin"], "nvdisasm", "-c")
     return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], sass
 
 
-def _amd(asm: dict[str, Any]) -> tuple[int, int, str]:
-    """Vector registers of a lane, bytes that spills take, and the GCN assembly."""
+def _amd(asm: dict[str, Any]) -> tuple[int, int, Callable[[], str]]:
+    """Vector registers of a lane, bytes that spills take, and what gives the GCN assembly."""
     text = asm["amdgcn"]
     numbers = {key: int(n) for key, n in re.findall(r"\.(\w+_count|\w+_size):\s*(\d+)", text)}
     # scalar registers that do not fit lie in lanes of vector registers, not in memory
     spilled = 4 * numbers["vgpr_spill_count"] + numbers["private_segment_fixed_size"]
-    return numbers["vgpr_count"], spilled, text
+    return numbers["vgpr_count"], spilled, lambda: text
 
 
-def _tool(name: str, *arguments: str) -> str:
-    done = subprocess.run([_BIN / name, *arguments], check=True, capture_output=True, text=True)
-    return done.stdout
+def _tool(cubin: bytes, name: str, *arguments: str) -> str:
+    """The output of one of NVIDIA's tools, which read files only."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_BIN / name, *arguments, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout

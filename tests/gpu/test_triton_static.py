@@ -1,6 +1,7 @@
 """Triton's kernels compiled for GPUs that are not here: no spills, shared memory, tensor cores, wide accesses.
 
-The default run takes one configuration of each kernel; `make test-gpu-static` takes them all.
+The default run takes one configuration of each kernel in fp32 and bf16, whose kernels fp16 shares; `make
+test-gpu-static` takes all configurations and fp16.
 """
 
 import re
@@ -146,7 +147,7 @@ def test_row_configurations(width, arch):
 
 def test_a_spill_is_seen():
     """The measure itself: a tile too large for its threads spills, and both readers say so."""
-    config = _tiles.Attention(128, 128, 128, "ieee", 2, 1)
+    config = _tiles.Attention(128, 16, 128, "ieee", 1, 1)
     qkv, cu = (
         torch.empty(s, dtype=d, device="meta")
         for s, d in (((9, 3, 2, 128), torch.bfloat16), (3, torch.int32))
@@ -160,9 +161,7 @@ def test_a_spill_is_seen():
             assert kernel.spilled > 0, arch
 
 
-@pytest.mark.parametrize(
-    ("arch", "dtype"), [(80, "fp32"), (80, "bf16"), (80, "fp16"), ("gfx942", "bf16")]
-)
+@pytest.mark.parametrize(("arch", "dtype"), [(80, "fp32"), (80, "bf16"), ("gfx942", "bf16")])
 def test_one_configuration(arch, dtype):
     check(arch, dtype, full=False)
 

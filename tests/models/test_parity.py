@@ -94,7 +94,7 @@ def test_round_trip(checkpoint, tmp_path, name):
     assert all(torch.equal(back[key], value) for key, value in ours.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["AntiBERTy", "sapiens VH"])
+@pytest.mark.parametrize("name", ["sapiens VH", pytest.param("AntiBERTy", marks=pytest.mark.slow)])
 def test_masked_residues_are_found(checkpoint, tmp_path, name):
     """Each residue of an antibody masked in turn: all but the hypervariable loop are predictable, chance is 5 %."""
     real = BY_NAME[name]

@@ -51,11 +51,16 @@ def small(slug, dtype=torch.float32):
 
 
 @ALL
-@pytest.mark.parametrize("name", ["torch", "cpu", "triton"])
-def test_opcheck(slug, name):
+@pytest.mark.parametrize(
+    ("name", "every"),
+    [("torch", 1), ("cpu", 1), ("triton", 3), pytest.param("triton", 1, marks=pytest.mark.slow)],
+    ids=["torch", "cpu", "triton", "triton-all"],
+)
+def test_opcheck(slug, name, every):
+    """Triton's interpreter is slow: of three samples it checks one, but for `make test-slow`."""
     skip_absent(slug, name)
     checked = False
-    for sample in small(slug):
+    for sample in small(slug)[1::every] if every > 1 else small(slug):
         with chooser.use(name), _Recorder() as recorder:
             try:
                 parity.call(getattr(functional, slug), sample.kwargs, backward=True)
