@@ -228,17 +228,21 @@ def _fused(
     *own: tuple[Tensor, Tensor | None] | None,
 ) -> tuple[list[Tensor], list[Tensor] | None] | None:
     """The weights and biases of projections that fit into one product, None where they do not."""
-    pairs = [pair for pair in own if pair is not None]
-    weights, biases = ([*side] for side in zip(*pairs, strict=True)) if pairs else ([], [])
-    without = [bias is None for bias in biases]
-    if len(pairs) != len(own) or (any(without) and not all(without)):
-        return None
-    first = weights[0]
-    if any(w.shape != first.shape or w.dtype != first.dtype for w in weights):
-        return None
-    if all(without):
-        return weights, None
-    return (weights, biases) if all(b.dtype == first.dtype for b in biases) else None
+    weights, biases = [], []
+    for pair in own:
+        if pair is None:
+            return None
+        weights.append(pair[0])
+        biases.append(pair[1])
+    first, first_bias = weights[0], biases[0]
+    for weight, bias in zip(weights, biases, strict=True):
+        if weight.shape != first.shape or weight.dtype != first.dtype:
+            return None
+        if (bias is None) != (first_bias is None):
+            return None
+        if bias is not None and bias.dtype != first.dtype:
+            return None
+    return weights, None if first_bias is None else biases  # type: ignore[return-value]
 
 
 def settings(m: Parts) -> LayerSettings:

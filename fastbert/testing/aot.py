@@ -165,5 +165,5 @@ def _tool(cubin: bytes, name: str, *arguments: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [_BIN / name, *arguments, file.name]
+        command = [str(_BIN / name), *arguments, file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -44,7 +44,7 @@ class Progress:
     def advance(self, step: int, loss: float, tokens_per_s: float) -> None:
         """Show the bar at this step; plain output has lines from `log` alone."""
         if self._bar is not None:
-            fields = {"loss": f"{loss:.3f}", "speed": f"{tokens_per_s:,.0f}"}
+            fields: dict[str, Any] = {"loss": f"{loss:.3f}", "speed": f"{tokens_per_s:,.0f}"}
             if self.goal:
                 fields |= {"description": self.goal, "left": "at most"}
             self._bar.update(self._task, completed=step, **fields)
