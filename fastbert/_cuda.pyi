@@ -1,4 +1,4 @@
-"""fastbert's CUDA kernels, which csrc/cuda/bindings.cu defines.
+"""fastbert's CUDA kernels, which csrc/cuda/bindings.cpp defines.
 
 A pointer is passed as its address, 0 for a null pointer; csrc/cuda/entries.h has the shapes.
 """

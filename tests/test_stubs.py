@@ -9,7 +9,7 @@ import pytest
 from fastbert.backend import cpu, cuda
 
 ROOT = Path(__file__).resolve().parents[1]
-NATIVE = {"_cpu": ("csrc/cpu/bindings.cpp", cpu), "_cuda": ("csrc/cuda/bindings.cu", cuda)}
+NATIVE = {"_cpu": ("csrc/cpu/bindings.cpp", cpu), "_cuda": ("csrc/cuda/bindings.cpp", cuda)}
 BOTH = pytest.mark.parametrize("name", NATIVE)
 # C++ types that do not become int
 TYPES = {"float": "float", "double": "float", "bool": "bool", "void": "None"}
