@@ -49,7 +49,7 @@ install: $(INSTALLED)
 $(INSTALLED): $(SOURCES)
 	$(ENVIRONMENT)
 	FASTBERT_CPU_EMULATE=1 $(CUDA_ARCHS) $(PIP_INSTALL) -e '.[train,test,dev]'
-	-$(COMPILE)
+	$(COMPILE) || true
 	touch $@
 
 # without a GPU only the tests read the CUDA module, and they read sm_80 and PTX
