@@ -75,6 +75,7 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest -m slow -k triton $(PYTEST_ARGS) tests/ops tests/gpu/test_triton.py
 
 test-transformers4: $(INSTALLED)
 	$(PY) tests/accelerate/transformers4.py --pip-args="$(PIP_ARGS)" -n auto $(PYTEST_ARGS)
