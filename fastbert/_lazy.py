@@ -7,12 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from importlib.util import find_spec
+from types import CodeType, ModuleType
 from typing import Any
 
 
 def lazy(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of a package: {name: module that defines it}, imported at the first use; then submodules."""
+    """The `__getattr__` of a package: {name: module that defines it}, imported at the first use; then submodules.
+
+    dir() of the package lists the names too.
+    """
 
     def getattribute(name: str) -> Any:
         module = f"{package}.{name}"
@@ -27,15 +31,22 @@ def lazy(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
                 if error.name != module:
                     raise
                 raise AttributeError(f"module {package!r} has no attribute {name!r}") from None
-        setattr(sys.modules[package], name, value)
+        setattr(here, name, value)
         return value
 
+    here = sys.modules[package]
+    here.__dir__ = lambda: sorted({*vars(here), *names})  # type: ignore[method-assign]
     return getattribute
 
 
 # {module of version 0.1: where it is now}; scripts import these names, and pickles hold them
 MOVED = {
     "fastbert.blocks": "fastbert.nn.blocks",
+    "fastbert.cli_finetune": "fastbert.cli.finetune",
+    "fastbert.cli_pretrain": "fastbert.cli.pretrain",
+    "fastbert.cli_settings": "fastbert.cli.settings",
+    "fastbert.cli_text": "fastbert.cli.text",
+    "fastbert.cli_tune": "fastbert.cli.tune",
     "fastbert.checkpoint": "fastbert.models.checkpoint",
     "fastbert.config": "fastbert.models.config",
     "fastbert.cpu": "fastbert.backend.cpu",
@@ -70,7 +81,16 @@ class _Finder(MetaPathFinder, Loader):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return None if _new_name(name) is None else ModuleSpec(name, self)
+        if (new := _new_name(name)) is None or (found := find_spec(new)) is None:
+            return None
+        # `python -m` takes __file__ from the origin
+        return ModuleSpec(name, self, origin=found.origin)
+
+    def get_code(self, name: str) -> CodeType | None:
+        """The code that `python -m` runs."""
+        spec = find_spec(str(_new_name(name)))
+        assert spec is not None
+        return spec.loader.get_code(spec.name)  # type: ignore[union-attr]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = import_module(str(_new_name(spec.name)))

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import fastbert
 from fastbert._lazy import MOVED
 
 # runs the command line and prints its exit code, and whether torch was imported, in the last line
@@ -84,3 +85,15 @@ for name in ("freeze", "tune"):
     assert getattr(sys.modules[f"fastbert.{name}"], name) is verb
 """
     python(code)
+
+
+def test_an_old_module_runs_as_a_script():
+    command = [sys.executable, "-m", "fastbert.train.demo", "--help"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert "Pretrain a small BERT" in run.stdout
+
+
+def test_dir_lists_what_is_imported_later():
+    assert set(fastbert.__all__) <= set(dir(fastbert))
+    assert "TrainingRunner" in dir(fastbert.nn)

@@ -146,7 +146,7 @@ def run(options: argparse.Namespace) -> bool:
     saved = False
     for work in (work for work in WORKS if work.name in options.rows):
         peers = [peer for peer in PEERS if peer.name in options.peers and peer.takes(work)]
-        print(f"{work.name}: {', '.join(p.name for p in peers) or 'nobody takes it'}", flush=True)
+        print(f"{work.name}: {', '.join(p.name for p in peers) or 'no peer takes it'}", flush=True)
         if not peers:
             continue
         started = time.monotonic()

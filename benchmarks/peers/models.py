@@ -185,7 +185,7 @@ def zentorch(job: Job) -> Call:
 
 
 def once(target: Path, make: Callable[[Path], Any]) -> Path:
-    """A converted model, made by the first who needs it."""
+    """A converted model, made at its first use."""
     if not target.exists():
         unfinished = target.with_name(f"unfinished-{target.name}")
         make(unfinished)

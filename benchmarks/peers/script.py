@@ -303,7 +303,7 @@ def encoded(work: str, variant: str, pace: Pace) -> dict[str, Any]:
 
 def main() -> None:
     """Run the script at the driver's pace."""
-    # PR_SET_PDEATHSIG = 1: a killed driver leaves nobody behind
+    # PR_SET_PDEATHSIG = 1: the system ends this process with its driver
     ctypes.CDLL(None).prctl(1, 9)
     work, variant = sys.argv[1:]
     pace = Pace()

@@ -110,7 +110,7 @@ class Worker:
 
 def main() -> None:
     """Serve until stdin ends."""
-    # PR_SET_PDEATHSIG = 1: a killed driver leaves nobody behind
+    # PR_SET_PDEATHSIG = 1: the system ends this process with its driver
     ctypes.CDLL(None).prctl(1, 9)
     # libraries print; stdout is for answers only
     answers = os.fdopen(os.dup(1), "w")

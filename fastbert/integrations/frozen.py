@@ -49,8 +49,11 @@ class FrozenLayers(Copies):
         """
         if torch.compiler.is_compiling() or any(_trains(m) for m in parts):
             return None
-        if x.device.type != "cpu" or not chooser.permits(cpu) or x.numel() == 0:
+        if x.device.type != "cpu":
+            # the weights have moved to another device: the copies serve no more
             self.drop()
+            return None
+        if not chooser.permits(cpu) or x.numel() == 0:
             return None
         x = autocast(x)
         settings = [layers.settings(m) for m in parts]

@@ -211,16 +211,23 @@ class EncoderLayer(nn.Module):
         rows: Tensor | None = None,  # (R,) int64, packed row numbers
     ) -> Tensor:
         attention_norm, output_norm = self.attention_norm, self.output_norm
-        weights = LayerWeights(
-            attention_norm=attention_norm.weight,
-            attention_norm_bias=attention_norm.bias,
-            output_norm=output_norm.weight,
-            output_norm_bias=output_norm.bias,
-        )
+        if (
+            type(attention_norm) is type(output_norm) is nn.LayerNorm
+            and first_hooked((attention_norm, output_norm)) is None
+        ):
+            weights = LayerWeights(
+                attention_norm=attention_norm.weight,
+                attention_norm_bias=attention_norm.bias,
+                output_norm=output_norm.weight,
+                output_norm_bias=output_norm.bias,
+            )
+        else:
+            # a norm of another kind, or one with hooks, is called
+            weights = LayerWeights(attention_norm=attention_norm, output_norm=output_norm)
         p = self.p if self.training else 0.0
         settings = LayerSettings(
-            attention_eps=attention_norm.eps,
-            output_eps=output_norm.eps,
+            attention_eps=getattr(attention_norm, "eps", 0.0),
+            output_eps=getattr(output_norm, "eps", 0.0),
             rates=Rates(out=p, down=p),
             norms_from_output=self.norms_from_output,
         )

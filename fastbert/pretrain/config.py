@@ -126,6 +126,10 @@ class PretrainConfig(TrainingSettings):
         self._check_least(
             1, *sizes, "minutes", "goal", "max_tokens", "batch_size", "initializer_range", "shards"
         )
+        if self.goal is not None and not self.eval_every:
+            raise ValueError(
+                "goal is set and eval_every is 0: evaluations are what a goal is seen by"
+            )
         if self.max_length > self.max_position:
             raise ValueError(
                 f"max_length {self.max_length} is above max_position {self.max_position}: raise max_position"

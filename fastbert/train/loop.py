@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -92,29 +93,32 @@ class Run:
         t, session = self.trainer, self.session
         if session.resume:
             session.say(f"going on after step {self.resume()} of {t.steps}")
-        self.metrics = Metrics(self.out, t.at.step, self._metrics_size, self.world.main)
         self.progress = Progress(t.steps, t.at.step, session.quiet or not self.world.main)
         self.progress.goal = self.goal_shown()
-        try:
-            with Signals() as signals, self.progress:
-                while True:
-                    self._evaluate_if_due()
-                    if self.finished():
-                        break
-                    self._step()
-                    due = _due(t.at.step, t.config.checkpoint_every) and t.at.step < t.steps
-                    # a signal to one process stops all of them, after the same step
-                    caught = int(self.world.most(signals.caught or 0))
-                    if due or caught:
-                        self.save()
-                    if caught and not self.world.main:
-                        # the main process reports the signal
-                        raise SystemExit(128 + caught)
-                    if caught:
-                        raise Stopped(caught, t.at.step, self.out, self.command)
-                self.save()
-        finally:
-            self.metrics.close()
+        # signals first: TensorBoard's import takes seconds
+        with (
+            Signals() as signals,
+            closing(
+                Metrics(self.out, t.at.step, self._metrics_size, self.world.main)
+            ) as self.metrics,
+            self.progress,
+        ):
+            while True:
+                self._evaluate_if_due()
+                if self.finished():
+                    break
+                self._step()
+                due = _due(t.at.step, t.config.checkpoint_every) and t.at.step < t.steps
+                # a signal to one process stops all of them, after the same step
+                caught = int(self.world.most(signals.caught or 0))
+                if due or caught:
+                    self.save()
+                if caught and not self.world.main:
+                    # the main process reports the signal
+                    raise SystemExit(128 + caught)
+                if caught:
+                    raise Stopped(caught, t.at.step, self.out, self.command)
+            self.save()
         return self.last_evaluation
 
     def _step(self) -> None:

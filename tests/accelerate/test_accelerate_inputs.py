@@ -209,7 +209,7 @@ def test_odd_labels(head, training, kind):
     if isinstance(x, Exception):
         assert type(x) is type(y)
     elif kind == "none" and training and head == "ForMaskedLM":
-        # DESIGN.md: 0, connected to the graph
+        # the loss is 0 and connected to the graph
         assert x.isnan()
         assert y == 0
         assert y.requires_grad

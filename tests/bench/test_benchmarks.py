@@ -222,7 +222,7 @@ def test_nobody_is_above_the_peak(tiny, tmp_path, after, expected):
     at = lambda *rates, check=check: Outcome([packed / rate for rate in rates], check)  # noqa: E731
     outcomes = {
         "fastbert": at(160, 150, 180),
-        # who agrees and is fast may be the peak, who is wrong or quantised may not
+        # a peer that agrees and is fast may be the peak; a wrong or quantised one may not
         "ctranslate2": at(200, 170, 100),
         "fastbert-unfrozen": at(500, check=wrong),
         "ctranslate2-int8": at(900),

@@ -183,3 +183,26 @@ def test_hooks_of_the_blocks_see_every_call():
         "feed_forward",
         "feed_forward.up",
     }
+
+
+@pytest.mark.parametrize("kind", ["hook", "subclass", "other"])
+def test_a_norm_of_another_kind_is_called(kind):
+    layer, x, calls = EncoderLayer(C, H, FFN).eval(), torch.randn(12, C), []
+    before = layer(x, BOUNDS, 7)
+    if kind == "hook":
+        layer.output_norm.register_forward_hook(lambda m, args, y: calls.append(1) or 2.0 * y)
+    elif kind == "subclass":
+
+        class Doubled(nn.LayerNorm):
+            def forward(self, x):
+                return 2.0 * super().forward(x)
+
+        layer.output_norm = Doubled(C, 1e-12)
+    else:
+        layer.output_norm = nn.RMSNorm(C)
+    after = layer(x, BOUNDS, 7)
+    if kind == "other":
+        assert not torch.equal(after, before)
+    else:
+        torch.testing.assert_close(after, 2.0 * before, rtol=1e-4, atol=1e-4)
+    assert len(calls) == (kind == "hook")

@@ -107,12 +107,12 @@ class Machine(Operands):
         self.local_stride = -(-self.local_size // 16) * 16
         self.local = Space("local", self.count * self.local_stride, LEGAL)
         self.copies = access.Copies(self)
-        # of device functions: parameters, a row of bytes for each lane; where they start; who called from where
+        # device functions: parameters (a row of bytes for each lane), first instructions, calling lanes and places
         self.frames: dict[str, Array] = {}
         self.starts: dict[str, int] = {}
         self.stack: list[tuple[Array, int]] = []
         self.returns: dict[int, list[tuple[Any, Variable]]] = {}
-        # who waits: at an instruction of a warp, at which barrier of a block and where it goes on
+        # waiting lanes: at an instruction of a warp; the number of a block's barrier and the next instruction
         self.parked: dict[int, Array] = {}
         self.at_barrier = np.full(self.count, -1, np.int64)
         self.resume = np.zeros(self.count, np.int64)

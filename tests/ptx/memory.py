@@ -1,7 +1,7 @@
 """The machine's memory: global buffers, and a shared and a local window for each block or lane, all of it watched.
 
-Every byte has a state. An access outside what was handed to the launch, an unaligned one and a read of what nobody
-wrote raise PtxError, as does a shared byte that two lanes touch, one of them writing, with no barrier between. Sectors,
+Every byte has a state. An access outside the buffers of the launch, an unaligned one and a read of an unwritten byte
+raise PtxError, as does a shared byte that two lanes touch, one of them writing, with no barrier between. Sectors,
 wavefronts and distinct bytes are counted as a GPU of compute capability 8.0 would need them.
 """
 
@@ -75,7 +75,7 @@ class Lanes:
         self.warp_sync = np.zeros(count, np.int64)
 
     def never(self, mask: Array) -> None:
-        """Lanes that fill a warp up and never live, and hold nobody's order up."""
+        """Mark lanes that fill up a warp: they never run and order no access."""
         self.block_sync[mask] = self.warp_sync[mask] = np.iinfo(np.int64).max
 
     def pass_warp(self, mask: Array) -> None:
