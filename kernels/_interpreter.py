@@ -8,6 +8,7 @@ Imported only in a process that interprets; it patches Triton in that process.
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
 _cast, _dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
-_patch_language = interpreter._patch_lang
+_patch_language, _np_dtype = interpreter._patch_lang, interpreter._get_np_dtype
 # a function that sees both modules: our kernels call triton.language, its own functions call triton.language.core
 _BOTH = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
 
@@ -49,6 +50,17 @@ def _create_dot(self: InterpreterBuilder, a: Any, b: Any, *rest: Any) -> Any:
     return _dot(self, a, b, *rest)
 
 
+@functools.cache
+def _scalar_dtype(name: str) -> Any:
+    return _np_dtype(tl.dtype(name))
+
+
+def _get_np_dtype(dtype: Any) -> Any:
+    """The numpy type that holds a Triton type; Triton builds a table at every call."""
+    scalar = dtype.scalar
+    return np.dtype(np.uint64) if scalar.is_ptr() else _scalar_dtype(scalar.name)
+
+
 def _patch_lang(fn: Any) -> Any:
     """Patch the language for a kernel and every function that it calls."""
     return _patch_language(_BOTH)
@@ -62,4 +74,5 @@ def _call(self: InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
 InterpreterBuilder.cast_impl = _cast_impl
 InterpreterBuilder.create_dot = _create_dot
 interpreter._patch_lang = _patch_lang
+interpreter._get_np_dtype = _get_np_dtype
 InterpretedFunction.__call__ = _call

@@ -42,14 +42,17 @@ def _ids(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return _meta(*shape, dtype=dtype)
 
 
-def calls(dtype: torch.dtype, full: bool) -> Iterator[Call]:
-    """(label, call) for one dtype of the activations; weights are fp32, as under autocast."""
+def calls(dtype: torch.dtype, full: bool, optional: bool = True) -> Iterator[Call]:
+    """(label, call) for one dtype of the activations; weights are fp32, as under autocast.
+
+    Calls without optional arguments are among them if `full`, or in bf16 if `optional`.
+    """
     yield from _norms(dtype, (128, 384, 768, 1024, 2048, 4096, 8192) if full else (768,), full)
     yield from _activations(dtype, (8, 384, 3072) if full else (3072,), full)
     yield from _losses(dtype, (2, 1000, 30522, 30528, 50265) if full else (30528,))
     yield from _embeddings(dtype, (384, 768, 1024) if full else (768,))
     yield from _products(dtype, (1, 64, 512, 8192) if full else (64,), full)
-    if full or dtype == torch.bfloat16:
+    if full or (optional and dtype == torch.bfloat16):
         yield from _optional(dtype)
     # AMD's backward of whole sequences takes up to 32 tokens
     lengths = (16, 32, 64, 128, 512) if full else (32, 512)

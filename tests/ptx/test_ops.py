@@ -96,8 +96,11 @@ def check(name: str, slug: str, sample: str, dtype: str, backward: bool) -> set[
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("slug", "sample"), SMALL)
+@pytest.mark.parametrize(
+    ("slug", "sample", "dtype"),
+    # samples that reach no further kernel leave out fp16, whose kernels are bf16's
+    [(*key, dtype) for key in SMALL for dtype in DTYPES if dtype != "fp16" or SMALL[key]],
+)
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_small(name, slug, sample, dtype):
     ran = check(name, slug, sample, dtype, backward=True)
