@@ -179,7 +179,7 @@ def test_real_sentence_encoder(checkpoint):
 
 _TWO = """
 import sys, torch, torch.distributed as dist, fastbert
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/accelerate")
 from hf_models import accelerated, batch, build, without_dropout
 dist.init_process_group("gloo")
 torch.set_num_threads(1)
