@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "../csrc/cpu/isas.h"
-#include "../csrc/cpu/runtime.h"
+#include "../../csrc/cpu/isas.h"
+#include "../../csrc/cpu/runtime.h"
 
 using namespace fastbert;
 using i64 = int64_t;
