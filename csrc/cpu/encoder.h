@@ -3,7 +3,7 @@
 
 #ifndef FASTBERT_LAYER_FIELDS
 // The parameters of an encoder layer, an address each, in the order of LayerWeights in
-// fastbert/nn/layer.py, which compares these names with its own when it is imported.
+// fastbert/nn/layer.py. fastbert/runners/copies.py compares the names when it is imported.
 #define FASTBERT_LAYER_FIELDS(X) \
   X(qkv)                         \
   X(qkv_bias)                    \

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as tnf
 
-from fastbert import functional as F
 from fastbert import nn as drop_in
 from fastbert.integrations.families import Layout, Parts
 from fastbert.nn.layer import (
@@ -22,6 +21,7 @@ from fastbert.nn.layer import (
     Rates,
     activation_name,
     encoder_layer,
+    project,
 )
 from fastbert.nn.packing import Packing
 from fastbert.nn.watch import first_hooked, hooked, log_once
@@ -220,8 +220,7 @@ def _separate(m: Parts) -> Callable[[Tensor], Tensor]:
 
 
 def _tokens(m: nn.Module, x: Tensor) -> Tensor:
-    weight, bias = _weight_and_bias(m)
-    return weight(x) if callable(weight) else F.linear(x, weight, bias)
+    return project(x, *_weight_and_bias(m))
 
 
 def _fused(

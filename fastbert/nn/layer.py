@@ -137,7 +137,7 @@ def attention_block(x: Tensor, w: LayerWeights, s: LayerSettings, c: LayerCall) 
     )
     assert isinstance(y, Tensor)  # a pair only with return_lse
     y = y.flatten(1)
-    return _project(y if c.rows is None else y.index_select(0, c.rows), w.out, w.out_bias)
+    return project(y if c.rows is None else y.index_select(0, c.rows), w.out, w.out_bias)
 
 
 def feed_forward_block(
@@ -151,11 +151,11 @@ def feed_forward_block(
             return F.feed_forward(x, w.up, w.up_bias, w.down, w.down_bias, approximate)
         hidden = F.bias_gelu(F.linear(x, w.up), w.up_bias, approximate)
     else:
-        hidden = activate(_project(x, w.up, w.up_bias), s.activation)
+        hidden = activate(project(x, w.up, w.up_bias), s.activation)
     if p:
         assert c is not None
         hidden = _dropout(hidden, p, c, c.site + 2)
-    return _project(hidden, w.down, w.down_bias)
+    return project(hidden, w.down, w.down_bias)
 
 
 def activate(x: Tensor, activation: Any) -> Tensor:
@@ -172,7 +172,8 @@ def activation_name(approximate: str | None) -> str:
     return {"none": "gelu", "tanh": "gelu_tanh", None: "relu"}[approximate]
 
 
-def _project(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+def project(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+    """x weight' + bias, or the module in the place of the weight, called."""
     return weight(x) if callable(weight) else F.linear(x, weight, bias)
 
 
