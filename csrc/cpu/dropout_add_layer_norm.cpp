@@ -21,16 +21,15 @@ template <typename T>
 void dropout_add_layer_norm_fwd_row(const T* x, const T* residual, const float* weight,
                                     const float* bias, const float* factors, int64_t C, float eps,
                                     T* y, T* z, float* mean, float* rstd, float* z32) {
-  Chains total;
-  columns(C, [&](int64_t c, int64_t n, int k) {
+  const auto [total] = column_sums<1>(C, [&](int64_t c, int64_t n, int k, Chains* sums) {
     F value = load(x + c, n);
     if (factors) value = dropped(value, load(factors + c));
     value += load(residual + c, n);
     store(z32 + c, value);
     if (z) store(z + c, value, n);
-    total.of[k] += value;
+    sums->of[k] += value;
   });
-  norm_row(z32, total.total(), weight, bias, C, eps, mean, rstd,
+  norm_row(z32, total, weight, bias, C, eps, mean, rstd,
            [y](int64_t c, int64_t n, F value) { store(y + c, value, n); });
 }
 

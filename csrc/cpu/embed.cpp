@@ -34,14 +34,13 @@ struct Tables {
     const E* a = word + (ids ? ids[t] : t) * C;
     const E* b = position + positions[t] * C;
     const E* d = types ? type + types[t] * C : nullptr;
-    Chains total;
-    columns(C, [&](int64_t c, int64_t n, int k) {
+    const auto [total] = column_sums<1>(C, [&](int64_t c, int64_t n, int k, Chains* sums) {
       F value = load(a + c, n) + load(b + c, n);
       if (d) value += load(d + c, n);
       store(z + c, value);
-      total.of[k] += value;
+      sums->of[k] += value;
     });
-    return total.total();
+    return total;
   }
 };
 

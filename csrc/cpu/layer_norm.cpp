@@ -16,9 +16,9 @@ namespace {
 template <typename T>
 void layer_norm_fwd_row(const T* x, const float* weight, const float* bias, int64_t C, float eps,
                         T* y, float* mean, float* rstd) {
-  Chains total;
-  columns(C, [&](int64_t c, int64_t n, int k) { total.of[k] += load(x + c, n); });
-  norm_row(x, total.total(), weight, bias, C, eps, mean, rstd,
+  const auto [total] = column_sums<1>(
+      C, [&](int64_t c, int64_t n, int k, Chains* sums) { sums->of[k] += load(x + c, n); });
+  norm_row(x, total, weight, bias, C, eps, mean, rstd,
            [y](int64_t c, int64_t n, F value) { store(y + c, value, n); });
 }
 

@@ -2,6 +2,8 @@
 // backward that sums over rows in fixed partitions, whatever the thread count.
 #pragma once
 
+#include <array>
+
 #include "philox.h"
 #include "scratch.h"
 #include "vec.h"
@@ -14,12 +16,15 @@ constexpr int64_t kNormGrain = 16384;
 // dweight and dbias are summed in at most this many partitions of rows
 constexpr int64_t kNormPartitions = 64;
 constexpr int64_t kNormRows = 32;
+// columns whose sum is in fp32: the chains of additions stay short, however long a row is
+constexpr int64_t kNormColumns = 8192;
 
-// Calls body(c, n, k) for the columns [c, c + n) of each vector: first whole vectors with the
-// constant n = W, then the tail. k is 0 .. 3, for sums in four chains of additions.
+// Calls body(c, n, k) for the columns [c, c + n) of each vector, from `from` to C: first whole
+// vectors with the constant n = W, then the tail. k is 0 .. 3, for sums in four chains of
+// additions.
 template <typename Body>
-inline void columns(int64_t C, const Body& body) {
-  int64_t c = 0;
+inline void columns(int64_t from, int64_t C, const Body& body) {
+  int64_t c = from;
   for (; c + 4 * W <= C; c += 4 * W) {
     body(c, int64_t{W}, 0);
     body(c + W, int64_t{W}, 1);
@@ -30,12 +35,33 @@ inline void columns(int64_t C, const Body& body) {
   if (c < C) body(c, C - c, 0);
 }
 
+template <typename Body>
+inline void columns(int64_t C, const Body& body) {
+  columns(0, C, body);
+}
+
 // four chains of additions
 struct Chains {
   F of[4] = {};
 
   float total() const { return sum((of[0] + of[1]) + (of[2] + of[3])); }
 };
+
+// One or two sums over all columns: body(c, n, k, sums) adds to sums[i].of[k]. Sums of kNormColumns
+// columns are added in fp64.
+template <int Sums, typename Body>
+inline std::array<float, Sums> column_sums(int64_t C, const Body& body) {
+  double totals[Sums] = {};
+  for (int64_t from = 0; from < C; from += kNormColumns) {
+    Chains sums[Sums];
+    columns(from, imin(C, from + kNormColumns),
+            [&](int64_t c, int64_t n, int k) { body(c, n, k, sums); });
+    for (int i = 0; i < Sums; ++i) totals[i] += sums[i].total();
+  }
+  std::array<float, Sums> rounded;
+  for (int i = 0; i < Sums; ++i) rounded[i] = static_cast<float>(totals[i]);
+  return rounded;
+}
 
 // 1 in the lanes below n, else 0
 inline F lanes_below(int64_t n) { return n >= W ? set1(1.0f) : (below(n) ? set1(1.0f) : zero()); }
@@ -50,12 +76,11 @@ inline void norm_row(const Z* z, float total, const float* weight, const float* 
                      float eps, float* mean, float* rstd, Put put) {
   const float m = total / static_cast<float>(C);
   // a second pass over centred values: E[z^2] - mean^2 would cancel
-  Chains squares;
-  columns(C, [&](int64_t c, int64_t n, int k) {
+  const auto [squares] = column_sums<1>(C, [&](int64_t c, int64_t n, int k, Chains* sums) {
     const F centred = (load(z + c, n) - m) * lanes_below(n);
-    squares.of[k] += centred * centred;
+    sums->of[k] += centred * centred;
   });
-  const float r = 1.0f / sqrt1(squares.total() / static_cast<float>(C) + eps);
+  const float r = 1.0f / sqrt1(squares / static_cast<float>(C) + eps);
   columns(C, [&](int64_t c, int64_t n, int) {
     F value = (load(z + c, n) - m) * r;
     if (weight) value *= load(weight + c, n);
@@ -96,15 +121,14 @@ inline void norm_bwd_rows(const D* dy, const Z* z, int64_t stride, const float* 
   float mean_g[R], mean_gx[R], m[R], s[R];
   for (int r = 0; r < R; ++r) {
     m[r] = mean[r], s[r] = rstd[r];
-    Chains total, product;
-    columns(C, [&](int64_t c, int64_t n, int k) {
+    const auto [total, product] = column_sums<2>(C, [&](int64_t c, int64_t n, int k, Chains* sums) {
       const F d = load(dy + r * stride + c, n);
       const F g = weight ? d * load(weight + c, n) : d;
-      total.of[k] += g;
-      product.of[k] += g * ((load(z + r * stride + c, n) - m[r]) * s[r]);
+      sums[0].of[k] += g;
+      sums[1].of[k] += g * ((load(z + r * stride + c, n) - m[r]) * s[r]);
     });
-    mean_g[r] = total.total() / static_cast<float>(C);
-    mean_gx[r] = product.total() / static_cast<float>(C);
+    mean_g[r] = total / static_cast<float>(C);
+    mean_gx[r] = product / static_cast<float>(C);
   }
   columns(C, [&](int64_t c, int64_t n, int) {
     const F w = weight ? load(weight + c, n) : set1(1.0f);
