@@ -67,6 +67,7 @@ def bias_gelu_bwd(
     threads: int,
     /,
 ) -> None: ...
+def checksum(blocks: int, n: int, step: int, threads: int, /) -> int: ...
 def cross_entropy_fwd(
     dtype: int,
     logits: int,

@@ -30,6 +30,7 @@ NOT_SLUGS = {
     "csrc/cpu/bindings.cpp": "the module's entry, for all slugs",
     "csrc/cuda/bindings.cpp": "the module's entry, for all slugs",
     "csrc/cpu/peak.cpp": "what the arithmetic units can do, which percentages refer to",
+    "csrc/cpu/checksum.cpp": "finds writes to packed weights that PyTorch does not count",
     "csrc/cpu/encoder.cpp": "whole layers for inference, made of the slugs' kernels",
     "csrc/cpu/runtime.cpp": "memory and threads, compiled once for all instruction sets",
 }

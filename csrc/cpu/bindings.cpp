@@ -90,6 +90,7 @@ PYBIND11_MODULE(_cpu, m) {
   FASTBERT_DEFINE(attention_bwd);
   FASTBERT_DEFINE(bias_gelu_fwd);
   FASTBERT_DEFINE(bias_gelu_bwd);
+  FASTBERT_DEFINE(checksum);
   FASTBERT_DEFINE(cross_entropy_fwd);
   FASTBERT_DEFINE(cross_entropy_bwd);
   FASTBERT_DEFINE(cross_entropy_inplace);

@@ -2,6 +2,7 @@
 // defined to the set's name. Kernels include the headers that they need instead.
 #include "attention.h"
 #include "bias_gelu.h"
+#include "checksum.h"
 #include "cross_entropy.h"
 #include "dropout_add_layer_norm.h"
 #include "embed.h"

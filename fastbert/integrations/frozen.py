@@ -19,7 +19,7 @@ from fastbert.runners.copies import RECORDED, Copies, Fields, why_not_prepacked
 def served(encoder: nn.Module, x: Tensor, call: layers.Call) -> Tensor | None:
     """A frozen encoder's output for packed hidden states (1, T, C), None where its layers have to run."""
     copies = vars(encoder).get("frozen")
-    if copies is None or not (call.packed and call.states_unused):
+    if copies is None or call.tokens is not None or not (call.packed and call.states_unused):
         return None
     y = copies.encode(call.parts, x[0], call)
     return None if y is None else y[None]
@@ -62,12 +62,14 @@ class FrozenLayers(Copies):
         if reason is not None:
             log_once(f"the frozen encoder runs its layers one by one: {reason}")
             return None
-        self._remember(fields, settings)  # type: ignore[arg-type]
+        self._remember(fields, settings, x.shape[0])  # type: ignore[arg-type]
         if x.dtype not in self._packs:
             self.pack(x.dtype, fields, settings)  # type: ignore[arg-type]
         return self.run(x, call.packing, call.rows)
 
-    def _remember(self, fields: Sequence[Fields], settings: Sequence[LayerSettings]) -> None:
+    def _remember(
+        self, fields: Sequence[Fields], settings: Sequence[LayerSettings], tokens: int
+    ) -> None:
         """Drop the copies unless they are of these very tensors and settings and nothing was written since."""
         sources = [t for layer in fields for field in layer for t in field]
         state = (
@@ -77,7 +79,7 @@ class FrozenLayers(Copies):
             [t._version for t in sources],
             [*map(Tensor.data_ptr, sources)],
         )
-        if state != self._state:
+        if state != self._state or self.written(tokens):
             if self._packs:
                 log_once(
                     "the weights or parts of a frozen model have changed: they are packed again"

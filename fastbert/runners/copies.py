@@ -23,6 +23,12 @@ Fields = Sequence[Sequence[Tensor]]
 # why the layers have to run one by one
 RECORDED = "gradients are recorded, call it under torch.no_grad() or torch.inference_mode()"
 
+# Writes that PyTorch does not count are found by checksums of the packed weights. Every call reads one number of every
+# SAMPLED-th row, which finds a write to whole weights, such as those of moving averages. A call of WHOLE_FROM tokens or
+# more reads all numbers, which takes a few hundredths of its time (docs/cpu.md).
+SAMPLED = 8
+WHOLE_FROM = 1024
+
 # all Copies that hold a copy
 _live: weakref.WeakSet[Copies] = weakref.WeakSet()
 
@@ -43,6 +49,9 @@ class Copies:
         self._packs: dict[torch.dtype, tuple[Tensor, list[Tensor]]] = {}
         # (n, 4) int64 and (n, 3) fp32 in the order of csrc/cpu/encoder.h
         self._settings: tuple[Tensor, Tensor] | None = None
+        # the packed weights' memory, and its checksums by their `step`
+        self._blocks: Tensor | None = None
+        self._checksums: dict[int, int] = {}
 
     def __deepcopy__(self, memo: Any) -> Copies:
         return type(self)()
@@ -57,6 +66,8 @@ class Copies:
     def drop(self) -> None:
         """Forget the copies; the next forward makes them again."""
         self._packs.clear()
+        self._blocks = None
+        self._checksums = {}
         _live.discard(self)
 
     def made_from(self, ids: set[int]) -> bool:
@@ -67,10 +78,23 @@ class Copies:
         """The parameters that were packed."""
         raise NotImplementedError
 
+    def written(self, tokens: int) -> bool:
+        """Whether numbers have changed since they were packed, as far as a call on so many tokens looks.
+
+        The caller has checked that the parameters still lie at the same addresses.
+        """
+        if self._blocks is None:
+            return False
+        step = 0 if tokens >= WHOLE_FROM else SAMPLED
+        return _checksum(self._blocks, step) != self._checksums[step]
+
     def pack(
         self, dtype: torch.dtype, layers: Sequence[Fields], settings: Sequence[LayerSettings]
     ) -> None:
         """Copy every layer's weights for activations of this dtype."""
+        if self._blocks is None:
+            self._blocks = torch.tensor([_block(t) for t in self.sources()], dtype=torch.int64)
+            self._checksums = {step: _checksum(self._blocks, step) for step in (0, SAMPLED)}
         kept: list[Tensor] = []
         rows: list[list[int]] = []
         for fields in layers:
@@ -116,6 +140,19 @@ class Copies:
             torch.get_num_threads(),
         )
         return y
+
+
+def _block(t: Tensor) -> tuple[int, int, int]:
+    """A parameter's memory: address, rows, bytes of a row."""
+    if not t.is_contiguous():
+        storage = t.untyped_storage()
+        return storage.data_ptr(), 1, storage.nbytes()
+    rows = t.shape[0] if t.dim() == 2 else 1
+    return t.data_ptr(), rows, t.nbytes // max(rows, 1)
+
+
+def _checksum(blocks: Tensor, step: int) -> int:
+    return cpu.native.checksum(blocks.data_ptr(), blocks.shape[0], step, torch.get_num_threads())
 
 
 def why_not_prepacked(fields: Fields | None, settings: LayerSettings) -> str | None:

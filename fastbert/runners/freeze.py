@@ -2,7 +2,7 @@
 
 Not every write to a weight can be detected, so weights are packed only for a model that `freeze` was called on. The
 copies are dropped at every change that can be detected: another module, parameter, setting or address, an optimiser's
-step, an in-place write that increments the version counter.
+step, an in-place write that increments the version counter, and another checksum of the weights.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 from torch import nn
 
 from fastbert.models.encoder import BertModel
-from fastbert.runners.copies import Copies
+from fastbert.nn.watch import log_once
+from fastbert.runners.copies import WHOLE_FROM, Copies
 from fastbert.runners.frozen import Frozen
 
 
@@ -21,8 +22,9 @@ def freeze(model: nn.Module) -> nn.Module:
     are made at the first forward under torch.no_grad() or torch.inference_mode(), or of a model without trainable
     weights, once per dtype of the activations (fp32, or bf16 under autocast), in addition to the weights:
     `frozen_bytes` returns their size. They are made again when a weight was written to, loaded, moved, replaced or
-    stepped by an optimiser. Writes that PyTorch does not count (`.data`, numpy, memory shared with another process)
-    are not seen: call `freeze` again after them.
+    stepped by an optimiser. Writes that PyTorch does not count (`.data`, numpy, memory shared with another process) are
+    found by checksums: in the next call if they change whole weights, as moving averages do, and in the next call of at
+    least 1,024 tokens if they change single rows or numbers. Call `freeze` again after the latter.
     """
     copies = [(m, _copies_of(m)) for m in model.modules()]
     if all(empty is None for _, empty in copies):
@@ -32,6 +34,10 @@ def freeze(model: nn.Module) -> nn.Module:
     for m, empty in copies:
         if empty is not None:
             m.frozen = empty  # type: ignore[assignment]
+    log_once(
+        f"freeze: a write through .data or numpy to single rows or numbers of a weight is seen by calls of {WHOLE_FROM}"
+        " tokens or more only: call freeze again after it. Other writes are seen by every call"
+    )
     return model.eval()
 
 

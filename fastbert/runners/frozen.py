@@ -106,7 +106,9 @@ class Frozen(Copies):
             return False
         if not chooser.permits(cpu) or x.numel() == 0:
             return False
-        if self._origin is not None and not self._origin.unchanged(encoder):
+        if self._origin is not None and (
+            not self._origin.unchanged(encoder) or self.written(x.shape[0])
+        ):
             log_once("the weights or parts of a frozen model have changed: they are packed again")
             self.drop()
         reason = self._recorded(encoder, x)

@@ -72,6 +72,10 @@ def _data(model):
     first_linear(model).weight.data = first_linear(model).weight.data * 1.5
 
 
+def _written_through_data(model):
+    first_linear(model).weight.data.lerp_(torch.ones(()), 0.1)
+
+
 def _fused_adamw(model):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     for p in model.parameters():
@@ -136,6 +140,7 @@ def _instruction_set(model):
 CHANGES = [
     _in_place,
     _data,
+    _written_through_data,
     _fused_adamw,
     _load,
     _replace_parameter,
