@@ -19,6 +19,10 @@ autocast_anywhere = torch._C._is_any_autocast_enabled
 # whether torch.func (grad, jvp, vmap) runs this call, and whether a tensor belongs to it
 functorch_active = torch._C._are_functorch_transforms_active
 of_functorch = torch._C._functorch.is_functorch_wrapped_tensor
+# the older vmap, which torch.autograd.grad(is_grads_batched=True) runs backward under
+legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+add_batch = torch._add_batch_dim
+remove_batch = torch._remove_batch_dim
 # how many dispatch modes are on
 dispatch_modes = torch._C._len_torch_dispatch_stack
 profiling = torch._C._autograd._profiler_enabled
@@ -34,6 +38,13 @@ sleep = torch.cuda._sleep
 zero_all = torch._foreach_zero_
 # the shared library that holds torch's C++ code
 LIBRARY = torch._C.__file__
+
+
+def legacy_level() -> int:
+    """How deep calls of the older vmap are nested."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return level
 
 
 def qualified_name(op: torch._ops.OpOverload) -> str:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastbert import functional as F
 from fastbert.nn.watch import log_once, why_not_ops
+from fastbert.ops.context import autocast_dtype
 
 
 def log_stock(module: nn.Module, reason: str | None) -> None:
@@ -34,9 +35,7 @@ class LayerNorm(nn.LayerNorm):
             return super().forward(input)
         k = len(self.normalized_shape)
         if tuple(input.shape[-k:]) != tuple(self.normalized_shape):
-            raise ValueError(
-                f"the input has shape {tuple(input.shape)}: its last dimensions must be {self.normalized_shape}"
-            )
+            return super().forward(input)  # torch.nn's own error
         weight, bias = (None if t is None else t.flatten() for t in (self.weight, self.bias))
         x = input if k == 1 else input.flatten(-k)
         return F.layer_norm(x, weight, bias, self.eps).view(input.shape)
@@ -53,7 +52,10 @@ class GELU(nn.GELU):
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
-    """torch.nn.CrossEntropyLoss; the mean over no labelled row is NaN, as in torch.nn."""
+    """torch.nn.CrossEntropyLoss: the mean over no labelled row is NaN, and the loss has the input's dtype, as there.
+
+    The loss is computed in fp32 and then rounded; under autocast it stays fp32, as in torch.nn.
+    """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:  # (N, V), (N,)
         if reason := self._why_not_fused(input, target):
@@ -61,9 +63,10 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             return super().forward(input, target)
         if target.dtype == torch.uint8:
             target = target.long()
-        return F.cross_entropy(
+        loss = F.cross_entropy(
             input, target, ignore_index=self.ignore_index, reduction=self.reduction
         )
+        return loss if autocast_dtype(input.device.type) is not None else loss.to(input.dtype)
 
     def _why_not_fused(self, input: Tensor, target: Tensor) -> str | None:
         if reason := why_not_fused(input):

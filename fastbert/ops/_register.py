@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from fastbert.backend import chooser, tuned
+from fastbert.backend import chooser, torch_private, tuned
 from fastbert.backend.torch_private import (
     argument_names,
     autocast_anywhere,
     forward_ad,
     functorch_active,
+    legacy_batched,
     of_functorch,
 )
 from fastbert.ops.context import autocast_dtype, needs_dispatcher
@@ -103,10 +104,14 @@ class _Once(torch.autograd.Function):
         )
 
 
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+def once_differentiable(
+    backward: Callable[..., Any], twice: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
     """Decorate a Function's backward: a second derivative raises, whichever function of torch takes it.
 
-    torch's decorator of this name cuts the graph: torch.autograd.functional.hvp and jvp would return zeros.
+    torch's decorator of this name cuts the graph: torch.autograd.functional.hvp and jvp would return zeros. With
+    `twice`, a backward in plain torch, that runs where autograd records (create_graph=True), and nothing raises. It
+    returns None where it can't.
     """
 
     @wraps(backward)
@@ -115,11 +120,15 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, *grads)
         if functorch_active():
             _refuse_wrapped(grads)
+        if any(g is not None and legacy_batched(g) for g in grads):
+            return _each(once, ctx, grads)
+        sources = []
+        if torch.is_grad_enabled():
+            sources = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        if sources and twice is not None and (found := twice(ctx, *grads)) is not None:
+            return found
         with torch.no_grad():
             found = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return found
-        sources = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
         if not sources:
             return found
         found = found if isinstance(found, tuple) else (found,)
@@ -129,6 +138,24 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(passed.get(i, value) for i, value in enumerate(found))
 
     return once
+
+
+def _each(backward: Callable[..., Any], ctx: Any, grads: Sequence[Any]) -> Any:
+    """The backward of gradients that the older vmap has batched: one by one, batched again."""
+    level = torch_private.legacy_level()
+    size = next(g for g in grads if g is not None and legacy_batched(g))
+    count = torch_private.remove_batch(size, level, 1, 0).shape[0]
+    apart = [g if g is None else torch_private.remove_batch(g, level, count, 0) for g in grads]
+    found = []
+    for i in range(count):
+        one = backward(ctx, *(g if g is None else g[i] for g in apart))
+        found.append(one if isinstance(one, tuple) else (one,))
+    return tuple(
+        torch_private.add_batch(torch.stack(same), 0, level)
+        if isinstance(same[0], torch.Tensor)
+        else same[0]
+        for same in zip(*found, strict=True)
+    )
 
 
 def wants_grad(*tensors: torch.Tensor | None) -> bool:

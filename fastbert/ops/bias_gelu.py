@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as tnf
 
 from fastbert.backend.chooser import choose
 from fastbert.backend.tuned import TunedBy
@@ -46,6 +48,16 @@ _bwd = register(
 )
 
 
+def _twice(ctx: Any, dy: Tensor) -> Any:
+    """The backward in plain torch, whose own derivative torch knows."""
+    x, bias = ctx.saved_tensors
+    wanted = [t for t in (x, bias) if t is not None and t.requires_grad]
+    y = tnf.gelu(x if bias is None else x + bias, approximate=ctx.approximate)
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True) if wanted else ())
+    dx, dbias = (next(found) if t is not None and t.requires_grad else None for t in (x, bias))
+    return dx, dbias, None, None
+
+
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, approximate: str, backend: str) -> Tensor:
@@ -54,7 +66,7 @@ class _BiasGelu(torch.autograd.Function):
         return _fwd(x, bias, approximate, backend)
 
     @staticmethod
-    @once_differentiable
+    @partial(once_differentiable, twice=_twice)
     def backward(ctx: Any, dy: Tensor) -> Any:
         dx, dbias = _bwd(dy.contiguous(), *ctx.saved_tensors, ctx.approximate, ctx.backend)
         return dx, none_if_empty(dbias), None, None

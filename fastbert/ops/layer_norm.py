@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as tnf
 
 from fastbert.backend.chooser import choose
 from fastbert.backend.tuned import TunedBy
@@ -53,6 +55,19 @@ _bwd = register(
 )
 
 
+def _twice(ctx: Any, dy: Tensor) -> Any:
+    """The backward in plain torch, whose own derivative torch knows; None where the input was not saved."""
+    if ctx.from_output:
+        return None
+    x, weight, *_ = ctx.saved_tensors
+    inputs = (x,) if weight is None else (x, weight)
+    wanted = [t for t in inputs if t.requires_grad]
+    y = tnf.layer_norm(x, x.shape[1:], weight, None, ctx.eps)
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True) if wanted else ())
+    dx, dweight = (next(found) if t is not None and t.requires_grad else None for t in (x, weight))
+    return dx, dweight, dy.sum(0) if ctx.has_bias else None, None, None, None
+
+
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -68,10 +83,11 @@ class _LayerNorm(torch.autograd.Function):
         kept, shift = (y, bias) if from_output else (x, None)
         ctx.save_for_backward(kept, weight, mean, rstd, shift)
         ctx.has_bias, ctx.backend = bias is not None, backend
+        ctx.eps, ctx.from_output = eps, from_output
         return y
 
     @staticmethod
-    @once_differentiable
+    @partial(once_differentiable, twice=_twice)
     def backward(ctx: Any, dy: Tensor) -> Any:
         dx, dweight, dbias = _bwd(dy.contiguous(), *ctx.saved_tensors, ctx.backend)
         return dx, none_if_empty(dweight), dbias if ctx.has_bias else None, None, None, None

@@ -85,9 +85,8 @@ def test_global_hooks_see_the_parts_of_an_encoder():
     assert seen.count("Linear") == 2 * len(stock.layers) * 2
 
 
-@pytest.mark.parametrize("kind", [nn.GELU, lambda: nn.LayerNorm(32), encoder_layer])
-def test_second_derivatives_are_refused_and_not_zero(kind):
-    model = fastbert.accelerate(kind()).requires_grad_(False)
+def test_second_derivatives_are_refused_and_not_zero():
+    model = fastbert.accelerate(encoder_layer()).requires_grad_(False)
     x = X[:, :2].clone()
 
     def square(x):

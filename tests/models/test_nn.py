@@ -86,8 +86,29 @@ def test_layer_norm(shape: Any, kwargs: dict[str, Any]) -> None:
     ours, theirs = twins("LayerNorm", shape, **kwargs)
     size = (5, 2, 24) if isinstance(shape, int) else (5, *shape)
     compare(ours, theirs, lambda m, x: m(x), torch.randn(size) * 3 + 1)
-    with pytest.raises(ValueError, match="last dimensions must be"):
-        ours(torch.randn(5, 23))
+    for m in (ours, theirs):  # torch.nn's own error
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            m(torch.randn(5, 23))
+
+
+@pytest.mark.parametrize("columns", [1 << 20, 5_000_001])
+def test_layer_norm_of_long_rows(columns: int) -> None:
+    """Sums of millions of numbers are as exact as torch.nn's, forward and backward."""
+    torch.manual_seed(0)
+    x, dy = torch.rand(2, columns), torch.rand(2, columns)
+    found = {}
+    for name, m, dtype in (
+        ("ours", fnn.LayerNorm(columns, elementwise_affine=False), torch.float32),
+        ("torch", nn.LayerNorm(columns, elementwise_affine=False), torch.float32),
+        ("exact", nn.LayerNorm(columns, elementwise_affine=False), torch.float64),
+    ):
+        leaf = x.detach().to(dtype).requires_grad_()
+        y = m(leaf)
+        y.backward(dy.to(dtype))
+        found[name] = y.detach().double(), leaf.grad.double()
+    for ours, theirs, exact in zip(*found.values(), strict=True):
+        allowed = 2 * (theirs - exact).abs().max() + 4 * 2**-23 * exact.abs().max()
+        assert (ours - exact).abs().max() <= allowed
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
@@ -127,6 +148,18 @@ def test_cross_entropy_over_no_label_is_nan() -> None:
     assert fnn.CrossEntropyLoss()(torch.randn(N, V), ignored).isnan()
     with pytest.raises(IndexError, match="labels"):
         fnn.CrossEntropyLoss()(torch.randn(N, V), IDS + 4)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_cross_entropy_has_the_dtype_of_torch(reduction: str) -> None:
+    logits = torch.randn(N, V).bfloat16()
+    pair = [k.CrossEntropyLoss(reduction=reduction) for k in (fnn, nn)]
+    ours, theirs = (m(logits, IDS) for m in pair)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (m(logits, IDS) for m in pair)
+    assert ours.dtype == theirs.dtype == torch.float32
 
 
 # --- attention and encoders ---

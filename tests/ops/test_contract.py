@@ -179,6 +179,10 @@ def test_no_second_derivative(slug):
     leaf = next(t for _, t in parity.leaves_of(kwargs))
     scale = torch.ones(out.shape, dtype=out.dtype, requires_grad=True)
     (grad,) = torch.autograd.grad(out, leaf, scale, create_graph=True)
+    if slug in ("layer_norm", "bias_gelu"):  # through plain torch
+        grad.sum().backward()
+        assert scale.grad.any()
+        return
     with pytest.raises(RuntimeError, match="no second derivatives"):
         grad.sum().backward()
 
