@@ -11,6 +11,8 @@ from torch import nn
 
 from fastbert import nn as drop_in
 from fastbert.integrations.families import FAMILIES
+from fastbert.nn.transformer import Transformer
+from fastbert.nn.watch import hooked_by
 
 _log = logging.getLogger("fastbert")
 M = TypeVar("M", bound=nn.Module)
@@ -22,23 +24,36 @@ _TORCH: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: drop_in.MultiheadAttention,
     nn.TransformerEncoderLayer: drop_in.TransformerEncoderLayer,
     nn.TransformerEncoder: drop_in.TransformerEncoder,
+    nn.Transformer: Transformer,
 }
 # the attribute that holds a changed module's original class
 _STOCK = "_fastbert_stock"
+# the attribute of encoders that says what their outputs at padding are, and its values
+_AT_PADDING = "fastbert_at_padding"
+AT_PADDING = ("auto", "zeros", "stock")
 
 
-def accelerate(model: M) -> M:
+def accelerate(model: M, *, at_padding: str = "auto") -> M:
     """Make a model's layers run on fastbert's kernels, in place, and return the model; restore() undoes it.
 
     Changes the class of every module that is exactly one of torch.nn's LayerNorm, GELU, CrossEntropyLoss,
     MultiheadAttention, TransformerEncoder, TransformerEncoderLayer, or one of transformers' BERT, RoBERTa, XLM-RoBERTa,
     CamemBERT, DistilBERT and ELECTRA encoders and heads, to a subclass of the same name. Modules, parameters, their
     names, state-dict keys, hooks and signatures stay the same. Where a layer cannot run on packed tokens, its original
-    class's code runs and the log "fastbert" says why in one sentence: docs/accelerate.md. Raises TypeError for anything
-    but a torch.nn.Module, and ValueError, before any change, for a layer that fully_shard has sharded already.
+    class's code runs and the log "fastbert" says why in one sentence: docs/accelerate.md.
+
+    `at_padding` says what an encoder's outputs at masked positions are. "zeros": zeros, and nothing is computed there.
+    "stock": what the original class gives, at the cost of computing it. "auto": zeros, but "stock" where these outputs
+    may be used: a transformers model's masked positions whose id is not config.pad_token_id, and the encoder of a
+    torch.nn.Transformer that is called without a memory_key_padding_mask. Another call of accelerate changes the value.
+
+    Raises TypeError for anything but a torch.nn.Module. Raises ValueError, before any change, for another `at_padding`,
+    and for a layer that fully_shard has sharded, or whose class Opacus has looked up, already.
     """
     _check(model)
-    _check_sharded(model)
+    if at_padding not in AT_PADDING:
+        raise ValueError(f"at_padding is {at_padding!r}: pass one of {', '.join(AT_PADDING)}")
+    _check_order(model)
     changed: Counter[str] = Counter()
     for m in model.modules():
         kind = _replacement(type(m))
@@ -46,6 +61,7 @@ def accelerate(model: M) -> M:
             setattr(m, _STOCK, type(m))
             m.__class__ = kind
             changed[kind.__name__] += 1
+    _set_at_padding(model, at_padding)
     if changed:
         _log.info("accelerate: %s", ", ".join(f"{n} {name}" for name, n in sorted(changed.items())))
     elif not is_accelerated(model):
@@ -71,7 +87,8 @@ def restore(model: M) -> M:
             )
     for m in changed:
         m.__class__ = m.__dict__.pop(_STOCK)
-        m.__dict__.pop("frozen", None)
+        for name in ("frozen", _AT_PADDING):
+            m.__dict__.pop(name, None)
     return model
 
 
@@ -88,16 +105,37 @@ def _check(model: object) -> None:
         )
 
 
-def _check_sharded(model: nn.Module) -> None:
-    """Refuse sharded layers: fully_shard gives a module a class of its own, which has no replacement."""
+def _set_at_padding(model: nn.Module, chosen: str) -> None:
+    """Write the choice to all encoders."""
+    for m in model.modules():
+        if _STOCK in m.__dict__ and hasattr(type(m), _AT_PADDING):
+            setattr(m, _AT_PADDING, chosen)
+    for m in model.modules():
+        # layers under an encoder that runs torch.nn's code; the encoder gets its choice from the Transformer
+        if isinstance(m, Transformer) and chosen == "auto":
+            for part in [*m.encoder.modules()][1:]:
+                if _AT_PADDING in part.__dict__:
+                    setattr(part, _AT_PADDING, "stock")
+
+
+def _check_order(model: nn.Module) -> None:
+    """Refuse layers that another tool treats by their class, and has seen already: it would not know the new one."""
     sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
     for m in model.modules():
-        if isinstance(m, sharded) and _STOCK not in m.__dict__:
-            kind = type(m).__mro__[2]
-            if _replacement(kind) is not None:
-                raise ValueError(
-                    f"a {kind.__name__} is sharded already: call accelerate() before fully_shard()"
-                )
+        if _STOCK in m.__dict__:
+            continue
+        kind = type(m).__mro__[2] if isinstance(m, sharded) else type(m)
+        if _replacement(kind) is None:
+            continue
+        if isinstance(m, sharded):
+            raise ValueError(
+                f"a {kind.__name__} is sharded already: call accelerate() before fully_shard()"
+            )
+        if hooked_by(m, "opacus."):
+            raise ValueError(
+                f"Opacus has attached hooks to a {kind.__name__}: call accelerate() before GradSampleModule or "
+                "PrivacyEngine.make_private()"
+            )
 
 
 def _replacement(kind: type[nn.Module]) -> type[nn.Module] | None:

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert.integrations import frozen, heads, layers, transformers4
+from fastbert.integrations import batch, frozen, heads, layers, transformers4
 from fastbert.integrations.families import FAMILIES, Family, Parts
 from fastbert.integrations.layers import Call
-from fastbert.nn.packing import Packing, find_tokens
-from fastbert.nn.watch import first_hooked, hooked, log_once, why_not_bypassed
+from fastbert.nn.packing import Packing
+from fastbert.nn.watch import first_hooked, hooked, log_once
 from fastbert.ops.context import seed_for
 
 # --- the classes ---
@@ -72,8 +72,11 @@ def _make(family: Family, name: str) -> type[nn.Module]:
         }
         if kind == "encoder":
             space["fastbert_copies"] = frozen.FrozenLayers
-        if kind == "model" and space["fastbert_old"]:
-            space |= transformers4.methods(stock)
+        if kind == "model":
+            space["fastbert_at_padding"] = "auto"
+            space["fastbert_arguments"] = batch.arguments_read(family, stock.forward)
+            if space["fastbert_old"]:
+                space |= transformers4.methods(stock)
         if hasattr(stock, "is_custom_code"):
             # so transformers initialises and converts weights as for its own classes
             space["is_custom_code"] = classmethod(lambda cls: False)
@@ -124,43 +127,31 @@ def _register_recorders(made: Any) -> None:
 
 # --- the model ---
 
-_KNOWN = {
-    "input_ids",
-    "attention_mask",
-    "token_type_ids",
-    "position_ids",
-    "inputs_embeds",
-    "output_hidden_states",
-    "output_attentions",
-    "return_dict",
-    "use_cache",
-    # only the loss reads it
-    "num_items_in_batch",
-}
-
 
 def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     """The encoder model's forward: on packed tokens, or transformers' code with one logged sentence."""
     wanted = given.pop("fastbert", "all")
     if wanted is None:
         return stock(self, **given)
-    reason = _why_not_packed(self, given)
+    reason = batch.why_not_packed(self, given)
     packing: Packing | None = None
     if reason is None:
-        indices = _indices(given, self.fastbert_old)
-        reason = _why_not_these_shapes(self, given)
+        indices = batch.indices_of(self, given)
+        reason = batch.why_not_these_shapes(self, given)
     if reason is None:
-        packing, reason = _packing(given, indices, self.fastbert_old)
+        packing, tokens, reason = batch.packing_of(self, given, indices)
     if packing is None:
         log_once(f"accelerate: {type(self).__name__} runs transformers' code: {reason}")
         return stock(self, **given)
     values = heads.values(given)
-    # one seed for the whole forward: layers that are recomputed in backward must draw the same masks
-    seed = seed_for(1.0, None, values) if self.training else None
     family = self.fastbert_family
     parts = tuple(family.layout.of(layer) for layer in getattr(self, family.stack).layer)
+    # one seed for the whole forward: layers that are recomputed in backward must draw the same masks. None is drawn
+    # where nothing is dropped: the user's next random numbers are those of an unaccelerated run
+    dropped = max(max(layers.rates(m)) for m in parts) if self.training else 0.0
+    seed = seed_for(dropped, None, values)
     reason = _why_not_packed_between_layers(self, parts)
-    call = Call(packing, seed, reason is None, parts=parts)
+    call = Call(packing, seed, reason is None, parts=parts, tokens=tokens)
     if reason is not None:
         log_once(f"accelerate: {type(self).__name__} takes padding out layer by layer: {reason}")
         return stock(self, **given, fastbert=call)
@@ -170,7 +161,7 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
         return stock(self, **given, fastbert=call)
     as_dict = given.pop("return_dict", getattr(self.config, "return_dict", True))
     shape = values.shape[:2]
-    given["position_ids"] = _positions(self, given, shape)
+    given["position_ids"] = batch.positions(self, given, shape)
     for name in ("input_ids", "inputs_embeds", "token_type_ids", "position_ids"):
         if given.get(name) is not None:
             given[name] = packing.unpad(given[name])[None]
@@ -204,103 +195,6 @@ def _padded(hidden: Tensor | None, output: Any, packing: Packing) -> Tensor | No
     if hidden is None or hidden is output.last_hidden_state:
         return hidden
     return packing.pad(hidden[0])
-
-
-def _positions(self: Any, given: dict[str, Any], shape: torch.Size) -> Tensor:
-    """(B, S) rows of the position table, numbered as in transformers."""
-    positions = given.get("position_ids")
-    if positions is not None:
-        return positions.expand(shape)
-    embeddings, ids = self.embeddings, given.get("input_ids")
-    device = (given["inputs_embeds"] if ids is None else ids).device
-    if not self.fastbert_family.counts_tokens:
-        return torch.arange(shape[1], device=device).expand(shape)
-    if ids is None:
-        return torch.arange(shape[1], device=device).expand(shape) + embeddings.padding_idx + 1
-    token = (ids != embeddings.padding_idx).long()
-    return token.cumsum(1) * token + embeddings.padding_idx
-
-
-def _why_not_packed(self: Any, given: dict[str, Any]) -> str | None:
-    """Why the encoder must run transformers' code; reads no tensor's values."""
-    config = self.config
-    for name in ("is_decoder", "add_cross_attention", "is_causal"):
-        if getattr(config, name, False):
-            return f"config.{name} is set"
-    if getattr(config, "summary_type", "first") != "first":
-        return f"summary_type {config.summary_type!r} reads outputs at padding"
-    if given.get("output_attentions", getattr(config, "output_attentions", False)):
-        return "output_attentions is set, and fused attention has no weights to show"
-    implementation = getattr(config, "_attn_implementation", None) or "eager"
-    if implementation not in ("eager", "sdpa") and "flash_attention" not in implementation:
-        return f"the attention implementation is {implementation!r}"
-    for name, value in given.items():
-        if name not in _KNOWN and value is not None and value is not False:
-            return f"the argument {name} is not known to the packed path"
-    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-    if (ids is None) == (embeds is None):
-        return "one of input_ids and inputs_embeds must be given"
-    values, dims = (embeds, 3) if ids is None else (ids, 2)
-    if not isinstance(values, Tensor) or values.dim() != dims:
-        return "the batch is not (B, S)"
-    if values.device.type == "meta":
-        return "the tensors are on meta"
-    mask = given.get("attention_mask")
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        return "attention_mask is not (B, S)"
-    if given.get("position_ids") is not None and "flash" in implementation:
-        return "position_ids may mark packed sequences for flash attention"
-    return why_not_bypassed()
-
-
-def _why_not_these_shapes(self: Any, given: dict[str, Any]) -> str | None:
-    """Why these shapes need transformers' code. After _indices: torch.compile would make one more graph before it."""
-    shape = heads.values(given).shape[:2]
-    if shape.numel() == 0:
-        return "the batch is empty"
-    mask, types, positions = map(given.get, ("attention_mask", "token_type_ids", "position_ids"))
-    if mask is not None and mask.shape != shape:
-        return "attention_mask is not (B, S)"
-    if types is not None and types.shape != shape:
-        return f"token_type_ids has shape {tuple(types.shape)}, not {tuple(shape)}"
-    if positions is not None and positions.shape not in (shape, (1, shape[1])):
-        return f"position_ids has shape {tuple(positions.shape)}, not {tuple(shape)}"
-    table = self.embeddings.position_embeddings
-    longest = getattr(table, "num_embeddings", shape[1])
-    if positions is None and shape[1] > longest:
-        raise ValueError(
-            f"the batch is {shape[1]} tokens long but the model has {longest} positions: truncate it"
-        )
-    stack = getattr(self, self.fastbert_family.stack)
-    ours = [stack, *stack.layer]
-    if len(ours) == 1:
-        return "it has no layers"
-    if any(getattr(type(m), "fastbert_family", None) is not self.fastbert_family for m in ours):
-        return "its layers are not accelerated: call fastbert.accelerate(model) again"
-    return None
-
-
-def _indices(given: dict[str, Any], old: bool) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The result of find_tokens, None without a mask; one host sync, and torch.compile's only graph break."""
-    mask, device = given.get("attention_mask"), heads.values(given).device
-    if mask is None:
-        return None
-    mask = mask if mask.device == device else mask.to(device)
-    return find_tokens(mask, "heads4" if old else "heads")
-
-
-def _packing(
-    given: dict[str, Any], indices: tuple[Tensor, Tensor, Tensor] | None, old: bool
-) -> tuple[Packing | None, str | None]:
-    """(packing, None), or (None, why the batch cannot be packed)."""
-    values = heads.values(given)
-    if indices is None:
-        return Packing.full(values.shape[0], values.shape[1], values.device), None
-    packing, wrong = Packing.found(indices, values.shape[1])
-    if wrong:
-        other = ", or its mask is not of 0 and 1" if old else ""
-        return None, f"a sequence begins with padding, which transformers' heads read{other}"
-    return packing, None
 
 
 def _why_not_packed_between_layers(self: Any, parts: tuple[Parts, ...]) -> str | None:

@@ -43,6 +43,7 @@ class Call(NamedTuple):
     sdpa: bool = (
         False  # True: transformers' own layers take masks for sdpa; set with transformers 4 only
     )
+    tokens: Tensor | None = None  # (B, S) bool: nothing is packed, and padding is computed too
 
     def at(self, layer: int, last: bool) -> Call:
         """The call for the layer of this number."""
@@ -178,7 +179,9 @@ def why_not_packed(layer: nn.Module, parts: Parts, layout: Layout, module: str) 
 def run(m: Parts, x: Tensor, call: Call) -> Tensor:
     """One layer of these parts on packed tokens: (T, C), or (R, C) at call.rows. It takes three dropout sites."""
     packing, site = call.packing, 1 + 3 * call.layer
-    batch = LayerCall(packing.cu_seqlens, packing.max_seqlen, call.seed, site, call.rows)
+    batch = LayerCall(
+        packing.cu_seqlens, packing.max_seqlen, call.seed, site, call.rows, call.tokens
+    )
     return encoder_layer(x, weights(m), settings(m), batch)
 
 
@@ -244,11 +247,16 @@ def _fused(
     return weights, None if first_bias is None else biases  # type: ignore[return-value]
 
 
+def rates(m: Parts) -> Rates:
+    """The probabilities of the layer's dropouts now."""
+    # transformers 4 keeps this rate on its sdpa classes
+    attention = getattr(m.core, "dropout_prob", m.attention_dropout.p) if m.core.training else 0.0
+    return Rates(attention, _rate(m.out_dropout), 0.0, _rate(m.down_dropout))
+
+
 def settings(m: Parts) -> LayerSettings:
     """The layer's settings as its modules hold them now."""
     core, size = m.core, m.core.attention_head_size
-    # transformers 4 keeps the rate on its sdpa classes, and names no scale
-    attention = getattr(core, "dropout_prob", m.attention_dropout.p) if core.training else 0.0
     activation = gelu(m.activation)
     if activation is None:
         log_once(
@@ -260,7 +268,8 @@ def settings(m: Parts) -> LayerSettings:
         m.activation if activation is None else activation_name(activation),
         getattr(m.attention_norm, "eps", 0.0),
         getattr(m.output_norm, "eps", 0.0),
-        Rates(attention, _rate(m.out_dropout), 0.0, _rate(m.down_dropout)),
+        rates(m),
+        # transformers 4 names no scale
         getattr(core, "scaling", size**-0.5),
     )
 

@@ -122,8 +122,9 @@ class Pretrained(nn.Module):
 
     def head_dropout(self, x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
         """Dropout in a head; `site` is counted on from the encoder's last site."""
+        p = p if self.training else 0.0
         site += 1 + 3 * self.config.num_hidden_layers
-        return dropout(x, p if self.training else 0.0, seed, site)
+        return dropout(x, p, seed_for(p, seed, x), site)
 
 
 class BertModel(Pretrained):
@@ -198,8 +199,9 @@ class BertModel(Pretrained):
         A row may occur twice. The last layer skips all other rows, unless hidden states are requested too.
         """
         packing = inputs.packing
-        # one seed for the whole forward, for every dropout rate: recomputed layers must draw the same masks
-        seed = seed_for(1.0, None, inputs.ids) if self.training else None
+        # one seed for the whole forward: recomputed layers must draw the same masks. None is drawn where nothing is
+        # dropped: the user's next random numbers are those of a model without dropout
+        seed = seed_for(self._dropout_rate(), None, inputs.ids) if self.training else None
         x = self.embeddings(inputs.ids, inputs.positions, inputs.types, seed, 0)
         whole = not (inputs.output_hidden_states or inputs.output_attentions)
         if self.frozen is not None and whole and self.frozen.serves(self, x):
@@ -233,6 +235,15 @@ class BertModel(Pretrained):
             tuple(states) if inputs.output_hidden_states else None,
             tuple(weights) if inputs.output_attentions else None,
         )
+
+    def _dropout_rate(self) -> float:
+        """The greatest probability of dropout in the embeddings and layers."""
+        rates = [self.embeddings.p]
+        for layer in self.layers:
+            # a layer that the user put there may have other attributes
+            attention = getattr(layer, "attention", None)
+            rates += [getattr(layer, "p", 0.0), getattr(attention, "p", 0.0)]
+        return max(rates)
 
     def encode_starts(self, inputs: Inputs) -> Encoded:
         """Run the encoder for every sequence's first token: x is (B, C), zeros for an empty sequence."""

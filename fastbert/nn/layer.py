@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as tnf
 
 from fastbert import functional as F
 from fastbert.backend.reference import philox
@@ -87,6 +88,8 @@ class LayerCall(NamedTuple):
     seed: Tensor | None = None  # (1,) int64; None: every dropout draws its own
     site: int = 0  # the first of the layer's dropout sites
     rows: Tensor | None = None  # (R,) int64: the rows to compute after attention; None: all
+    # (B, S) bool, True at tokens: x is a padded batch (B * S, C), and padding attends to the tokens as in torch.nn
+    tokens: Tensor | None = None
 
 
 Block = Callable[[Tensor], Tensor]
@@ -125,19 +128,32 @@ def attention_block(x: Tensor, w: LayerWeights, s: LayerSettings, c: LayerCall) 
     """Self-attention inside each sequence and the output projection: (T, C) -> (T, C), or (R, C) at c.rows."""
     qkv = w.qkv(x) if callable(w.qkv) else F.qkv_proj(x, w.qkv, w.qkv_bias, s.heads)
     p = s.rates.attention
-    y = F.attention(
-        qkv,
-        c.cu_seqlens,
-        c.max_seqlen,
-        scale=s.scale,
-        p=p,
-        causal=s.causal,
-        seed=c.seed if p else None,
-        site=c.site,
-    )
-    assert isinstance(y, Tensor)  # a pair only with return_lse
+    if c.tokens is not None:
+        y = _padded_attention(qkv, c.tokens, s)
+    else:
+        y = F.attention(  # type: ignore[assignment]  # a pair only with return_lse
+            qkv,
+            c.cu_seqlens,
+            c.max_seqlen,
+            scale=s.scale,
+            p=p,
+            causal=s.causal,
+            seed=c.seed if p else None,
+            site=c.site,
+        )
     y = y.flatten(1)
     return project(y if c.rows is None else y.index_select(0, c.rows), w.out, w.out_bias)
+
+
+def _padded_attention(qkv: Tensor, tokens: Tensor, s: LayerSettings) -> Tensor:
+    """Attention (B * S, 3, H, D) -> (B * S, H, D) in which every position sees the tokens (B, S), by torch's sdpa."""
+    B, S = tokens.shape
+    q, k, v = qkv.view(B, S, *qkv.shape[1:]).permute(2, 0, 3, 1, 4)  # each (B, H, S, D)
+    seen = tokens[:, None, None]
+    if s.causal:
+        seen = seen & torch.ones(S, S, dtype=torch.bool, device=qkv.device).tril()
+    y = tnf.scaled_dot_product_attention(q, k, v, seen, s.rates.attention, scale=s.scale)
+    return y.transpose(1, 2).flatten(0, 1)
 
 
 def feed_forward_block(

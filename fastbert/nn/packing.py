@@ -44,29 +44,37 @@ READINGS = {
 }
 
 
-def _fake_tokens(mask: Tensor, reading: str) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_tokens(
+    mask: Tensor, reading: str, ids: Tensor | None = None, padding_id: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     size = torch.library.get_ctx().new_dynamic_size
     return (
         mask.new_empty(mask.shape[0] + 1, dtype=torch.int32),
         mask.new_empty(size(), dtype=torch.int64),
-        mask.new_empty((size(), size(), 0), dtype=torch.int32),
+        mask.new_empty((size(), size(), size(), 0), dtype=torch.int32),
     )
 
 
 @untraced("find_tokens", _fake_tokens)
-def find_tokens(mask: Tensor, reading: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A mask's tokens: cu_seqlens (B + 1,), rows (T,), and an empty tensor of shape (max_seqlen, wrong, 0).
+def find_tokens(
+    mask: Tensor, reading: str, ids: Tensor | None = None, padding_id: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A mask's tokens: cu_seqlens (B + 1,), rows (T,), and an empty tensor of shape (max_seqlen, wrong, hidden, 0).
 
-    `wrong` counts wrong values. The two numbers are returned as a shape, since traced code can compute with sizes.
+    `wrong` counts wrong values; `hidden` counts the masked positions at which ids (B, S) is not padding_id. The three
+    numbers are returned as a shape, since traced code can compute with sizes.
     """
     token, bad = READINGS[reading](mask)
     lengths = token.sum(1, dtype=torch.int32)
     cu_seqlens = tnf.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     if token.numel() == 0:
-        return cu_seqlens, lengths.new_empty(0, dtype=torch.int64), lengths.new_empty(1, 0, 0)
-    counts = torch.stack([cu_seqlens[-1], lengths.max(), bad.sum(dtype=torch.int32)])
-    total, longest, wrong = counts.tolist()
-    return cu_seqlens, _places(token, total), lengths.new_empty(max(longest, 1), wrong, 0)
+        return cu_seqlens, lengths.new_empty(0, dtype=torch.int64), lengths.new_empty(1, 0, 0, 0)
+    counts = [cu_seqlens[-1], lengths.max(), bad.sum(dtype=torch.int32)]
+    if ids is not None and ids.shape == mask.shape:
+        counts.append(((ids != padding_id) & ~token).sum(dtype=torch.int32))
+    total, longest, wrong, *hidden = torch.stack(counts).tolist()
+    sizes = lengths.new_empty(max(longest, 1), wrong, *(hidden or (0,)), 0)
+    return cu_seqlens, _places(token, total), sizes
 
 
 def _places(flags: Tensor, total: int) -> Tensor:

@@ -1,6 +1,8 @@
-"""Drop-ins for torch.nn's MultiheadAttention, TransformerEncoderLayer and TransformerEncoder."""
+"""Drop-ins for torch.nn's MultiheadAttention, TransformerEncoderLayer, TransformerEncoder and Transformer."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +19,32 @@ from fastbert.nn.layer import (
     encoder_layer,
 )
 from fastbert.nn.packing import Packing
-from fastbert.nn.watch import hooked, why_not_bypassed
+from fastbert.nn.watch import hooked, log_once, why_not_bypassed
 from fastbert.ops.context import seed_for
 
 # the class of torch.nn.MultiheadAttention's output projection is not public
 _STOCK_OUT = nn.MultiheadAttention(1, 1, device="meta").out_proj
 
 
-def _key_padding(mask: Tensor | None, x: Tensor) -> tuple[Packing, str | None]:
-    """The packing of x (B, S, C) by torch.nn's key_padding_mask: bool, True = padding, or float, -inf = padding."""
+class _Batch(NamedTuple):
+    """A batch as the layers see it."""
+
+    packing: Packing
+    tokens: Tensor | None = (
+        None  # (B, S) bool: nothing is packed, and padding is computed as in torch.nn
+    )
+
+    def call(self, seed: Tensor | None = None, site: int = 0) -> LayerCall:
+        """The arguments of one layer."""
+        packing = self.packing
+        return LayerCall(packing.cu_seqlens, packing.max_seqlen, seed, site, tokens=self.tokens)
+
+
+def _read(mask: Tensor | None, x: Tensor, at_padding: str) -> tuple[_Batch, str | None]:
+    """x (B, S, C) by torch.nn's key_padding_mask: bool, True = padding, or float, -inf = padding."""
+    full = Packing.full(x.shape[0], x.shape[1], x.device)
     if mask is None:
-        return Packing.full(x.shape[0], x.shape[1], x.device), None
+        return _Batch(full), None
     if mask.shape != x.shape[:2]:
         raise ValueError(
             f"key_padding_mask has shape {tuple(mask.shape)}: pass (B, S) = {tuple(x.shape[:2])}"
@@ -37,10 +54,10 @@ def _key_padding(mask: Tensor | None, x: Tensor) -> tuple[Packing, str | None]:
             f"key_padding_mask is {mask.dtype}: pass bool, True at padding, for instance mask == 0"
         )
     packing, others = Packing.read(mask, "key_padding")
-    return (
-        packing,
-        "the float key_padding_mask holds other values than 0 and -inf" if others else None,
-    )
+    reason = "the float key_padding_mask holds other values than 0 and -inf" if others else None
+    if at_padding == "stock":
+        return _Batch(full, mask == 0), reason
+    return _Batch(packing), reason
 
 
 def _changed(m: nn.Module, kind: type[nn.Module]) -> str | None:
@@ -108,6 +125,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     The weights that torch.nn returns by default (need_weights=True) exist in its own code only, which then runs.
     """
 
+    # accelerate()'s at_padding; "auto" is "zeros" here
+    fastbert_at_padding = "auto"
+
     def forward(
         self,
         query: Tensor,  # (B, S, C)
@@ -126,10 +146,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             reason = "the attention weights are asked for: pass need_weights=False"
         elif attn_mask is not None and not is_causal:
             reason = "attn_mask is set: pass is_causal=True if it is the causal one"
-        packing = None
+        batch = None
         if reason is None:
-            packing, reason = _key_padding(key_padding_mask, query)
-        if packing is None or reason is not None:
+            batch, reason = _read(key_padding_mask, query, self.fastbert_at_padding)
+        if batch is None or reason is not None:
             log_stock(self, reason)
             return super().forward(
                 query,
@@ -143,13 +163,14 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
         rates = Rates(attention=self.dropout if self.training else 0.0)
         settings = LayerSettings(self.num_heads, rates=rates, causal=is_causal)
-        call = LayerCall(packing.cu_seqlens, packing.max_seqlen)
-        y = attention_block(packing.unpad(query), _weights(self), settings, call)
-        return packing.pad(y), None
+        y = attention_block(batch.packing.unpad(query), _weights(self), settings, batch.call())
+        return batch.packing.pad(y), None
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     """torch.nn.TransformerEncoderLayer, post- or pre-norm, GELU or ReLU, on packed tokens."""
+
+    fastbert_at_padding = "auto"
 
     def forward(
         self,
@@ -161,13 +182,13 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         reason = self.stock_reason(src)
         if src_mask is not None and not is_causal:
             reason = "src_mask is set: pass is_causal=True if it is the causal one"
-        packing = None
+        batch = None
         if reason is None:
-            packing, reason = _key_padding(src_key_padding_mask, src)
-        if packing is None or reason is not None:
+            batch, reason = _read(src_key_padding_mask, src, self.fastbert_at_padding)
+        if batch is None or reason is not None:
             log_stock(self, reason)
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        return packing.pad(self.packed(packing.unpad(src), packing, is_causal))
+        return batch.packing.pad(self.packed(batch.packing.unpad(src), batch, is_causal))
 
     def stock_reason(self, src: Tensor) -> str | None:
         """Why the packed path can't serve this layer and input, or None."""
@@ -198,7 +219,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     def packed(
         self,
         x: Tensor,  # (T, C)
-        packing: Packing,
+        batch: _Batch,
         causal: bool = False,
         seed: Tensor | None = None,
         site: int = 0,
@@ -227,12 +248,13 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             inner_site=True,
         )
         seed = seed_for(max(rates), seed, x)
-        call = LayerCall(packing.cu_seqlens, packing.max_seqlen, seed, site)
-        return encoder_layer(x, weights, settings, call)
+        return encoder_layer(x, weights, settings, batch.call(seed, site))
 
 
 class TransformerEncoder(nn.TransformerEncoder):
     """torch.nn.TransformerEncoder of fastbert's layers: unpads once, pads once; a final norm sees tokens only."""
+
+    fastbert_at_padding = "auto"
 
     def forward(
         self,
@@ -240,23 +262,25 @@ class TransformerEncoder(nn.TransformerEncoder):
         mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,  # (B, S)
         is_causal: bool | None = None,
+        at_padding: str | None = None,  # None: as accelerate() was called
     ) -> Tensor:
         causal = bool(is_causal)
         reason = self._stock_reason(src)
         if reason is None and mask is not None and not causal:
             causal = is_causal is None and _is_causal(mask, src.shape[1])
             reason = None if causal else "the mask is not the causal one"
-        packing = None
+        batch = None
         if reason is None:
-            packing, reason = _key_padding(src_key_padding_mask, src)
-        if packing is None or reason is not None:
+            chosen = at_padding or self.fastbert_at_padding
+            batch, reason = _read(src_key_padding_mask, src, chosen)
+        if batch is None or reason is not None:
             log_stock(self, reason)
             return super().forward(src, mask, src_key_padding_mask, is_causal)
-        x = packing.unpad(src)
+        x = batch.packing.unpad(src)
         seed = seed_for(max(max(layer.rates()) for layer in self.layers), None, x)
         for i, layer in enumerate(self.layers):
-            x = layer.packed(x, packing, causal, seed, 4 * i)
-        return packing.pad(x if self.norm is None else self.norm(x))
+            x = layer.packed(x, batch, causal, seed, 4 * i)
+        return batch.packing.pad(x if self.norm is None else self.norm(x))
 
     def _stock_reason(self, src: Tensor) -> str | None:
         for layer in self.layers:
@@ -269,11 +293,76 @@ class TransformerEncoder(nn.TransformerEncoder):
         return None
 
 
+class Transformer(nn.Transformer):
+    """torch.nn.Transformer as accelerate() changes it: its decoder sees what it sees in torch.nn.
+
+    torch.nn's decoder attends to the encoder's outputs at padding unless a memory_key_padding_mask hides them. They are
+    computed then.
+    """
+
+    fastbert_at_padding = "auto"
+
+    def forward(
+        self,
+        src: Tensor,  # (B, S, C)
+        tgt: Tensor,  # (B, T, C)
+        src_mask: Tensor | None = None,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,  # (B, S)
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,  # (B, S)
+        src_is_causal: bool | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        decoder = {
+            "tgt_mask": tgt_mask,
+            "memory_mask": memory_mask,
+            "tgt_key_padding_mask": tgt_key_padding_mask,
+            "memory_key_padding_mask": memory_key_padding_mask,
+            "tgt_is_causal": tgt_is_causal,
+            "memory_is_causal": memory_is_causal,
+        }
+        fits = src.dim() == tgt.dim() == 3 and src.shape[::2] == tgt.shape[::2]
+        if not (
+            fits
+            and src.shape[2] == self.d_model
+            and self._padding_is_read(src_key_padding_mask, memory_key_padding_mask)
+        ):
+            rest = {"src_key_padding_mask": src_key_padding_mask, "src_is_causal": src_is_causal}
+            return super().forward(src, tgt, src_mask, **rest, **decoder)  # type: ignore[arg-type]
+        log_once(
+            "fastbert.nn.Transformer: the decoder sees the source's padding, which is computed too: pass "
+            "memory_key_padding_mask=src_key_padding_mask to skip it"
+        )
+        memory = self.encoder(src, src_mask, src_key_padding_mask, src_is_causal, "stock")
+        return self.decoder(tgt, memory, **decoder)
+
+    def _padding_is_read(self, padding: Tensor | None, hidden: Tensor | None) -> bool:
+        """Whether the decoder sees outputs of the encoder at padding, which are not zeros in torch.nn."""
+        encoder = self.encoder
+        if self.fastbert_at_padding != "auto" or padding is None or hidden is padding:
+            return False
+        if type(encoder) is not TransformerEncoder or hooked(encoder) or not self.batch_first:
+            return False
+        if not encoder.training and not torch.is_grad_enabled() and encoder.use_nested_tensor:
+            return False  # zeros in torch.nn too
+        if hidden is None or hidden.shape != padding.shape:
+            return True
+        return not torch.equal(_hides(hidden) | _hides(padding), _hides(hidden))
+
+
+def _hides(mask: Tensor) -> Tensor:
+    """True at positions that a key_padding_mask hides."""
+    return mask if mask.dtype == torch.bool else mask == float("-inf")
+
+
 def _is_causal(mask: Tensor, length: int) -> bool:
     """Whether a mask hides exactly the columns right of the diagonal; one host sync, as in torch.nn."""
     if mask.shape != (length, length):
         return False
-    hidden = mask if mask.dtype == torch.bool else mask == float("-inf")
+    hidden = _hides(mask)
     seen_is_zero = True if mask.dtype == torch.bool else bool((mask[~hidden] == 0).all())
     upper = torch.ones_like(hidden).triu(1)
     return seen_is_zero and torch.equal(hidden, upper)

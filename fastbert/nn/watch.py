@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,11 +17,11 @@ _log = logging.getLogger("fastbert")
 _logged: set[str] = set()
 
 
-def log_once(message: str) -> None:
+def log_once(message: str, level: int = logging.INFO) -> None:
     """Log a sentence once in this process; code under torch.compile logs nothing."""
     if not torch.compiler.is_compiling() and message not in _logged:
         _logged.add(message)
-        _log.info(message)
+        _log.log(level, message)
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -34,8 +35,21 @@ def hooked(m: nn.Module, *ignored: str) -> bool:
         return True
     if not any(map(state.__getitem__, _HOOKS)):
         return False
-    hooks = [hook for name in _HOOKS for hook in state[name].values()]
-    return any(not (getattr(h, "__module__", None) or "").startswith(ignored) for h in hooks)
+    return any(not _source(hook).startswith(ignored) for hook in _hooks(m))
+
+
+def hooked_by(m: nn.Module, package: str) -> bool:
+    """Whether a module has hooks of a package, "opacus." for example."""
+    return any(_source(hook).startswith(package) for hook in _hooks(m))
+
+
+def _hooks(m: nn.Module) -> list[Any]:
+    return [hook for name in _HOOKS for hook in m.__dict__[name].values()]
+
+
+def _source(hook: Any) -> str:
+    """The name of the Python module that a hook comes from; of its function, if the hook is a functools.partial."""
+    return getattr(getattr(hook, "func", hook), "__module__", None) or ""
 
 
 def why_not_bypassed() -> str | None:

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -250,6 +251,26 @@ def test_what_is_sharded_already_is_refused(alone):
     wrapper = nn.Sequential(build("Bert"))
     fully_shard(wrapper)
     assert is_accelerated(fastbert.accelerate(wrapper))
+
+
+def test_what_opacus_has_hooked_already_is_refused():
+    """Opacus looks layers up by their exact class in the backward pass."""
+
+    def capture(module, args, output):
+        pass
+
+    capture.__module__ = "opacus.grad_sample.grad_sample_module"
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3))
+    handle = model[0].register_forward_hook(partial(capture))
+    with pytest.raises(ValueError, match=r"Opacus has attached hooks to a LayerNorm: call accel"):
+        fastbert.accelerate(model)
+    assert not is_accelerated(model)
+    handle.remove()
+    # hooks on a class that accelerate leaves alone, and hooks that came later, are no error
+    model[1].register_forward_hook(capture)
+    fastbert.accelerate(model)
+    model[0].register_forward_hook(capture)
+    assert is_accelerated(fastbert.accelerate(model))
 
 
 # --- validate ---

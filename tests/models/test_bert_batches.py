@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 import torch._dynamo.testing
 from pairs import CASES, batch, build, close, per_token, scalar_loss
 from torch import Tensor, nn
+
+from fastbert.bert import BertConfig, BertForSequenceClassification
 
 # --- padded, packed, one by one ---
 
@@ -155,6 +158,32 @@ def test_gradient_checkpointing_replays_dropout(family: str) -> None:
     assert all(torch.equal(plain[k], less[k]) for k in plain), "checkpointing changes gradients"
     assert not torch.equal(plain["classifier.weight"], other["classifier.weight"])
     assert not model.bert.gradient_checkpointing
+
+
+def test_no_random_number_is_drawn_where_nothing_is_dropped() -> None:
+    config = BertConfig(
+        vocab_size=99,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=40,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    expected = torch.rand(4, generator=torch.Generator().manual_seed(7))
+    model, ids = BertForSequenceClassification(config).train(), torch.randint(5, 99, (2, 7))
+    torch.manual_seed(7)
+    model(ids)
+    assert torch.equal(torch.rand(4), expected)
+    # a dropout of one layer, or of the head alone, draws a seed
+    model.bert.layers[1].p = 0.5
+    for _ in range(2):
+        torch.manual_seed(7)
+        first = model(ids).logits
+        assert not torch.equal(torch.rand(4), expected)
+        assert not torch.equal(model(ids).logits, first)
+        model.bert.layers[1].p = 0.0
+        model.config = dataclasses.replace(config, classifier_dropout=0.5)
 
 
 def test_dropout_is_off_in_eval_and_at_zero() -> None:
