@@ -1,4 +1,4 @@
-"""Files written so that a kill or a full disk at any moment leaves the old one or the new one, whole."""
+"""Paths that users name, and files that a kill or a full disk leaves whole, the old one or the new one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,33 @@ from pathlib import Path
 
 # the first letters in names of files and folders that a killed process may leave
 UNFINISHED = ".unfinished-"
+# the remedies for a path that does not exist, by the kind of file that is read there
+TEXTS = "name a text file, a folder, or - for stdin"
+RECORDS = "name a file of labelled data"
+LINES = "name a text file with one text per line, or - for standard input"
+TOKENIZER_FILES = "name a tokenizer's folder or file"
+# and for a file where a folder is written
+SHARDS = "name a folder for the tokenised text"
 
 
 def cache_folder() -> Path:
     """$FASTBERT_CACHE, by default ~/.cache/fastbert."""
     return Path(os.environ.get("FASTBERT_CACHE") or "~/.cache/fastbert").expanduser()
+
+
+def existing(path: str | Path, remedy: str) -> Path:
+    """The path; raises FileNotFoundError, with the remedy, where nothing is there."""
+    # unlike Path.exists, it returns False for a name that no file can have
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} does not exist: {remedy}")
+    return Path(path)
+
+
+def folder_or_new(path: str | Path, remedy: str) -> Path:
+    """The path of a folder, or of one to be made; raises ValueError, with the remedy, for a file."""
+    if os.path.isfile(path):
+        raise ValueError(f"{path} is a file: {remedy}")
+    return Path(path)
 
 
 @contextmanager

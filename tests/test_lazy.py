@@ -1,6 +1,7 @@
 """`import fastbert`, help and refused flags import no torch; the modules of version 0.1 are at their old names."""
 
 import importlib
+import os
 import subprocess
 import sys
 
@@ -18,6 +19,9 @@ try:
 except SystemExit as stop:
     print(f"\\n{stop.code or 0} {'torch' in sys.modules}")
 """
+CLASSIFY = ["--task", "classify", "--model", "bert"]
+PRETRAIN = ["pretrain", "a.txt", "--steps", 1]
+FINETUNE = ["finetune", "a.csv", *CLASSIFY]
 
 
 def python(code, *words, **options):
@@ -52,15 +56,44 @@ def test_help_needs_no_torch(words):
         (["pretrain", "a.txt"], "how long to train is not said"),
         (["pretrain", "a.txt", "--config", "typo.toml"], "no setting 'stepps': did you mean"),
         (["pretrain", "--resume"], "holds no run to resume"),
+        (["pretrain", "a.txt", "--steps", 1, "--heads", 7], "not divisible by num_attention_heads"),
+        (["pretrain", "b.txt", "--steps", 1], "b.txt does not exist: name a text file, a folder"),
+        ([*PRETRAIN, "--tokenizer", "none"], "none does not exist: name a tokenizer's folder"),
+        ([*PRETRAIN, "--init-from", "none"], "there is no directory none: pass one with a config"),
+        ([*PRETRAIN, "--data-dir", "a.txt"], "a.txt is a file: name a folder for the tokenised"),
+        (["finetune", "a.csv", "--model", "bert"], "task is not said: choose classify, tag"),
+        (["finetune", "b.csv", *CLASSIFY], "b.csv does not exist: name a file of labelled data"),
+        ([*FINETUNE, "--validation", "b.csv"], "b.csv does not exist: name a file of labelled"),
+        ([*FINETUNE, "--test", "b.csv"], "b.csv does not exist: name a file of labelled data"),
+        ([*FINETUNE, "--model", "none"], "there is no directory none: pass one with a config.json"),
+        (["predict", "none", "x"], "there is no directory none: pass one with a config.json"),
+        (["predict", "bert", "--file", "b.csv"], "b.csv does not exist: name a file of labelled"),
+        (["fill-mask", "none", "x"], "there is no directory none: pass one with a config.json"),
+        (["embed", "a.txt", "x"], "a.txt is a file: pass the directory that holds it"),
+        (["embed", "bert", "--file", "b.txt"], "b.txt does not exist: name a text file with one"),
+        (["tune", "--model", "none"], "there is no directory none: pass one with a config.json"),
     ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_what_is_refused_needs_no_torch(tmp_path, words, sentence):
     (tmp_path / "typo.toml").write_text("stepps = 1\n")
-    output, error = python(COMMAND, *words, "--out", "run", cwd=tmp_path)
+    (tmp_path / "a.txt").write_text("A text.\n")
+    (tmp_path / "a.csv").write_text("text,label\nx,y\n")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text("{}")
+    words = [*words, "--out", "run"] if words[0] in ("pretrain", "finetune") else words
+    output, error = python(COMMAND, *words, cwd=tmp_path)
     assert output.splitlines()[-1] == "2 False"
     # typer draws a box around its sentences
     assert sentence in " ".join(error.replace("│", " ").split())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_backend_that_there_is_not_needs_no_torch():
+    variables = os.environ | {"FASTBERT_BACKEND": "tpu"}
+    output, error = python(COMMAND, "info", env=variables)
+    assert output.splitlines()[-1] == "2 False"
+    assert error.startswith("error: FASTBERT_BACKEND is 'tpu': choose one of cpu, triton")
 
 
 @pytest.mark.parametrize("old", MOVED)

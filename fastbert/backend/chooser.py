@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import threading
 from collections.abc import Iterator
 from types import ModuleType
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 
 from fastbert.backend import tuned
-from fastbert.backend.names import BACKENDS, SLUGS, TABLE
+from fastbert.backend.names import BACKENDS, FORCED, SLUGS, TABLE, WHY_NOT_FORCED
 
 # by device type, the backends that a call tries, in turn
 ORDER = {
@@ -84,7 +83,7 @@ _DEVICES = {
 }
 # the backends whose kernels start on torch's current device, whatever the device of their tensors
 ON_CURRENT_DEVICE = frozenset(n for n in BACKENDS if offered(n, "starts_on_current_device"))
-_forced: str | None = None
+_forced = FORCED
 _debug = False
 # by device, the winners that fastbert.tune() stored
 tuned_tables: dict[torch.device, Any] = tuned.stored()
@@ -280,9 +279,7 @@ def matrix() -> dict[str, dict[str, str | None]]:
     }
 
 
-_forced = os.environ.get("FASTBERT_BACKEND") or None
-# why a setting of the environment cannot be met. The import goes on, so that the command line can print the sentence.
-# No op runs then: a typo in a variable that forces something must not pass
-misset: str | None = next(filter(None, (offered(name, "misset") for name in BACKENDS)), None)
-if _forced not in (None, *BACKENDS):
-    misset = f"FASTBERT_BACKEND is {_forced!r}: choose one of {', '.join(BACKENDS)}, or unset it"
+# why a setting of the environment cannot be met. The import goes on, so that the command line can print the sentence
+misset: str | None = WHY_NOT_FORCED or next(
+    filter(None, (offered(name, "misset") for name in BACKENDS)), None
+)

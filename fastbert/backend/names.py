@@ -1,7 +1,8 @@
-"""The names of the backends and of the ops; no torch is imported here."""
+"""The names of the backends and of the ops, and the backend that the environment forces; no torch is imported here."""
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 
@@ -25,6 +26,15 @@ TABLE = {
     "reference": Backend("fastbert.backend.reference", None, tried=False),
 }
 BACKENDS = tuple(TABLE)
+
+# the backend that FASTBERT_BACKEND forces
+FORCED = os.environ.get("FASTBERT_BACKEND") or None
+# why there is no such backend. A typo in a variable that forces something must not pass: no op and no command runs
+WHY_NOT_FORCED = (
+    None
+    if FORCED in (None, *BACKENDS)
+    else f"FASTBERT_BACKEND is {FORCED!r}: choose one of {', '.join(BACKENDS)}, or unset it"
+)
 
 SLUGS = (
     "embed",

@@ -12,8 +12,10 @@ import typer
 
 from fastbert.cli.settings import ready, say, signature
 from fastbert.cli.text import read_lines
-from fastbert.finetune.config import FinetuneConfig
-from fastbert.train.settings import load_settings, merge, recorded
+from fastbert.files import RECORDS, existing
+from fastbert.finetune.config import FinetuneConfig, trained_model
+from fastbert.models.config import BertConfig
+from fastbert.train.settings import check_unused, load_settings, merge, recorded
 
 FORMATS = (".jsonl", ".csv", ".conll")
 
@@ -32,7 +34,12 @@ def finetune(**flags: Any) -> None:
     resume, quiet = (flags.pop(name) for name in ("resume", "quiet"))
     given = {name: value for name, value in flags.items() if value not in (None, [])}
     settings = merge(load_settings(file, FinetuneConfig) if file else {}, given)
-    config = recorded(out, settings, FinetuneConfig) if resume else FinetuneConfig(**settings)
+    if resume:
+        config = recorded(out, settings, FinetuneConfig)
+    else:
+        config = FinetuneConfig(**settings)
+        check_unused(out)
+        config.check_readable()
     ready()
     from fastbert.finetune import run
 
@@ -73,6 +80,9 @@ def predict(
         raise ValueError(f"--out {out} ends in {out.suffix!r}: choose one of {', '.join(FORMATS)}")
     if file is not None and (texts or pair or context):
         raise ValueError("texts and --file are both given: pass one of them")
+    BertConfig.from_file(trained_model(model))
+    if file is not None:
+        existing(file, RECORDS)
     ready()
     from fastbert.finetune.predict import Predictor
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from fastbert.cli.settings import ready, say, signature
-from fastbert.pretrain.config import PretrainConfig, load_settings
-from fastbert.train.settings import check_length_said, merge, recorded
+from fastbert.pretrain.config import PretrainConfig, check_usable, load_settings
+from fastbert.train.settings import check_length_said, check_unused, merge, recorded
 
 
 def pretrain(**flags: Any) -> None:
@@ -30,6 +30,8 @@ def pretrain(**flags: Any) -> None:
     else:
         check_length_said(settings)
         config = PretrainConfig(**settings)
+        check_unused(out)
+        check_usable(config, out)
     ready()
     from fastbert.pretrain import run
 

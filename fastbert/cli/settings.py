@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastbert.backend import names
 from fastbert.train.settings import Settings, settings_of
 
 Parameter = tuple[str, Any, Any]
@@ -25,6 +26,8 @@ def ready() -> None:
 
     A command calls it after the checks of its own arguments: the import of torch takes seconds.
     """
+    if names.WHY_NOT_FORCED is not None:
+        raise ValueError(names.WHY_NOT_FORCED)
     from fastbert.backend import chooser
 
     if chooser.misset is not None:

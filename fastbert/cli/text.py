@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastbert.cli.settings import ready
+from fastbert.files import LINES, existing
+from fastbert.models.config import model_folder
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +35,7 @@ def fill_mask(
 
     Example: fastbert fill-mask runs/a/model "The state of the [MASK] is strong."
     """
+    model_folder(model)
     ready()
     from fastbert.infer import Filler
 
@@ -90,6 +93,9 @@ def embed(
         raise ValueError(f"--out {out} ends in {out.suffix!r}: choose one of {', '.join(FORMATS)}")
     if texts and file is not None:
         raise ValueError("texts and --file are both given: pass one of them")
+    model_folder(model)
+    if file is not None and str(file) != "-":
+        existing(file, LINES)
     ready()
     from fastbert.infer import Embedder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fastbert.cli.settings import ready
+from fastbert.models.config import BertConfig, model_folder
 
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -36,15 +38,20 @@ def tune(
     The winners are kept in tuned.json of $FASTBERT_CACHE or ~/.cache/fastbert; delete it to go back. Scripts with
     models of their own call fastbert.tune(step). Example: fastbert tune --batch-size 32 --length 128 --dtype bf16
     """
-
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    config = BertConfig() if model is None else BertConfig.from_file(model_folder(model))
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"--length {length} is more than the model's {config.max_position_embeddings} positions"
+        )
+    config = dataclasses.replace(config, num_hidden_layers=layers)
     ready()
     from fastbert.backend import tuned
     from fastbert.tuning.measure import tune as measure
 
     results = measure(
-        _step(model, batch_size, length, layers, dtype, inference),
+        _step(config, batch_size, length, dtype, inference),
         rounds=rounds,
         configurations=configurations,
     )
@@ -59,23 +66,12 @@ def tune(
     typer.echo(f"stored in {tuned.path()}")
 
 
-def _step(
-    folder: Path | None, batch: int, length: int, layers: int, dtype: str, inference: bool
-) -> Any:
+def _step(config: BertConfig, batch: int, length: int, dtype: str, inference: bool) -> Any:
     """A call that pretrains on, or encodes, a random batch whose lengths fall from `length` to half of it."""
-    import dataclasses
-
     import torch
 
-    from fastbert.models.config import BertConfig
     from fastbert.models.heads import BertForPreTraining
 
-    config = BertConfig() if folder is None else BertConfig.from_file(folder)
-    if length > config.max_position_embeddings:
-        raise ValueError(
-            f"--length {length} is more than the model's {config.max_position_embeddings} positions"
-        )
-    config = dataclasses.replace(config, num_hidden_layers=layers)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = BertForPreTraining(config).to(device)
     low = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]

@@ -17,6 +17,7 @@ from typing import IO, Any
 from weakref import WeakKeyDictionary
 
 from fastbert.data.sentences import split_sentences
+from fastbert.files import TEXTS, existing
 
 SUFFIXES = (".txt", ".jsonl", ".gz")
 # a file changed less than this before it was hashed may change again within the file system's clock tick
@@ -234,16 +235,12 @@ def _expand(item: Any, layout: Layout) -> list[Source]:
         )
     if str(item) == "-":
         return [_stdin()]
-    path = Path(item)
+    path = existing(item, TEXTS)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
         if not files:
             raise ValueError(f"{path} holds no {', '.join('*' + s for s in SUFFIXES)} file")
         return [_file(p) for p in files]
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist: name a text file, a folder, or - for stdin"
-        )
     return [_file(path)]
 
 

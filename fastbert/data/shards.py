@@ -22,6 +22,7 @@ from fastbert.data import rng
 from fastbert.data.corpus import Document, Documents, read_documents
 from fastbert.data.sentences import RULES_VERSION
 from fastbert.data.tokenizer import SpecialIds, tokenizer_hash, vocabulary
+from fastbert.files import SHARDS, folder_or_new
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -115,7 +116,7 @@ def build_shards(
         if isinstance(sources, Documents)
         else read_documents(sources, separator=separator, field=field)
     )
-    folder = Path(folder)
+    folder = folder_or_new(folder, SHARDS)
     SpecialIds.of(tokenizer)
     _sweep(folder)
     strangers = (

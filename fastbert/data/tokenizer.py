@@ -20,7 +20,7 @@ from tokenizers import (
     processors,
 )
 
-from fastbert.files import write_text
+from fastbert.files import TOKENIZER_FILES, existing, write_text
 
 # in the order of their ids; RoBERTa's <mask> is the last id of the vocabulary
 BERT_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
@@ -158,9 +158,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     without one it is lower-cased unless a token of it has a capital letter. Padding and truncation that tokenizer.json
     may prescribe are switched off. Raises FileNotFoundError, or ValueError that names the file and what is wrong.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: name a tokenizer's folder or file")
+    path = existing(path, TOKENIZER_FILES)
     names = ("tokenizer.json", "vocab.txt", "vocab.json")
     file = path if path.is_file() else next((path / n for n in names if (path / n).is_file()), None)
     if file is None:

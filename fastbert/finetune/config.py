@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
+from fastbert.files import RECORDS, existing
+from fastbert.models.config import BertConfig, model_folder
 from fastbert.train.settings import (
     BATCH,
     DATA,
@@ -24,6 +27,7 @@ METRICS = {
 }
 # holds the Options, in the folder of a trained model
 OPTIONS_FILE = "finetune.json"
+_existing = partial(existing, remedy=RECORDS)
 
 
 @dataclass(frozen=True)
@@ -70,17 +74,21 @@ class FinetuneConfig(TrainingSettings):
         DATA,
         "training data: .csv, .tsv, .jsonl, .json, .conll, or a folder of `datasets`",
         path=True,
+        check=_existing,
     )
     validation: str | None = setting(
         None,
         DATA,
         "data to choose the best step by; default a part of the training data",
         path=True,
+        check=_existing,
     )
     heldout: float = setting(
         0.1, DATA, "part of the training data taken for validation where none is given"
     )
-    test: str | None = setting(None, DATA, "data to judge the best model on at the end")
+    test: str | None = setting(
+        None, DATA, "data to judge the best model on at the end", path=True, check=_existing
+    )
     task: str | None = setting(
         None, DATA, "classify (texts or pairs), tag (tokens), or answer (questions on a text)"
     )
@@ -145,6 +153,28 @@ class FinetuneConfig(TrainingSettings):
         if self.validation is None and not self.heldout:
             raise ValueError("heldout is 0 and there is no validation: pass one of them")
 
+    def check_readable(self, has_data: bool = False) -> None:
+        """The checks that read nothing but the model's config.json; `has_data`: the training data is in memory."""
+        for name, remedy in (
+            ("task", "choose classify, tag or answer"),
+            ("model", "name the folder of the model to start from"),
+        ):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} is not said: {remedy}")
+        if not has_data and not self.sources:
+            raise ValueError(
+                "sources is empty: name the file of the training data (in Python: or pass train=)"
+            )
+        assert self.model is not None
+        assert self.max_length is not None
+        base = BertConfig.from_file(model_folder(self.model))
+        if self.max_length > base.max_length:
+            raise ValueError(
+                f"max_length is {self.max_length} and the model in {self.model} has {base.max_length} positions: "
+                "lower max_length"
+            )
+        self.check_paths()
+
     def _check_lengths(self, longest: int, stride: int) -> None:
         if longest < 8:
             raise ValueError(f"max_length is {longest}: it must be at least 8")
@@ -157,3 +187,11 @@ class FinetuneConfig(TrainingSettings):
         """The part that predictions need."""
         own = {f.name: getattr(self, f.name) for f in fields(Options) if f.name != "unanswerable"}
         return Options(**own, unanswerable=unanswerable)
+
+
+def trained_model(folder: str | Path) -> Path:
+    """The model of a run of `fastbert finetune`, or the model folder itself; raises FileNotFoundError without one."""
+    folder = model_folder(folder)
+    if (folder / "config.toml").is_file() and not (folder / "model").is_dir():
+        raise FileNotFoundError(f"{folder} is a run that has evaluated no model yet: wait for it")
+    return folder / "model" if (folder / "model").is_dir() else folder

@@ -10,7 +10,7 @@ from typing import Any
 from fastbert.data import load_tokenizer
 from fastbert.finetune.answer import Question
 from fastbert.finetune.classify import Text
-from fastbert.finetune.config import Options
+from fastbert.finetune.config import Options, trained_model
 from fastbert.finetune.judge import Part, make_task, predict
 from fastbert.finetune.records import read_records
 from fastbert.finetune.tag import Words
@@ -33,12 +33,7 @@ class Predictor:
     def __init__(self, folder: str | Path, batch_size: int = 32) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
-        folder = Path(folder)
-        if (folder / "config.toml").is_file() and not (folder / "model").is_dir():
-            raise FileNotFoundError(
-                f"{folder} is a run that has evaluated no model yet: wait for it"
-            )
-        folder = folder / "model" if (folder / "model").is_dir() else folder
+        folder = trained_model(folder)
         config = BertConfig.from_file(folder)
         options = Options.load(folder) or _guessed(config, folder)
         self.options = options

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastbert.files import RECORDS, existing
+
 CONLL = (".conll", ".bio", ".iob", ".txt")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
 
@@ -44,9 +46,7 @@ def read_records(source: Any, split: str = "train", conll: bool = False) -> list
     """
     if not isinstance(source, (str, Path)):
         return _of_object(source, split)
-    path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: name a file of labelled data")
+    path = existing(source, RECORDS)
     if path.is_dir():
         return _of_folder(path, split)
     readers: dict[str, Callable[[str, str], Iterator[Record]]] = {

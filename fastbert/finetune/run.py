@@ -15,7 +15,6 @@ from fastbert.finetune.judge import Part
 from fastbert.finetune.loop import FinetuneRun, FinetuneTrainer, judge, training_data
 from fastbert.finetune.plot import plot_confusion, plot_curves
 from fastbert.finetune.tag import seqeval
-from fastbert.models.config import BertConfig
 from fastbert.train import store
 from fastbert.train.progress import duration
 from fastbert.train.session import Session
@@ -138,27 +137,10 @@ def _report(run: FinetuneRun) -> Result:
 
 def _check(config: FinetuneConfig, given: Sources) -> None:
     """The checks that need no data."""
-    for name, remedy in (
-        ("task", "choose classify, tag or answer"),
-        ("model", "name the folder of the model to start from"),
-    ):
-        if getattr(config, name) is None:
-            raise ValueError(f"{name} is not said: {remedy}")
-    if given.train is None and not config.sources:
-        raise ValueError(
-            "sources is empty: name the file of the training data (in Python: or pass train=)"
-        )
-    assert config.model is not None
-    assert config.max_length is not None
+    config.check_readable(has_data=given.train is not None)
     if config.task == "tag":
         # a missing package is an error now, not after an hour of training
         seqeval()
-    base = BertConfig.from_file(config.model)
-    if config.max_length > base.max_length:
-        raise ValueError(
-            f"max_length is {config.max_length} and the model in {config.model} has {base.max_length} positions: "
-            "lower max_length"
-        )
 
 
 def _scheduled(config: FinetuneConfig, batches: int) -> FinetuneConfig:

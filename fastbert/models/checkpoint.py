@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastbert.files import replacing
-from fastbert.models.config import BertConfig
+from fastbert.files import folder_or_new, replacing
+from fastbert.models.config import BertConfig, model_folder
 from fastbert.models.names import Names, hf_keys, names_of
 
 State = dict[str, Tensor]
@@ -58,15 +58,7 @@ def load(cls: type, directory: str | Path, **overrides: Any) -> Any:
     FileNotFoundError for a missing directory or file, and ValueError for files that are damaged, hold code, or do not
     fit config.json or the class.
     """
-    folder = Path(directory)
-    if not folder.exists():
-        raise FileNotFoundError(
-            f"there is no directory {folder}: pass one with a config.json and weights, hub names are not looked up"
-        )
-    if not folder.is_dir():
-        raise ValueError(
-            f"{folder} is a file: pass the directory that holds it and its config.json"
-        )
+    folder = model_folder(directory)
     config = _override(BertConfig.from_file(folder), overrides)
     state = _standard(read_weights(folder), config.model_type)
     names = names_of(config.model_type, class_name(cls))
@@ -89,9 +81,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
     An older checkpoint in the directory stays in place until both new files are written; other files are not touched.
     """
     config: BertConfig = model.config  # type: ignore[assignment]
-    folder = Path(directory)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: pass a directory to save into")
+    folder = folder_or_new(directory, "pass a directory to save into")
     name = class_name(type(model))
     values = {k: v for k, v in config.to_dict().items() if k not in _STALE}
     values["architectures"] = [_KINDS[values["model_type"]] + name.removeprefix("Bert")]

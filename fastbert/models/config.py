@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -280,3 +281,14 @@ class BertConfig:
             return cls.from_dict(values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from error
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder of a checkpoint; raises FileNotFoundError where there is none, ValueError for a file."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"there is no directory {path}: pass one with a config.json and weights, hub names are not looked up"
+        )
+    if os.path.isfile(path):
+        raise ValueError(f"{path} is a file: pass the directory that holds it and its config.json")
+    return Path(path)

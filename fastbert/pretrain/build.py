@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastbert.bert import BertConfig
 from fastbert.data import SpecialIds, vocabulary
 from fastbert.models.heads import BertForMaskedLM, BertForPreTraining
-from fastbert.pretrain.config import PretrainConfig
+from fastbert.pretrain.config import PretrainConfig, check_loaded, model_config
 from fastbert.pretrain.initial import start_with_neighbours
 
 
@@ -25,55 +24,5 @@ def build_model(config: PretrainConfig, tokenizer: Any) -> BertForPreTraining | 
         hidden_dropout_prob=config.dropout,
         attention_probs_dropout_prob=config.attention_dropout,
     )
-    _check_loaded(model.config, config, len(vocabulary(tokenizer)))
+    check_loaded(model.config, config, len(vocabulary(tokenizer)))
     return model
-
-
-def check_model(config: PretrainConfig) -> None:
-    """Raise ValueError or FileNotFoundError, before any work is done, for a model that can't be built."""
-    if config.init_from is None:
-        model_config(config, config.vocab_size, pad=0)
-    else:
-        _check_loaded(BertConfig.from_file(config.init_from), config, 0)
-
-
-def model_config(config: PretrainConfig, vocab_size: int, pad: int) -> BertConfig:
-    """The sizes of a fresh model; raises ValueError where they do not fit together."""
-    roberta = config.recipe == "roberta"
-    assert config.ffn is not None
-    assert config.attention_dropout is not None
-    return BertConfig(
-        vocab_size=vocab_size,
-        hidden_size=config.hidden,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        intermediate_size=config.ffn,
-        hidden_dropout_prob=config.dropout,
-        attention_probs_dropout_prob=config.attention_dropout,
-        # RoBERTa counts positions from pad + 1
-        max_position_embeddings=config.max_position + (pad + 1 if roberta else 0),
-        position_embedding_type=config.positions,
-        initializer_range=config.initializer_range,
-        model_type=config.recipe,
-        pad_token_id=pad,
-        layer_norm_eps=1e-5 if roberta else 1e-12,
-    )
-
-
-def _check_loaded(loaded: BertConfig, config: PretrainConfig, vocabulary: int) -> None:
-    if vocabulary > loaded.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {vocabulary} tokens and the model in {config.init_from} {loaded.vocab_size}: "
-            "use the tokenizer it was trained with"
-        )
-    if config.max_length > loaded.max_length:
-        raise ValueError(
-            f"max_length is {config.max_length} and the model in {config.init_from} has {loaded.max_length} "
-            "positions: lower max_length"
-        )
-    if config.recipe == "bert" and (
-        loaded.model_type != "bert" or (loaded.type_vocab_size or 0) < 2
-    ):
-        raise ValueError(
-            f"the model in {config.init_from} is a {loaded.model_type} without sentence types: use recipe roberta"
-        )

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from fastbert.pretrain.build import build_model, check_model
-from fastbert.pretrain.config import PretrainConfig
+from fastbert.pretrain.build import build_model
+from fastbert.pretrain.config import PretrainConfig, check_usable
 from fastbert.pretrain.feed import Feed, prepare_feed, reopen_feed
 from fastbert.pretrain.loop import PretrainRun, reached
 from fastbert.pretrain.trainer import PretrainTrainer
@@ -21,7 +21,6 @@ from fastbert.train import store
 from fastbert.train.plot import plot_losses
 from fastbert.train.progress import duration
 from fastbert.train.session import Session
-from fastbert.train.settings import check_length_said
 from fastbert.train.trainer import TrainingError
 from fastbert.train.world import World
 
@@ -68,7 +67,7 @@ def pretrain(
     `config` may be None with `resume`. Raises ValueError, TypeError or OSError before training for settings, data or
     folders that can't be used, loop.Stopped after SIGTERM or SIGINT, and TrainingError when training can't go on.
     """
-    check = partial(_check, out=Path(out))
+    check = partial(check_usable, out=Path(out))
     session = Session(PretrainConfig, config, out, resume=resume, quiet=quiet, say=say, check=check)
     with session as s:
         feed = _feed(s, rebuild)
@@ -135,19 +134,6 @@ def summary(result: Result) -> list[str]:
     }
     # TensorBoard's folder is there if the package is installed
     return lines + [f"{name:<12} {path}" for name, path in names.items() if path.exists()]
-
-
-def _check(config: PretrainConfig, out: Path) -> None:
-    """The checks that need no data."""
-    if not config.sources:
-        raise ValueError("sources is empty: name the text to train on, or - for standard input")
-    for source in config.sources:
-        if source != "-" and Path(source).resolve() in (out.resolve(), *out.resolve().parents):
-            raise ValueError(
-                f"--out {out} lies inside the source {source}, whose files are all read: move it"
-            )
-    check_length_said(config.to_dict())
-    check_model(config)
 
 
 def _scheduled(

@@ -21,7 +21,13 @@ from fastbert.backend import chooser, tuned
 from fastbert.data import save_tokenizer
 from fastbert.machine import machine_info
 from fastbert.train import store
-from fastbert.train.settings import FREE, TrainingSettings, recorded, with_whole_paths
+from fastbert.train.settings import (
+    FREE,
+    TrainingSettings,
+    check_unused,
+    recorded,
+    with_whole_paths,
+)
 from fastbert.train.world import World, joined
 
 Config = TypeVar("Config", bound=TrainingSettings)
@@ -110,10 +116,7 @@ class Session(Generic[Config]):
             return recorded(self.out, {} if config is None else config.to_dict(), self.kind)
         if config is None:
             raise TypeError("config is None: only a run that is resumed has its settings in OUT")
-        if (self.out / "config.toml").exists():
-            raise FileExistsError(
-                f"{self.out} already holds a run: go on with --resume, or choose another --out"
-            )
+        check_unused(self.out)
         if self._check is not None:
             self._check(config)
         return config

@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,13 +27,26 @@ Config = TypeVar("Config", bound="Settings")
 
 
 def setting(
-    default: Any, group: str, comment: str, *, path: bool = False, zero_is_open: bool = False
+    default: Any,
+    group: str,
+    comment: str,
+    *,
+    path: bool = False,
+    check: Callable[[str], object] | None = None,
+    zero_is_open: bool = False,
 ) -> Any:
     """A field whose comment is also its line in the command's --help.
 
-    A `path` is recorded as an absolute one. `zero_is_open` says that a run finds a value in the place of 0.
+    A `path` is recorded as an absolute one. `check` raises for a path that a run cannot use. `zero_is_open` says that
+    a run finds a value in the place of 0.
     """
-    metadata = {"group": group, "comment": comment, "path": path, "zero_is_open": zero_is_open}
+    metadata = {
+        "group": group,
+        "comment": comment,
+        "path": path,
+        "check": check,
+        "zero_is_open": zero_is_open,
+    }
     if isinstance(default, list):
         return dataclasses.field(default_factory=list, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -82,6 +95,14 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value > bound:
                 raise ValueError(f"{name} is {value}: it must be at most {bound}")
+
+    def check_paths(self) -> None:
+        """Raise FileNotFoundError or ValueError for a path that a run cannot use; - is standard input."""
+        for f in dataclasses.fields(self):
+            value, check = getattr(self, f.name), f.metadata["check"]
+            for path in value if isinstance(value, list) else [value]:
+                if check is not None and path not in (None, "-"):
+                    check(path)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings by name."""
@@ -237,6 +258,14 @@ def _parse(path: Path) -> Any:
     raise ValueError(f"its suffix is {path.suffix!r}, and a configuration is .toml, .yaml or .yml")
 
 
+def check_unused(out: Path) -> None:
+    """Raise FileExistsError for the folder of a run."""
+    if (out / "config.toml").exists():
+        raise FileExistsError(
+            f"{out} already holds a run: go on with --resume, or choose another --out"
+        )
+
+
 def recorded(out: Path, given: Mapping[str, Any], kind: type[Config]) -> Config:
     """The recorded settings of the run in `out`, with the given ones that change no loss.
 
@@ -244,7 +273,7 @@ def recorded(out: Path, given: Mapping[str, Any], kind: type[Config]) -> Config:
     """
     if not (out / "config.toml").exists():
         raise FileNotFoundError(f"{out} holds no run to resume: start one without --resume")
-    config = kind(**load_settings(out / "config.toml", kind))
+    config = kind(**with_whole_paths(load_settings(out / "config.toml", kind), kind))
     # a setting that is left open agrees with whatever value the run has found for it
     zeros = [f.name for f in dataclasses.fields(kind) if f.metadata["zero_is_open"]]
     given = {n: v for n, v in given.items() if v is not None and (v or n not in zeros)}

@@ -11,7 +11,9 @@ from tiny_tasks import ROWS, tiny_config, tiny_settings
 from fastbert.finetune import FinetuneConfig, finetune
 from fastbert.finetune import run as module
 from fastbert.finetune.config import Options
+from fastbert.pretrain.config import PretrainConfig
 from fastbert.train import loop as training
+from fastbert.train.settings import recorded, with_whole_paths
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +84,22 @@ def test_bad_values(settings, sentence):
 def test_defaults_follow_the_task():
     assert FinetuneConfig(task="answer").stride == 128
     assert (FinetuneConfig(task="tag").max_length, FinetuneConfig(steps=3).epochs) == (128, None)
+
+
+def test_a_run_is_resumed_from_any_folder(tmp_path, monkeypatch):
+    """Paths are recorded whole. A relative one that an older version recorded agrees with the same one given again."""
+    monkeypatch.chdir(tmp_path)
+    given = {"test": "a.csv", "data_dir": "shards", "init_from": "bert"}
+    assert with_whole_paths({"test": "a.csv"}, FinetuneConfig) == {"test": str(tmp_path / "a.csv")}
+    whole = with_whole_paths(given, PretrainConfig)
+    assert (whole["data_dir"], whole["init_from"]) == tuple(
+        str(tmp_path / n) for n in ("shards", "bert")
+    )
+    (tmp_path / "config.toml").write_text('sources = ["b.csv"]\ntest = "a.csv"\n')
+    config = recorded(tmp_path, {"test": "a.csv"}, FinetuneConfig)
+    assert (config.sources, config.test) == ([str(tmp_path / "b.csv")], str(tmp_path / "a.csv"))
+    with pytest.raises(ValueError, match=r"test is .*a\.csv' there and .*c\.csv' here"):
+        recorded(tmp_path, {"test": "c.csv"}, FinetuneConfig)
 
 
 def test_every_setting_reaches_the_run():
