@@ -1,7 +1,7 @@
 // The kernels against plain loops in double, in every instruction set of this build that the
-// machine has. There is no Python in it: tests/test_cross_build.py builds it for other processors
-// and runs it in an emulator. embed, feed_forward and encoder_infer are left out: they are made of
-// the same parts.
+// machine has. There is no Python in it: tests/cpu/test_cross_build.py builds it for
+// other processors and runs it in an emulator. embed, feed_forward and encoder_infer are left out:
+// they are made of the same parts.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -21,7 +21,7 @@ namespace {
 
 constexpr int kThreads = 2;
 constexpr double kEps = 1e-12;
-// of the largest value expected; rounding made 1.2e-6 and 3.6e-3 of it (2026-11-25, x86 and ARM)
+// relative to the largest value expected; measured 1.2e-6 and 3.6e-3 (2026-11-25, x86 and ARM)
 constexpr double kBound[] = {1e-5, 1.0 / 128};
 const char* const kNames[] = {"fp32", "bf16"};
 constexpr i64 kSeed = 0x123456789ABCDEF;
@@ -31,7 +31,7 @@ constexpr double kKeep = 4.0 / 3.0;
 double worst[2] = {};
 bool good = true;
 
-// --- arrays of either dtype: outputs start as NaN, inputs are drawn ---
+// --- arrays of either dtype: outputs start as NaN, inputs are random ---
 
 struct Array {
   int dtype;
@@ -321,7 +321,7 @@ void check_attention(int t, i64 D, bool causal) {
   const Attention a = {{0, 45, 46, 46, 149}, 152, 3, D, 1.0 / std::sqrt(D), causal};
   const i64 B = static_cast<i64>(a.cu.size()) - 1, size = a.T * a.H * D;
   Array qkv = drawn(t, 3 * size), dout = drawn(t, size);
-  // what belongs to no sequence must not be read
+  // the kernels must not read rows that belong to no sequence
   for (i64 i = a.cu[B] * a.H * D; i < size; ++i) {
     dout.set(i, NAN);
     for (i64 k = 0; k < 3; ++k) qkv.set(3 * i + k, NAN);
@@ -374,7 +374,7 @@ void check_cross_entropy(int t, i64 N, i64 V) {
   check("cross_entropy_inplace loss", kFloat32, loss, losses);
 }
 
-// sizes: enough for two threads, multiples of no vector, and the smallest
+// sizes with work for two threads that are no multiples of a vector, and the smallest sizes
 void check_all(int t) {
   check_linear(t, 151, 131, 117), check_linear(t, 1, 2, 3), check_linear(t, 5, 37, 3200);
   check_attention(t, 33, false), check_attention(t, 64, true);
@@ -386,7 +386,7 @@ void check_all(int t) {
 
 }  // namespace
 
-// in the instruction sets that are named, or those that the compiler's runtime finds
+// runs the named instruction sets, by default those that the compiler's runtime finds
 int main(int count, char** words) {
   const std::vector<std::string> named(words + 1, words + count);
   for (current = 0; current < kCount; ++current) {

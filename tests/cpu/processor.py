@@ -1,4 +1,4 @@
-"""The instruction sets of csrc/cpu that this machine has, as Linux tells."""
+"""The instruction sets of csrc/cpu that this machine has, read from Linux's /proc/cpuinfo."""
 
 import re
 from pathlib import Path
@@ -11,6 +11,6 @@ NEEDED = {
 
 
 def instruction_sets() -> list[str]:
-    """Those of x86-64, without the baseline."""
+    """The names of those of x86-64, without the baseline."""
     flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
     return [name for name, needed in NEEDED.items() if needed <= flags]

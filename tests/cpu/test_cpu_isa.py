@@ -1,4 +1,4 @@
-"""One binary for several instruction sets: which there are, how one is forced, and that none leaks into another."""
+"""One binary for several instruction sets: which are there, how one is forced, and that they share no symbol."""
 
 import os
 import platform
@@ -55,7 +55,7 @@ def test_the_environment_forces_one():
 @pytest.mark.skipif(not OBJECTS, reason="the module was not built in this checkout")
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm of binutils")
 def test_no_symbol_is_shared_between_instruction_sets():
-    """The linker keeps one copy of a shared inline function: the one for AVX-512 would kill an older machine."""
+    """The linker keeps one copy of an inline function. The AVX-512 copy would crash on an older machine."""
     for path in OBJECTS:
         isa = path.name.split(".")[1]
         table = subprocess.run(

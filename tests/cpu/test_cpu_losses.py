@@ -49,7 +49,7 @@ def both(logits: torch.Tensor, labels: torch.Tensor, module=cross_entropy) -> tu
 
 
 def over_threads(call):
-    """What call() returns with 1, 2, 3 and 8 threads, bitwise equal."""
+    """The result of call(), after it is bitwise equal with 1, 2, 3 and 8 threads."""
     before = torch.get_num_threads()
     outputs = []
     try:
@@ -104,7 +104,7 @@ def test_in_place_is_forward_and_backward(V, dtype):
 
 
 def test_a_maximum_that_rises_in_every_block():
-    # each block begins far below the next, and the last one far below the maximum
+    # each block of 1024 logits lies 40 above the one before it; in the second row below it
     logits = torch.randn(2, 4 * 1024) + 40 * torch.arange(4).repeat_interleave(1024)
     logits[1] = logits[1].flip(0)
     labels = torch.tensor([5, 5])
@@ -115,14 +115,14 @@ def test_a_maximum_that_rises_in_every_block():
 
 
 def test_confident_rows_keep_their_digits():
-    # losses from 1e-2 down to 1e-18, at logits where lse itself is only good to 1e-5
+    # losses from 1e-2 down to 1e-18; at logits of this size lse has an error of 1e-5
     margin = torch.arange(12.0, 50.0, 2.0)
     logits = torch.randn(len(margin), 3000) - 200.0
     labels = torch.arange(len(margin)) * 150
     logits[torch.arange(len(margin)), labels] = margin - 200.0
     rows = torch.arange(len(margin))
     loss, grad = both(logits, labels)
-    # 1 - p in fp64, which the reference's p - 1 rounds at the size of 1
+    # 1 - p in fp64 from the other classes: the reference's p - 1 has the rounding error of a number near 1
     others = (logits.double() - logits[rows, labels].double()[:, None]).exp()
     others[rows, labels] = 0.0
     rest = others.sum(1)

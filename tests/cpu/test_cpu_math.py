@@ -26,7 +26,7 @@ def _restore():
 
 
 def grid() -> torch.Tensor:
-    """A fine grid, denormals, and what lies around the functions' own limits."""
+    """A fine grid, denormals, and values around the functions' own limits."""
     fine = torch.linspace(-100.0, 100.0, 400_001)
     near = torch.linspace(-1.0, 1.0, 20_001) * 1e-3
     edges = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 1e-45, -1e-45, 14.0, -14.0, 15.0, -15.0])
@@ -60,11 +60,11 @@ def test_gelu_and_its_derivative_are_within_a_few_ulp(isa, approximate):
     x = grid()
     value, derivative = gelu(x, approximate)
     expected, slope = truth(x, approximate)
-    # a tail of e^-u carries the rounding of u
+    # the left tail is about e^-u, so its relative error has that of u times u
     u = x.double().square() / 2 if approximate == "none" else 2 * x.double().abs() ** 3
     relative = EPS * (6 + torch.where(x < 0, u.clamp(max=100.0), 0.0))
     assert ((value - expected).abs() <= relative * expected.abs() + 1e-36).all()
-    # cdf + x pdf crosses 0: what it cancels is at most 0.3
+    # near its zero cdf + x pdf is a difference of numbers of at most 0.3
     size = slope.abs() + torch.where(x.abs() < 2, 0.3, 0.0)
     assert ((derivative - slope).abs() <= 2 * relative * size + 1e-35).all()
 
@@ -73,7 +73,7 @@ def test_gelu_and_its_derivative_are_within_a_few_ulp(isa, approximate):
 @FORMS
 def test_gelu_of_infinities_and_nan(isa, approximate):
     cpu.native.use_isa(isa)
-    # enough for a whole vector of every width, and a rest
+    # 20 elements: a whole vector of every width, and a rest
     x = torch.tensor([math.inf, -math.inf, math.nan, 1.0]).repeat(5)
     value, derivative = gelu(x, approximate)
     assert torch.equal(value[0::4], torch.full((5,), math.inf))
@@ -87,7 +87,7 @@ def test_gelu_of_infinities_and_nan(isa, approximate):
 
 @ISAS
 def test_the_exponential_is_within_two_ulp(isa):
-    """softmax of (0, x) has e^x / (1 + e^x) beside the label."""
+    """The gradient of the loss of logits (0, x) with label 0 has e^x / (1 + e^x) at x."""
     cpu.native.use_isa(isa)
     x = torch.cat([torch.linspace(-100.0, 0.0, 200_001), torch.tensor([-1e-40, -1e10, -math.inf])])
     logits = torch.stack([torch.zeros_like(x), x], 1)

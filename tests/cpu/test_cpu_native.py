@@ -1,4 +1,4 @@
-"""The native CPU module itself: dropout bits, thread counts, one OpenMP runtime, what it refuses."""
+"""The native CPU module itself: dropout bits, thread counts, one OpenMP runtime, refusals."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ if cpu.native is None:
 from fastbert.backend.cpu import dropout_add_layer_norm as op
 from fastbert.backend.cpu import embed, layer_norm
 
-WORDS = 64  # of one call of philox_words
+WORDS = 64  # in one call of native_words
 
 
 def philox_words(seed: int, row: int, site: int, groups: int) -> list[int]:
@@ -46,7 +46,7 @@ def philox_block(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, .
 
 
 def native_words(seed: int, row: int, site: int, n: int = WORDS) -> list[int]:
-    """The same words from the native module."""
+    """The first `n` words of a row from the native module."""
     words = torch.zeros(n, dtype=torch.int32)
     cpu.native.philox_row(words.data_ptr(), n, seed, row, site)
     return [w & 0xFFFFFFFF for w in words.tolist()]
@@ -92,7 +92,7 @@ def sample(N: int, C: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def run(t: dict[str, torch.Tensor], p: float, rows: torch.Tensor | None = None, save: bool = True):
-    """Forward and backward of one call: every tensor that comes out."""
+    """Every output and gradient of one call of dropout_add_layer_norm."""
     seed = torch.tensor([0x5EED_0000_0001])
     args = (p, seed, 5, rows)
     y, z, mean, rstd = op.forward(t["x"], t["residual"], t["weight"], t["bias"], 1e-12, *args, save)
@@ -101,19 +101,19 @@ def run(t: dict[str, torch.Tensor], p: float, rows: torch.Tensor | None = None, 
 
 
 def run_layer_norm(t: dict[str, torch.Tensor], weight: torch.Tensor | None):
-    """The same of layer_norm."""
+    """Every output and gradient of one call of layer_norm."""
     y, mean, rstd = layer_norm.forward(t["x"], weight, None, 1e-5)
     return y, mean, rstd, *layer_norm.backward(t["dy"], t["x"], weight, mean, rstd)
 
 
 def run_embed(t: dict[str, torch.Tensor], ready: bool, few: bool):
-    """The same of embed: every row of a table of 2 or of many rows, some of them without a token."""
+    """Every output and gradient of one call of embed, with position tables of 2 or of 130 rows."""
     T, C = t["x"].shape
     torch.manual_seed(T)
     V, P = (3, 2) if few else (777, 130)
     dtype = t["x"].dtype
     word, position, type_ = (torch.randn(rows, C).to(dtype) for rows in (V, P, 2))
-    # squared: frequent ids sum over many tokens
+    # squared, so that low ids are frequent: their gradients sum over many tokens
     ids = (torch.rand(T).square() * V).long()
     inputs = (t["x"] if ready else ids, torch.randint(P, (T,)), torch.randint(2, (T,)))
     tables = (None if ready else word, position, type_)
@@ -125,7 +125,7 @@ def run_embed(t: dict[str, torch.Tensor], ready: bool, few: bool):
     return y, mean, rstd, *grads
 
 
-# every call whose sums over rows could follow the threads
+# every call whose sums over rows could depend on the number of threads
 CALLS = {
     "dropout_add_layer_norm": lambda t: run(t, 0.1),
     "layer_norm": lambda t: run_layer_norm(t, t["weight"]),
@@ -139,7 +139,7 @@ CALLS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", CALLS)
 def test_results_do_not_depend_on_the_thread_count(name, dtype):
-    # enough elements for eight threads, partitions of unequal length, a tail of columns
+    # work for eight threads, partitions of unequal length, a tail of columns
     t = sample(1001, 261, dtype)
     before = torch.get_num_threads()
     try:
@@ -206,7 +206,7 @@ def test_bf16_rounds_as_torch_does_and_keeps_nan():
 
 
 def test_a_nan_of_any_payload_stays_a_nan_in_bf16():
-    # a payload of ones would round to -0 or 0
+    # rounding by adding to the bits would carry a payload of ones into the sign, and give -0 or 0
     bits = [0x7F800001, 0x7FFFFFFF, 0x7FFF8000, -1, -0x7FFFFF, 0x7FC00000] * 8
     bias = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     y, *_ = layer_norm.forward(torch.randn(3, 48).bfloat16(), torch.ones(48), bias, 1e-5)
@@ -277,7 +277,7 @@ print(*sorted({m.split()[-1] for m in maps if "libgomp" in m or "libomp" in m or
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
 def test_one_openmp_runtime_is_mapped():
-    # a process of its own: scikit-learn's wheel, say, brings another libgomp
+    # a process of its own: packages that other tests import bring another libgomp, such as scikit-learn's wheel
     output = subprocess.run(
         [sys.executable, "-c", ONE_RUNTIME], capture_output=True, text=True, check=True
     )

@@ -1,7 +1,7 @@
 """Properties of the native ops over drawn shapes, layouts and dtypes, on every instruction set (hypothesis).
 
-What is drawn: sizes of 1, primes and those just below and above a vector, empty inputs and sequences, sequences of one
-token, rows that are all ignored, fp32 weights beside bf16 x, strided and transposed inputs. Each example runs forward
+Drawn are sizes of 1, primes, sizes just below and above a vector, empty inputs and sequences, sequences of one token,
+labels that are all ignored, fp32 weights beside bf16 x, strided and transposed inputs. Each example runs forward
 and backward against the fp64 reference, with NaN around inputs and in fresh outputs.
 """
 
@@ -49,7 +49,7 @@ def _restore():
 
 
 class Drawn:
-    """What an example's tensors are made with: one dtype for activations, one for weights, one layout for both."""
+    """Draws an example's tensors: one dtype for activations, one for weights, one layout for both."""
 
     def __init__(self, dtype: torch.dtype, mixed: bool, layout: str, seed: int) -> None:
         self._draw = Draw(dtype, seed=seed)
@@ -78,7 +78,7 @@ PAIRS = Drawn(torch.bfloat16, True, "rows", 1)
 
 
 def placed(t: Tensor, layout: str) -> Tensor:
-    """The same values with other strides, in memory that is NaN (or the largest integer) wherever t is not."""
+    """The same values in another layout; the memory around them is NaN, or the largest integer."""
     if layout == "contiguous" or t.dim() == 0 or t.numel() == 0:
         return poison.surround(t)
     if layout == "transposed":
@@ -91,7 +91,7 @@ def placed(t: Tensor, layout: str) -> Tensor:
 
 
 def near(t: Tensor, eps: float, generator: torch.Generator) -> Tensor:
-    """t in fp64, each element moved by a part of eps: what rounding may always do to it."""
+    """t in fp64, each element changed by a relative error of eps, as rounding may change it."""
     if not t.is_floating_point():
         return t
     sign = torch.randint(0, 2, t.shape, generator=generator) * 2 - 1
@@ -104,7 +104,7 @@ def gradient(y: Tensor) -> Tensor:
 
 
 def call(op: Any, kwargs: dict[str, Any], change: Any, backward: bool) -> parity.Results:
-    """Outputs and gradients of the op with every tensor among its arguments changed."""
+    """Outputs and gradients of the op, after `change` of every tensor among its arguments."""
     changed = {key: parity.tree_map(value, change) for key, value in kwargs.items()}
     return parity.call(op, changed, backward, gradient)
 
@@ -112,8 +112,8 @@ def call(op: Any, kwargs: dict[str, Any], change: Any, backward: bool) -> parity
 def check(slug: str, kwargs: dict[str, Any], d: Drawn, backward: bool = True) -> None:
     """Every instruction set keeps the error budget.
 
-    An output of few elements may come out of plain PyTorch without any error, by luck: what rounding of the inputs does
-    to the exact result is granted too.
+    Plain PyTorch may compute an output of few elements without any error, by luck. So the effect of rounded inputs on
+    the exact result is allowed too.
     """
     op, eager = (
         getattr(functional, slug),
@@ -132,7 +132,7 @@ def check(slug: str, kwargs: dict[str, Any], d: Drawn, backward: bool = True) ->
         for key, expected in truth.items():
             found = [excess(ours[key], expected, e[key]) for e in granted]
             if expected.numel() < 8:
-                # the rms of so few errors is their maximum, which may be 4 eps
+                # the rms of so few errors is near their maximum, which may be 4 eps
                 found = [None if f and f.startswith("rms") else f for f in found]
             assert None in found, f"{slug} {isa} {key}: {found[0]}"
 
@@ -143,19 +143,19 @@ def dropout(d: Drawn, p: float, site: int = 3) -> dict[str, Any]:
 
 
 P = st.sampled_from([0.0, 0.25])
-# the normalisation of so few columns does not follow its input: the exact gradient is 0, or that of eps, and all
-# that comes out is rounding
+# at so few columns the normalised values hardly depend on the input: the exact gradient is 0, or due to eps alone, and
+# the computed one is rounding error
 FLAT = 2
 
 
 @EXAMPLES
 @given(DRAWN, ROWS, SIZES, SIZES, st.booleans())
-# around the pieces that K is taken in: 256 steps and 3072 steps, which are twice as many of bf16 pairs
+# K just beyond one piece of the GEMM: 256 and 3072 steps, of one fp32 value or of a pair of bf16 values
 @example(FIRST, 29, 257, 3, True)
 @example(PAIRS, 29, 513, 3, True)
 @example(FIRST, 3, 3073, 5, False)
 @example(PAIRS, 3, 6147, 5, False)
-# several blocks of rows and columns
+# several blocks of rows and of columns
 @example(FIRST, 101, 9, 197, True)
 def test_linear(d: Drawn, T: int, K: int, N: int, bias: bool) -> None:
     kwargs = {"x": d.x(T, K), "weight": d.w(N, K, scale=K**-0.5), "bias": d.vector(bias, N)}
@@ -189,10 +189,10 @@ HEAD_SIZES = st.one_of(st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 33, 6
 
 @EXAMPLES
 @given(DRAWN, LENGTHS, st.integers(1, 3), HEAD_SIZES, P, st.booleans(), st.integers(0, 3))
-# more keys than a block of scores has rows, and sequences of one token alone
+# more keys than a block of scores holds, and sequences of one token only
 @example(FIRST, [700], 1, 3, 0.25, True, 0)
 @example(PAIRS, [1, 1, 0, 1], 2, 5, 0.25, False, 2)
-# a shorter sequence that needs more room than the longest: its blocks have more queries
+# a shorter sequence needs more working memory than the longest one: its blocks have more queries
 @example(FIRST, [545, 544, 548, 544, 657, 656, 660, 656, 668, 664], 1, 8, 0.25, False, 0)
 def test_attention(
     d: Drawn, lengths: list[int], H: int, D: int, p: float, causal: bool, tail: int
@@ -279,7 +279,7 @@ FILL = st.sampled_from([0.0, 0.3, 1.0])
 @given(
     DRAWN, ROWS, SIZES, FILL, st.sampled_from(["mean", "sum", "none"]), st.sampled_from([1.0, 30.0])
 )
-# logits are taken in blocks of 1024
+# the kernel reads logits in blocks of 1024
 @example(FIRST, 3, 1025, 1.0, "sum", 1.0)
 @example(PAIRS, 3, 2047, 0.3, "none", 30.0)
 def test_cross_entropy(d: Drawn, N: int, V: int, fill: float, reduction: str, scale: float) -> None:

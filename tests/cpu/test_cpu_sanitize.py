@@ -1,4 +1,4 @@
-"""`make sanitize` can fail: an overrun of the working memory by one float is seen, in every place it can be."""
+"""`make sanitize` can fail: it finds a write of one float behind either piece of the working memory."""
 
 import os
 import shlex
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or "c++"]
-# pieces of 5 floats: one piece's end, the other's, and the gap up to the next multiple of 64 bytes
+# two pieces of 5 floats; a piece is followed by a gap up to the next multiple of 64 bytes
 PROGRAM = """
 #include "scratch.h"
 using namespace fastbert::FASTBERT_ISA;

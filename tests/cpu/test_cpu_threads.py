@@ -1,4 +1,4 @@
-"""Threads of the native ops: their number, one runtime, the interpreter's lock, concurrent calls, forked processes."""
+"""Threads of the native ops: their number, one runtime, the GIL, concurrent calls, forked processes."""
 
 import os
 import struct
@@ -22,12 +22,12 @@ if cpu.native is None:
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and ELF")
-# rows, columns and heads for which every kernel shares its work out, with a rest everywhere
+# sizes at which every kernel divides its work among threads, with a remainder everywhere
 T, C, F, H, D, V = 301, 132, 260, 4, 33, 515
 
 
 def calls(dtype: torch.dtype) -> dict[str, dict]:
-    """slug -> the arguments of one call with dropout where there is any."""
+    """{slug: the arguments of one call}, with dropout where the op has it."""
     draw = Draw(dtype, seed=3)
     drop = {"p": 0.2, "seed": draw.seed(), "site": 2}
     x, norm = draw.normal(T, C), {"weight": draw.normal(C), "bias": draw.normal(C)}
@@ -60,7 +60,7 @@ def run(slug: str, kwargs: dict) -> parity.Results:
 
 
 def same(a: parity.Results, b: parity.Results) -> list[str]:
-    """The names of what differs in any bit."""
+    """The names of the results that differ in any bit."""
     return [key for key in a if not torch.equal(a[key], b[key])]
 
 
@@ -88,9 +88,9 @@ def test_outputs_and_gradients_are_the_same_bits_on_any_number_of_threads(slug, 
 
 
 def needed(path: Path) -> list[str]:
-    """The shared libraries that an ELF file asks for (DT_NEEDED)."""
+    """The shared libraries that an ELF file names as needed (DT_NEEDED)."""
     data = path.read_bytes()
-    assert data[:6] == b"\x7fELF\x02\x01", "a 64-bit little-endian ELF file"
+    assert data[:6] == b"\x7fELF\x02\x01", "not a 64-bit little-endian ELF file"
     offset, size, count = struct.unpack_from("<Q", data, 40) + struct.unpack_from("<HH", data, 58)
     sections = [struct.unpack_from("<IIQQQQIIQQ", data, offset + i * size) for i in range(count)]
     (dynamic,) = [s for s in sections if s[1] == 6]
@@ -110,7 +110,7 @@ def test_the_module_asks_for_no_openmp_runtime_of_its_own():
 RUNTIMES = """
 import ctypes, pathlib
 ctypes.CDLL(FOLDER + "/libgomp-first.so.1")
-ctypes.CDLL(FOLDER + "/a folder/libgomp.so.1")  # the name that torch asks for: it is bound to this one
+ctypes.CDLL(FOLDER + "/a folder/libgomp.so.1")  # torch needs this name, so it is bound to this copy
 # builds of torch without libtorch_global_deps do not make their runtime visible themselves
 load, ctypes.CDLL = ctypes.CDLL, lambda path, mode=0: load(path)
 import torch
@@ -125,7 +125,7 @@ print(TORCHS in pathlib.Path("/proc/self/maps").read_text(), address(None) == ad
 
 @LINUX
 def test_the_runtime_that_torch_is_bound_to_is_shared(tmp_path):
-    """Others are loaded before and after it, and its path has a space."""
+    """Two other runtimes are loaded, one before and one after torch's, and the path of torch's has a space."""
     torchs = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
     if not torchs.is_file():
         pytest.skip("this torch has no libgomp.so.1 in its folder")
@@ -133,7 +133,7 @@ def test_the_runtime_that_torch_is_bound_to_is_shared(tmp_path):
     data = torchs.read_bytes()
     (tmp_path / "a folder" / "libgomp.so.1").write_bytes(data)
     for number, name in enumerate(("libgomp-first.so.1", "libompitrace.so")):
-        # a library counts as loaded when one of its name is
+        # another name inside, since the loader takes a library as loaded when one with the same name is
         (tmp_path / name).write_bytes(
             data.replace(b"libgomp.so.1\0", b"libgomp.so.%d\0" % (8 + number))
         )
@@ -143,7 +143,7 @@ def test_the_runtime_that_torch_is_bound_to_is_shared(tmp_path):
 
 
 def child(code: str, timeout: int = 120) -> str:
-    """What a fresh interpreter prints that imports this file as `here`; fails when it hangs or dies."""
+    """The output of code in a fresh interpreter, with this file as `here`; fails when it hangs or dies."""
     prelude = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
     prelude += "import torch, test_cpu_threads as here\n"
     done = subprocess.run(
@@ -156,7 +156,7 @@ def child(code: str, timeout: int = 120) -> str:
 COUNTED = """
 import os, time
 def settled():
-    # threads that are told to end take a moment
+    # threads take a moment to end
     before, now = -1, len(os.listdir("/proc/self/task"))
     while now != before:
         time.sleep(0.2)
@@ -177,8 +177,8 @@ print(*counts)
 def test_only_as_many_threads_as_torch_may_use_are_started():
     counts = list(map(int, child(COUNTED).split()))
     alone = counts[0]
-    # libgomp ends what a smaller team leaves over (MKL takes no more than cores), other runtimes keep it; torch's
-    # kernels share the same threads
+    # when a team shrinks libgomp ends the threads left over and other runtimes keep them; MKL uses no more threads than
+    # there are cores; torch's kernels use the same threads
     assert alone < max(counts) <= alone + 2
 
 
@@ -235,7 +235,7 @@ def test_two_python_threads_at_once_get_the_results_of_one(dtype):
     wrong: list[str] = []
 
     def work(order: list[str]) -> None:
-        # the number of threads belongs to the Python thread in OpenMP builds of torch
+        # in OpenMP builds of torch each Python thread has its own number of threads
         torch.set_num_threads(2)
         for slug in order * 3:
             wrong.extend(f"{slug} {key}" for key in same(expected[slug], run(slug, made[slug])))
@@ -250,12 +250,12 @@ def test_two_python_threads_at_once_get_the_results_of_one(dtype):
     assert wrong == ["done", "done"]
 
 
-# its backward scatters rows with index_add_: with two threads torch's own kernels wait for ever in a forked process
+# mlm_loss's backward calls index_add_: with two threads torch's own kernels hang in a forked process
 STOCK_PARALLEL = {"mlm_loss"}
 
 
 class Rows(torch.utils.data.Dataset):
-    """Item i is what differs from the parent's results for op i, computed in the worker."""
+    """Item i is op i's name and the names of the worker's results that differ from the parent's."""
 
     def __init__(self, made: dict, expected: dict, threads: int) -> None:
         self.made, self.expected, self.threads = made, expected, threads
@@ -291,5 +291,5 @@ print("fine")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_forked_workers_compute_the_same_and_do_not_hang(threads):
-    """The parent's team does not exist in a forked child: a parallel region there would wait for it forever."""
+    """A forked child lacks the parent's threads: a parallel region there would wait for them forever."""
     assert child(WORKERS.replace("THREADS", str(threads))).strip() == "fine"

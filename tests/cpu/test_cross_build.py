@@ -1,6 +1,6 @@
 """The native code for other machines: PyPI's ziglang, which is clang with every target's libraries, builds it.
 
-The tools and what they build stay in build/cross (600 MB). ziglang's clang has no OpenMP, as Apple's.
+The tools and their output stay in build/cross (600 MB). ziglang's clang has no OpenMP, like Apple's.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ KERNELS = [p for p in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if p.stem != "bi
 
 @pytest.fixture(scope="module")
 def tools() -> Path:
-    """The folder with ziglang and what setup.py imports; without a package index a skip, in CI a failure."""
+    """The folder with ziglang and the packages of setup.py; without a package index a skip, in CI a failure."""
     folder, pins = CROSS / "tools", ROOT / "constraints.txt"
     stamp = folder / pins.name
     if not stamp.is_file() or stamp.read_text() != pins.read_text():
@@ -46,7 +46,7 @@ def tools() -> Path:
 
 @pytest.fixture
 def build_with(tools, monkeypatch):
-    """`build_with(compiler)` is the folder for what it builds: a target of ziglang without a warning, or a command."""
+    """`build_with(compiler)` sets the compiler and returns its folder. It is a target of ziglang, or a command."""
 
     def choose(compiler: str) -> Path:
         folder = CROSS / compiler
@@ -97,14 +97,14 @@ def test_the_kernels_build_without_a_warning(build_with, target):
 
 @pytest.mark.skipif(shutil.which("qemu-aarch64") is None, reason="needs qemu-user of Debian")
 def test_the_kernels_compute_the_same_on_aarch64(build_with):
-    """Linked with musl a program is static: the emulator needs no other system's libraries."""
+    """A program linked with musl is static: the emulator needs no libraries of the other system."""
     build_with("aarch64-linux-musl")
     print(run("qemu-aarch64", native_check()))
 
 
 @X86
 def test_the_kernels_compute_the_same_on_x86_64(build_with):
-    """The sets are named: ziglang's runtime has no __builtin_cpu_supports, it always answers no."""
+    """The sets are passed by name: in ziglang's runtime __builtin_cpu_supports is always false."""
     build_with("x86_64-linux-gnu")
     sets = ["baseline", *instruction_sets(), "emulated"]
     found = run(native_check(), *sets)
@@ -115,7 +115,7 @@ def test_the_kernels_compute_the_same_on_x86_64(build_with):
 @X86
 @pytest.mark.parametrize("compiler", ["x86_64-linux-gnu", "clang++"])
 def test_the_module_by_clang_passes_the_op_tests(build_with, compiler):
-    """Without __builtin_cpu_supports only the baseline and the emulated set are tested."""
+    """A module by ziglang has the baseline and the emulated set only: see the test above."""
     folder = build_with(compiler)
     lib = folder / "lib"
     words = ("-q", "build", "--build-base", folder / "base", "--build-lib", lib)

@@ -14,17 +14,17 @@ from fastbert.backend import chooser, cpu
 from fastbert.testing import parity
 
 INTERPRETED = chooser.device_of("triton") == "cpu"
-# fp16's kernels are bf16's, and run as compiled on the PTX machine (tests/ptx)
+# the interpreter leaves out fp16, whose kernels are those of bf16; tests/ptx runs both as compiled
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)[: 2 if INTERPRETED else 3]
 
 
 def short(dtype: torch.dtype) -> str:
-    """bf16, fp16, fp32: how test ids spell a dtype."""
+    """A dtype as test ids spell it: bf16, fp16 or fp32."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
 def parametrize(slug: str) -> pytest.MarkDecorator:
-    """Every (backend, sample, dtype) of the op, with ids such as torch-T63-C768-bf16; cpu once per instruction set."""
+    """Every (backend, sample, dtype) of the op, with ids such as torch-T63-C768-bf16; cpu per instruction set."""
     rows = [
         (f"{name}/{isa}" if isa else name, sample, dtype)
         for name, sample, dtype in parity.cases(slug, DTYPES)
@@ -35,9 +35,9 @@ def parametrize(slug: str) -> pytest.MarkDecorator:
 
 
 def check(slug: str, name: str, sample: str, dtype: torch.dtype, backward: bool) -> None:
-    """parity.check, with a backend's own reason as the skip's sentence; `name` may be cpu/<instruction set>."""
+    """parity.check; the reason of a backend that cannot run the call becomes a skip. `name` may be cpu/<set>."""
     name, _, isa = name.partition("/")
-    # Triton's interpreter takes one program after the other and is slow
+    # Triton's interpreter runs one program after the other: no second run there
     again = name != "triton" or not INTERPRETED
     try:
         with instruction_set(isa):
@@ -48,7 +48,7 @@ def check(slug: str, name: str, sample: str, dtype: torch.dtype, backward: bool)
 
 @contextmanager
 def instruction_set(isa: str) -> Iterator[None]:
-    """Inside, the native kernels of this instruction set run; "" leaves the choice alone."""
+    """Inside, the native kernels of this instruction set run; "" changes nothing."""
     before = cpu.native.isa() if isa else ""
     if isa:
         cpu.native.use_isa(isa)
@@ -60,7 +60,7 @@ def instruction_set(isa: str) -> Iterator[None]:
 
 
 def tensors(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The sample's arguments with every float tensor a leaf that wants a gradient."""
+    """The sample's arguments with every float tensor a leaf that requires a gradient."""
     return {
         k: parity.tree_map(v, lambda t: t.clone().requires_grad_(t.is_floating_point()))
         for k, v in kwargs.items()
@@ -70,7 +70,7 @@ def tensors(kwargs: dict[str, Any]) -> dict[str, Any]:
 def gradcheck(slug: str, name: str) -> None:
     """torch.autograd.gradcheck of the public op in fp64 for every sample of at most 200 elements an input.
 
-    Samples with a padding row are left out: it gets no gradient on purpose, although the output depends on it.
+    Samples with a padding row are left out: that row gets no gradient on purpose, though the output depends on it.
     """
     ran = 0
     for sample in parity.samples(slug, torch.float64):

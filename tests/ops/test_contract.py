@@ -1,4 +1,4 @@
-"""What every op owes: schema, autograd of the reference's forward, autocast dtypes, refusals, choice of backend."""
+"""The contract of every op: schema, gradients, dtypes under autocast, refusals, choice of backend."""
 
 import importlib
 import threading
@@ -20,7 +20,7 @@ ALL = pytest.mark.parametrize("slug", chooser.SLUGS)
 
 
 class _Recorder(TorchDispatchMode):
-    """The calls of our registered ops."""
+    """Records the calls of our registered ops."""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +33,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def skip_absent(slug, name):
-    """Skip, with a sentence, a backend that has not this op or no device in this process."""
+    """Skip a backend that lacks this op, or a device in this process."""
     if reason := chooser.matrix()[slug][name]:
         pytest.skip(reason)
     if chooser.device_of(name) != "cpu":
@@ -57,7 +57,7 @@ def small(slug, dtype=torch.float32):
     ids=["torch", "cpu", "triton", "triton-all"],
 )
 def test_opcheck(slug, name, every):
-    """Triton's interpreter is slow: of three samples it checks one, but for `make test-slow`."""
+    """Triton's interpreter is slow: the default run checks a third of the samples there, `make test-slow` all."""
     skip_absent(slug, name)
     checked = False
     for sample in small(slug)[1::every] if every > 1 else small(slug):
@@ -79,7 +79,7 @@ def test_opcheck(slug, name, every):
 
 @ALL
 def test_eager_calls_skip_the_dispatcher_and_agree(slug):
-    """Without anybody to see the registered op its body runs directly, bitwise the same; the profiler still sees it."""
+    """Without a mode that sees the registered op its body runs directly, to the same bits. The profiler sees it."""
     sample = small(slug)[1]
     op = getattr(functional, slug)
     direct = parity.call(op, sample.kwargs, backward=True)
@@ -114,7 +114,7 @@ def test_explicit_backward_is_autograd_of_the_reference_forward(slug):
         args = [parity.tree_map(a, leaf) for a in args[:-1]]
         out = chooser.module("reference", slug).forward(*args)
         out = out[0] if isinstance(out, tuple) else out
-        upstream = recorder.calls[1][1][0]  # what reached the backward op
+        upstream = recorder.calls[1][1][0]  # the gradient that the backward op took
         grads = torch.autograd.grad(
             out, list(leaves.values()), upstream.reshape(out.shape), allow_unused=True
         )
@@ -131,7 +131,7 @@ def test_explicit_backward_is_autograd_of_the_reference_forward(slug):
 @ALL
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 def test_autocast(slug, dtype):
-    """Under autocast the table of docs/ops.md holds, gradients come back in the parameters' dtype."""
+    """Outputs have the dtypes of the table in docs/ops.md, and gradients those of the parameters."""
     stays = {"layer_norm", "dropout_add_layer_norm"}
     fp32 = {"cross_entropy", "mlm_loss"}
     sample = small(slug)[1]
@@ -148,7 +148,7 @@ def test_autocast(slug, dtype):
     "slug", ["embed", "linear", "layer_norm", "dropout_add_layer_norm", "feed_forward", "mlm_loss"]
 )
 def test_bias_gradients_are_rounded_to_the_biases_dtype(slug, name):
-    """fp32 biases beside bf16 weights: their gradients are the fp32 sums, with bits that bf16 has not."""
+    """fp32 biases beside bf16 weights: their gradients are the fp32 sums, with bits that bf16 does not have."""
     skip_absent(slug, name)
     if name == "torch" and "norm" in slug:
         pytest.skip("native_layer_norm_backward itself adds in bf16")
@@ -165,7 +165,7 @@ def test_bias_gradients_are_rounded_to_the_biases_dtype(slug, name):
 
 @ALL
 def test_compile_on_triton(slug):
-    """The ops' own tests compile `torch`'s; here allocations follow another rule (rows of logits are aligned)."""
+    """Each op's own test compiles the torch backend. Triton's outputs differ in layout: rows of logits are aligned."""
     skip_absent(slug, "triton")
     wanted = {"rows"} if slug == "mlm_loss" else {s.id for s in small(slug)[:2]}
     compiled(slug, "triton", wanted.__contains__)
@@ -189,7 +189,7 @@ def test_no_second_derivative(slug):
 
 @ALL
 def test_retain_graph_and_untouched_inputs(slug):
-    """Backward twice gives the same; neither saved tensors nor the incoming gradient are written."""
+    """A second backward gives the same gradients. Nothing writes to inputs or to the incoming gradient."""
     sample = small(slug)[1]
     kwargs = tensors(sample.kwargs)
     leaves = dict(parity.leaves_of(kwargs))
@@ -210,7 +210,7 @@ def test_retain_graph_and_untouched_inputs(slug):
 
 @ALL
 def test_needs_only_what_is_wanted(slug):
-    """Frozen inputs get no gradient, the others the same one as before."""
+    """With one input that requires a gradient, that gradient is the same as with all."""
     sample = small(slug)[1]
     op = getattr(functional, slug)
     full = parity.call(op, sample.kwargs, backward=True)
@@ -247,7 +247,7 @@ def test_explain_leaves_other_threads_alone(capsys):
     found = []
 
     def op():
-        # while this thread is being explained another one computes
+        # another thread computes while this one explains a call
         thread = threading.Thread(target=lambda: found.append(functional.linear(x, weight)))
         thread.start()
         thread.join()
@@ -281,7 +281,7 @@ def test_debug_checks_values():
 
 @ALL
 def test_torch_func_is_refused(slug):
-    """Under a functorch transform the ops would give a zero tangent; they say so instead."""
+    """Under a transform of torch.func the ops would give a zero tangent, and raise instead."""
     kwargs = small(slug)[1].kwargs
     name, leaf = next(iter(parity.leaves_of(kwargs)))
     key = name.split("[")[0]
@@ -303,17 +303,17 @@ def test_budget_allows_nothing_where_stock_fails():
 
 
 def test_budget_of_a_number_that_stock_rounds_by_luck():
-    """Stock's bf16 loss hits the truth by chance: an fp32 loss may be off by a quarter of bf16's spacing, no more."""
+    """Stock's bf16 loss is exact by chance: an fp32 loss may still be off by a quarter of bf16's spacing."""
     truth = torch.tensor(3.28125, dtype=torch.float64)
     lucky, spacing = truth.bfloat16(), 2.0**-6
     assert excess((truth + 0.24 * spacing).float(), truth, lucky) is None
     assert "max error" in excess((truth + 0.5 * spacing).float(), truth, lucky)
-    # in one dtype nothing is added
+    # the allowance is for two dtypes only
     assert "max error" in excess((truth + 0.24 * spacing).float(), truth, truth.float())
 
 
 def test_gpu_kernels_start_on_their_tensors_device(monkeypatch):
-    """Whatever the current device is; torch's own ops do that by themselves."""
+    """The call makes its tensors' GPU the current device, unless it is, and restores the old one."""
     entered = []
 
     class Fake(torch.Tensor):
@@ -339,7 +339,7 @@ def test_gpu_kernels_start_on_their_tensors_device(monkeypatch):
 
 @pytest.mark.parametrize("slug", ["linear", "qkv_proj", "feed_forward"])
 def test_a_cast_weight_serves_forward_and_backward(slug, monkeypatch):
-    """On a GPU the copy in x's dtype is saved, and gradients still come back in the weight's own dtype."""
+    """On a GPU the copy in x's dtype is saved. Gradients still come back in the weight's own dtype."""
     ops = importlib.import_module(f"fastbert.ops.{slug}")
     share = ops.shared
 

@@ -28,7 +28,7 @@ def test_compile():
 
 
 def test_the_output_is_kept_instead_of_the_sum():
-    """Nothing of the size of x is saved beside the output, and a weight of 0 gives no NaN."""
+    """Backward needs no tensor of the size of x but the output. A weight of 0 gives no NaN."""
     x, residual = (torch.randn(50, 24, requires_grad=True) for _ in range(2))
     weight, bias = torch.ones(24, requires_grad=True), torch.zeros(24, requires_grad=True)
 

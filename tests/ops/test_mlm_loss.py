@@ -74,7 +74,7 @@ def test_chunked_equals_whole():
 
 
 def test_chunks_are_summed_in_fp32():
-    """In bf16 too: the sums over chunks are rounded once, as one sum is."""
+    """Also for bf16 tensors: the sum over chunks is rounded to bf16 once."""
     if reason := chooser.matrix()[SLUG]["cpu"]:
         pytest.skip(reason)
     hidden, weight, bias, labels = _inputs(T=200, fill=0.9)
@@ -85,7 +85,7 @@ def test_chunks_are_summed_in_fp32():
             for n in (200, 7)
         )
     for a, b in zip(whole, chunked, strict=True):
-        # the order of an fp32 sum rarely changes what bf16 keeps of it
+        # the order of an fp32 sum rarely changes its bf16 rounding
         assert (a != b).float().mean() < 0.02
 
 
@@ -110,7 +110,7 @@ def test_gradscaler_fp16():
 
 
 def test_sum_over_two_micro_batches_is_one_loss():
-    """The loss of a step is one sum over one count, whatever the micro-batches."""
+    """The loss of a step is one sum over one count, however its rows are divided into micro-batches."""
     hidden, weight, bias, labels = _inputs()
     whole = functional.mlm_loss(hidden, weight, bias, labels)
     count = (labels >= 0).sum()
