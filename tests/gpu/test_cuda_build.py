@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 if cuda.native is None:
     pytest.skip(str(cuda.unavailable), allow_module_level=True)
 
-# what a multiprocessor and a thread of it have; blocks get 48 KB of shared memory without asking for more
+# registers of a multiprocessor, the most of a thread, and the shared memory of a block without an opt-in: 48 KB
 REGISTERS, THREAD_REGISTERS, SHARED = 65_536, 255, 49_152
-# kernel -> the most registers of a thread in any instantiation. Blocks of 384 threads leave 168 to each
+# kernel -> the most registers of a thread in any instantiation. With blocks of 384 threads each thread can have 168
 LIMITS = {
     "layer_norm_fwd_kernel": 80,
     "layer_norm_bwd_kernel": 168,
@@ -35,12 +35,12 @@ LIMITS = {
     "qkv_proj_fwd_kernel": 255,
     "sum_partials_kernel": 64,
 }
-# 4 bytes a thread are a whole line of partial sums already
+# kernels without 16-byte accesses: one that reads partial sums fills whole lines with 4 bytes a thread
 NARROW = {"sum_partials_kernel"}
 
 
 def resources() -> list[tuple[str, str, dict[str, int]]]:
-    """(architecture, mangled name, what it takes) of each kernel."""
+    """(architecture, mangled name, {resource: amount}) of each kernel."""
     found, arch = [], ""
     pattern = r"arch = (\w+)|Function (\S+):\s+((?:\S+:\d+\s?)+)"
     for match in re.finditer(pattern, cuobjdump("-res-usage")):
@@ -51,12 +51,12 @@ def resources() -> list[tuple[str, str, dict[str, int]]]:
     return found
 
 
-# attention of fp32 heads above 64, whose rounded sums take a few registers more than there are: bytes a thread
+# attention of fp32 heads above 64 needs a few registers more than there are; the bytes that a thread may spill
 WIDE_FP32_ATTENTION, SPILLED = r"attention_\w*kernelIfLi128", 128
 
 
 def own(name: str) -> bool:
-    """Whether a kernel is one of those in LIMITS; attention's have a test of their own."""
+    """Whether a kernel is not one of attention, which has limits of its own."""
     return not name.startswith("attention")
 
 
@@ -112,7 +112,7 @@ def test_a_launch_that_fails_names_op_shape_and_device():
 
 
 def test_partitions_do_not_outgrow_the_device():
-    """Blocks that leave partial sums: pure functions, at least one, no more than there are rows or the GPU holds."""
+    """Numbers of blocks with partial sums: at least one, and no more than the rows or the GPU have room for."""
     for dtype in (0, 1, 2):
         for C in (1, 100, 256, 257, 768, 1024, 1025, 8192):
             assert cuda.native.row_blocks(1, C, dtype, 108) == 1

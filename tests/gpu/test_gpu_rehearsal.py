@@ -1,4 +1,4 @@
-"""`make gpu` from its first line to its last, on a CPU with tiny shapes, so that it does not fail on a GPU."""
+"""`make gpu` from its first line to its last, on a CPU with tiny shapes: its mistakes show without a GPU."""
 
 import json
 import subprocess

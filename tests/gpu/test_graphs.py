@@ -1,4 +1,4 @@
-"""InferenceRunner and TrainingRunner: what the model returns, by inputs padded to a few sizes; graphs need a GPU."""
+"""InferenceRunner and TrainingRunner give the model's results from inputs padded to few sizes; graphs need a GPU."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def same(ours, theirs):
 )
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_the_model_s_own_output(cls, kind):
-    """Right and left padding, none, one token, in turn: nothing of the last batch is left."""
+    """Padding on either side, none, and one token, in turn: results contain nothing of the batch before."""
     options = {"model_type": kind, "type_vocab_size": 2, "pad_token_id": 1}
     net = model(cls, **options)
     runner = InferenceRunner(net)
@@ -70,7 +70,7 @@ def test_the_model_s_own_output(cls, kind):
     ],
 )
 def test_as_many_sequences_as_tokens(cls):
-    """13 sequences of 14 tokens, each padded to 16: sizes do not tell per-token from per-sequence outputs."""
+    """13 sequences with 14 tokens, both padded to 16: per-token and per-sequence outputs have the same size."""
     net = model(cls)
     runner = InferenceRunner(net)
     ids, mask, types = batch((1,) * 12 + (2,))
@@ -150,7 +150,7 @@ HEADS = {
 
 
 def labelled(cls, lengths):
-    """Arguments of one training step, a label for a third of the tokens or for every sequence."""
+    """Arguments of one training step, with a label at a third of the tokens or for every sequence."""
     ids, mask, types = batch(lengths)
     args = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
     classes = 60 if hasattr(cls, "_masked_lm") else 2
@@ -181,7 +181,7 @@ def close(ours, theirs):
 
 @pytest.mark.parametrize("cls", HEADS)
 def test_a_training_step_s_loss_and_gradients(cls):
-    """Batches of one size and of others in turn; gradients of two steps add up, and those set to None start anew."""
+    """Batches of several sizes in turn. Gradients of two steps add up; after None they start from zero."""
     net = model(cls, **PLAIN).train()
     twin = cls(net.config).to(DEVICE).train()
     twin.load_state_dict(net.state_dict())
@@ -228,7 +228,7 @@ def test_answers_are_columns_of_the_padded_batch(left):
 
 
 def test_what_was_not_given_is_not_remembered():
-    """Neither labels nor a number of items of an earlier batch of the same size."""
+    """Labels and num_items_in_batch of an earlier batch of the same size have no effect."""
     net = model(bert.BertForTokenClassification, **PLAIN).train()
     runner, args = TrainingRunner(net), labelled(bert.BertForTokenClassification, (9, 3))
     for _ in range(3):
@@ -276,7 +276,7 @@ def test_training_refusals():
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("low", [False, True])
 def test_a_training_graph_trains(low):
-    """Captured, replayed, with new masks every time, frozen parameters left alone, and the loss falls."""
+    """A captured step draws new dropout masks, leaves frozen parameters alone, and lowers the loss."""
     net = model(bert.BertForPreTraining).train()
     net.bert.embeddings.position.weight.requires_grad_(False)
     runner = TrainingRunner(net)

@@ -1,4 +1,4 @@
-"""The Triton backend beyond single ops: whole models, many shapes, what its interpreter is mended for.
+"""The Triton backend beyond single ops: whole models, many shapes, our changes to its interpreter.
 
 Kernels run here under TRITON_INTERPRET=1 only (`make test` starts such a process), or on a GPU.
 """
@@ -84,7 +84,7 @@ slow = pytest.mark.slow
     ],
 )
 def test_attention_over_several_tiles(length, causal):
-    """Longer than the one-kernel backward takes: two loops, with dropout, odd tails, an empty sequence."""
+    """Sequences too long for the one-kernel backward, with dropout, odd lengths and an empty sequence."""
     lengths = [length, 0, 17, 64]
     T = sum(lengths)
     qkv = torch.randn(T + 5, 3, 2, 24, device=DEVICE)
@@ -134,7 +134,7 @@ def test_attention_of_any_shape(lengths, heads, size, p):
     padding=st.sampled_from([None, 0, 3]),
 )
 def test_scatter_of_any_ids(ids, padding):
-    """Segments that start, end and run through the chunks that programs take, against index_add."""
+    """Runs of equal ids that start in, end in or cover a program's chunk, against index_add."""
     from fastbert.kernels._embed_bwd import scatter
 
     dz = torch.randn(len(ids), 9, device=DEVICE)
@@ -146,7 +146,7 @@ def test_scatter_of_any_ids(ids, padding):
 
 
 def test_values_out_of_range_are_memory_safe():
-    """As on a GPU, where nothing is checked: a NaN loss for a label, NaN embeddings for an id, no stray access."""
+    """Kernels check no values: a bad label gives a NaN loss, a bad id NaN embeddings, and neither a stray access."""
     logits, labels = torch.randn(4, 9, device=DEVICE), torch.tensor([1, 9, -7, -100], device=DEVICE)
     loss, _ = kernels.cross_entropy.forward(logits, labels, -100)
     assert loss.isnan().tolist() == [False, True, True, False]
@@ -162,7 +162,7 @@ def test_values_out_of_range_are_memory_safe():
     assert y.isnan().any(1).tolist() == [False, True, True]
 
 
-@pytest.mark.skipif(not kernels.INTERPRETED, reason="the interpreter does not run")
+@pytest.mark.skipif(not kernels.INTERPRETED, reason="Triton's interpreter is off")
 def test_the_interpreter_rounds_bf16_to_nearest():
     from fastbert.kernels._interpreter import _rounded, _widened
 

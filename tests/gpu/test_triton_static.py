@@ -1,7 +1,7 @@
 """Triton's kernels compiled for GPUs that are not here: no spills, shared memory, tensor cores, wide accesses.
 
-The default run takes one configuration of each kernel in fp32 and bf16, whose kernels fp16 shares, and on sm_80 those
-without optional arguments; `make test-gpu-static` takes all configurations.
+The default run compiles one configuration of each kernel, for sm_80 in fp32 and bf16 (also without optional arguments)
+and for gfx942 in bf16; fp16 has the kernels of bf16. `make test-gpu-static` compiles all configurations.
 """
 
 import re
@@ -46,26 +46,26 @@ KERNELS = {
     "_sum_partials_kernel",
     "_sum_rows_kernel",
 }
-# kernels whose time is memory's, and accesses of less than 4 bytes a lane on NVIDIA
+# kernels limited by memory bandwidth, and the accesses of less than 4 bytes a lane on NVIDIA
 MEMORY = r"_(layer_norm|dropout_add_layer_norm|bias_gelu|embed|cross_entropy)_(fwd|bwd)_kernel"
 NARROW = r"(LDG|STG)\.E\.[US](8|16)\b.*"
 
 
-# tiles of 64 rows and more get the instructions of their generation
+# tiles of 64 rows and more use the tensor-core instructions of these architectures
 GENERATION = {90: r"HGMMA\b.*", 100: r"UTC\w*MMA\b.*"}
 
 
-# measured faster with these few bytes spilled than any tile without (docs/triton.md): kernel, architecture -> bytes
+# (kernel, architecture) -> bytes that may be spilled: measured faster so than any tile without (docs/triton.md)
 SPILLS = {
     ("_attention_bwd_kernel", 90): 128,
-    # causal, which encoders are not, and in the second in fp32 alone
+    # in causal attention only, which encoders do not use
     ("_attention_bwd_dkdv_kernel", 90): 8,
     ("_attention_fwd_kernel", 90): 8,
 }
 
 
 def problems(kernel: aot.Kernel, aligned: bool) -> list[str]:
-    """What is wrong with a compiled kernel, in sentences; `aligned`: its rows are multiples of 16 elements."""
+    """The faults of a compiled kernel, in sentences; `aligned`: its rows are multiples of 16 elements."""
     found = []
     if kernel.spilled > SPILLS.get((kernel.name, kernel.arch), 0):
         found.append(f"{kernel.spilled} bytes spilled")
@@ -78,7 +78,7 @@ def problems(kernel: aot.Kernel, aligned: bool) -> list[str]:
     if aligned and re.fullmatch(MEMORY, kernel.name):
         if not kernel.count(aot.WIDE):
             found.append("no access of 16 bytes")
-        # cross_entropy reads the label's logit alone
+        # cross_entropy reads one single logit, that of the label
         if (narrow := kernel.count(NARROW)) > kernel.name.startswith("_cross_entropy"):
             found.append(f"{narrow} accesses of less than 4 bytes")
     where = f"{kernel.name} {kernel.arch} {kernel.dtype} {kernel.constants}"
@@ -96,7 +96,7 @@ def check(arch, dtype, full):
 
 
 def test_the_calls_reach_every_kernel():
-    """KERNELS, which every test demands, is what the sources define."""
+    """The sources define the kernels in KERNELS, all of which every test must compile."""
     folder = Path(kernels.__file__).parent
     defined = re.findall(
         r"^def (_\w+_kernel)\(", "\n".join(p.read_text() for p in folder.glob("*.py")), re.M
@@ -107,14 +107,14 @@ def test_the_calls_reach_every_kernel():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", aot.ARCHS)
 def test_configurations(arch, dtype):
-    """Pure functions: every tile is one that a matrix instruction takes, and holds what it says that it holds."""
+    """Every tile fits a matrix instruction, the head size and, where it says so, the whole sequence."""
     for D in (1, 24, 64, 80, 128):
         for drop in (False, True):
             kind = (D, DTYPES[dtype], arch, drop)
             for S in (0, 1, 16, 17, 32, 33, 64, 100, 128, 129, 512, 4096):
                 forward, short = _tiles.attention_fwd(S, *kind), _tiles.attention_bwd(S, *kind)
                 assert short is None or short.BLOCK_N >= S
-                # what takes a length takes shorter ones
+                # where a length has no one-kernel backward a longer one has none
                 assert short is not None or _tiles.attention_bwd(S + 1, *kind) is None
                 loops = (_tiles.attention_bwd_dkdv(*kind), _tiles.attention_bwd_dq(*kind))
                 for config in filter(None, (forward, short, *loops)):
@@ -125,7 +125,7 @@ def test_configurations(arch, dtype):
                     assert all(
                         b >= 16 and b & (b - 1) == 0 for b in (config.BLOCK_M, config.BLOCK_N)
                     )
-    # no dropout, 16 bit: what the pages say
+    # without dropout, in 16 bits: the lengths in docs/triton.md
     if dtype != "fp32" and arch != "gfx942":
         assert _tiles.attention_bwd(128, 64, DTYPES[dtype], arch, False) is not None
         assert _tiles.attention_bwd(65, 128, DTYPES[dtype], arch, False) is None
@@ -141,12 +141,12 @@ def test_row_configurations(width, arch):
         (_launch.persistent_rows(width, arch), 48 if arch == 90 else 24),
     ):
         assert width <= config.BLOCK_C
-        # what a thread keeps of a row
+        # a thread holds at most `most` elements
         assert lanes * most * config.num_warps >= config.ROWS * width
 
 
 def test_a_spill_is_seen():
-    """The measure itself: a tile too large for its threads spills, and both readers say so."""
+    """A tile too large for its threads spills, and the measure for NVIDIA and that for AMD both find it."""
     config = _tiles.Attention(128, 16, 128, "ieee", 1, 1)
     qkv, cu = (
         torch.empty(s, dtype=d, device="meta")

@@ -20,7 +20,7 @@ from fastbert.kernels import _configured, _launch, layer_norm
 
 @pytest.fixture
 def triton_first(monkeypatch, tmp_path):
-    """Triton's interpreter in the order of the CPU's backends, and nothing tuned before or after."""
+    """Triton first in the order of its device's backends, and no tuned result before or after."""
     monkeypatch.setenv("FASTBERT_CACHE", str(tmp_path))
     monkeypatch.setattr(chooser, "tuned_tables", {})
     kind = chooser.device_of("triton")
@@ -37,7 +37,7 @@ def tuned_step(kind):
 
 
 def test_tune_climbs_to_the_fastest_configuration_and_stores_it(triton_first, monkeypatch):
-    """Times are made up here, so that the way is known: fewer rows are slower, one warp fastest."""
+    """The times are made up, so that the result is known: more rows and fewer warps are faster."""
     where = torch.device(triton_first, 0) if triton_first == "cuda" else torch.device("cpu")
     arch = _launch.arch(where)
     call = ("rows", (24, arch))
@@ -55,7 +55,7 @@ def test_tune_climbs_to_the_fastest_configuration_and_stores_it(triton_first, mo
     times = found["triton's configurations"][f"rows 24 {arch}"]
     assert times["ROWS 16, num_warps 1"] == 1.5e6
     assert found["layer_norm"].keys()
-    # another process reads them when it defines the function
+    # as in another process, which reads the stored ones when it defines the function
     with mock.patch.object(_configured, "_stored", tuned.configurations()):
         again = _configured.configured()(_launch.rows.__wrapped__)
     assert again(24, arch).ROWS == 16
