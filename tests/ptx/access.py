@@ -32,7 +32,7 @@ def _space(ins: Instruction) -> str:
 
 
 def addresses(m: Machine, operand: Operand) -> Source:
-    """A function that gives every lane's address."""
+    """A function that returns every lane's address."""
     if not isinstance(operand, Address):
         raise PtxError("unsupported", f"address {operand}")
     wide = isinstance(operand.base, Register) and m.register(operand.base.name).dtype.itemsize == 8
@@ -45,11 +45,11 @@ def addresses(m: Machine, operand: Operand) -> Source:
 def _places(
     m: Machine, space: str, at: Array, lanes: Array
 ) -> Iterator[tuple[Space, Array, Array]]:
-    """(memory, offsets in it, which of `lanes`) of these lanes' addresses; generic ones are told apart by value."""
+    """(memory, offsets in it, which of `lanes`) of these addresses; the value of a generic one gives its memory."""
     if space in ("global", "const"):
         yield m.memory, m.memory.offsets(at), np.arange(len(lanes))
     elif space == "shared":
-        # beyond the window is nowhere, not another block's
+        # an address beyond the window is invalid and not in another block's window
         inside = (at >= 0) & (at < m.shared.window)
         yield (
             m.shared,
@@ -119,7 +119,7 @@ def ld(m: Machine, ins: Instruction) -> Step:
     to = ins.operands[0]
     targets = list(to.parts) if isinstance(to, Vector) else [to]
     size = SIZES[type_]
-    # what is loaded is bits, extended by sign for signed types
+    # a load moves bits; signed types are extended by their sign
     bits = type_ if type_[0] in "us" else f"b{8 * size}"
     writes = [m.target(t, bits) for t in targets]
     dtype, width = arithmetic.NUMPY[bits], size * len(targets)
@@ -143,7 +143,7 @@ def ld(m: Machine, ins: Instruction) -> Step:
 
 
 def _parameter(m: Machine, operand: Operand, width: int) -> Callable[[Array], Array]:
-    """Reads a kernel's parameter, the same for all lanes, or a device function's."""
+    """A function that reads a parameter: a kernel's is the same for all lanes, a device function's is not."""
     assert isinstance(operand, Address)
     base = operand.base
     if isinstance(base, Symbol) and base.name not in {v.name for v in m.entry.parameters}:
@@ -194,15 +194,15 @@ def st(m: Machine, ins: Instruction) -> Step:
 
 
 class Copies:
-    """cp.async: what was asked for and has not arrived. The data appears in shared memory when it is waited for."""
+    """The copies of cp.async that are on their way. Their data is in shared memory once a wait has ended."""
 
     def __init__(self, m: Machine) -> None:
         self.m = m
         self.groups = np.zeros(m.count, np.int64)
         self.pending: list[tuple[Array, Array, Array, Array]] = []  # lanes, groups, rows, bytes
 
-    def ask(self, target: Array, data: Array, lanes: Array) -> None:
-        """Note a copy of these bytes (lanes, width) to shared addresses."""
+    def start(self, target: Array, data: Array, lanes: Array) -> None:
+        """Start a copy of these bytes (lanes, width) to shared addresses."""
         m, width = self.m, data.shape[1]
         ((shared, offsets, _),) = _places(m, "shared", target, lanes)
         rows = shared.check(offsets, width, False, lanes, m.lanes)
@@ -216,7 +216,7 @@ class Copies:
         self.groups[mask] += 1
 
     def wait(self, mask: Array, left: int | None) -> None:
-        """Until at most `left` of a lane's groups are on their way; None: none, committed or not."""
+        """Finish copies until at most `left` groups of a lane are on their way; None: all, committed or not."""
         still = []
         for lanes, groups, rows, data in self.pending:
             done = mask[lanes]
@@ -263,7 +263,7 @@ def cp(m: Machine, ins: Instruction) -> Step:
                 continue
             for byte in range(int(size)):
                 data[some, byte] = gather(m, "global", at[some] + byte, 1, lanes[some])[:, 0]
-        m.copies.ask(m.wide(to)[lanes], data, lanes)
+        m.copies.start(m.wide(to)[lanes], data, lanes)
 
     return step
 
@@ -282,7 +282,7 @@ _ATOMIC: dict[str, Callable[..., Any]] = {
 
 
 def atom(m: Machine, ins: Instruction) -> Step:
-    """One lane after the other, which is one of the orders that a GPU may choose."""
+    """An atomic of one lane after the other, one of the orders in which a GPU may execute them."""
     mode, type_ = next(x for x in ins.modifiers if x in _ATOMIC), ins.types[-1]
     operands = list(ins.operands)
     write = m.target(operands.pop(0), type_) if ins.opcode == "atom" else None

@@ -1,4 +1,4 @@
-"""What instructions of one lane compute, as functions of numpy arrays (PTX ISA 8.8, section 9.7.1 to 9.7.9).
+"""The arithmetic of instructions of one lane, as functions of numpy arrays (PTX ISA 8.8, section 9.7.1 to 9.7.9).
 
 Values of f16 and bf16 are fp32 arrays here, packed pairs (2, lanes); the machine rounds what it writes. Denormals are
 kept where .ftz would flush them, and an .approx function is the exact one.
@@ -28,7 +28,7 @@ DIRECTED = {"rm", "rp", "rz"}
 
 
 def floating(type_: str) -> bool:
-    """Whether a type is one of floating-point numbers."""
+    """Whether a type is a floating-point type."""
     return "f" in type_
 
 
@@ -71,15 +71,15 @@ def _saturated(ins: Instruction, op: Op) -> Op:
 
 
 def _in_double(ins: Instruction, type_: str, op: Op) -> Op:
-    """The op in fp64, then rounded as its modifiers say; all but exact for fma of fp32."""
+    """The op in fp64, then rounded as its modifiers say. An fp32 fma is thus rounded twice, which rarely matters."""
     return lambda *a: _directed(op(*(x.astype(np.float64) for x in a)), type_, ins.modifiers)
 
 
 def _divide(a: Array, b: Array) -> Array:
-    """Truncated towards zero; all ones where b is 0."""
+    """The quotient, truncated towards zero; all bits are one where b is 0."""
     if a.dtype.kind == "u":
         return np.where(b == 0, ~np.zeros_like(a), a // np.where(b == 0, 1, b))
-    # the magnitude of the least number is none of its own type
+    # the least signed number's magnitude does not fit its type
     size = np.dtype(f"u{a.dtype.itemsize}")
     quotient = (np.abs(a).view(size) // np.abs(np.where(b == 0, 1, b)).view(size)).view(a.dtype)
     return np.where(b == 0, -1, np.where((a < 0) != (b < 0), -quotient, quotient)).astype(a.dtype)
@@ -124,7 +124,7 @@ def _shift(left: bool) -> Op:
 
 
 def _extract(a: Array, at: Array, count: Array) -> Array:
-    """bfe: `count` bits from `at` on, sign-extended for signed types; a field's sign bit is its last existing one."""
+    """bfe: `count` bits from `at` on, extended for signed types by the last bit of the field that exists."""
     bits = 8 * a.dtype.itemsize
     wide = a.astype(np.int64).astype(object) if bits == 64 else a.astype(np.int64)
     n = np.minimum(count & 0xFF, bits).astype(np.int64)
@@ -134,7 +134,7 @@ def _extract(a: Array, at: Array, count: Array) -> Array:
     field = unsigned & ((one << n) - 1)
     if a.dtype.kind == "i":
         there = np.minimum(n, bits - start)
-        # a field beyond the end is all sign
+        # a field beyond the end holds the sign only
         field = np.where((n > 0) & (there == 0), -((wide >> (bits - 1)) & 1), field)
         sign = (unsigned >> np.maximum(there - 1, 0)) & 1
         field = np.where((there > 0) & (sign == 1), field - (one << there), field)
@@ -211,7 +211,7 @@ _FLOAT: dict[str, Op] = {
     "rsqrt": lambda a: 1.0 / np.sqrt(a),
     "rcp": lambda a: 1.0 / a,
 }
-# whose fp32 results need more than fp32 on the way
+# instructions whose fp32 results need more precision in between
 _DOUBLE = {"fma", "mad", "div", "rcp", "sqrt", "rsqrt"}
 _SELECT: dict[str, Op] = {
     "min": np.fmin,
@@ -251,7 +251,7 @@ _COMPARE |= {"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.grea
 
 
 def compare(name: str) -> Op:
-    """A comparison of setp; those that end in u hold for NaN too."""
+    """A comparison of setp; a name that ends in u holds for NaN too."""
     if name in _COMPARE:
         return _COMPARE[name]
     ordered = _COMPARE[name[:-1]]
@@ -259,7 +259,7 @@ def compare(name: str) -> Op:
 
 
 def convert(ins: Instruction) -> Rule:
-    """cvt: of one value, or of two floats to a pair whose first operand is the upper half."""
+    """cvt of one value, or of two floats to a pair; the first operand becomes the upper half."""
     to, source = ins.types[0], ins.types[-1]
     if (
         SIZES[to] == 2 and floating(to) and DIRECTED & set(ins.modifiers)
@@ -308,7 +308,7 @@ _REFUSED = {"f4e", "b4e", "rc8", "ecl", "ecr", "rc16", "xorsign", "satfinite", "
 
 
 def rule(ins: Instruction) -> Rule | None:
-    """How to compute an instruction, or None if it is none of these."""
+    """(types of operands, type of the result, function) of an instruction, None for one that is not in this file."""
     op, count = ins.opcode, len(ins.operands) - 1
     if _REFUSED & set(ins.modifiers) or (op == "lop3" and ins.second):
         return None

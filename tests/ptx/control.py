@@ -1,4 +1,4 @@
-"""Where lanes go next: branches, calls, ends and barriers, as steps of the machine; STEPS lists them by opcode."""
+"""Branches, calls, ends and barriers, as steps of the machine; STEPS lists them by opcode."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def bra(m: Machine, ins: Instruction) -> Step:
-    """To a label of the same function."""
+    """Jump to a label of the same function."""
     label = ins.operands[0]
     assert isinstance(label, Symbol)
     to = m.starts[m.compiling.name] + m.compiling.labels[label.name]
@@ -46,7 +46,7 @@ def call(m: Machine, ins: Instruction) -> Step:
 
 
 def ret(m: Machine, ins: Instruction) -> Step:
-    """Back to the last call of each lane, with its result; from a kernel, the end."""
+    """Return to the last call of each lane, with its result; in a kernel, end the lanes."""
     if m.compiling.entry:
         return leave(m, ins)
 
@@ -68,7 +68,7 @@ def ret(m: Machine, ins: Instruction) -> Step:
 
 
 def leave(m: Machine, ins: Instruction) -> Step:
-    """The end of these lanes."""
+    """End these lanes."""
 
     def step(mask: Array) -> list[tuple[int, Array]]:
         m.live &= ~mask
@@ -78,7 +78,7 @@ def leave(m: Machine, ins: Instruction) -> Step:
 
 
 def trap(m: Machine, ins: Instruction) -> Step:
-    """A kernel's own complaint."""
+    """trap: an error that the kernel itself raises."""
 
     def step(mask: Array) -> None:
         raise PtxError("trap", f"in {m.lanes.describe(int(mask.argmax()))}")
@@ -87,7 +87,7 @@ def trap(m: Machine, ins: Instruction) -> Step:
 
 
 def bar(m: Machine, ins: Instruction) -> Step:
-    """bar.sync: of a block, or (bar.warp.sync) of a warp's lanes, whose accesses before it become visible."""
+    """bar.sync of a block, or bar.warp.sync of a warp's lanes: it orders their accesses before and after it."""
     if "warp" in ins.modifiers:
         return m.together(ins.operands[0], m.lanes.pass_warp)
     if "sync" not in ins.modifiers:

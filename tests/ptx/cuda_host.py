@@ -1,4 +1,4 @@
-"""fastbert._cuda without CUDA: its object files linked with cudart.cpp, and the PTX that they carry."""
+"""fastbert._cuda without CUDA: its object files linked with cudart.cpp, and the PTX inside them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _objects() -> list[Path]:
 
 @cache
 def _module() -> tuple[ModuleType, ctypes.CDLL]:
-    """The module, linked once in a process, and the same library for ctypes."""
+    """The module, linked once per process, and the same library for ctypes."""
     if (reason := missing()) is not None:
         pytest.skip(reason)
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +63,7 @@ def _module() -> tuple[ModuleType, ctypes.CDLL]:
         stub = Path(__file__).with_name("cudart.cpp")
         command = [*shlex.split(os.environ.get("CXX", "c++")), "-std=c++17", "-shared", "-fPIC"]
         subprocess.run([*command, *map(str, _objects()), str(stub), "-o", str(file)], check=True)
-        # pybind11 knows modules by name
+        # the last part of the name must be that of PYBIND11_MODULE
         spec = importlib.util.spec_from_file_location("ptx._cuda", file)
         assert spec is not None
         assert spec.loader is not None
@@ -93,7 +93,7 @@ class Native:
         self.listen = lambda: library.ptx_machine(self.callback)
 
     def __getattr__(self, name: str) -> Any:
-        """The module's function, which raises what went wrong on the machine."""
+        """The module's function; it raises the error of the machine."""
         function = getattr(self.module, name)
 
         def call(*args: Any) -> Any:
@@ -118,7 +118,7 @@ def modules() -> Iterator[ModuleType]:
 
 @cache
 def cuobjdump(*arguments: str) -> str:
-    """What cuobjdump, the toolkit's or the one that Triton brings, says of the built module."""
+    """The output of cuobjdump, from the toolkit or from Triton's package, for the built module."""
     tool = shutil.which("cuobjdump")
     spec = None if tool else importlib.util.find_spec("triton")
     if spec is not None and spec.origin:
@@ -133,7 +133,7 @@ def cuobjdump(*arguments: str) -> str:
 
 @cache
 def texts() -> dict[str, str]:
-    """Kernel -> PTX of a module that has it alone, as the built module carries it."""
+    """{kernel: PTX of a module with this kernel only}, from the PTX inside the built module."""
     dump = cuobjdump("-ptx")
     found = {}
     for module in re.findall(r"^\.version.*?(?=^Fatbin|\Z)", dump, re.MULTILINE | re.DOTALL):
@@ -143,7 +143,7 @@ def texts() -> dict[str, str]:
         files = "\n".join(re.findall(r"^\s*\.file.*$", module, re.MULTILINE))
         for entry in entries:
             name = re.search(r"\.entry\s+([\w$]+)", entry)
-            # what stands after an entry's end belongs to all
+            # text after an entry's end belongs to every kernel
             body, _, rest = entry.partition("\n}\n")
             head += rest
             if name:
@@ -160,7 +160,7 @@ def program(kernel: str) -> Program:
 
 
 def line(kernel: str, index: int) -> str:
-    """Where an instruction of the built module comes from: its source compiled once more, with lines. "" if unknown."""
+    """The source line of an instruction of the built module, from a compilation with lines; "" if unknown."""
     named = _SOURCE.search(kernel)
     source = ROOT / "csrc" / "cuda" / f"{named[1]}.cu" if named else None
     if source is None or not source.is_file() or shutil.which("nvcc") is None:
@@ -180,9 +180,9 @@ def line(kernel: str, index: int) -> str:
     if done.returncode:
         return ""
     functions = parse(done.stdout).functions
-    # names of what has none are made of hashes
+    # the names of unnamed namespaces hold a hash
     found = [f for name, f in functions.items() if _HASH.sub("", name) == _HASH.sub("", kernel)]
-    # the end of a function is no instruction of its text
+    # the machine adds an instruction at the end of a function, which has no line
     return found[0].code[index].line if found and index < len(found[0].code) else ""
 
 
@@ -191,5 +191,5 @@ _HASH = re.compile(r"(?<=GLOBAL__N__)[0-9a-f]{8}|(?<=_cu_)[0-9a-f]{8}")
 
 
 def plain(mangled: str) -> str:
-    """The kernel's own name, which follows its length and is followed by template arguments or the end of a scope."""
+    """The kernel's own name: it follows its length and precedes template arguments or the end of a scope."""
     return re.search(r"(?<=\d)[a-z_]+_kernel(?=[IE])", mangled)[0]  # type: ignore[index]

@@ -1,5 +1,5 @@
-// A CUDA runtime without a GPU: the module's own host code runs, and a launch becomes a call of the
-// function that Python gave to ptx_machine. Linked in place of cudart by tests/ptx/cuda_host.py.
+// A CUDA runtime without a GPU: the module's own host code runs, and a launch calls the function
+// that Python passed to ptx_machine. Linked in place of cudart by tests/ptx/cuda_host.py.
 #include <algorithm>
 #include <cstddef>
 #include <string>
@@ -14,10 +14,10 @@ using Launcher = int (*)(const char* kernel, const unsigned* grid_and_block, siz
 
 namespace {
 constexpr int kNoDevice = 100, kFailed = 719;
-// what an A100 lets one block have of shared memory
+// the most shared memory of a block on an A100
 constexpr int kShared = 166912;
-// what it has without asking, and the largest grid
-constexpr size_t kUnasked = 48 * 1024;
+// a block's shared memory without an opt-in, and the largest grid
+constexpr size_t kDefaultShared = 48 * 1024;
 constexpr unsigned kGridX = 2147483647, kGridYZ = 65535;
 constexpr int kInvalid = 1, kDynamicShared = 8;  // cudaFuncAttributeMaxDynamicSharedMemorySize
 Launcher launcher = nullptr;
@@ -73,7 +73,7 @@ int __cudaGetKernel(const void** kernel, const void* host) {
 int cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
                      void*) {
   const size_t threads = size_t{block.x} * block.y * block.z;
-  const size_t granted = std::max<size_t>(kUnasked, attributes()[kernel]);
+  const size_t granted = std::max<size_t>(kDefaultShared, attributes()[kernel]);
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > kGridX || grid.y > kGridYZ ||
       grid.z > kGridYZ || threads == 0 || threads > 1024 || block.z > 64 || shared > granted)
     return last = kInvalid;

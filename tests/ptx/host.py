@@ -1,8 +1,8 @@
 """The machine as a device: the triton and cuda backends run on CPU tensors, their kernels on the machine.
 
-Inside `on_machine(name)` the backend takes CPU tensors as a GPU's. A tensor whose address its adapter asks for becomes
-a buffer: the tensor's own bytes are legal, the rest of its storage is not, and what torch.empty and the like made holds
-nothing until a kernel, or torch, writes it.
+Inside `on_machine(name)` the backend takes CPU tensors as a GPU's. Where an adapter reads a tensor's address, the tensor
+becomes a buffer: its own bytes are legal, the rest of its storage is not. Memory from torch.empty and the like counts as
+unwritten until a kernel or torch writes it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ptx.machine import launch
 from ptx.memory import LEGAL, WRITTEN, Buffer, Counts, PtxError
 from ptx.program import Program, parse
 
-# multiprocessors that persistent kernels share: few, so that their loops go round
+# multiprocessors for persistent kernels: few, so that their loops run more than once
 MULTIPROCESSORS = 2
 _FRESH = (
     torch.empty,
@@ -43,7 +43,7 @@ _OPERATORS = {f"__{op}__" for op in ("add", "sub", "mul", "truediv", "pow", "and
 
 @dataclass
 class Launch:
-    """One kernel that ran: its name, its grid and threads, and what it did."""
+    """One kernel that ran: its name, its grid and threads, and its counts."""
 
     kernel: str
     grid: tuple[int, ...]
@@ -52,7 +52,7 @@ class Launch:
 
 
 class Tensors(TorchFunctionMode):
-    """Watches torch's calls: which tensors kernels were given, and which of their bytes hold something."""
+    """Records from torch's calls which tensors go to kernels, and which of their bytes are written."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,10 +62,10 @@ class Tensors(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run torch's function, and note what it says of memory."""
+        """Run torch's function, and record the memory that it makes, writes or passes to a kernel."""
         kwargs = kwargs or {}
         if function is torch.autograd.grad:
-            # a mode is off in its own handler, and backward has more to be seen
+            # torch switches a mode off in its own handler; backward's calls must be recorded too
             with self, mock.patch.object(torch.autograd, "has_torch_function", _no):
                 return function(*args, **kwargs)
         result = function(*args, **kwargs)
@@ -81,7 +81,7 @@ class Tensors(TorchFunctionMode):
 
     @property
     def buffers(self) -> list[Buffer]:
-        """What a launch may touch."""
+        """The memory that a launch may access."""
         return [buffer for _, buffer in self.found.values()]
 
     def _expose(self, t: Tensor) -> None:
@@ -128,7 +128,7 @@ def on_machine(name: str) -> Iterator[list[Launch]]:
 
 
 def _cuda(tensors: Tensors, launches: list[Launch]) -> Iterator[Any]:
-    """What makes fastbert.backend.cuda call its own host code on the machine."""
+    """Patches with which fastbert.backend.cuda runs its own host code, and its kernels on the machine."""
 
     def run(kernel: str, grid: list[int], block: list[int], shared: int, given: list[int]) -> None:
         program = cuda_host.program(kernel)
@@ -175,7 +175,7 @@ def _parsed(ptx: str) -> Program:
 
 
 def _triton(tensors: Tensors, launches: list[Launch]) -> Iterator[Any]:
-    """What makes Triton's launches compile for sm_80 and run on the machine."""
+    """Patches with which Triton's launches compile for sm_80 and run on the machine."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -193,7 +193,7 @@ def _triton(tensors: Tensors, launches: list[Launch]) -> Iterator[Any]:
                 arguments.append(struct.pack("<Q", given[name].data_ptr()))
             elif kind != "constexpr":
                 arguments.append(struct.pack(f"<{_PACKED[kind]}", given[name]))
-        # scratch memory, which no kernel here has
+        # two null pointers to scratch memory, which our kernels do not use
         arguments += [bytes(8)] * 2
         program = _parsed(result.asm["ptx"])
         (kernel,) = (f.name for f in program.functions.values() if f.entry)

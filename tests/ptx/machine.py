@@ -1,9 +1,9 @@
 """A functional machine for PTX: every thread of some blocks is a lane of numpy arrays.
 
-`launch` runs a kernel. Each instruction becomes a closure once per batch of blocks and then takes all lanes that stand
-at it together; of the groups of lanes that went apart the one with the lowest program counter goes on, so that they
-meet again where their branches do. `bar.sync` holds a block's lanes until all are there, `.sync` instructions of a warp
-those of their mask. Not modelled: time, caches, memory order between blocks, flushing of denormals.
+`launch` runs a kernel. Each instruction becomes a closure once per batch of blocks, and steps all lanes at that
+instruction together. After a branch the group of lanes with the lowest program counter runs, so that groups meet again
+where their branches do. `bar.sync` holds lanes until all of the block are there, a warp's `.sync` instruction until all
+of its mask are. Not modelled: time, caches, memory order between blocks, flushing of denormals.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ptx.program import Function, Instruction, Operand, Program, Variable
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# opcode -> what makes its step; what is none of these computes (arithmetic.rule) or changes nothing but time
+# opcode -> function that makes its step; all other opcodes are arithmetic (arithmetic.rule) or hints
 STEPS: dict[str, Callable[[Any, Instruction], Step]] = {
     **operands.STEPS,
     **access.STEPS,
@@ -28,9 +28,9 @@ STEPS: dict[str, Callable[[Any, Instruction], Step]] = {
     **control.STEPS,
 }
 HINTS = {"fence", "membar", "prefetch", "prefetchu", "nanosleep", "createpolicy", "applypriority"}
-# lanes that are stepped together, and branches after which a kernel runs forever
+# lanes that are stepped together, and the number of branches after which a kernel counts as endless
 BATCH, MOST = 4096, 300_000
-GENERIC = 1 << 62  # an address of a module's own variables
+GENERIC = 1 << 62  # the first address of a module's own variables
 
 
 def launch(
@@ -67,7 +67,7 @@ def launch(
 
 
 def _module_variables(program: Program) -> tuple[list[Buffer], dict[str, int]]:
-    """Buffers of initialised variables, at addresses of no process, and where each variable is."""
+    """Buffers of initialised variables, at addresses that no process uses, and each variable's address."""
     found, symbols, at = [], {}, GENERIC
     for v in program.variables.values():
         if v.data is not None:
@@ -78,7 +78,7 @@ def _module_variables(program: Program) -> tuple[list[Buffer], dict[str, int]]:
 
 
 class Machine(Operands):
-    """Some blocks of one launch: `shape` is the grid, the block and which blocks of the grid these are."""
+    """Some blocks of one launch: `shape` is the grid, the block, and the numbers of these blocks."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Machine(Operands):
         self.program, self.entry, self.memory, self.counts = program, function, memory, counts
         grid, block, blocks = shape
         threads = int(np.prod(block))
-        # a block's last warp is filled up with lanes that never live
+        # a block's last warp is filled up with lanes that never run
         self.lanes = who = Lanes(len(blocks), -(-threads // 32) * 32)
         super().__init__(len(who.lane), _special(grid, block, blocks, who))
         self.all = who.lane % who.threads < threads
@@ -175,7 +175,7 @@ class Machine(Operands):
         return self.frames[name]
 
     def together(self, members: Operand | None, run: Callable[[Array], None]) -> Step:
-        """A step for lanes whose mask's other lanes are there too; the rest wait."""
+        """A step that runs for lanes once all lanes of their mask have reached it; until then they wait."""
         mask_of = self.source(members, "u32") if members is not None else None
         pc, bits = self.pc, np.uint32(1) << (self.lanes.in_warp.astype(np.uint32))
 
@@ -196,7 +196,7 @@ class Machine(Operands):
                     mask = ready
             masks = np.unique(self.wide(mask_of)[mask]) if mask_of is not None else []
             if len(masks) > 1:
-                # parts of a warp, each for itself
+                # parts of a warp run one after the other
                 for one in masks:
                     run(mask & (self.wide(mask_of) == one))  # type: ignore[arg-type]
             else:
@@ -206,7 +206,7 @@ class Machine(Operands):
         return step
 
     def run(self, arguments: Sequence[bytes]) -> None:
-        """Step all lanes to their end."""
+        """Step all lanes until they have ended."""
         self.parameters, at = b"", 0
         for v, given in zip(self.entry.parameters, arguments, strict=True):
             at = -(-len(self.parameters) // v.align) * v.align
@@ -217,13 +217,13 @@ class Machine(Operands):
         with np.errstate(all="ignore"):
             code = self._compile()
             groups: dict[int, Array] = {0: self.all}
-            while groups or self._go_on_without_the_dead(groups):
+            while groups or self._release_waiting(groups):
                 pc = min(groups)
                 self._go(code, pc, groups.pop(pc), groups)
-        self._nobody_waits(code)
+        self._check_all_ended(code)
 
-    def _go_on_without_the_dead(self, groups: dict[int, Array]) -> bool:
-        """Whether lanes that waited for others of their warp may go on because those have ended."""
+    def _release_waiting(self, groups: dict[int, Array]) -> bool:
+        """Step lanes again that wait for others of their warp, which may have ended; False if nothing changed."""
         waiting = sum(int(mask.sum()) for mask in self.parked.values()), int(self.live.sum())
         if not self.parked or waiting == self.stuck:
             return False
@@ -239,7 +239,7 @@ class Machine(Operands):
         mask: Array,
         groups: dict[int, Array],
     ) -> None:
-        """Run one group until its lanes part, end, wait or meet others."""
+        """Run one group of lanes until it divides, ends, waits or meets another group."""
         meets = min(groups, default=len(code) + 1)
         warps, counted = self._warps(mask), self.counts.instructions
         while pc < meets:
@@ -280,10 +280,10 @@ class Machine(Operands):
     def _warps(self, mask: Array) -> int:
         return int(mask.reshape(-1, 32).any(1).sum())
 
-    def _nobody_waits(self, code: list[tuple[Step, Source | None, Instruction]]) -> None:
+    def _check_all_ended(self, code: list[tuple[Step, Source | None, Instruction]]) -> None:
         waits = self.at_barrier >= 0
         if not waits.any() and not self.parked:
-            assert not self.live.any(), "the machine lost lanes"
+            assert not self.live.any(), "lanes are neither waiting nor ended"
             return
         told = []
         for pc in sorted({*(self.resume[waits] - 1), *self.parked}):

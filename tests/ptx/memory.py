@@ -1,4 +1,4 @@
-"""The machine's memory: global buffers, and a shared and a local window for each block or lane, all of it watched.
+"""The machine's memory: global buffers, a shared window for each block and a local one for each lane, all checked.
 
 Every byte has a state. An access outside the buffers of the launch, an unaligned one and a read of an unwritten byte
 raise PtxError, as does a shared byte that two lanes touch, one of them writing, with no barrier between. Sectors,
@@ -15,16 +15,16 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# a byte's state: may be touched; holds something; was read, was written by this launch
+# a byte's state: legal to access; written by anything; read, or written, by this launch; a cp.async target
 LEGAL, WRITTEN, READ, STORED, IN_FLIGHT = 1, 2, 4, 8, 16
-# where generic addresses of the two windows start, above any address of a process
+# the first generic addresses of the two windows, above any address of a process
 SHARED_WINDOW, LOCAL_WINDOW = 1 << 50, 1 << 51
 SECTOR, BANKS = 32, 32
-NOBODY, SEVERAL = -1, -2
+NONE, SEVERAL = -1, -2
 
 
 class PtxError(RuntimeError):
-    """What a kernel did wrong; `kind` is one word, `place` (kernel, index of the instruction) where it is known."""
+    """An error of a kernel; `kind` is one word, `place` is (kernel, index of the instruction) where it is known."""
 
     def __init__(self, kind: str, message: str, place: tuple[str, int] | None = None) -> None:
         super().__init__(message if message.startswith(kind) else f"{kind}: {message}")
@@ -43,14 +43,16 @@ class Buffer:
 
 @dataclass
 class Counts:
-    """What a launch did: instructions of warps by class, bytes and transactions, products of tensor cores."""
+    """Counts of a launch: instructions of warps by class, bytes and transactions, products of tensor cores."""
 
     instructions: Counter[str] = field(default_factory=Counter)
     asked: Counter[str] = field(
         default_factory=Counter
-    )  # bytes that global "load"s and "store"s ask for
-    sectors: Counter[str] = field(default_factory=Counter)  # of 32 bytes that these requests touch
-    shared_accesses: int = 0  # wavefronts if no two rows of a bank collided
+    )  # bytes that global loads ("load") and stores ("store") request
+    sectors: Counter[str] = field(
+        default_factory=Counter
+    )  # sectors of 32 bytes that these requests touch
+    shared_accesses: int = 0  # wavefronts without any bank conflict
     shared_wavefronts: int = 0
     macs: int = 0  # multiply-adds of mma
     distinct: dict[str, tuple[int, int]] = field(
@@ -59,14 +61,14 @@ class Counts:
 
 
 class Lanes:
-    """Who accesses: block and warp of every lane, and when each last passed a barrier."""
+    """Every lane's block and warp, and the time of the last barrier that it passed."""
 
     def __init__(self, blocks: int, threads: int) -> None:
         count = blocks * threads
         self.threads = threads
         self.lane = np.arange(count)
         self.block = self.lane // threads
-        # warps do not cross blocks
+        # a warp belongs to one block
         per_block = -(-threads // 32)
         self.warp = self.block * per_block + self.lane % threads // 32
         self.in_warp = self.lane % threads % 32
@@ -75,7 +77,7 @@ class Lanes:
         self.warp_sync = np.zeros(count, np.int64)
 
     def never(self, mask: Array) -> None:
-        """Mark lanes that fill up a warp: they never run and order no access."""
+        """Mark lanes that only fill up a warp: they never run, so no barrier waits for them."""
         self.block_sync[mask] = self.warp_sync[mask] = np.iinfo(np.int64).max
 
     def pass_warp(self, mask: Array) -> None:
@@ -89,7 +91,7 @@ class Lanes:
         self.block_sync[mask] = self.clock
 
     def describe(self, lane: int) -> str:
-        """The lane's names."""
+        """The lane's block and thread, for an error."""
         return f"block {self.block[lane]} of the batch, thread {lane % self.threads}"
 
 
@@ -100,7 +102,7 @@ class Space:
 
     def __init__(self, where: str, size: int, state: int) -> None:
         self.where = where
-        # accesses are aligned, so rows of 16 bytes serve them all
+        # accesses are aligned, so that no access crosses a multiple of 16 bytes
         self.size = -(-size // 16) * 16 + 16
         self.bytes = np.zeros(self.size, np.uint8)
         self.state = np.zeros(self.size, np.uint8)
@@ -149,13 +151,13 @@ class Space:
 
 
 class Global(Space):
-    """The buffers of a launch side by side, with what lies between them out of bounds."""
+    """The buffers of a launch side by side; bytes between them are out of bounds."""
 
     def __init__(self, buffers: list[Buffer]) -> None:
         self.buffers = sorted(buffers, key=lambda b: b.address)
         starts, end = [], 256
         for b in self.buffers:
-            # aligned as the buffer is
+            # with the alignment of the buffer's address
             starts.append(end + b.address % 256)
             end = -(-(starts[-1] + len(b.bytes) + 16) // 256) * 256
         super().__init__("global", end, 0)
@@ -190,7 +192,7 @@ class Global(Space):
             counts.distinct[b.name] = (before[0] + int(read), before[1] + int(stored))
 
     def was_read(self, rows: Array, width: int) -> None:
-        """Remember that these bytes were read."""
+        """Record that these bytes were read."""
         self.state.reshape(-1, width)[rows] |= READ
 
 
@@ -203,8 +205,8 @@ class Shared(Space):
         self.window = -(-size // 128) * 128
         super().__init__("shared", blocks * self.window, 0)
         self.state[: blocks * self.window].reshape(blocks, -1)[:, :size] = LEGAL
-        # (lane, time) of the last access; SEVERAL lanes read since the last barrier, -3 - warp: of one warp
-        self.writer, self.reader, self.updater = np.full((3, self.size), NOBODY, np.int32)
+        # (lane, time) of the last access; for several lanes since the last barrier -3 - warp, or SEVERAL of many warps
+        self.writer, self.reader, self.updater = np.full((3, self.size), NONE, np.int32)
         self.wrote, self.read, self.updated = np.zeros((3, self.size), np.int32)
         self.atomic = False
 
@@ -213,7 +215,7 @@ class Shared(Space):
         return hex(at % self.window) if self.window else hex(at)
 
     def reads(self, rows: Array, width: int, lanes: Array, who: Lanes) -> None:
-        """Note reads; a byte that another lane wrote since the last barrier is a race."""
+        """Record reads; reading a byte that another lane wrote since the last barrier is a race."""
         self._ordered(self.writer, self.wrote, rows, width, lanes, who, "reads what was written by")
         if self.atomic:
             self._ordered(
@@ -222,7 +224,7 @@ class Shared(Space):
         self._note(self.reader, self.read, rows, width, lanes, who)
 
     def updates(self, rows: Array, width: int, lanes: Array, who: Lanes) -> None:
-        """Note atomics, which race with all but each other."""
+        """Record atomics; they race with plain accesses and not with each other."""
         self.atomic = True
         for last, when in ((self.writer, self.wrote), (self.reader, self.read)):
             self._ordered(last, when, rows, width, lanes, who, "updates what was touched by")
@@ -239,7 +241,7 @@ class Shared(Space):
         me = np.where(kept, _both(last, me, who), me)
         names[rows] = me
         times[rows] = who.clock
-        # lanes of this very instruction at the same byte; several warps outweigh one
+        # several lanes of this instruction access the same byte: note their warp, then over it SEVERAL warps
         again = names[rows]
         differ = again != me
         if differ.any():
@@ -249,7 +251,7 @@ class Shared(Space):
                 names[rows[r], c] = joined[r, c]
 
     def writes(self, rows: Array, data: Array, lanes: Array, who: Lanes) -> None:
-        """Note writes; a byte that another lane read or wrote since the last barrier is a race."""
+        """Record writes; writing a byte that another lane read or wrote since the last barrier is a race."""
         width = data.shape[1]
         self._ordered(
             self.writer, self.wrote, rows, width, lanes, who, "overwrites what was written by"
@@ -264,7 +266,7 @@ class Shared(Space):
         writer = self.writer.reshape(-1, width)
         writer[rows] = lanes[:, None]
         self.wrote.reshape(-1, width)[rows] = who.clock
-        # two lanes of one instruction may write the same value, as Triton's replicated layouts do
+        # lanes of one instruction may write the same value to one byte: Triton's replicated layouts do
         lost = writer[rows] != lanes[:, None]
         if lost.any():
             won = np.zeros((self.size // width, width), np.uint8)
@@ -273,8 +275,8 @@ class Shared(Space):
             self._raise_if(bad, rows, width, lanes, who, writer[rows], "and at once")
 
     def _unordered(self, last: Array, when: Array, lanes: Array, who: Lanes) -> Array:
-        """Which of these accesses no barrier that both took part in separates from the lanes' next ones."""
-        new = (last != NOBODY) & (last != lanes[:, None])
+        """Whether no common barrier lies between each of these accesses and the lane's next access."""
+        new = (last != NONE) & (last != lanes[:, None])
         new &= when >= self._passed(who.block_sync, last, lanes, who)
         if not new.any():
             return new
@@ -283,12 +285,12 @@ class Shared(Space):
         return new & ~(same & (when < self._passed(who.warp_sync, last, lanes, who)))
 
     def _passed(self, sync: Array, last: Array, lanes: Array, who: Lanes) -> Array:
-        """When the last barrier was that both a lane and those of an earlier access have passed."""
+        """The time of the last barrier that a lane and the lanes of an earlier access have passed."""
         theirs = sync[np.maximum(last, 0)]
         if (last <= SEVERAL).any():
             warp = sync.reshape(-1, 32).min(1)[np.maximum(-3 - last, 0)]
             block = sync.reshape(-1, who.threads).min(1)[who.block[lanes]][:, None]
-            theirs = np.where(last >= NOBODY, theirs, np.where(last == SEVERAL, block, warp))
+            theirs = np.where(last >= NONE, theirs, np.where(last == SEVERAL, block, warp))
         return np.minimum(sync[lanes][:, None], theirs)
 
     def _ordered(

@@ -1,4 +1,4 @@
-"""How instructions read and write registers, and the three that only move values: mov, cvta, setp.
+"""How instructions read and write registers, and the steps of mov, cvta and setp.
 
 A register is an array of unsigned bits, one element a lane. `Operands.source` makes a function that reads it as numbers
 of an instruction's type, `target` one that writes them where a mask is set.
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[Any]]
 Source = Callable[[], Array]
 Write = Callable[[Array, Array], None]
-# what an instruction does to the lanes of a mask; groups (program counter, lanes) where they do not just go on
+# runs an instruction for the lanes of a mask; returns groups (program counter, lanes), None if all lanes go on
 Step = Callable[[Array], "list[tuple[int, Array]] | None"]
 
 
 class Operands:
-    """Registers of `count` lanes by function and name; `compiling` is the function whose names are meant."""
+    """Registers of `count` lanes by function and name; names belong to the function `compiling`."""
 
     compiling: Function
 
@@ -100,7 +100,7 @@ class Operands:
         return read
 
     def wide(self, read: Source) -> Array:
-        """A source's values for every lane; a literal has one for all."""
+        """A source's values, one for each lane, also of a literal."""
         values = read()
         return values if len(values) == self.count else np.broadcast_to(values, (self.count,))
 
@@ -121,7 +121,7 @@ class Operands:
 
 
 def _constant(value: int | float, type_: str) -> Source:
-    """A literal; a float in an integer's place is its bits."""
+    """A literal; a float as an integer operand stands for its bits."""
     dtype = arithmetic.NUMPY[type_]
     if type_ == "pred":
         array = np.array([bool(value)])
@@ -152,7 +152,7 @@ def _encoder(type_: str, register: np.dtype[Any]) -> Callable[[Array], Array]:
 
 
 def mov(m: Machine, ins: Instruction) -> Step:
-    """A copy, or between a register and its parts."""
+    """A copy, or a move between a register and its parts."""
     (to, value), type_ = ins.operands, ins.types[-1]
     if not isinstance(to, Vector):
         read, write = m.source(value, type_), m.target(to, type_)
@@ -173,7 +173,7 @@ def mov(m: Machine, ins: Instruction) -> Step:
 
 
 def cvta(m: Machine, ins: Instruction) -> Step:
-    """Between generic addresses and those of a window."""
+    """Converts between generic addresses and those of a window."""
     type_ = ins.types[-1]
     read, write = m.source(ins.operands[1], type_), m.target(ins.operands[0], type_)
     window = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW}

@@ -1,7 +1,7 @@
-"""PTX text into instructions: what nvcc's and Triton's compilers write for sm_80, read by a scanner and a few patterns.
+"""Parses PTX text as nvcc's and Triton's compilers write it for sm_80, by a scanner and a few patterns.
 
-PTX ISA 8.8, chapters 4 (syntax), 5 (state spaces and types) and 7 (functions). A statement that is not understood
-raises PtxSyntaxError with its line.
+PTX ISA 8.8, chapters 4 (syntax), 5 (state spaces and types) and 7 (functions). An unknown statement raises
+PtxSyntaxError with its line.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SIZES |= {f"{kind}{bits}": bits // 8 for kind in "bus" for bits in (8, 16, 32, 6
 
 
 class PtxSyntaxError(ValueError):
-    """A text that is no PTX, or PTX beyond what is read here."""
+    """A text that is no PTX, or PTX that this parser does not cover."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ Operand = Register | Immediate | Symbol | Vector | Address
 
 @dataclass(frozen=True)
 class Instruction:
-    """opcode.modifiers operands; `outputs` are the first operand's parts where it is written a|b."""
+    """opcode.modifiers operands; `second` is q where the first operand is written p|q."""
 
     opcode: str
     modifiers: tuple[str, ...]
     operands: tuple[Operand, ...]
-    second: Register | None  # q of p|q
+    second: Register | None
     guard: Register | None
     line: str  # file:line of the source
     text: str
@@ -78,7 +78,7 @@ class Instruction:
 
     @cached_property
     def kind(self) -> str:
-        """What it is counted as."""
+        """The class under which Counts counts it."""
         op = self.opcode
         if op in ("ld", "st", "atom", "red"):
             space = next((m for m in self.modifiers if m in _SPACES.split("|")), "generic")
@@ -90,7 +90,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable in a state space; `data` where it has an initial value."""
+    """A variable in a state space; `data` is its initial value."""
 
     name: str
     space: str
@@ -155,7 +155,7 @@ def parse(text: str) -> Program:
 class _Parser:
     def __init__(self, text: str) -> None:
         self.program = Program({}, {})
-        # Triton's compiler names its files at the end
+        # Triton's compiler writes the names of its files at the end
         paths = re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', text)
         self.files = {number: path.rsplit("/", 1)[-1] for number, path in paths}
         self.line = "?"
@@ -226,7 +226,7 @@ class _Parser:
         for name in names.replace("\n", " ").split(","):
             many = re.fullmatch(r"\s*([\w$%]+)<(\d+)>\s*", name)
             for one in [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [name.strip()]:
-                # a block's own register does not meet one of the same name elsewhere
+                # a register of a nested block differs from one with the same name elsewhere
                 unique = one
                 while unique in self.function.registers and len(self.scopes) > 1:
                     unique += "'"

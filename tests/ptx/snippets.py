@@ -1,4 +1,4 @@
-"""A kernel around a few lines of PTX, which tests of the machine run."""
+"""A kernel around a few lines of PTX, for tests of the machine."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ HEAD = """
 
 
 def run(body, threads=64, blocks=1, x=None, y_size=None, counts=None):
-    """The body between x (64 ints unless given) and y (the same size, unwritten): y's bytes and their states."""
+    """y's bytes and their states, after the body has run on x (64 ints unless given) and an unwritten y of its size."""
     x = np.arange(64, dtype=np.uint32) if x is None else x
     data = np.ascontiguousarray(x).ravel().view(np.uint8).copy()
     y = np.zeros(y_size or len(data), np.uint8)

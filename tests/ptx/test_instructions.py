@@ -1,4 +1,4 @@
-"""Instructions compute what the PTX ISA says."""
+"""Instructions give the results that the PTX ISA defines."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_votes():
 
 @pytest.mark.parametrize("type_", ["f16x2", "bf16x2"])
 def test_packed_halves(type_):
-    """fma of pairs: one rounding, each half for itself."""
+    """fma of pairs: each half is rounded once."""
     half = type_[:-2]
     body = (
         f"mov.b32 %f1, %r10; mov.b32 %f2, %r11; cvt.rn.{type_}.f32 %r7, %f1, %f2; fma.rn.{type_} %r8, %r7, %r7, %r7;"

@@ -1,4 +1,4 @@
-"""The machine finds planted bugs, and nothing in their mended twins; lanes part and meet, and counts are right."""
+"""The machine finds planted bugs, and none in the mended code; lanes diverge and meet, and counts are right."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COPY = """
     ld.shared.u32 %r8, [%r5];
     st.global.u32 [%rd5], %r8;
 """
-# lanes 20 and up write what lanes below 16 read, with a barrier of their warp between
+# lanes from 16 on write, then lanes below 16 read, with a barrier of their warp in between
 SOME = """
     setp.lt.u32 %p1, %r1, 16;
     @!%p1 st.shared.u32 [%r5], %r1;
@@ -50,7 +50,7 @@ ATOMIC = """
     {barrier}
     ld.shared.u32 %r6, [%r3];
 """
-# what is planted, its kind, what is wrong, what is right
+# name of the bug: (kind of the error, wrong code, right code)
 PLANTED = {
     "missing barrier": (
         "race",
@@ -189,7 +189,7 @@ def test_planted_bugs_are_found(name):
 
 
 def test_lanes_that_a_predicate_leaves_out_go_on():
-    """Also past instructions of a warp; masks at one place are told apart."""
+    """They skip instructions of a warp too. Lanes with different masks at one instruction are separate groups."""
     y, _ = run("""
     mov.u32 %r6, 7;
     setp.lt.u32 %p1, %r1, 8;
@@ -232,7 +232,7 @@ def test_what_was_not_written_stays_unwritten():
 
 
 def test_lanes_part_and_meet():
-    """A loop of as many rounds as the lane's number, behind which all shuffle together; a device function in it."""
+    """A loop that lane n leaves after n rounds, with a call of a device function; then one shuffle of all lanes."""
     y, _ = run("""
     mov.u32 %r6, 0;
     mov.u32 %r7, 0;
@@ -266,7 +266,7 @@ L:  bar.warp.sync -1;
 
 
 def test_every_space_and_generic_addresses():
-    """Each lane's own local memory, a constant table and shared memory, by their windows and by generic addresses."""
+    """Local memory of each lane, a constant table and shared memory, by their own and by generic addresses."""
     y, _ = run("""
     .local .align 8 .b8 mine[16];
     mov.u64 %rd6, mine;
@@ -297,7 +297,7 @@ def test_atomics_count_every_lane():
 
 
 def test_sectors_and_banks_are_counted():
-    """Neighbours share sectors and use all banks; a stride of 32 words makes every lane wait for the others."""
+    """Neighbours share sectors and use all banks. Far loads use a sector each; 8 words of a bank take 8 passes."""
     close, far = Counts(), Counts()
     run("ld.global.u32 %r6, [%rd4]; st.shared.u32 [%r5], %r6;", 32, counts=close)
     assert (close.asked["load"], close.sectors["load"]) == (128, 4)

@@ -24,7 +24,7 @@ if kernels.INTERPRETED:
     pytest.skip("under TRITON_INTERPRET=1 nothing is compiled", allow_module_level=True)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# op, sample -> kernels that its backward reaches beside those of its forward, by backend
+# (op, sample) -> {backend: kernels that its forward and backward must launch}
 SMALL = {
     ("embed", "T13-C5-drop"): {
         "triton": ("embed_fwd embed_bwd embed_bwd_segments embed_bwd_crossing sum_partials"),
@@ -69,12 +69,12 @@ SMALL = {
         "cuda": "cross_entropy",
     },
 }
-# the five-product backward holds whole sequences of 16-bit elements
+# Triton's one-kernel backward takes this sample in 16 bits only
 SHORT = ("attention", "S33-17-H3-D64-drop"), "attention_fwd attention_bwd"
 
 
 def expected(name: str, slug: str, sample: str, dtype: str) -> set[str]:
-    """The kernels that the table promises, by their full names."""
+    """The full names of the kernels in the table."""
     promised = SMALL[slug, sample].get(name, "")
     if name == "triton" and (slug, sample) == SHORT[0] and dtype != "fp32":
         promised = SHORT[1]
@@ -82,7 +82,7 @@ def expected(name: str, slug: str, sample: str, dtype: str) -> set[str]:
 
 
 def check(name: str, slug: str, sample: str, dtype: str, backward: bool) -> set[str]:
-    """parity.check on the machine, or on the GPU where there is one; the kernels that ran on the machine."""
+    """parity.check on the machine, or on a GPU; returns the kernels that ran, on a GPU the expected ones."""
     real = torch.cuda.is_available()
     if name == "cuda" and not real and (reason := cuda_host.missing()):
         pytest.skip(reason)
@@ -98,7 +98,7 @@ def check(name: str, slug: str, sample: str, dtype: str, backward: bool) -> set[
 
 @pytest.mark.parametrize(
     ("slug", "sample", "dtype"),
-    # samples that reach no further kernel leave out fp16, whose kernels are bf16's
+    # samples without kernels in the table leave out fp16, which has the kernels of bf16
     [(*key, dtype) for key in SMALL for dtype in DTYPES if dtype != "fp16" or SMALL[key]],
 )
 @pytest.mark.parametrize("name", ["triton", "cuda"])
@@ -126,7 +126,7 @@ def test_every_sample(name, slug, sample, dtype, backward):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs it")
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc, which knows the lines")
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, for source lines")
 def test_an_error_in_cuda_names_its_source(monkeypatch):
     if reason := cuda_host.missing():
         pytest.skip(reason)
@@ -141,7 +141,7 @@ def test_an_error_in_cuda_names_its_source(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs it")
 def test_a_tensor_that_nobody_wrote_is_seen():
-    """Looking at a tensor's shape, or at a part of it, writes nothing; filling it does."""
+    """Reading a tensor's shape, or a view of it, does not count as a write; filling it does."""
     x = torch.ones(8)
     with on_machine("triton"), chooser.use("triton"):
         empty = torch.empty(4, 8)
@@ -156,7 +156,7 @@ def test_a_tensor_that_nobody_wrote_is_seen():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs it")
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_requests_of_attention_fill_their_sectors(name):
-    """Aligned rows of a head move 16 bytes a lane, without bank conflicts; backward is five products."""
+    """Loads and stores of aligned rows use whole sectors without bank conflicts; backward has five products."""
     if name == "cuda" and (reason := cuda_host.missing()):
         pytest.skip(reason)
     qkv, cu = torch.randn(64, 3, 1, 64).bfloat16(), torch.tensor([0, 64], dtype=torch.int32)
@@ -168,7 +168,7 @@ def test_requests_of_attention_fill_their_sectors(name):
         counts = launch.counts
         assert sum(counts.asked.values()) > 0.9 * SECTOR * sum(counts.sectors.values()), launch
         assert counts.shared_wavefronts <= 1.01 * counts.shared_accesses, launch
-    # S S D a product: two forward, five backward
+    # a product is S S D multiply-adds: two products forward, five backward
     assert sum(launch.counts.macs for launch in launches) == 7 * 64**3
 
 

@@ -1,7 +1,7 @@
-"""The machine against an independent compiler: what Triton makes of kernels that are not ours equals torch.
+"""The machine against an independent compiler: kernels that Triton compiles and that are not ours equal torch.
 
-Triton chooses the fragment layouts of mma.sync, ldmatrix and the swizzles itself, so a mistake in the machine's shows
-here, whatever our CUDA code believes.
+Triton chooses the fragment layouts of mma.sync, ldmatrix and the swizzles itself, so a mistake in the
+machine's layouts shows here, even if our CUDA code has the same mistake.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="the machine is proven by Triton's compiler")
+triton = pytest.importorskip("triton", reason="needs Triton's compiler")
 
 import triton.language as tl  # noqa: E402
 
@@ -117,7 +117,7 @@ def test_layernorm(dtype):
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int8])
 def test_matmul(dtype, stages):
-    """Ragged in every direction, with all of mma's element types on sm_80."""
+    """No size is a multiple of its tile; mma on fp16, bf16, tf32 and int8."""
     M, N, K = 70, 48, 112
     if dtype == torch.int8:
         a, b = (torch.randint(-128, 128, s, dtype=dtype) for s in ((M, K), (K, N)))
@@ -157,7 +157,7 @@ def test_attention(dtype, warps):
 
 
 def test_a_wrong_layout_would_show(monkeypatch):
-    """The proof can fail: with two rows of a fragment exchanged in the machine the products differ."""
+    """The tests above can fail: with two rows of a fragment exchanged in the machine the products differ."""
     import numpy as np
 
     from ptx import warp

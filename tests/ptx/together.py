@@ -23,7 +23,7 @@ def _by_warp(m: Machine, read: Source) -> Array:
 
 
 def _whole(mask: Array, ins: Instruction) -> Array:
-    """Which warps take part, (warps,): each with all of its lanes."""
+    """(warps,) whether each warp takes part; raises for one that takes part with some lanes only."""
     warps = mask.reshape(-1, 32)
     some = warps.any(1)
     if not warps[some].all():

@@ -1,7 +1,7 @@
 """Instructions in which a warp's lanes work together: shuffles, votes, reductions, ldmatrix and mma.sync.
 
-PTX ISA 8.8, sections 9.7.9 and 9.7.14. An instruction starts once every lane of its mask is there, so each function
-gets whole warps. Fragments follow one rule for all element sizes: lane = 4 group + t, and a register holds `per`
+PTX ISA 8.8, sections 9.7.9 and 9.7.14. An instruction runs once every lane of its mask has reached it, so each function
+takes whole warps. Fragments follow one rule for all element sizes: lane = 4 group + t, and a register holds `per`
 neighbouring elements, so register r of A is row group + 8 (r % 2), columns per t + 4 per (r / 2) on; of B it is column
 group, rows per t + 4 per r on; element i of C is row group + 8 (i / 2), column 2 t + i % 2.
 """
@@ -23,7 +23,7 @@ GROUP, T = LANE // 4, LANE % 4
 
 
 def shuffle(mode: str, value: Array, by: Array, clamp: Array, active: Array) -> tuple[Array, Array]:
-    """shfl.sync of (warps, 32): (what each lane gets, whether its source was in range)."""
+    """shfl.sync of (warps, 32): (each lane's result, whether its source was in range)."""
     by, limit, segment = by & 31, clamp & 31, (clamp >> 8) & 31
     lane = np.broadcast_to(LANE, value.shape)
     last, first = (lane & segment) | (limit & ~segment & 31), lane & segment
@@ -94,7 +94,7 @@ def _elements(registers: list[Array], type_: str) -> Array:
     """(warps, registers, 32, per): the numbers that 32-bit registers hold."""
     bits = np.stack(registers, 1)
     if type_ == "tf32":
-        # the hardware ignores what tf32 has not
+        # the hardware ignores the bits that tf32 does not have
         return (bits & np.uint32(0xFFFFE000)).view(np.float32)[..., None]
     if type_ == "bf16":
         low, high = bits << np.uint32(16), bits & np.uint32(0xFFFF0000)
