@@ -1,7 +1,7 @@
 """The machine as a device: the triton and cuda backends run on CPU tensors, their kernels on the machine.
 
-Inside `on_machine(name)` the backend takes CPU tensors as a GPU's. Where an adapter reads a tensor's address, the tensor
-becomes a buffer: its own bytes are legal, the rest of its storage is not. Memory from torch.empty and the like counts as
+Inside `on_machine(name)` the backend takes CPU tensors as a GPU's. A tensor whose address an adapter reads becomes a
+buffer: its own bytes are legal, the rest of its storage is not. Memory from torch.empty and the like counts as
 unwritten until a kernel or torch writes it.
 """
 

@@ -1,4 +1,4 @@
-"""Random batches in the collator's layout, a pure function of (epoch, number): training without text."""
+"""Random batches in the collator's layout, a pure function of (epoch, number), to train on without text."""
 
 import torch
 from torch.nn import functional as tnf

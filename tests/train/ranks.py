@@ -1,4 +1,4 @@
-"""Real processes that meet through gloo, as torchrun would start them, but forked from one that has imported torch."""
+"""Real processes that train together through gloo, as under torchrun, forked from one that has imported torch."""
 
 import contextlib
 import multiprocessing
@@ -32,7 +32,7 @@ def _entry(function, rank, size, port, errors, arguments):
     except BaseException as error:
         (errors / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
         traceback.print_exc()
-        # past destructors that might wait for the others
+        # skips destructors that might wait for the other processes
         os._exit(2)
 
 
@@ -57,7 +57,7 @@ def run(size, function, *arguments, errors):
 
 
 def train(settings, out, resume=False, kill=None, fail=None):
-    """Pretrain; `kill` = (rank, step) kills that process before the step, `fail` = (rank, step) raises an error."""
+    """Pretrain. `kill` = (rank, step) kills that process before the step, `fail` = (rank, step) raises there."""
     from fastbert.pretrain.trainer import PretrainTrainer
     from fastbert.train import PretrainConfig, pretrain
 
@@ -75,7 +75,7 @@ def train(settings, out, resume=False, kill=None, fail=None):
 
 
 def count_exchanges(folder, accumulate):
-    """Write how often DDP exchanged gradients in 3 steps, and the losses."""
+    """Write the number of gradient exchanges of DDP in 3 steps, and the losses."""
     import json
 
     from random_feed import RandomFeed, small_config, small_model

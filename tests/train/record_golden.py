@@ -1,7 +1,7 @@
 """The ten losses in golden.json: `python tests/train/record_golden.py` writes them anew.
 
-The whole path from text to weights is in them: tokenizer, sentence pairs, masks, initial weights, dropout, optimiser,
-schedule. They change when any of that is changed on purpose, and then belong in the same commit.
+They depend on the whole path from text to weights: tokenizer, sentence pairs, masks, initial weights, dropout,
+optimiser, schedule. A commit that changes any of these on purpose records them anew.
 """
 
 import json

@@ -41,8 +41,8 @@ def test_add_one_unigram():
 
 @pytest.mark.parametrize("backward", [False, True], ids=["left", "right"])
 def test_one_neighbour_decides(backward):
-    # forwards each word has two successors, 5 -> 5|6, 6 -> 7|8, 7 -> 5|6, 8 -> 7|8: half of what the unigram costs is
-    # known from one neighbour; both neighbours together leave nothing
+    # forwards each word has two successors, 5 -> 5|6, 6 -> 7|8, 7 -> 5|6, 8 -> 7|8: a neighbour halves the unigram's
+    # loss, from log 4 to log 2
     p = np.zeros((9, 9))
     p[:5, 5] = 1.0
     for state, after in ((5, (5, 6)), (6, (7, 8)), (7, (5, 6)), (8, (7, 8))):
@@ -59,7 +59,8 @@ def test_one_neighbour_decides(backward):
 
 
 def test_an_order_only_one_way():
-    # the left neighbour says nothing and the right one everything: tokens come in pairs (a, a + 4), a random
+    # tokens are pairs (a, a + 4) with random a. At a masked `a` the right neighbour decides the word and the left one
+    # tells nothing about it
     rng = np.random.default_rng(2)
     first = rng.integers(5, 9, 20_000)
     stream = np.stack([first, first + 4], 1).reshape(-1)
@@ -69,8 +70,8 @@ def test_an_order_only_one_way():
     inputs[:, 10] = MASK
     found = mask_baselines(stream[4000:], list(inputs), list(labels), MASK, 13, range(5))
     assert found.unigram == pytest.approx(np.log(8), abs=0.01)
-    # weights do not depend on which words the neighbours are, so a part stays with the wrong neighbour:
-    # half of the words follow from the left neighbour and half from the right one, which gives a mixture of 1 and 1/4
+    # the mixture's weights do not depend on the words. In training half of the words follow from the left neighbour and
+    # half from the right one, so both weights are 1/2, of the probabilities 1/4 and 1
     assert found.bigram == pytest.approx(-np.log(0.5 + 0.5 / 4), abs=0.03)
 
 
@@ -85,7 +86,7 @@ def test_hidden_neighbours_leave_the_unigram():
 
 def test_probabilities_sum_to_one():
     rng = np.random.default_rng(3)
-    stream = rng.integers(2, 30, 5000) // 2 * 2  # odd ids are never seen; 2 is a special one
+    stream = rng.integers(2, 30, 5000) // 2 * 2  # odd ids do not occur; 2 is a special token
     model = BigramBaseline.fit(np.where(rng.random(5000) < 0.02, -1, stream), 30, [0, 1, 2, 3])
     words = np.arange(4, 30)
     for left, right in ((6, 8), (-1, 8), (6, -1), (-1, -1), (7, 8), (2, 9), (7, 9)):

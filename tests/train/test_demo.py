@@ -1,4 +1,4 @@
-"""The demo's parts; the whole of it is `make demo`."""
+"""The demo's parts; `make demo` runs the whole."""
 
 import tiny_run
 

@@ -12,7 +12,7 @@ from fastbert.train import PretrainConfig, pretrain
 from fastbert.train.loop import Stopped
 from fastbert.train.metrics import read_metrics
 
-# sequences are whole sentences of one form: places tell what kind of word is hidden, which is learnt in seconds
+# every sentence has one form, so that a position determines the kind of its word: learnt in seconds
 EASY = {"recipe": "roberta", "tokenizer_kind": "wordpiece", "vocab_size": 200, "dropout": 0.0}
 EASY |= {"hidden": 64, "steps": 200}
 
@@ -49,7 +49,7 @@ def test_the_first_evaluation_at_the_goal_is_the_last(reached):
 
 
 def test_a_goal_changes_no_loss(settings, reached, tmp_path, monkeypatch):
-    """Up to its end a run with a goal has the lines of one without: the schedule follows `steps` alone."""
+    """Up to its end a run with a goal has the lines of a run without one: the schedule depends on `steps` only."""
     end = reached.steps
     monkeypatch.setattr(run.PretrainRun, "finished", lambda self: self.trainer.at.step == end)
     result = pretrain(PretrainConfig(**settings), tmp_path / "run", quiet=True)
@@ -71,7 +71,7 @@ def test_the_last_step_comes_before_the_goal(settings, tmp_path, capsys):
 
 
 def test_stopped_and_resumed(settings, reached, tmp_path, monkeypatch):
-    """The same lines as without the interruption; a run that has reached its goal trains no further."""
+    """An interruption changes no line. A run that has reached its goal trains no further when it is resumed."""
     out, step = tmp_path / "run", PretrainTrainer.train_step
 
     def interrupted(self):

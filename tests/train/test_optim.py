@@ -1,4 +1,4 @@
-"""No-decay groups and the schedule."""
+"""The groups without weight decay, and the schedule."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_optimiser_is_fused_and_leaves_fixed_positions_alone():
 
 
 def test_decay_is_what_the_groups_say():
-    """With no gradient signal AdamW only decays: decayed tensors shrink by 1 - lr * decay, the others stay."""
+    """With zero gradients AdamW only decays: decayed tensors shrink by 1 - lr * decay, the others do not change."""
     model = small_model()
     optimiser = make_optimiser(model, small_config(weight_decay=0.5, lr=0.1))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Whole runs in this process: what they leave, what they refuse, and that they learn."""
+"""Whole runs in this process: their files, their refusals, and that they learn."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def finished(corpus, tmp_path_factory):
 
 
 def copied(finished, tmp_path):
-    """A copy of the finished run that may be spoiled."""
+    """A copy of the finished run, which a test may damage."""
     return shutil.copytree(finished.out, tmp_path / "copy")
 
 
@@ -75,7 +75,7 @@ def test_model_loads_here_and_in_transformers(finished):
 
 
 def test_it_learns(corpus, tmp_path):
-    """All sentences have one form and sequences are whole sentences: places tell what kind of word is hidden."""
+    """All sentences have one form, and sequences are whole sentences: a position determines the kind of its word."""
     whole = {"recipe": "roberta", "tokenizer_kind": "wordpiece", "vocab_size": 200, "dropout": 0.0}
     settings = tiny_run.tiny_settings(corpus, steps=50, hidden=64, eval_every=0, **whole)
     result = pretrain(PretrainConfig(**settings), tmp_path / "run", quiet=True)
@@ -95,7 +95,7 @@ def test_roberta(corpus, tmp_path):
 def test_start_from_another_model(corpus, finished, tmp_path):
     settings = tiny_run.tiny_settings(corpus, steps=1, lr=1e-12, init_from=str(finished.model))
     result = pretrain(PretrainConfig(**settings), tmp_path / "run", quiet=True)
-    # one step at no learning rate to speak of: the same held-out loss
+    # one step at a negligible learning rate: the same held-out loss
     before, after = finished.evaluation["mlm_loss"], result.evaluation["mlm_loss"]
     assert after == pytest.approx(before, rel=1e-4)
 
@@ -106,13 +106,13 @@ def test_epochs_and_minutes_become_steps(corpus, finished, tmp_path):
     result = pretrain(PretrainConfig(**epochs), tmp_path / "epochs", quiet=True)
     line = read_metrics(result.out / "metrics.jsonl")[-2]
     assert result.steps == line["step"]
-    # the first epoch is behind, and about half of the second
+    # training ends in the second epoch, after about half of it
     assert line["epoch"] == 1
     minutes = tiny_run.tiny_settings(corpus, **common, minutes=0.01)
     result = pretrain(PretrainConfig(**minutes), tmp_path / "minutes", quiet=True)
     recorded = PretrainConfig(**load_settings(result.out / "config.toml"))
     assert (recorded.minutes, recorded.steps) == (0.01, result.steps)
-    # the timed steps have changed nothing: a run with the same number of steps has the same losses
+    # timing has no effect: a run with the same number of steps has the same losses
     same = PretrainConfig(**minutes | {"minutes": None, "steps": result.steps})
     again = pretrain(same, tmp_path / "steps", quiet=True)
     assert [m["loss"] for m in read_metrics(again.out / "metrics.jsonl")[:-1]] == [
@@ -132,7 +132,7 @@ def test_finished_run_can_be_resumed_again(finished, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["bert", "roberta"])
 def test_a_checkpoint_of_version_0_1_goes_on(corpus, tmp_path, recipe):
-    """It was written between two log lines; the sum of next sentences, which RoBERTa does not have, is left out."""
+    """The checkpoint lies between two log lines. Its loss of next sentences is dropped for RoBERTa."""
     out = tmp_path / "run"
     often = {"steps": 6, "log_every": 4, "checkpoint_every": 5, "vocab_size": 400}
     settings = tiny_run.tiny_settings(corpus, recipe=recipe, **often)
@@ -215,7 +215,7 @@ def test_damaged_checkpoint_is_refused(finished, tmp_path):
     path = out / "checkpoints" / "step-00000012.pt"
     path.write_bytes(path.read_bytes()[:1000])
     refuse(ValueError, "step-00000012.pt is damaged", config=None, out=out, resume=True)
-    # as the sentence says
+    # the remedy that the sentence names
     path.unlink()
     result = pretrain(None, out, resume=True, quiet=True)
     assert result.evaluation == finished.evaluation
@@ -300,7 +300,7 @@ def test_identity_names_a_changed_backend(finished, tmp_path, monkeypatch):
 
 
 def test_every_setting_reaches_the_run():
-    """A field that nothing reads would be a promise that is not kept."""
+    """Some module reads each field."""
     from pathlib import Path
 
     package = Path(run.__file__).parents[1]
@@ -312,7 +312,7 @@ def test_every_setting_reaches_the_run():
 
 
 def test_two_processes_in_one_folder(corpus, tmp_path):
-    """The second one is refused and has written nothing."""
+    """The second process is refused and writes nothing."""
     out = tmp_path / "run"
     out.mkdir()
     settings = PretrainConfig(**tiny_run.tiny_settings(corpus))
@@ -323,7 +323,7 @@ def test_two_processes_in_one_folder(corpus, tmp_path):
 
 
 def test_out_inside_a_source_is_refused(corpus):
-    """Its metrics.jsonl would be read as text by the next run."""
+    """The next run would read its metrics.jsonl as text."""
     settings = PretrainConfig(**tiny_run.tiny_settings(corpus))
     with pytest.raises(ValueError, match="lies inside the source"):
         pretrain(settings, corpus / "run", quiet=True)

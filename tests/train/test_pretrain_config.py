@@ -1,4 +1,4 @@
-"""Settings: files, flags, and the sentence for each that can't be."""
+"""Settings: files, flags, and the sentence for each invalid value."""
 
 import pytest
 
@@ -100,7 +100,7 @@ def test_warmup_is_a_part_or_a_number():
 def test_flags_win_over_the_file():
     file = {"lr": 1.0, "epochs": 3.0, "steps": 5, "max_tokens": 4096}
     assert merge(file, {"lr": 2.0}) == file | {"lr": 2.0}
-    # a length from a flag is the whole length, also when the file is a resolved one
+    # a flag for the length replaces every setting of the length in a file, such as a run's config.toml
     assert merge(file, {"minutes": 2.0, "batch_size": 8}) == {
         "lr": 1.0,
         "minutes": 2.0,
@@ -117,7 +117,7 @@ def test_length_must_be_said():
 
 
 def test_yaml_floats_without_a_point():
-    """YAML 1.1 reads 1e-4 as a string; the setting's type says better."""
+    """YAML 1.1 reads 1e-4 as a string; the setting's type makes it a float."""
     assert PretrainConfig(lr="1e-4").lr == 1e-4
     with pytest.raises(TypeError, match="lr is 'high'"):
         PretrainConfig(lr="high")

@@ -1,4 +1,4 @@
-"""Two real processes: the losses of one, whichever way the weights are spread, and what a lost one leaves."""
+"""Two real processes: the losses of one process under DDP and FSDP, resuming, and the end of a process."""
 
 import json
 import os
@@ -22,20 +22,20 @@ def corpus(tmp_path_factory):
 
 
 def settings(corpus, **given):
-    """Without dropout, whose masks differ between processes; in batches with a fixed number of sequences."""
+    """Settings without dropout, whose masks differ between processes, and with a fixed number of sequences a batch."""
     common = {"dropout": 0.0, "max_tokens": None, "batch_size": 4, "shards": 2}
     return tiny_run.tiny_settings(corpus, **common | given)
 
 
 def losses(out):
-    """(step, kind, loss) of every line."""
+    """{(step, kind): loss} of every line."""
     lines = read_metrics(out / "metrics.jsonl")
     return {(m["step"], m["kind"]): m.get("loss", m.get("mlm_loss")) for m in lines}
 
 
 @pytest.fixture(scope="module")
 def expected(corpus, tmp_path_factory):
-    """One process with both parts of the data."""
+    """The losses of one process with both parts of the data."""
     out = tmp_path_factory.mktemp("one") / "run"
     pretrain(PretrainConfig(**settings(corpus)), out, quiet=True)
     found = losses(out)
@@ -45,7 +45,7 @@ def expected(corpus, tmp_path_factory):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_have_the_losses_of_one(corpus, expected, tmp_path, strategy):
-    """Batches differ in their numbers of labels, so that means of means would be other numbers."""
+    """Batches differ in their number of labels, so that a mean of the processes' means would be another number."""
     out = tmp_path / "run"
     given = settings(corpus, strategy=strategy)
     codes, errors = ranks.run(2, ranks.train, given, out, errors=tmp_path / "errors")
@@ -54,14 +54,14 @@ def test_two_processes_have_the_losses_of_one(corpus, expected, tmp_path, strate
     assert len(set(losses(out).values())) == 15
     names = {p.name for p in out.iterdir()}
     assert {"model", "result.json", "loss.png", "config.toml", "about.json"} <= names
-    # judged again by one process, the model is the one that both had trained
+    # one process that evaluates the model finds the loss of the two that trained it
     again = settings(corpus, steps=1, lr=1e-12, init_from=str(out / "model"), shards=1)
     one = pretrain(PretrainConfig(**again), tmp_path / "one", quiet=True)
     assert one.evaluation["mlm_loss"] == pytest.approx(expected[12, "eval"], rel=1e-4)
 
 
 def test_a_doubled_batch_on_one_process(corpus, expected, tmp_path):
-    """Without parts: the same examples up to the end of the first epoch, where a run with parts leaves some out."""
+    """Without parts the examples are the same until the first epoch ends; there a run with parts leaves some out."""
     given = settings(corpus, batch_size=8, shards=1, eval_every=0)
     pretrain(PretrainConfig(**given), tmp_path / "whole", quiet=True)
     found = losses(tmp_path / "whole")
@@ -71,9 +71,9 @@ def test_a_doubled_batch_on_one_process(corpus, expected, tmp_path):
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_killed_and_resumed_on_one_then_on_two(corpus, expected, tmp_path, strategy):
-    """Process 1 dies, which ends process 0; one process goes on until it dies too; two finish.
+    """Process 1 is killed, which ends process 0. One process goes on and is killed too. Two processes finish.
 
-    They begin with the evaluation of step 10, which no checkpoint has.
+    These begin with the evaluation of step 10, which is in no checkpoint.
     """
     out, errors = tmp_path / "run", tmp_path / "errors"
     given = settings(corpus, strategy=strategy, checkpoint_every=1)
@@ -124,7 +124,7 @@ def test_parts_and_processes_must_fit():
     assert _divided(config, World(1, 2), False)[1] == World(1, 2, 2)
     world = _divided(PretrainConfig(steps=1, shards=6), World(1, 2), True)[1]
     assert list(world.parts) == [1, 3, 5]
-    # a run of one process that was started before there were parts
+    # a run of one process by a version without the setting `shards`
     assert _divided(config, World(), True)[0].shards == 1
     with pytest.raises(ValueError, match="has 2 parts and there are 3 processes"):
         _divided(PretrainConfig(steps=1, shards=2), World(0, 3), True)
@@ -132,7 +132,7 @@ def test_parts_and_processes_must_fit():
 
 @pytest.mark.slow
 def test_torchrun(corpus, tmp_path):
-    """The launch line of docs/scaling.md: one report, one log, exit code 0; and one error for a bad line."""
+    """The command of docs/scaling.md gives one report and one log. Where OUT holds a run it is refused."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words += ["-m", "fastbert", "pretrain", str(corpus), "--out", str(tmp_path / "run")]
     for name, value in settings(corpus).items():

@@ -1,4 +1,4 @@
-"""Runs in processes of their own that are killed and resumed: the losses are bitwise those of a run that was not."""
+"""Runs in their own processes are killed and resumed. Their losses have the bits of an uninterrupted run's."""
 
 import multiprocessing
 import random
@@ -11,7 +11,7 @@ from tiny_run import losses
 
 from fastbert.train.metrics import read_metrics
 
-# processes start from one that has imported torch and computed nothing, within milliseconds
+# processes are forked, within milliseconds, from one that has imported torch and computed nothing
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = ["tiny_run", "fastbert.pretrain.run", "fastbert.models.checkpoint", "torch._dynamo"]
 PRELOADED += ["torch.utils.tensorboard", "matplotlib.figure", "matplotlib.backends.backend_agg"]
@@ -78,7 +78,7 @@ def wait_for_step(process, out, step):
 
 
 def test_killed_at_random_moments(settings, expected, tmp_path):
-    """Killed and resumed over and over, from within the first steps to wherever the clock falls."""
+    """Killed and resumed several times, at random moments from the first steps on."""
     out, draw, kills, resume = tmp_path / "run", random.Random(), 0, False
     settings = settings | {"checkpoint_every": 1}
     for attempt in range(6):
@@ -96,7 +96,7 @@ def test_killed_at_random_moments(settings, expected, tmp_path):
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_asked_to_stop(settings, expected, tmp_path, signum, code):
-    """A checkpoint of the step that was under way, whatever checkpoint_every says."""
+    """The run writes a checkpoint of its current step, whatever checkpoint_every is."""
     import os
 
     out = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the lines that a resumption keeps."""
+"""Files that are written whole or not at all, and the lines that a resumption keeps."""
 
 import errno
 import json
@@ -38,7 +38,7 @@ def test_damaged_checkpoint_is_named(tmp_path):
 
 
 def test_failed_write_keeps_what_is_there(tmp_path, monkeypatch):
-    """A disk that is full: torch hides the system's error, and no temporary file may stay."""
+    """A full disk while torch writes, which hides the system's error: no temporary file is left."""
     checkpoints = store.Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, {"step": 1})
 
@@ -53,7 +53,7 @@ def test_failed_write_keeps_what_is_there(tmp_path, monkeypatch):
 
 
 def test_full_disk(tmp_path, monkeypatch):
-    """The same with the kernel's own error, raised when the file is put on the disk."""
+    """A full disk that shows when the file is put on it: the system's own error."""
 
     def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -90,7 +90,7 @@ def test_metrics_drop_what_comes_after_the_checkpoint(tmp_path):
     metrics = Metrics(tmp_path)
     metrics.write("train", 1, {"loss": 1 / 3})
     size = metrics.sync()
-    # written after the checkpoint of step 1, so that it is written again
+    # written after the checkpoint of step 1: the resumed run writes this line again
     metrics.write("eval", 1, {"loss": 0.5})
     metrics.write("train", 2, {"loss": 2 / 3})
     metrics.close()
@@ -118,5 +118,5 @@ def test_plot_is_a_png(tmp_path):
 
     image = Image.open(tmp_path / "loss.png")
     assert image.format == "PNG"
-    # three lines and a legend are not one colour
+    # lines and a legend have many colours
     assert len(image.convert("RGB").getcolors(1 << 20)) > 10

@@ -1,4 +1,4 @@
-"""Single steps: the loss over an accumulation window, what is refused, and what a restored trainer repeats."""
+"""Single steps: the loss over an accumulation window, refusals, and a restored trainer's equal steps."""
 
 import copy
 import io
@@ -19,7 +19,7 @@ def losses(trainer, steps):
 
 
 def through_a_file(state):
-    """What a checkpoint file gives back."""
+    """The state after a round trip through a checkpoint file."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -54,7 +54,7 @@ def test_generators_restore_bitwise():
 
 
 def test_accumulated_loss_is_the_mean_over_the_window():
-    """Batches have different numbers of labels and pairs: the mean of their means would be another number."""
+    """Batches differ in their numbers of labels: the mean of their means would be another number."""
     feed, model = RandomFeed(), small_model(dropout=0.0)
     joined = copy.deepcopy(model)
     model.train()
@@ -78,7 +78,7 @@ def test_accumulated_loss_is_the_mean_over_the_window():
 
 
 def test_clipping_bounds_the_update():
-    """SGD in AdamW's place would show it directly; here the gradient itself is looked at."""
+    """The gradient that AdamW takes has the norm `clip`."""
     trainer = PretrainTrainer(small_model(), RandomFeed(), small_config(clip=0.01))
     seen = []
     trainer.optimiser.register_step_pre_hook(
@@ -136,7 +136,7 @@ def test_batch_without_labels_trains():
 
 
 def test_evaluation_counts_by_hand():
-    """Against the model's own padded-style logits, and in training mode with dropout, which must not be used."""
+    """Against counts from the model's logits in eval mode; `evaluate` leaves a model in training mode as it was."""
     model, feed = small_model(), RandomFeed()
     model.train()
     values = evaluate(model, feed.held_out(), feed.mask_id)
@@ -159,7 +159,7 @@ def test_evaluation_counts_by_hand():
 
 
 def test_wilson_known_values():
-    # R: prop.test(81, 263, correct = FALSE)
+    # from R: prop.test(81, 263, correct = FALSE)
     assert wilson(81, 263) == pytest.approx((0.2552888, 0.3662088), abs=2e-6)
     assert wilson(0, 10)[0] == 0.0
     assert wilson(0, 0) == (0.0, 1.0)

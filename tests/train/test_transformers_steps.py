@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers")
 
 
 def padded(batch):
-    """The packed batch as transformers takes it."""
+    """The packed batch in transformers' padded form."""
     lengths = batch["cu_seqlens"].diff().tolist()
     columns = {"input_ids": 0, "token_type_ids": 0, "labels": -100}
     out = {
@@ -24,7 +24,7 @@ def padded(batch):
 
 
 def decays(name):
-    """BERT's own rule, written by name: everything but biases and LayerNorm."""
+    """BERT's rule, by the parameter's name: everything but biases and LayerNorm decays."""
     return not (name.endswith("bias") or "LayerNorm" in name)
 
 

@@ -1,7 +1,7 @@
 """Made the files in this folder, with version 0.1 (commit d9e984b): `python tests/version01/make.py FOLDER`.
 
-run.tar.gz: a pretraining that was stopped after 8 of 12 steps. metrics.jsonl: of the same run, not stopped.
-models.pt: pickled models, a batch for each, and what they returned.
+run.tar.gz: a pretraining that was stopped after 9 of 12 steps. metrics.jsonl: of the same run, not stopped.
+models.pt: pickled models, a batch for each, and their outputs.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ SIZES = {
 
 
 def make_run(folder: Path) -> None:
-    """Stop a run by SIGTERM in its ninth step, whose checkpoint is that of step 9."""
+    """Write the files of two runs; SIGTERM stops one in its ninth step, after whose end it writes a checkpoint."""
     corpus = tiny_run.write_corpus(folder / "corpus")
     text = "\n\n".join(p.read_text() for p in sorted(corpus.glob("*.txt")))
     settings = tiny_run.tiny_settings("-", hidden=16, heads=2, layers=1, separator="")
@@ -62,7 +62,7 @@ def make_run(folder: Path) -> None:
 
 
 def make_models(folder: Path) -> None:
-    """Models as users pickle them: accelerated ones of transformers and of torch.nn, our own, frozen ones."""
+    """Write models as users pickle them: accelerated ones of transformers and of torch.nn, our own, frozen ones."""
     torch.manual_seed(0)
     config = transformers.BertConfig(**SIZES)
     layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
