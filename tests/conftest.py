@@ -1,4 +1,4 @@
-"""What every test starts from: no hub, a fixed number of threads, a fixed seed, real checkpoints by name."""
+"""Common to all tests: no hub, a fixed number of threads, a fixed seed, real checkpoints by name."""
 
 import os
 import random
@@ -9,7 +9,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# benchmarks/ is a package in the repository's root; last, so that an installed fastbert comes before the checkout's
+# benchmarks/ is a package in the repository's root; appended, so that an installed fastbert precedes the checkout's
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
@@ -19,12 +19,12 @@ import torch
 from fastbert.backend import chooser
 from fastbert.data.fetch import FetchError, fetch
 
-# stock GEMMs add in an order that depends on it, and recorded losses must come back on every machine; small tensors
-# gain nothing from a second thread, and on a busy machine two that wait for each other are many times slower than one
+# stock GEMMs add in an order that depends on the number of threads, and recorded losses must come back on every machine.
+# Small tensors gain nothing from a second thread; on a busy machine two threads are many times slower than one
 torch.set_num_threads(1)
 
 
-# the files that take longest, longest first: a long file at the end would leave the other workers idle
+# the slowest files, the slowest first: a slow file at the end would leave the other workers idle
 LONG = (
     *("gpu/test_triton_static.py", "gpu/test_gpu_rehearsal.py", "test_install.py"),
     *("ptx/test_ops.py", "models/test_parity.py", "ops/test_contract.py", "test_cli.py"),
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    """Every test draws the same numbers, alone or in the suite, and leaves no backend forced."""
+    """Every test has the same random numbers, alone or in the suite, and leaves no backend forced."""
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 -- libraries under test use the global generator
     torch.manual_seed(0)
@@ -52,7 +52,7 @@ def _seeded():
 
 @pytest.fixture(scope="session")
 def checkpoint():
-    """`checkpoint(name)` is the folder of a data package: a skip with a sentence without one, a failure in CI."""
+    """`checkpoint(name)` is the folder of a data package; without the package a skip, in CI a failure."""
 
     def get(name):
         try:

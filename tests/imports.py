@@ -1,6 +1,6 @@
 """The import graph of fastbert/ and kernels/. `python tests/imports.py` prints circles, upward imports and layers.
 
-An import counts wherever it stands: at the top of a file, inside a function, under TYPE_CHECKING.
+Every import statement counts: at the top of a file, inside a function, under TYPE_CHECKING.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fastbert.nn",),
     ("fastbert.models", "fastbert.bert"),
     ("fastbert.runners",),
-    # reads and writes files and imports nothing of the model's; below integrations, whose converters read tokenizers
+    # imports no model; below integrations, whose converters read tokenizers
     ("fastbert.data",),
     ("fastbert.integrations",),
     ("fastbert.train",),
@@ -137,7 +137,7 @@ def lent() -> list[tuple[str, str]]:
 
 
 def main() -> int:
-    """Print what the graph shows; 1 where a rule is broken."""
+    """Print the graph's circles and upward imports; returns 1 where a rule is broken."""
     edges = graph()
     rings, rising = circles(edges), upward(edges)
     count = sum(map(len, edges.values()))

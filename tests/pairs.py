@@ -1,4 +1,4 @@
-"""Our models beside transformers' with the same random weights, batches for them, and how close is close."""
+"""Our models and transformers' with the same random weights, batches for them, and the comparison."""
 
 from __future__ import annotations
 
@@ -131,14 +131,14 @@ def build(family: str, name: str, **settings: Any) -> tuple[nn.Module, nn.Module
         for key, p in ours.named_parameters():
             sources = hf_key(family, name, key)
             if sources == ["cls.predictions.bias"] and not ours.config.tie_word_embeddings:
-                # transformers unties the bias with the weight
+                # where the weight is not tied, transformers' decoder has a bias of its own
                 state["cls.predictions.bias"] = state["cls.predictions.decoder.bias"]
             p.copy_(torch.cat([state[k] for k in sources]))
     return ours, theirs
 
 
 def batch(family: str, name: str, padding: str = "right") -> dict[str, Tensor]:
-    """Three sentences of 11, 7 and 1 tokens with targets for the class."""
+    """Three sentences of up to 11 tokens, with targets for the class; with right padding 11, 7 and 1 tokens."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(low: int, high: int, *shape: int) -> Tensor:
@@ -174,7 +174,7 @@ def batch(family: str, name: str, padding: str = "right") -> dict[str, Tensor]:
 
 
 def close(ours: Tensor, theirs: Tensor, what: str) -> None:
-    """Within 1e-5 of the tensor's largest value."""
+    """Assert that the error is at most 1e-5 of the tensor's largest value."""
     ours, theirs = ours.detach(), theirs.detach()
     scale = float(theirs.abs().max())
     error = float((ours - theirs).abs().max())
@@ -188,7 +188,7 @@ def per_token(x: Any, mask: Tensor) -> bool:
 
 
 def compare(ours: Any, theirs: Any, mask: Tensor, tokens_only: bool) -> None:
-    """The fields of theirs, at tokens; ours are zero at padding."""
+    """Compare every field of theirs at tokens; ours must be zero at padding."""
     skipped = {"past_key_values", "cross_attentions"}
     for name, value in theirs.items():
         whole = not per_token(value, mask) and not isinstance(value, tuple)
@@ -207,18 +207,18 @@ def compare(ours: Any, theirs: Any, mask: Tensor, tokens_only: bool) -> None:
 
 
 def compare_gradients(family: str, name: str, ours: nn.Module, theirs: nn.Module) -> None:
-    """Every gradient; q, k and v together, since a key bias alone has no influence and a gradient of rounding only."""
+    """Compare every gradient; q, k and v as one tensor, since that of the key bias is rounding error only."""
     state = dict(theirs.named_parameters())
     if "cls.predictions.decoder.bias" in state:
         state["cls.predictions.bias"] = state["cls.predictions.decoder.bias"]
-    # a softmax over positions does not see what shifts all of them: zero but for rounding
+    # a shift of all positions' scores does not change a softmax over positions: these gradients are rounding error
     shifts = {"classifier.bias", "bert.layers.1.output_norm.bias"}
     for key, p in ours.named_parameters():
         sources = [state[k] for k in hf_key(family, name, key)]
         if all(t.grad is None for t in sources):
             assert p.grad is None or p.grad.eq(0).all(), f"{key} has a gradient"
             continue
-        if not p.requires_grad:  # the sinusoidal table is fixed, in transformers it is trained
+        if not p.requires_grad:  # the sinusoidal table: fixed here, trained in transformers
             continue
         assert p.grad is not None, f"{key} has no gradient"
         expected = torch.cat([torch.zeros_like(t) if t.grad is None else t.grad for t in sources])

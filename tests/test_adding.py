@@ -1,6 +1,6 @@
 """An op and a backend added to a copy of the package by the steps of CONTRIBUTING.md, beside a tuned.json.
 
-No other module needs to know a new backend: none outside the backends names one.
+No other module changes for a new backend: none outside the backends names one.
 """
 
 import ast
@@ -23,7 +23,7 @@ from fastbert.backend.names import TABLE
 ROOT = Path(__file__).resolve().parents[1]
 # files outside the backends that name one
 NAMES_A_BACKEND = {
-    "fastbert/machine.py": "triton is a package there, whose version counts",
+    "fastbert/machine.py": "triton is a package there, whose version it reports",
     "fastbert/testing/checkpoints.py": "real models are compared with the reference",
     "fastbert/testing/parity.py": "every backend is compared with the reference",
 }
@@ -116,7 +116,7 @@ def unsupported(x, weight, bias, eps):
 
 
 def edit(path: Path, old: str, new: str) -> None:
-    """Replace the one place where `old` stands."""
+    """Replace `old`, which occurs once in the file."""
     content = path.read_text()
     assert content.count(old) == 1, (path, old)
     path.write_text(content.replace(old, new))
@@ -124,7 +124,7 @@ def edit(path: Path, old: str, new: str) -> None:
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory) -> Path:
-    """A folder with the package, two ops (only `triple` is tuned) and a backend more, and a tuned.json."""
+    """A folder with the package, two more ops (only `triple` is tuned), one more backend, and a tuned.json."""
     folder = tmp_path_factory.mktemp("extended")
     package = folder / "fastbert"
     ignored = shutil.ignore_patterns("__pycache__", "*.so")
@@ -149,7 +149,7 @@ def extended(tmp_path_factory) -> Path:
     entries = [
         {"op": "layer_norm", "backend": "torch", **common},
         {"op": "layer_norm", "backend": "dummy", **common, "sizes": [8]},
-        # of another version
+        # names of another version of fastbert
         {"op": "gone", "backend": "torch", **common},
         {"op": "linear", "backend": "gone", **common},
     ]
@@ -160,7 +160,7 @@ def extended(tmp_path_factory) -> Path:
 
 
 def run(folder: Path, code: str) -> str:
-    """What this code prints in a process that imports the extended package."""
+    """The output of this code in a process that imports the extended package."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "FASTBERT_CACHE": str(folder)}
     environment.pop("FASTBERT_BACKEND", None)
     done = subprocess.run(
@@ -241,7 +241,7 @@ with fastbert.use("dummy"):
 
 
 def backends_named(tree: ast.Module) -> Iterator[str]:
-    """The backends' names among a module's strings; "cpu" and "cuda" are types of devices elsewhere."""
+    """The backends' names among a module's strings; "cpu" and "cuda" count only where they are no device types."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.expr):
             continue

@@ -40,7 +40,7 @@ def roberta(corpus, tmp_path_factory):
 
 
 def run(*arguments, stdin=None):
-    """The command in this process: exit code 0, or an exception as it reaches main()."""
+    """The result of a command in this process: exit code 0, else the exception that main() would see."""
     result = CliRunner().invoke(app, [str(a) for a in arguments], input=stdin)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -124,7 +124,7 @@ def test_pretrain_from_a_file_and_flags(corpus, tmp_path):
 
 
 def test_stopped_process_says_how_to_go_on(corpus, tmp_path):
-    """SIGTERM to the command itself: exit code 143, one sentence with the command that resumes, which then works."""
+    """SIGTERM to the process: exit code 143, and one sentence with the command that resumes the run."""
     out = tmp_path / "run"
     settings = tiny_run.tiny_settings(corpus, steps=100_000, checkpoint_every=0, eval_every=0)
     process = spawn("pretrain", *flags(settings), "--out", out)
@@ -139,7 +139,7 @@ def test_stopped_process_says_how_to_go_on(corpus, tmp_path):
     last = error.strip().splitlines()[-1]
     assert last.startswith("stopped by SIGTERM after step ")
     assert last.endswith(f"fastbert pretrain --out {out} --resume")
-    # plain lines, for standard error is no terminal here
+    # plain lines, since standard error is no terminal here
     assert "step 1/100000  loss " in error
     assert "\x1b" not in error
 
@@ -164,7 +164,7 @@ def test_user_errors_are_one_sentence_in_a_real_process(tmp_path):
     [("FASTBERT_BACKEND", "cpu, triton"), ("FASTBERT_CPU_ISA", "instruction set|native module")],
 )
 def test_a_variable_that_asks_for_what_is_not_there(name, choices):
-    """One sentence from every command, and no op runs on something else meanwhile; help and version still answer."""
+    """`info` ends with one sentence, and no op runs on another backend instead; help still works."""
     variables = os.environ | {name: "nonsense"}
     process = spawn("info", env=variables)
     output, error = process.communicate(timeout=120)
@@ -250,7 +250,7 @@ def test_malformed_input_is_refused_and_leaves_no_run(number, tmp_path, monkeypa
         if (tmp_path / "run").exists()
         else []
     )
-    # shards that were whole may stay, to be used or replaced by the next attempt
+    # complete shards may stay: the next attempt uses or replaces them
     assert {p.parent.name for p in left} <= {"data"}
     assert all("unfinished" not in p.name and "part" not in p.name for p in left)
 
@@ -315,7 +315,7 @@ def test_embed_formats_agree(model, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [line["text"] for line in lines] == texts
     assert np.allclose([line["vector"] for line in lines], vectors)
-    # one by one, from arguments: packing with others changes nothing
+    # text by text, from arguments: packing with other texts changes nothing
     for text, vector in zip(texts, vectors, strict=True):
         single = json.loads(run("embed", model, text).output)["vector"]
         np.testing.assert_allclose(single, vector, rtol=1e-4, atol=1e-5)

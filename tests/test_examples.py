@@ -1,4 +1,4 @@
-"""The scripts of docs/examples.md run as they stand there, on the real checkpoint and data."""
+"""The scripts of docs/examples.md run unchanged, on the real checkpoint and data."""
 
 import os
 import re
@@ -43,7 +43,7 @@ def accuracy(printed):
 
 
 def accelerated(text):
-    """The script after the page's diff."""
+    """The script with the page's diff applied."""
     (diff,) = re.findall(r"```diff\n(.*?)```", PAGE.read_text(), re.S)
     (old,) = re.findall(r"^-(.*)$", diff, re.M)
     line, new = re.findall(r"^\+(.*)$", diff, re.M)

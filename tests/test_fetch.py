@@ -1,4 +1,4 @@
-"""fetch: pinned, verified, whole or not there at all, whoever calls at the same time."""
+"""fetch: pinned, verified, whole or absent, also with several callers at once."""
 
 import hashlib
 import subprocess
@@ -16,7 +16,7 @@ WHEEL = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-no
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """A package index of one wheel, known to fetch as "tiny"; returns the wheel's path."""
+    """A package index of one wheel, with the name "tiny" in ARCHIVES; returns the wheel's path."""
     folder = tmp_path / "index"
     folder.mkdir()
     wheel = folder / "tinydata-1.0-py3-none-any.whl"
@@ -37,7 +37,7 @@ def index(tmp_path, monkeypatch):
 
 
 def leftovers():
-    """What lies in the cache."""
+    """The names of files and folders in the cache."""
     cache = module.cache_dir()
     return sorted(p.name for p in cache.iterdir()) if cache.exists() else []
 

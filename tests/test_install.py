@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOT_SOURCE = shutil.ignore_patterns(
     ".*", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so", "docs"
 )
-# what pip says when it finds no index to take setuptools, pybind11 and ninja from
+# pip's messages where it finds no index with setuptools, pybind11 and ninja
 NO_INDEX = ("No matching distribution found for", "Could not find a version that satisfies")
 
 LOOK = """
@@ -39,7 +39,7 @@ print(json.dumps({
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """This process's environment without what could let a checkout leak into the import.
+    """This process's environment without variables by which a checkout could be imported.
 
     CUDA's build would take minutes. The compiler's optimiser, and kernels for other processors, would take most of the
     CPU's build.
@@ -51,7 +51,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def run(*command: str | Path, cwd: Path, **extra: str) -> subprocess.CompletedProcess[str]:
-    """Run to the end and return what happened."""
+    """Run to the end; returns exit code and output."""
     words = [str(word) for word in command]
     return subprocess.run(
         words, cwd=cwd, env=environment(**extra), capture_output=True, text=True, check=False
@@ -75,23 +75,23 @@ def checkout(folder: Path) -> Path:
 
 
 def fresh_python(folder: Path) -> Path:
-    """A new virtual environment's interpreter, which sees torch and the rest of this one's packages."""
+    """A new virtual environment's interpreter, which can also import this environment's packages, such as torch."""
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     site = run(python, "-c", "import site; print(site.getsitepackages()[0])", cwd=folder)
-    # a line in a .pth comes after the environment's own packages, and editable installs behind it stay unseen
+    # a folder in a .pth comes after the environment's own packages, and .pth files inside it have no effect
     Path(site.stdout.strip(), "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
 
 
 def pip_install(python: Path, *what: str | Path, cwd: Path, **extra: str) -> str:
-    """`pip install` into that environment, without dependencies: torch is there already."""
+    """`pip install` into that environment without dependencies, which it has already."""
     pip = (sys.executable, "-m", "pip", "--python", python)
     return succeed(*pip, "install", "-v", "--no-deps", *what, cwd=cwd, **extra)
 
 
 def look(python: Path, folder: Path) -> dict[str, str]:
-    """What `import fastbert` gives in an empty directory."""
+    """The output of LOOK in an empty directory."""
     empty = folder / "empty"
     empty.mkdir(exist_ok=True)
     return json.loads(succeed(python, "-c", LOOK, cwd=empty).splitlines()[-1])
@@ -157,7 +157,7 @@ def test_editable_install_and_what_is_compiled_again(tmp_path):
     for name in ("package", "kernels", "native"):
         assert seen[name].startswith(str(source)), seen
     assert "no work to do" in pip_install(python, "-e", source, cwd=tmp_path)
-    # a header's change reaches the sources that include it, through the depfile, and no other
+    # by the depfiles, a changed header rebuilds the sources that include it and no others
     (source / "csrc/cpu/norm.h").write_text(
         (source / "csrc/cpu/norm.h").read_text() + "\n// changed\n"
     )

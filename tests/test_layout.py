@@ -19,7 +19,7 @@ FOLDERS = ("fastbert", "kernels", "csrc", "tests", "benchmarks")
 MAX_FILE, MAX_FUNCTION, MAX_KERNEL, MAX_TOP = 400, 60, 120, 8
 MAX_README, MAX_MAP, MAX_COLUMNS = 110, 15, 120
 
-# every exception to a rule stands here with its reason; one that is no longer needed fails a test
+# the exceptions to the rules, with their reasons; an exception that is no longer needed fails a test
 LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {}
 # modules beside the slugs in a folder of ops
@@ -327,7 +327,7 @@ def test_readme_links_and_table():
     assert not [link for link in links if not (ROOT / link).exists()]
     results = json.loads(text("benchmarks/results/bert.json"))
     command = [sys.executable, "-m", "benchmarks.report.readme", "--check"]
-    # the README shows what was measured, all of it: a row is a work with its peers
+    # every row has a result of ours, and the README's table is up to date
     assert results["rows"]
     assert all("fastbert" in row["results"] for row in results["rows"])
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0, (
@@ -351,7 +351,7 @@ def test_readme_is_short_and_its_map_is_true():
     parts |= {f"fastbert/{folder.parent.name}/" for folder in ROOT.glob("fastbert/*/__init__.py")}
     left_out = [part for part in sorted(parts) if f"`{part}`" not in "\n".join(rows)]
     assert not left_out, f"README's map lacks {left_out}"
-    # that name belongs to somebody else
+    # fastbert on PyPI is another project
     assert not re.search(r"pip install (-U |--upgrade )?[\"']?fastbert(?!-kernels)\b", readme)
 
 

@@ -10,7 +10,7 @@ import pytest
 import fastbert
 from fastbert._lazy import MOVED
 
-# runs the command line and prints its exit code, and whether torch was imported, in the last line
+# runs a command; its last line is the exit code, and whether torch was imported
 COMMAND = """
 import sys
 from fastbert.cli import main
@@ -25,7 +25,7 @@ FINETUNE = ["finetune", "a.csv", *CLASSIFY]
 
 
 def python(code, *words, **options):
-    """(standard output, standard error) of a process that must end well."""
+    """(standard output, standard error) of a process that must end with exit code 0."""
     command = [sys.executable, "-c", code, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, **options)
     return done.stdout, done.stderr
@@ -108,7 +108,7 @@ def test_modules_below_a_moved_package_are_the_new_ones():
 
 
 def test_a_module_does_not_take_the_place_of_its_function():
-    """`fastbert.freeze` and `fastbert.tune` are old names of modules, and the verbs."""
+    """`fastbert.freeze` and `fastbert.tune` are functions, and old names of modules."""
     code = """
 import sys
 import fastbert.freeze, fastbert.tune

@@ -11,7 +11,7 @@ from fastbert.backend import cpu, cuda
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE = {"_cpu": ("csrc/cpu/bindings.cpp", cpu), "_cuda": ("csrc/cuda/bindings.cpp", cuda)}
 BOTH = pytest.mark.parametrize("name", NATIVE)
-# C++ types that do not become int
+# C++ types whose Python type is not int
 TYPES = {"float": "float", "double": "float", "bool": "bool", "void": "None"}
 Signature = tuple[list[tuple[str, str]], str]
 
@@ -30,7 +30,7 @@ def stub(name: str) -> dict[str, Signature]:
 
 
 def declared(folder: Path) -> dict[str, Signature]:
-    """The same of the functions that a folder's headers declare."""
+    """The signatures of the functions that a folder's headers declare, in the same form."""
     found = {}
     for header in folder.glob("*.h"):
         text = re.sub(r"//[^\n]*", "", header.read_text())

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _empty(monkeypatch, tmp_path):
-    """A cache of its own, and nothing measured before or after."""
+    """An empty cache, and no tuned result before or after."""
     monkeypatch.setenv("FASTBERT_CACHE", str(tmp_path))
     monkeypatch.setattr(chooser, "tuned_tables", {})
 
@@ -29,7 +29,7 @@ def step():
 
 
 def winner(slug, name, monkeypatch, *args):
-    """Make `name` the fastest of the class of a call with these arguments."""
+    """Make `name` the fastest backend for calls of the same class as one with these arguments."""
     table = {tuned.key(slug, args): name}
     monkeypatch.setattr(chooser, "tuned_tables", {CPU: table})
 
@@ -51,7 +51,7 @@ def test_measures_every_backend_and_stores_the_fastest():
 
 
 def test_both_directions_are_timed(monkeypatch):
-    """A step without a backward takes less, of the same class."""
+    """The time of a class is that of forward and backward: without a backward it is less."""
     seen = []
     monkeypatch.setattr(tuned, "store", lambda device, results, facts: seen.append(results) or {})
     fastbert.tune(step, rounds=3)
@@ -68,7 +68,7 @@ def test_the_winner_runs(name, monkeypatch, capsys):
     x = torch.randn(5, 24)
     winner("layer_norm", name, monkeypatch, x)
     assert chooser.choose("layer_norm", CPU, x, None, None, 1e-5) == name
-    # another width, and more rows, were not measured
+    # calls of another width, or with more rows, are of other classes
     default = next(n for n in chooser.ORDER["cpu"] if chooser.matrix()["layer_norm"][n] is None)
     assert chooser.choose("layer_norm", CPU, x[:, :8].contiguous(), None, None, 1e-5) == default
     assert chooser.choose("layer_norm", CPU, x.repeat(99, 1), None, None, 1e-5) == default
@@ -150,7 +150,7 @@ LAUNCH = {"function": "rows", "arguments": [16, 80], "fields": {"ROWS": 2}}
     ],
 )
 def test_what_another_version_stored_is_left_out(content, caplog):
-    """Nothing is raised at import, and tune() stores beside what can be read."""
+    """Unreadable entries raise nothing, and tune() stores its own."""
     if isinstance(content, dict):
         content = {tuned.device_name(CPU): content["device"]}
     tuned.path().write_text(json.dumps(content))
@@ -196,7 +196,7 @@ def test_command(tmp_path):
 
 
 def test_a_run_s_manifest_names_the_winners(monkeypatch):
-    """A resumed run must not compute by other backends than it began with."""
+    """So that a resumed run can be refused where its backends have changed."""
     from fastbert.train.session import backends
 
     before = backends("cpu")

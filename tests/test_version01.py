@@ -1,4 +1,4 @@
-"""What version 0.1 wrote goes on to work: a run is resumed, pickled models are loaded (tests/version01/make.py)."""
+"""Files of version 0.1 still work: a run is resumed, pickled models are loaded (tests/version01/make.py)."""
 
 import tarfile
 from pathlib import Path
@@ -15,7 +15,7 @@ LOSSES = ("loss", "mlm_loss", "nsp_loss", "grad_norm", "mlm_loss_masked", "accur
 
 
 def test_a_run_is_resumed(tmp_path):
-    """It ends as the run that was never stopped: the same batches, masks, dropout, schedule and losses."""
+    """It ends with the losses of the run that was not stopped: the same batches, masks, dropout and schedule."""
     with tarfile.open(FOLDER / "run.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     pretrain(None, tmp_path / "run", resume=True, quiet=True)
@@ -27,7 +27,7 @@ def test_a_run_is_resumed(tmp_path):
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours.keys() & set(LOSSES):
-            # sums of other chips and versions of torch differ in their last digits
+            # on other chips and versions of torch sums differ in their last digits
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (ours["step"], name)
 
 

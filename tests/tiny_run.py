@@ -27,7 +27,7 @@ def write_corpus(folder, documents=12, seed=0):
 
 
 def tiny_settings(corpus, **settings):
-    """As keyword arguments of PretrainConfig."""
+    """Keyword arguments of PretrainConfig, with `settings` in the place of the defaults."""
     given = {
         "sources": [str(corpus)],
         "heldout": 0.2,
@@ -52,7 +52,7 @@ def tiny_settings(corpus, **settings):
 
 
 def losses(out):
-    """All lines of a run's metrics.jsonl without their times: what an interruption must not change."""
+    """All lines of a run's metrics.jsonl without their times; an interruption must not change them."""
     from fastbert.train.metrics import read_metrics
 
     timed = ("seconds", "tokens_per_s")
@@ -61,7 +61,7 @@ def losses(out):
 
 
 def make_old(checkpoint):
-    """Rewrite a checkpoint as version 0.1 wrote it: the sums of losses in three fields, used or not."""
+    """Rewrite a checkpoint as version 0.1 wrote it: sums of losses in three fields, whether used or not."""
     state = torch.load(checkpoint, weights_only=True)
     window = state["position"].pop("window")
     state["position"] |= {
@@ -73,12 +73,12 @@ def make_old(checkpoint):
 
 
 def die():
-    """What `kill -9` does, at this very line."""
+    """Kill this process, as `kill -9` does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def sabotaged_save(state, file, *, count=[0], **_):  # noqa: B006 -- counts the calls of this process
-    """torch.save, killed in the middle of the second file."""
+    """torch.save that kills its process in the middle of the second file."""
     count[0] += 1
     if count[0] == 2:
         file.write_bytes(b"half of a checkpoint")
@@ -91,7 +91,7 @@ original_replace = os.replace
 
 
 def sabotaged_replace(source, target):
-    """os.replace, killed just before the checkpoint of step 8 gets its name."""
+    """os.replace that kills its process just before the checkpoint of step 8 gets its name."""
     if str(target).endswith("step-00000008.pt"):
         die()
     original_replace(source, target)

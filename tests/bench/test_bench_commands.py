@@ -1,4 +1,4 @@
-"""The benchmarks' command lines: what they refuse, and what is kept of a run. Nothing is measured here."""
+"""The benchmarks' command lines: their refusals, and the results that they keep. Nothing is measured here."""
 
 import json
 import re
@@ -20,7 +20,7 @@ FAILED = Outcome(reason="no luck")
 
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
-    """Runs bench_bert with arguments; `outcomes` are what every race ends with, `peaks` counts measurements."""
+    """Runs bench_bert with arguments; `outcomes` are the results of every race, `peaks` counts measurements."""
     inputs = tmp_path / "inputs"
     inputs.mkdir()
     np.savez(inputs / "batch0.npz", attention_mask=np.array([[1, 1], [1, 0]]))
@@ -69,7 +69,7 @@ def test_a_row_without_a_measurement_is_not_kept(bench, capsys):
     assert bench(*chosen) == 1
     assert bench.out.read_text() == kept
     assert "nothing was measured: the row stays what it was" in capsys.readouterr().out
-    # nor is one that none of the peers takes, after which there is nothing to measure a peak for
+    # nor is a row that no chosen peer takes: no peak is measured then
     bench.peaks = 0
     assert bench("--rows", "pretrain-full-fp32", "--peers", "openvino") == 1
     assert bench.out.read_text() == kept
@@ -132,7 +132,7 @@ def test_a_file_that_holds_no_results_is_left_alone(bench, content, sentence):
 @pytest.mark.parametrize("flag", ["--help", "--chek"])
 def test_asking_for_help_writes_nothing(module, flag, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["it.py", flag])
-    monkeypatch.setattr(Path, "write_text", lambda *_: pytest.fail("it wrote"))
+    monkeypatch.setattr(Path, "write_text", lambda *_: pytest.fail("a file was written"))
     with pytest.raises(SystemExit) as left:
         module.main()
     assert left.value.code == (0 if flag == "--help" else 2)
@@ -140,7 +140,7 @@ def test_asking_for_help_writes_nothing(module, flag, monkeypatch, capsys):
 
 
 def test_every_script_has_a_target_and_a_description():
-    """pytest's bench_<slug>.py aside, which `make bench` collects."""
+    """Each script with a main part; pytest collects the files bench_<slug>.py for `make bench`."""
     scripts = [file for file in BENCHMARKS.rglob("*.py") if "__main__" in file.read_text()]
     make, page = ((ROOT / name).read_text() for name in ("Makefile", "docs/benchmarks.md"))
     assert len(scripts) > 4
@@ -163,7 +163,7 @@ def test_a_script_is_compared_with_stock_step_by_step():
     found = scripts.summary(
         [{"stock": s, "accelerated": o} for s, o in zip(stock, ours, strict=True)], "accelerated", 1
     )
-    # ratios 2, 4, 2, 4, 2, 1
+    # the ratios are 2, 4, 2, 4, 2, 1
     assert found["speed"]["median"] == 2.0
     assert found["speed"]["rounds"] == 6
     assert found["metrics"] == [0.85, 0.88]

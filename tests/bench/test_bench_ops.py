@@ -1,4 +1,4 @@
-"""The op benchmarks without their timings: cases, goals, rows, the file of results, the page made from it."""
+"""The op benchmarks without timing: cases, goals, rows, the file of results and the page made from it."""
 
 import importlib
 import json
@@ -32,7 +32,7 @@ def bench(slug):
 
 
 def timing(us):
-    """A measurement around so many microseconds."""
+    """A measurement with this median, in microseconds."""
     return Timing(us * 1e-6, us * 0.9e-6, us * 1.2e-6, 7)
 
 
@@ -45,7 +45,7 @@ def row(slug="linear", T=512, direction="forward", ours=10.0, eager=20.0, compil
 
 
 def small(spec):
-    """The spec at a size that a test can afford."""
+    """The spec at a small size."""
     C = 40 if spec.slug == "cross_entropy" else 8 if spec.variant == "split" else 64
     return Spec(spec.slug, 24, C, spec.dtype, spec.variant)
 
@@ -108,7 +108,7 @@ def test_the_gate_refuses_a_wrong_kernel(monkeypatch):
     right = functional.layer_norm
 
     def wrong(**kwargs):
-        # the truth is computed in fp64 by the same public op
+        # the gate computes the truth in fp64 with the same public op
         return right(**kwargs) * (1.0 if kwargs["x"].dtype == torch.float64 else 1.001)
 
     monkeypatch.setattr(functional, "layer_norm", wrong)
@@ -151,7 +151,7 @@ def test_small_calls_are_measured_by_their_overhead_over_eager():
 
 def test_rates_are_shares_of_the_peak_that_bounds():
     r = row(ours=10.0)
-    # 1e5 bytes in 10 us are 10 GB/s, all the copy peak; 1e5 operations are 10 of 100 GFLOP/s
+    # 1e5 bytes in 10 us are 10 GB/s, the peak of a copy; 1e5 operations are 10 of 100 GFLOP/s
     assert (r["gb_per_s"], r["gflop_per_s"]) == pytest.approx((10.0, 10.0))
     assert (r["bound"], r["percent_of_peak"]) == ("memory", pytest.approx(100.0))
     both = row(ours=10.0, direction="both")
@@ -235,6 +235,6 @@ def test_wider_vectors_have_a_higher_peak():
     finally:
         cpu.native.use_isa(default)
     assert min(found.values()) > 0
-    # an AVX2 multiply-add does four times the arithmetic of an SSE multiply or add
+    # an AVX2 multiply-add does four times the arithmetic of an SSE multiplication or addition
     if "avx2" in found:
         assert found["avx2"] > 1.5 * found["baseline"]

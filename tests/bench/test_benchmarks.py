@@ -1,4 +1,4 @@
-"""The end-to-end benchmark's own parts: workers and what can happen to them, agreement, ratios, tables."""
+"""The end-to-end benchmark's own parts: workers and their failures, agreement, ratios, tables."""
 
 import copy
 import importlib
@@ -53,7 +53,7 @@ for line in sys.stdin:
 
 @pytest.fixture
 def race(tmp_path):
-    """A race of fake workers, whose name is what goes wrong with them; `asked` lists what was asked of whom."""
+    """A race of fake workers; a worker's name selects its failure. `asked` lists (worker, action, batch)."""
     (tmp_path / "fake.py").write_text(FAKE)
     started = []
 
@@ -78,7 +78,7 @@ def test_rounds_are_interleaved_and_rotate(race):
     assert all(o.samples == [0.25] * 4 and not o.reason for o in outcomes.values())
     assert outcomes["a"].memory == {"before": 1, "peak": 3}
     assert outcomes["a"].versions == {"python": "3"}
-    # three shapes are warmed up by each, then the order turns
+    # each worker warms up three shapes; then the order rotates
     warm = [["load", "None"], ["check", "None"], *(["once", n] for n in "012"), ["memory", "0"]]
     assert race.asked()[:12] == [[name, *action] for name in "ab" for action in warm]
     timed = race.asked()[12:]
@@ -128,7 +128,7 @@ def test_a_counted_call_follows_one_that_is_not(monkeypatch):
         assert made.time(batch=1, calls=count) == {"seconds": 1.0}
         assert calls == [1] * (1 + count)
     calls.clear()
-    # that step is the only one whose memory is seen
+    # one call only: a second one would not show the memory of the first
     assert made.memory(batch=0)["seconds"] == 60.0
     assert calls == [0]
 
@@ -157,7 +157,7 @@ def test_an_interruption_ends_all_workers(race):
 
 
 def result(seconds, cosine, counted=True):
-    """A peer's entry with these samples."""
+    """A peer's entry in a row, with these samples."""
     return {
         "seconds": summary.percentiles(seconds),
         "samples": seconds,
@@ -178,7 +178,7 @@ def test_the_best_peer_agrees_and_counts():
     }
     row = summary.compared(results, "fp32")
     assert row["best_peer"] == "good"
-    # round by round 2, 3 and 1
+    # the ratios of the rounds are 2, 3 and 1
     assert row["ratio"] == pytest.approx({"median": 2.0, "p20": 1.4, "p80": 2.6})
 
 
@@ -206,7 +206,7 @@ def test_agreement_looks_at_real_tokens_only(tmp_path):
 
 
 def test_flops_of_bert_base():
-    # 85 million weights in the encoder's matrices, two operations for each and token
+    # 85 million weights in the encoder's matrices, two operations for each weight and token
     assert works.flops([128] * 8, packed=False) == pytest.approx(2 * 84.9e6 * 1024, rel=0.03)
     share = works.flops(list(works.REAL), packed=True) / works.flops(list(works.REAL), packed=False)
     assert 0.38 < share < 0.41
@@ -214,7 +214,7 @@ def test_flops_of_bert_base():
 
 @pytest.mark.parametrize(("after", "expected"), [(150, 0.8), (250, 0.64)])
 def test_nobody_is_above_the_peak(tiny, tmp_path, after, expected):
-    """The peak is the best of what GEMMs reach around the row and of the fastest round in it."""
+    """The peak is the best rate of the GEMMs before and after the row and of the row's own rounds."""
     work = works.Work("infer", "tiny", "fp32", "tiny", lengths=(5, 9), peak_goal=0.7)
     check, wrong = {"file": str(tiny / "reference.npy")}, {"file": str(tmp_path / "wrong.npy")}
     np.save(wrong["file"], np.ones(np.load(check["file"]).shape))
@@ -222,7 +222,7 @@ def test_nobody_is_above_the_peak(tiny, tmp_path, after, expected):
     at = lambda *rates, check=check: Outcome([packed / rate for rate in rates], check)  # noqa: E731
     outcomes = {
         "fastbert": at(160, 150, 180),
-        # a peer that agrees and is fast may be the peak; a wrong or quantised one may not
+        # a fast peer that agrees can set the peak; a wrong or a quantised one cannot
         "ctranslate2": at(200, 170, 100),
         "fastbert-unfrozen": at(500, check=wrong),
         "ctranslate2-int8": at(900),
@@ -260,14 +260,14 @@ def test_environments_are_told_by_their_pins(tmp_path, monkeypatch):
 
 
 def with_goals(aims, entries):
-    """What summary.row adds to a row's entries."""
+    """A row with the entries that summary.row adds."""
     found = {**summary.compared(entries, "fp32"), "saved_ratio": None}
     return {**found, "goals": summary.goals(aims, entries, found)}
 
 
 @pytest.fixture
 def results():
-    """Results of two works, one goal met, one missed."""
+    """Results of two works; one meets its goal."""
     base = {"date": "2026-11-25", "rounds": 3, "fill_percent": 41}
     base |= {"kind": "infer", "fill": "real", "precision": "fp32", "title": "inference"}
     ours = {**result([1.0] * 3, 1.0), "of_peak": 0.5, "gflops": 90.0}
@@ -341,7 +341,7 @@ def tiny(tmp_path):
     return works.make_inputs(tmp_path, works.Work("infer", "tiny", "fp32", "tiny", lengths=(5, 9)))
 
 
-@pytest.mark.skipif(cpu.native is None, reason="the fastbert peer wants the native module")
+@pytest.mark.skipif(cpu.native is None, reason="the fastbert peer needs the native module")
 def test_inference_is_frozen_unless_asked_not_to(tiny, tmp_path, monkeypatch):
     frozen = []
     job = models.Job("infer", "bf16", tmp_path, tiny, 1)
@@ -354,16 +354,16 @@ def test_inference_is_frozen_unless_asked_not_to(tiny, tmp_path, monkeypatch):
     assert call(0).dtype == torch.bfloat16
 
 
-@pytest.mark.skipif(cpu.native is None, reason="the fastbert peer wants the native module")
+@pytest.mark.skipif(cpu.native is None, reason="the fastbert peer needs the native module")
 def test_a_real_worker(tiny, tmp_path):
-    """The whole way with a tiny model: load, agree, time, memory, and a peer that says why it can't."""
+    """A tiny model through load, agreement, time and memory; a peer that cannot run gives its reason."""
     inputs = tiny
     work = works.Work("infer", "tiny", "fp32", "tiny", lengths=(5, 9))
     job = {"kind": "infer", "precision": "fp32", "folder": str(tmp_path)}
     job |= {"inputs": str(inputs), "threads": 1}
     limits = Limits(120, 60)
     race = Race(bench_bert.starter(tmp_path), job, calls=2, rounds=2, memory=True, limits=limits)
-    # autocast is for bf16
+    # the peer autocast runs bf16 only
     outcomes = race.run(["fastbert", "autocast"])
     assert outcomes["fastbert"].versions["native"] in cpu.native.isas()
     made = summary.row(work, outcomes, inputs, {"date": "today", "peaks": {}, "rounds": 2})
@@ -377,7 +377,7 @@ def test_a_real_worker(tiny, tmp_path):
     assert made["fill_percent"] == 78
 
 
-@pytest.mark.skipif(cpu.native is None, reason="the fastbert peer wants the native module")
+@pytest.mark.skipif(cpu.native is None, reason="the fastbert peer needs the native module")
 def test_real_workers_train(tiny, tmp_path):
     work = works.Work("pretrain", "tiny", "fp32", "tiny", lengths=(5, 29), memory_goal=0.5)
     inputs = works.make_inputs(tmp_path, work)
