@@ -19,7 +19,7 @@ import torch
 from fastbert.backend import chooser
 from fastbert.data.fetch import FetchError, fetch
 
-# stock GEMMs add in an order that depends on the number of threads, and recorded losses must come back on every machine.
+# stock GEMMs add in an order that depends on the number of threads, and recorded losses must be the same everywhere.
 # Small tensors gain nothing from a second thread; on a busy machine two threads are many times slower than one
 torch.set_num_threads(1)
 

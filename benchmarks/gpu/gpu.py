@@ -1,4 +1,4 @@
-"""`make gpu`: everything that a machine with a GPU can say of the kernels, in one command, into results/gpu.json.
+"""`make gpu`: all checks and measurements that need a GPU, in one command; writes benchmarks/results/gpu.json.
 
 Parity tests, memory and race checks where compute-sanitizer is there, every op and whole training and inference steps
 against PyTorch eager, compiled and what else is installed. `--rehearse` does the same on a CPU with tiny shapes, where
@@ -37,7 +37,7 @@ Call = Callable[[], Any]
 
 
 def run(*command: str, **env: str) -> dict[str, Any]:
-    """One command's exit code and last lines."""
+    """Run a command; returns it, its exit code and the end of its output."""
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, check=False
     )
@@ -45,18 +45,18 @@ def run(*command: str, **env: str) -> dict[str, Any]:
 
 
 def parity(rehearsal: bool) -> dict[str, Any]:
-    """The tests of every op on the Triton backend; a rehearsal takes one op's smallest."""
+    """The tests of every op on the Triton and CUDA backends, and of CUDA graphs; in a rehearsal one op's smallest."""
     tests, picked = TESTS, "triton or cuda or graph or training"
     if rehearsal:
         tests, picked = ["tests/ops/test_layer_norm.py"], "triton and nobias"
-    # -m: those that need a GPU are wanted; their kernels compile side by side
+    # -m replaces pyproject.toml's, which leaves out more tests; kernels compile in parallel
     at_once = [] if rehearsal else ["-n", str(min(12, os.cpu_count() or 1))]
     command = ["-m", "pytest", "-q", "-m", "not slow", *at_once, "-k", picked, *tests]
     return run(sys.executable, *command)
 
 
 def sanitized() -> list[dict[str, Any]] | str:
-    """compute-sanitizer's memory and race checks, or why there are none."""
+    """The results of compute-sanitizer's memory and race checks, or a sentence why there are none."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return "compute-sanitizer is not on PATH: it comes with the CUDA toolkit"
@@ -68,7 +68,7 @@ def sanitized() -> list[dict[str, Any]] | str:
 
 
 def clocks(device: str) -> str:
-    """What nvidia-smi says of the device's clocks and power while it works, or why it says nothing."""
+    """nvidia-smi's report of the device's clocks and power under load, or a sentence why there is none."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return "nvidia-smi is not on PATH"
@@ -132,7 +132,7 @@ def op_cases(device: str, rehearsal: bool) -> Iterator[tuple[str, dict[str, Any]
 
 
 def ops(device: str, rehearsal: bool) -> dict[str, Any]:
-    """Every op on each backend of a GPU, and the eager specification compiled; a wrong kernel is not timed."""
+    """Times every op on each GPU backend, its eager form compiled, and the peers; a wrong kernel is not timed."""
     from fastbert import functional
     from fastbert.backend import chooser
     from fastbert.testing.timing import interleave_training
@@ -157,7 +157,7 @@ def ops(device: str, rehearsal: bool) -> dict[str, Any]:
             forward, backward = pair(call, given)
             lacks = name in kernel_peers.FORWARD_ONLY
             pairs[name] = (forward, _nothing) if lacks else (forward, backward)
-        # a rehearsal has no peers that may fail, and the interpreter takes seconds for a call
+        # a rehearsal has no peers that can fail, and a call in the interpreter takes seconds
         if not rehearsal:
             _remove_failing(slug, pairs)
         times = interleave_training(pairs, 3.0, (1, 1) if rehearsal else (3, 200))
@@ -201,7 +201,7 @@ def _remove_failing(slug: str, pairs: dict[str, tuple[Callable, Callable]]) -> N
 
 
 def _nothing(y: Any) -> None:
-    """The backward of what has none."""
+    """The backward of a peer without one."""
 
 
 def _plain_embed(
@@ -225,12 +225,12 @@ def _plain_norm(x: Any, residual: Any, weight: Any, bias: Any, p: float, seed: A
     return tnf.layer_norm(tnf.dropout(x, p) + residual, x.shape[-1:], weight, bias)
 
 
-# with torch's own dropout: the replayed one of the specification does not compile (torch 2.11)
+# the eager forms with torch's dropout, since torch 2.11 does not compile the reference's replayed one
 PLAIN = {"embed": _plain_embed, "dropout_add_layer_norm": _plain_norm}
 
 
 def _sdpa(qkv: Any, max_seqlen: int, p: float = 0.0, **rest: Any) -> Any:
-    """What a user of stock torch calls, for sequences that are all of one length."""
+    """Attention as a user of stock torch calls it, for sequences of one length."""
     q, k, v = qkv.unflatten(0, (-1, max_seqlen)).permute(2, 0, 3, 1, 4)
     out = tnf.scaled_dot_product_attention(q, k, v, dropout_p=p)
     return out.transpose(1, 2).flatten(0, 1)
@@ -245,7 +245,7 @@ def _forced(backend: Any, name: str, op: Callable[..., Any]) -> Callable[..., An
 
 
 def works(rehearsal: bool) -> Iterator[tuple[str, list[int], bool]]:
-    """(name, lengths of the sentences, training?): 41 % of the tokens real, or none padded."""
+    """(name, lengths of the sentences, whether it trains): with 41 % real tokens, or without padding."""
     if rehearsal:
         yield from (("training step", [9, 4], True), ("inference B=1", [9], False))
         return
@@ -258,7 +258,7 @@ def works(rehearsal: bool) -> Iterator[tuple[str, list[int], bool]]:
 
 
 def models(device: str, rehearsal: bool) -> list[dict[str, Any]]:
-    """Whole steps of BERT-base under bf16 autocast: pretraining with dropout, and the encoder's inference."""
+    """Times whole steps of BERT-base under bf16 autocast: pretraining with dropout, and the encoder's inference."""
     from fastbert import bert
     from fastbert.models.config import BertConfig
     from fastbert.nn import InferenceRunner, TrainingRunner
@@ -291,7 +291,7 @@ def _batch(lengths: list[int], vocab: int, device: str) -> dict[str, Any]:
 
 
 def _call(model: Any, batch: dict[str, Any], training: bool, device: str) -> Call:
-    """One training step without the optimiser's, or one inference of the encoder."""
+    """A function for one training step without the optimiser, or for one inference of the encoder."""
     from fastbert.nn import TrainingRunner
 
     low = torch.autocast(device, torch.bfloat16)
@@ -324,7 +324,7 @@ def _timed(name: str, calls: dict[str, Call], rehearsal: bool) -> dict[str, Any]
 
 
 def _stock(config: Any, device: str) -> dict[str, Any]:
-    """transformers' model of the same size: eager, SDPA, and on a GPU compiled."""
+    """transformers' models of the same size: eager, SDPA, and on a GPU compiled."""
     import transformers
 
     fields = ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads")
@@ -337,7 +337,7 @@ def _stock(config: Any, device: str) -> dict[str, Any]:
         if device != "cuda":
             break
         model = transformers.BertForPreTraining._from_config(same, attn_implementation="sdpa")
-        # a Module compiles only its own call, and inference calls the encoder within
+        # Module.compile compiles calls of that module only, and inference calls the encoder inside
         for module in (model.to(device), model.bert):
             module.compile(dynamic=False, mode=mode)
         found[name] = model
@@ -350,11 +350,11 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--out", type=Path, default=GPU_JSON)
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=PARTS, help="what to do: everything"
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="the parts to run; default all"
     )
     options = parser.parse_args()
     if options.rehearse and os.environ.get("TRITON_INTERPRET") != "1":
-        # Triton reads it when it is imported
+        # Triton reads this variable when it is imported
         command = [sys.executable, "-m", "benchmarks.gpu.gpu", *sys.argv[1:]]
         env = {**os.environ, "TRITON_INTERPRET": "1"}
         sys.exit(subprocess.run(command, cwd=ROOT, env=env, check=False).returncode)
@@ -367,7 +367,7 @@ def main() -> None:
     from fastbert.machine import machine_info
 
     device = "cpu" if options.rehearse else "cuda"
-    # on a CPU the order has not got it
+    # the CPU's order does not contain Triton
     forced = fastbert.use("triton" if options.rehearse else None)
     report: dict[str, Any] = {
         "rehearsal": options.rehearse,
@@ -375,9 +375,9 @@ def main() -> None:
         "clocks": clocks(device),
     }
     if set(options.parts) < set(PARTS) and options.out.is_file():
-        # what the file has of the other parts stays
+        # the file keeps its other parts
         report = {**json.loads(options.out.read_text()), **report}
-    # each part is written when it is there, so that a failure keeps what came before
+    # each part is written at once, so that a failure keeps the parts before it
     parts: dict[str, Callable[[], Any]] = {
         "parity": lambda: parity(options.rehearse),
         "sanitizer": sanitized,

@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 def works(report: dict[str, Any]) -> list[str]:
-    """Whole steps: the medians, and the better of ours against the best of stock's."""
+    """The table of whole steps: medians, and the better of ours against the best of stock."""
     names = sorted({n for row in report["models"] for n in row["milliseconds"]}, key=_ours_first)
     lines = [
         f"| BERT-base, bf16 | {' | '.join(names)} | speed-up |",
@@ -37,7 +37,7 @@ def _ours_first(name: str) -> tuple[bool, str]:
 
 
 def ops(report: dict[str, Any]) -> list[str]:
-    """Every op and direction: microseconds on the device, from cold caches."""
+    """The table of ops and directions: microseconds on the device, from cold caches."""
     rows = report["ops"]["rows"]
     names = [
         n for n in ("triton", "cuda", "compiled eager", "sdpa", *PEERS, "torch") if _timed(rows, n)
@@ -61,7 +61,7 @@ def _timed(rows: list[Row], name: str) -> bool:
 
 
 def facts(report: dict[str, Any]) -> str:
-    """Device, date and versions."""
+    """The device, date and versions, in a sentence."""
     machine = report["machine"]
     v = machine["versions"]
     return (

@@ -22,7 +22,7 @@ from fastbert.files import write_text
 from fastbert.machine import machine_info
 
 JSON, PAGE = RESULTS / "gpu_static.json", ROOT / "docs" / "gpu_report.md"
-# calls of ours (fastbert.testing.launches) that public kernels know too
+# calls of ours (fastbert.testing.launches) that public kernels can compute too
 SHARED_CALLS = {
     call.format(direction)
     for call in ("layer_norm {} C768", "cross_entropy {} V30522", "attention {} S512 D64 p0.0")
@@ -60,7 +60,7 @@ def compiled(full: bool) -> Iterator[dict[str, Any]]:
 
 
 def inspected(label: str, kernel: Any) -> dict[str, Any]:
-    """A row: what a compiled kernel of fastbert.testing.aot is made of."""
+    """A row: the resources and instructions of a compiled kernel of fastbert.testing.aot."""
     from fastbert.testing import aot
 
     return {
@@ -107,7 +107,7 @@ def side_by_side() -> Iterator[dict[str, Any]]:
 
 
 def peer_cases() -> Iterator[tuple[str, dict[str, Any]]]:
-    """(op, arguments) on a CPU: launches only compile."""
+    """(op, arguments) on a CPU, since launches only compile."""
     draw, C = Draw(torch.bfloat16), 768
     norm = {"weight": draw.normal(C), "bias": draw.normal(C)}
     yield "layer_norm", {"x": draw.normal(64, C), **norm}
@@ -163,7 +163,7 @@ def page(report: dict[str, Any]) -> str:
 
 
 def compared(rows: list[dict[str, Any]]) -> list[str]:
-    """Lines of the table of ours beside public kernels."""
+    """Lines of the table of our kernels beside public ones."""
     rows = sorted(rows, key=lambda r: (r["arch"], r["call"].split()[:2]))
     return [
         f"| {r['arch']} | {r['whose']} | `{r['kernel']}` | {r['call']} | {r['warps']} | {r['registers']} | "

@@ -1,7 +1,7 @@
-"""Public Triton kernels for the same work as an op of ours, called as their users would call them.
+"""Public Triton kernels for the same work as an op of ours, called as their users call them.
 
 liger-kernel and flash-mlm are imported where they are installed (`python benchmarks/peers/install.py kernels`), else
-left out, as is flash-attn; the attention of Triton's tutorial is written in peers/tutorial_attention.py. Most meet the
+left out, as is flash-attn; the attention of Triton's tutorial is written in peers/tutorial_attention.py. Most cover
 plain cases only: dense sequences of one length without dropout, and LayerNorm without a sum before it.
 """
 
@@ -13,14 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
-# a call and the arguments that it takes, those of our op or its own
+# a call and its arguments: those of our op, or its own
 Call = tuple[Callable[..., Any], dict[str, Any]]
-# what has no backward
+# peers without a backward
 FORWARD_ONLY = ("flash-mlm",)
 
 
 def _importable() -> None:
-    """Have the peers' packages found, behind everything that this environment has itself."""
+    """Put the folder of the peers' packages at the end of sys.path."""
     from benchmarks.peers.install import environment
 
     home = environment("kernels")
@@ -31,7 +31,7 @@ def _importable() -> None:
 
 
 def of(slug: str, arguments: dict[str, Any]) -> dict[str, Call]:
-    """{name: (call, its arguments)} of the peers that can do the work of this call of ours."""
+    """{name: (call, its arguments)} of the peers that compute the same as this call of ours."""
     _importable()
     found: dict[str, Call] = {}
     for name, make in _MAKERS.get(slug, {}).items():
@@ -57,7 +57,7 @@ def _liger_loss(arguments: dict[str, Any]) -> Call:
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
     def call(logits: Tensor, labels: Tensor) -> Tensor:
-        # it writes the gradient over the logits, already in its forward
+        # its forward overwrites the logits with their gradient
         return LigerCrossEntropyFunction.apply(logits, labels, None)[0]
 
     return call, arguments
@@ -91,7 +91,7 @@ def _flash_mlm(arguments: dict[str, Any]) -> Call | None:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return flash_attn_mlm(q, k, v, scale=q.shape[-1] ** -0.5)
 
-    # it compiles and runs on a GPU only, and has no dropout
+    # flash-mlm runs on a GPU only and has no dropout
     able = arguments["qkv"].is_cuda and not arguments.get("p")
     return (call, _dense(arguments)) if able else None
 

@@ -1,8 +1,8 @@
-"""What the GPU kernels of both backends move and multiply, counted on the PTX machine (tests/ptx), for gpu_report.py.
+"""Bytes and products of both backends' GPU kernels, counted on the PTX machine (tests/ptx), for gpu_report.py.
 
-Rows are one direction of an op on one backend: bytes of distinct memory against the least, bytes that requests ask for
-against whole sectors, passes of shared memory against those without conflicts, products of tensor cores against the
-necessary ones, and what a roofline makes of these: a model, not a time.
+A row is one direction of an op on one backend: distinct bytes of memory against the least, bytes of requests against
+whole sectors, passes of shared memory against those without conflicts, products of tensor cores against the necessary
+ones, and the times of a roofline model, which are not measured.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from ptx import host
 from ptx.memory import SECTOR
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# tokens of the calls, and the multiprocessors that share them: a ninth of an A100's 108 with a ninth of 16384 tokens,
-# since what persistent programs add to the bytes grows with their number
+# tokens of a call and the multiprocessors that share them: a ninth of 16,384 and of an A100's 108, since persistent
+# programs move more bytes the more of them there are
 TOKENS, MULTIPROCESSORS = 1820, 12
 MATRIX = ("attention", "qkv_proj")
-# bytes and dense multiply-adds a second that the makers name: A100 80 GB SXM, H100 SXM; fp32 runs as TF32
+# bytes and dense multiply-adds a second by the data sheets: A100 80 GB SXM, H100 SXM; fp32 runs as TF32
 MODELS = {
     "A100": {"bytes": 2.039e12, "bf16": 156e12, "fp32": 78e12},
     "H100": {"bytes": 3.35e12, "bf16": 494.7e12, "fp32": 247.4e12},
@@ -37,7 +37,7 @@ MODELS = {
 
 
 def cases(dtype: torch.dtype, tokens: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(op, arguments) of the memory-bound ops and those with products, at BERT-base's widths."""
+    """(op, arguments) of the memory-bound ops and of those with products, at BERT-base's widths."""
     draw, C = Draw(dtype), 768
     weight, bias = draw.normal(C), draw.normal(C)
     drop = {"p": 0.1, "seed": draw.seed()}
@@ -45,7 +45,7 @@ def cases(dtype: torch.dtype, tokens: int) -> Iterator[tuple[str, dict[str, Any]
     inputs = {"x": draw.normal(tokens, C), "residual": draw.normal(tokens, C)}
     yield "dropout_add_layer_norm", {**inputs, "weight": weight, "bias": bias, **drop}
     yield "bias_gelu", {"x": draw.normal(tokens // 4, 4 * C), "bias": draw.normal(4 * C)}
-    # a vocabulary so small that nearly every row of its gradient is written
+    # a small vocabulary, so that nearly every row of its gradient is written
     V, P = 120, 128
     tables = {"word": draw.normal(V, C), "position": draw.normal(P, C), "type_": draw.normal(2, C)}
     ids = {n: draw.ids(m, tokens) for n, m in (("ids", V), ("positions", P), ("types", 2))}
@@ -85,7 +85,7 @@ def _directions(
         ("backward", launches[split:], cost.backward_bytes, cost.backward_flops),
     )
     for direction, part, least, flops in steps:
-        # a product that is the library's is not on the machine
+        # products of the library do not run on the machine
         if slug == "qkv_proj" and (direction == "backward" or not part):
             continue
         row = {"op": name, "direction": direction, "dtype": dtype, "backend": whose}

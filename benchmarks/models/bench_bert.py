@@ -1,7 +1,7 @@
 """A whole BERT-base, end to end, beside its peers: `python -m benchmarks.models.bench_bert --help`.
 
-Every peer is a process of its own (peers/worker.py), in an environment of its own if it needs one; rounds are
-interleaved. Rows are merged into a JSON; benchmarks.report.readme makes tables and plots of it. docs/benchmarks.md
+Every peer runs in its own process (peers/worker.py) and, if it needs one, its own environment; rounds are interleaved.
+Rows are merged into a JSON; benchmarks.report.readme makes tables and plots of it. docs/benchmarks.md
 explains the measurement.
 """
 
@@ -43,7 +43,7 @@ BERT_JSON = RESULTS / "bert.json"
 
 
 def arguments() -> argparse.Namespace:
-    """The command line, its patterns replaced by the names that they match."""
+    """The command line; its patterns are replaced by the names that they match."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", nargs="+", default=["*"], help="patterns, such as 'infer-*-fp32'")
     parser.add_argument("--peers", nargs="+", default=["*"], help="patterns, such as 'fastbert*'")
@@ -76,7 +76,7 @@ def starter(folder: Path) -> Any:
 
     def start(name: str) -> Handle:
         env = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()), HF_HUB_OFFLINE="1")
-        # a pool of compiling processes would outlive the compiling
+        # inductor's pool of compiling processes would still run after compilation
         env["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
         env.pop("PYTHONPATH", None)
         python: Path | None = Path(sys.executable)
@@ -96,7 +96,7 @@ def starter(folder: Path) -> Any:
 def measure(
     work: Work, peers: list[Peer], options: argparse.Namespace, date: str, before: dict[str, float]
 ) -> tuple[dict[str, Any], dict[str, Outcome]]:
-    """Run one row; `before` are the peaks measured just now, and their like is measured after it."""
+    """Run one row; `before` are the peaks measured just before it. They are measured again after it."""
     folder: Path = options.folder
     inputs = make_inputs(folder, work)
     race = Race(
@@ -120,14 +120,14 @@ def measure(
             outcomes[peer.name] = Outcome(reason="not asked for in this run")
     around = {"before": before, "after": peaks()}
     facts = {"date": date, "rounds": race.rounds, "peaks": around}
-    # without the native module it would be stock's kernels that are counted
+    # without the native module this would count stock's kernels
     if work.saved_goal and not (outcomes[OURS].reason or outcomes[STOCK].reason):
         facts["saved_bytes"] = against_stock(work.lengths, work.precision)
     return row(work, outcomes, inputs, facts), outcomes
 
 
 def merge(results: dict[str, Any], new: dict[str, Any], outcomes: dict[str, Outcome]) -> None:
-    """Put a row in its place, and note the versions that were used."""
+    """Put a row in its place, and record the versions that were used."""
     rows = {r["work"]: r for r in results["rows"]}
     rows[new["work"]] = new
     order = [work.name for work in WORKS]
@@ -138,7 +138,7 @@ def merge(results: dict[str, Any], new: dict[str, Any], outcomes: dict[str, Outc
 
 
 def run(options: argparse.Namespace) -> bool:
-    """Measure the chosen rows, saving each that has a measurement; tells whether there was one."""
+    """Measure the chosen rows and save each that has a measurement; returns whether there was one."""
     facts = machine_info()
     results = earlier(options.out, facts, environments={}, rows=[])
     before = peaks()

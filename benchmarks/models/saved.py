@@ -16,12 +16,12 @@ VOCABULARY = 100
 
 
 def ours(layers: int) -> nn.Module:
-    """Our BERT-base with so many layers."""
+    """Our BERT-base with this number of layers."""
     return BertModel(BertConfig(vocab_size=VOCABULARY, num_hidden_layers=layers))
 
 
 def theirs(layers: int) -> nn.Module:
-    """That of transformers."""
+    """transformers' BERT-base with this number of layers."""
     import transformers
 
     config = transformers.BertConfig(vocab_size=VOCABULARY, num_hidden_layers=layers)
@@ -30,7 +30,7 @@ def theirs(layers: int) -> nn.Module:
 
 
 def saved(model: nn.Module, lengths: Sequence[int], dtype: torch.dtype) -> int:
-    """Bytes that a forward saves, dropout on; bf16 is autocast's."""
+    """Bytes that a forward with dropout saves; bf16 by autocast."""
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     ids = torch.randint(1, VOCABULARY, mask.shape) * mask
 
@@ -46,7 +46,7 @@ def per_token_and_layer(
 ) -> tuple[float, float]:
     """Bytes per token of the padded batch: for one more layer, and on average over BERT-base's twelve with embeddings.
 
-    A batch is counted as what doubling it adds: the weights that autocast keeps a cast copy of do not count.
+    The bytes of a batch are those that a second copy of it adds, so that autocast's copies of the weights do not count.
     """
     one, two = (
         saved(model, [*lengths, *lengths], dtype) - saved(model, lengths, dtype)

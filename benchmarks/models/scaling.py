@@ -35,7 +35,7 @@ Pair = tuple[Callable[[], Tensor], Callable[[Tensor], object]]
 
 
 def pair(forward: Callable[[], Tensor], leaves: list[Tensor]) -> Pair:
-    """A forward and its backward for interleave_training."""
+    """(forward, backward) for interleave_training."""
 
     def backward(y: Tensor) -> object:
         return torch.autograd.grad(y, leaves, torch.ones_like(y))
@@ -64,7 +64,7 @@ def layers() -> tuple[EncoderLayer, nn.TransformerEncoderLayer]:
 
 
 def layer_case(T: int, fill: str) -> tuple[dict[str, Pair], dict[str, Any]]:
-    """Our layer and torch's at T tokens, refused if they disagree without dropout, and facts about the batch."""
+    """Our layer and torch's at T tokens, after they have agreed without dropout, and facts about the batch."""
     ours, stock = layers()
     lengths = lengths_of(T, "full" if fill == "full" else "padded")
     x = torch.randn(T, C).requires_grad_()
@@ -109,7 +109,7 @@ def layer_rows(tokens: tuple[int, ...], seconds: float) -> list[dict[str, Any]]:
 
 
 def attention_pair(name: str, S: int, p: float) -> Pair:
-    """Attention over one sequence of S tokens: ours, SDPA, or the matmuls written out."""
+    """Attention over one sequence of S tokens: ours, SDPA, or written out with matmuls."""
     qkv = torch.randn(S, 3, H, C // H).requires_grad_()
     bounds, seed = torch.tensor([0, S], dtype=torch.int32), torch.randint(2**62, (1,))
     if name == "fastbert":
@@ -129,7 +129,7 @@ def attention_pair(name: str, S: int, p: float) -> Pair:
 
 
 def resident(field: str) -> int:
-    """Bytes of /proc/self/status: VmRSS now, VmHWM the most since it was last reset."""
+    """Resident bytes from /proc/self/status: VmRSS now, VmHWM the peak since its last reset."""
     for entry in Path("/proc/self/status").read_text().splitlines():
         if entry.startswith(field + ":"):
             return int(entry.split()[1]) * 1024
@@ -137,9 +137,9 @@ def resident(field: str) -> int:
 
 
 def measure_attention(name: str, S: int, p: float, rounds: int) -> dict[str, Any]:
-    """Medians in seconds and the peak over what the process held before, in this fresh process."""
+    """Seconds, and the peak of memory above its level before the call, in this fresh process."""
     forward, backward = attention_pair(name, 64, p)
-    # libraries and threads are up before memory is counted
+    # loads libraries and starts threads before memory is counted
     backward(forward())
     forward, backward = attention_pair(name, S, p)
     before = resident("VmRSS")
@@ -151,7 +151,7 @@ def measure_attention(name: str, S: int, p: float, rounds: int) -> dict[str, Any
 
 
 def attention_rows(lengths: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
-    """Every implementation at every S, each in a process of its own."""
+    """Measures every implementation at every S, each in its own process."""
     rows = []
     for S in lengths:
         for p in (0.0, 0.1):
@@ -214,7 +214,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def main() -> int:
-    """Measure, write, plot; --attention is one measurement in a process of its own."""
+    """Measure, write, plot; with --attention one measurement in this process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few short lengths, to see it run")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")

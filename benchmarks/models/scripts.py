@@ -1,8 +1,8 @@
-"""Scripts that users have, as they are and with fastbert's one line: `python -m benchmarks.models.scripts --help`.
+"""Users' scripts, unchanged and with fastbert's one line: `python -m benchmarks.models.scripts --help`.
 
 mlm: Trainer and BERT-base from random weights on speeches; classify, tag: Trainer and MiniLM on movie sentences and
-CoNLL-2003; encode: sentence-transformers. Every variant runs its whole script in a process of its own
-(peers/script.py), which waits before each step: steps are interleaved. docs/accelerate.md has the table.
+CoNLL-2003; encode: sentence-transformers. Every variant runs its whole script in its own process
+(peers/script.py), which waits before each step, so that steps are interleaved. docs/accelerate.md has the table.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SCRIPTS_JSON = RESULTS / "scripts.json"
 PAGE = ROOT / "docs" / "accelerate.md"
 BEGIN, END = "<!-- table: python -m benchmarks.models.scripts -->", "<!-- end of table -->"
 
-# steps by default: of movie sentences and of CoNLL-2003 an epoch
+# steps by default: one epoch of movie sentences and of CoNLL-2003
 STEPS = {"mlm": 24, "classify": 252, "tag": 439, "encode": 4}
 TITLES = {
     "mlm": "masked LM, Trainer, BERT-base",
@@ -46,15 +46,15 @@ VARIANTS = {
     "tag": ("stock", "accelerated", "fastbert"),
     "encode": ("stock", "accelerated", "frozen"),
 }
-# steps that are not timed: imports, memory that is asked for the first time
+# steps that are not timed: they import modules and allocate memory for the first time
 WARM = {"mlm": 2, "classify": 5, "tag": 5, "encode": 0}
 SECONDS = 3600.0
-# steps whose mean loss is shown
+# the number of last steps whose mean loss is shown
 LAST = 5
 
 
 def run(work: str, steps: int, seed: int, precision: str) -> dict[str, dict[str, Any]]:
-    """One run of every variant, step by step in turns: its figures at the end, and the seconds of its steps."""
+    """Run all variants in turns, step by step: {variant: its final figures and the seconds of its steps}."""
     variants = VARIANTS[work]
     env = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()), HF_HUB_OFFLINE="1")
     env |= {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
@@ -89,7 +89,7 @@ def run(work: str, steps: int, seed: int, precision: str) -> dict[str, dict[str,
 
 
 def _compare(found: dict[str, dict[str, Any]]) -> None:
-    """The least cosine of a vector to stock's, in place of the files' names."""
+    """Replace the files of vectors by the least cosine of a vector to stock's."""
     vectors = {
         name: np.load(values.pop("vectors")).astype(np.float64) for name, values in found.items()
     }
@@ -100,7 +100,7 @@ def _compare(found: dict[str, dict[str, Any]]) -> None:
 
 
 def summary(runs: list[dict[str, dict[str, Any]]], name: str, warm: int) -> dict[str, Any]:
-    """A variant beside stock: how many times as fast, step by step, its memory, and its metric or loss."""
+    """A variant against stock: the ratio of its steps' times, its memory, and its metric or loss."""
     mine, stock = ([run[who] for run in runs] for who in (name, "stock"))
     ratios = [
         s / m

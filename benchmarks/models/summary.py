@@ -15,14 +15,14 @@ COSINE = 0.9999
 # relative difference of the loss without dropout
 LOSS = {"fp32": 1e-4, "bf16": 1e-2}
 
-# what must be the same for two rows to stand in one table
+# facts that must be the same for all rows of a table
 MEASURED = ("cpu", "cores", "threads", "instructions")
 
 
 def earlier(out: Path, facts: dict[str, Any], **empty: Any) -> dict[str, Any]:
-    """The results so far, or `empty` where there are none of this machine in this form; `facts` are its own now.
+    """The results so far, or `empty` where the file has none of this machine in this form; `facts` describe it now.
 
-    A file that holds no results ends the program: it is somebody's.
+    A file of another kind ends the program and is left alone.
     """
     try:
         results = json.loads(out.read_text()) if out.exists() else {}
@@ -32,7 +32,7 @@ def earlier(out: Path, facts: dict[str, Any], **empty: Any) -> dict[str, Any]:
         raise SystemExit(f"{out} holds no results of this benchmark: choose another --out")
     same = results and all(results["machine"][k] == facts[k] for k in MEASURED)
     if results and not (same and empty.keys() <= results.keys()):
-        print(f"{out} is from another machine or an older form: it begins anew")
+        print(f"{out} is from another machine or an older form: its rows are dropped")
         results = {}
     return empty | results | {"machine": facts}
 
@@ -44,28 +44,28 @@ def percentiles(values: Any) -> dict[str, float]:
 
 
 def agreement(check: dict[str, Any], inputs: Path) -> dict[str, float]:
-    """How close to transformers in fp32: cosine over the real tokens, or the loss's relative difference."""
+    """The agreement with transformers in fp32: cosine over the real tokens, or the loss's relative difference."""
     if "loss" in check:
         truth = json.loads((inputs / "reference.json").read_text())["loss"]
         return {"loss_difference": abs(check["loss"] - truth) / truth}
     mask = np.load(inputs / "batch0.npz")["attention_mask"] == 1
     truth = np.load(inputs / "reference.npy")[mask].ravel().astype(np.float64)
     found = np.load(check["file"])
-    # an output of packed tokens has no padding to leave out
+    # an output of packed tokens has no padding
     found = (found[mask] if found.shape[:2] == mask.shape else found).ravel().astype(np.float64)
     cosine = float(found @ truth / np.linalg.norm(found) / np.linalg.norm(truth))
     return {"cosine": cosine}
 
 
 def agrees(result: dict[str, Any], precision: str) -> bool:
-    """Whether a result is close enough to count; NaN is not."""
+    """Whether a result is close enough to count; NaN never is."""
     if "cosine" in result:
         return result["cosine"] >= COSINE
     return result["loss_difference"] <= LOSS[precision]
 
 
 def best_peer(results: dict[str, dict[str, Any]], precision: str) -> str | None:
-    """The fastest that counts and agrees."""
+    """The fastest peer that counts and agrees."""
     fit = [
         name
         for name, result in results.items()
@@ -78,19 +78,19 @@ def best_peer(results: dict[str, dict[str, Any]], precision: str) -> str | None:
 
 
 def ratio(peer: list[float], ours: list[float]) -> dict[str, float]:
-    """How many times faster we are, round by round: neighbours in time share the machine's mood."""
+    """The ratio of times in each round: within a round the machine's speed hardly changes."""
     return percentiles(np.array(peer) / np.array(ours))
 
 
 def gemm_peak(results: dict[str, Any], peaks: dict[str, Any], precision: str) -> float | None:
-    """GFLOP/s that shares refer to: the most that a GEMM around the row, or anybody in the row, has reached."""
+    """GFLOP/s that shares refer to: the most of the GEMMs before and after the row and of the row's own rounds."""
     measured = [found[f"gflops_{precision}"] for found in peaks.values()]
     reached = [result["best_gflops"] for result in results.values() if "best_gflops" in result]
     return max(measured + reached, default=None)
 
 
 def result_of(outcome: Outcome, work: Work, peer: Any, inputs: Path) -> dict[str, Any]:
-    """One peer's entry: numbers, or only the reason why there are none."""
+    """One peer's entry: numbers, or the reason why there are none."""
     if outcome.reason:
         return {"reason": outcome.reason}
     result: dict[str, Any] = {
@@ -101,7 +101,7 @@ def result_of(outcome: Outcome, work: Work, peer: Any, inputs: Path) -> dict[str
     }
     if outcome.memory:
         result["memory"] = outcome.memory
-    # of another precision or a wrong result it would say nothing
+    # the rate of a wrong result, or of another precision, would be meaningless
     if work.kind == "infer" and not peer.int8 and agrees(result["agreement"], work.precision):
         done = flops(list(work.lengths), peer.packs) / 1e9
         result["gflops"] = done / result["seconds"]["median"]
@@ -112,9 +112,9 @@ def result_of(outcome: Outcome, work: Work, peer: Any, inputs: Path) -> dict[str
 def row(
     work: Work, outcomes: dict[str, Outcome], inputs: Path, facts: dict[str, Any]
 ) -> dict[str, Any]:
-    """A row of the JSON; `facts` are the run's date, its rounds, the peaks measured {"before", "after"} it.
+    """A row of the JSON; `facts` are the run's date, its rounds and the peaks {"before", "after"} it.
 
-    And what saved.against_stock found, where that has a goal.
+    Where the work has a goal for saved bytes, `facts` also has the result of saved.against_stock.
     """
     peers = {peer.name: peer for peer in PEERS}
     results = {
@@ -134,7 +134,7 @@ def row(
 
 
 def goals(work: Work, results: dict[str, Any], found: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the work is to reach: {"what", "goal", "value", "met"}; value is None where there is nothing to compare."""
+    """The work's goals: {"what", "goal", "value", "met"}; value is None where there is nothing to compare."""
     speed, memory = found["ratio"], found["memory_ratio"]
     share = results.get(OURS, {}).get("of_peak")
     made = []
@@ -152,7 +152,7 @@ def goals(work: Work, results: dict[str, Any], found: dict[str, Any]) -> list[di
 
 
 def compared(results: dict[str, dict[str, Any]], precision: str) -> dict[str, Any]:
-    """Best peer, ratio and memory against stock; nothing is compared with a wrong result of ours."""
+    """Best peer, ratio and memory against stock; a wrong result of ours is compared with nothing."""
     ours = results.get(OURS, {})
     best = best_peer(results, precision)
     made: dict[str, Any] = {"best_peer": best, "ratio": None, "memory_ratio": None}

@@ -1,4 +1,4 @@
-"""What bench_bert.py measures: the works (rows), the peers (columns), and the inputs that they share."""
+"""The works (rows) and peers (columns) of bench_bert.py, and the inputs that they share."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ LAYERS, WIDTH, INNER = 12, 768, 3072
 
 @dataclass(frozen=True)
 class Work:
-    """One row: BERT-base at something, with the goals of the project where there are any."""
+    """One row: a kind of step of BERT-base, with the project's goals for it."""
 
     kind: str  # "infer", "pretrain" or "finetune"
     fill: str  # names the inputs
     precision: str
     title: str
-    lengths: tuple[int, ...] = ()  # real sentences where empty
+    lengths: tuple[int, ...] = ()  # empty for real sentences
     rounds: int = 9
     calls: int = 1
-    limit: float = 60  # seconds; whose call takes longer is left out
+    limit: float = 60  # seconds; a peer with longer calls is left out
     goal: float | None = None  # speed against the best peer
     peak_goal: float | None = None  # fraction of the machine's GEMM peak
     memory_goal: float | None = None  # peak memory against stock
@@ -34,17 +34,17 @@ class Work:
 
     @property
     def name(self) -> str:
-        """How the command line and the JSON call it."""
+        """Its name on the command line and in the JSON."""
         return f"{self.kind}-{self.fill}-{self.precision}"
 
     @property
     def inputs(self) -> str:
-        """The folder of its inputs; precisions share them."""
+        """The folder of its inputs, which both precisions share."""
         return f"{self.kind}-{self.fill}"
 
 
 def _both(kind: str, fill: str, title: str, **facts: Any) -> list[Work]:
-    """In fp32, and in bf16 with fewer rounds: without bf16 instructions stock's step takes minutes."""
+    """The work in fp32, and in bf16 with fewer rounds: without bf16 instructions stock's step takes minutes."""
     slow = {"rounds": 5} if kind == "infer" else {"rounds": 3, "limit": 120}
     return [
         Work(kind, fill, "fp32", title, **facts),
@@ -78,25 +78,25 @@ WORKS = [
         goal=1.8,
         saved_goal=0.5,
     ),
-    # two rounds of each batch: stock's step takes 3584 or 4096 padded tokens and is made twice per round
+    # in fp32 two rounds of each batch: stock's step has 3584 or 4096 padded tokens and runs twice per round
     *_both("finetune", "sentences", SENTENCES, rounds=4, goal=1.5),
 ]
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A function of peers/models.py and the environment it runs in; None is this project's own. fastbert is one too."""
+    """A function of peers/models.py and its environment, None for the project's own. fastbert is a peer too."""
 
     name: str
     env: str | None = None
     trains: bool = False
-    counted: bool = True  # may be the best peer
-    packs: bool = False  # computes real tokens only
-    int8: bool = False  # its products are not in the work's precision
+    counted: bool = True  # whether it can be the best peer
+    packs: bool = False  # whether it computes real tokens only
+    int8: bool = False  # whether its products are in int8
     precisions: tuple[str, ...] = ("fp32", "bf16")
 
     def takes(self, work: Work) -> bool:
-        """Whether the work is one that this kind of peer is for at all."""
+        """Whether this kind of peer can do the work at all."""
         return work.precision in self.precisions and (self.trains or work.kind == "infer")
 
 
@@ -120,7 +120,7 @@ OURS, STOCK = "fastbert", "sdpa"
 
 
 def flops(lengths: list[int], packed: bool) -> float:
-    """Multiply-adds times two of the encoder's matrix products, on real tokens or on all columns."""
+    """Operations of the encoder's matrix products, two per multiply-add, on real tokens or on all columns."""
     computed = np.array(lengths if packed else [max(lengths)] * len(lengths), dtype=np.float64)
     weights = 2 * LAYERS * (4 * WIDTH * WIDTH + 2 * WIDTH * INNER)
     return float(weights * computed.sum() + 4 * LAYERS * WIDTH * (computed**2).sum())
@@ -145,7 +145,7 @@ def make_models(folder: Path) -> None:
 
 
 def make_inputs(folder: Path, work: Work) -> Path:
-    """The batches of a work and what transformers makes of the first in fp32; returns their folder."""
+    """Write a work's batches and transformers' fp32 result of the first; returns their folder."""
     target = folder / work.inputs
     if not (target / "reference.json").is_file():
         target.mkdir(exist_ok=True)
@@ -168,7 +168,7 @@ def _random(work: Work) -> dict[str, np.ndarray]:
 
 
 def _sentences(count: int = 2, size: int = 32) -> list[dict[str, np.ndarray]]:
-    """Batches of real sentences, padded to their longest, with labels of no meaning."""
+    """Batches of real sentences, padded to their longest, with random labels."""
     from fastbert.data import load_tokenizer
     from fastbert.data.fetch import fetch
     from fastbert.data.sentences import split_sentences
@@ -198,7 +198,7 @@ def _padded(rows: list[list[int]]) -> dict[str, np.ndarray]:
 
 
 def _reference(folder: Path, work: Work, batch: dict[str, np.ndarray], target: Path) -> None:
-    """The last hidden state (reference.npy) or the loss, by transformers' eager attention in fp32."""
+    """Write the last hidden state (reference.npy) or the loss, by transformers' eager attention in fp32."""
     import torch
     import transformers
 

@@ -24,7 +24,7 @@ GRID = (
 
 
 def lengths_of(T: int, variant: str) -> tuple[int, ...]:
-    """Lengths that add up to T: 128 each, or the mix in turn, of which what no longer fits is passed over."""
+    """Lengths that add up to T: 128 each, or those of MIX in turn; a length that no longer fits is skipped."""
     if variant == "full":
         return (128,) * (T // 128) + ((T % 128,) if T % 128 else ())
     lengths: list[int] = []
@@ -36,7 +36,7 @@ def lengths_of(T: int, variant: str) -> tuple[int, ...]:
 
 
 def stock(qkv: Tensor, mask: Tensor | None, p: float) -> Tensor:
-    """What a user writes for qkv (B, S, 3, H, D) and a mask (B, 1, 1, S) that is True at tokens."""
+    """The stock calls that a user writes, for qkv (B, S, 3, H, D) and a mask (B, 1, 1, S), True at tokens."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
     return y.transpose(1, 2).flatten(2)

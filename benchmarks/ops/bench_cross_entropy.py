@@ -19,12 +19,12 @@ GRID = (
 
 
 def stock(logits: Tensor, labels: Tensor) -> Tensor:
-    """What a user writes."""
+    """The stock calls that a user writes."""
     return F.cross_entropy(logits, labels)
 
 
 def build(spec: Spec) -> Case:
-    """Every row counts: ignored rows would cost us less than stock."""
+    """Every row is labelled: ignored rows would cost our op less than stock."""
     draw = Draw(DTYPES[spec.dtype])
     args = {"logits": draw.normal(spec.T, spec.C), "labels": draw.ids(spec.C, spec.T)}
     return Case(args, stock, args)

@@ -14,13 +14,13 @@ GRID = grid(SLUG) + grid(SLUG, (512, 4096), (768,), "bf16")
 
 
 def stock(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, p: float) -> Tensor:
-    """What a user writes."""
+    """The stock calls that a user writes."""
     z = residual + F.dropout(x, p)
     return F.layer_norm(z, z.shape[-1:], weight, bias, 1e-12)
 
 
 def build(spec: Spec) -> Case:
-    """Ours replays its dropout from a seed, which a model draws once per step; stock draws a mask per call."""
+    """Our op computes its dropout from a seed, which a model draws once per step; stock draws a mask per call."""
     draw = Draw(DTYPES[spec.dtype])
     args = {
         "x": draw.normal(spec.T, spec.C),

@@ -25,7 +25,7 @@ def stock(
     bias: Tensor,
     p: float,
 ) -> Tensor:
-    """What a user writes."""
+    """The stock calls that a user writes."""
     z = F.embedding(ids, word) + F.embedding(positions, position) + F.embedding(types, type_)
     return F.dropout(F.layer_norm(z, z.shape[-1:], weight, bias, 1e-12), p)
 

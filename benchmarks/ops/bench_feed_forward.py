@@ -14,7 +14,7 @@ GRID = grid(SLUG) + grid(SLUG, *BF16_GEMM, "bf16")
 
 
 def stock(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """What a user writes."""
+    """The stock calls that a user writes."""
     return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
 
 

@@ -14,7 +14,7 @@ GRID = grid(SLUG) + grid(SLUG, (512, 4096), (768,), "bf16")
 
 
 def stock(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What a user writes."""
+    """The stock calls that a user writes."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
 
 

@@ -14,7 +14,7 @@ GRID = grid(SLUG) + grid(SLUG, *BF16_GEMM, "bf16")
 
 
 def stock(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What a user writes."""
+    """The stock calls that a user writes."""
     return F.linear(x, weight, bias)
 
 

@@ -14,7 +14,7 @@ GRID = grid(SLUG) + grid(SLUG, (512 if FAST_BF16 else 64,), (768 if FAST_BF16 el
 
 
 def stock(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
-    """What a user writes, as transformers does."""
+    """The stock calls that a user writes, as in transformers."""
     return F.cross_entropy(F.linear(hidden, weight, bias), labels, ignore_index=-100)
 
 

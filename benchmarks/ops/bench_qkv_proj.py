@@ -17,12 +17,12 @@ GRID = (
 
 
 def fused(x: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
-    """What a user writes with one weight."""
+    """The stock calls that a user writes for one weight."""
     return F.linear(x, weight, bias).view(x.shape[0], 3, heads, -1)
 
 
 def split(x: Tensor, weights: list[Tensor], biases: list[Tensor], heads: int) -> Tensor:
-    """What a user writes with three; stacked, as the other side's result is."""
+    """The stock calls for three weights; stacked, to compute the same result as our op."""
     parts = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
     return torch.stack(parts, 1).view(x.shape[0], 3, heads, -1)
 

@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def store(request, tmp_path_factory) -> opbench.Store:
-    """The session's results, with the machine's peaks."""
+    """The file of the session's results, with the machine's peaks."""
     quick = request.config.getoption("quick")
     path = request.config.getoption("ops_json")
     if quick:

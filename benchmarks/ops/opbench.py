@@ -1,7 +1,7 @@
-"""What the op benchmarks share: one case, its gate, its timing, its rows, its goals, and the file of results.
+"""Shared by the op benchmarks: a case, its gate, timing, rows and goals, and the file of results.
 
 A benchmark file names its cases as `GRID` and turns each into a call by `build(spec)`; its test is one call of
-`run_case`. Forward is timed with gradients wanted, as in training; backward is that of the graph just built.
+`run_case`. Forward is timed with inputs that require gradients, as in training; backward runs on the graph just built.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ VOCAB, HEAD = 30522, 64
 # without bf16 instructions stock's bf16 GEMM and its backward run at a hundredth of the fp32 speed
 FAST_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 BF16_GEMM = ((512,), (768,)) if FAST_BF16 else ((512,), (384,))
-# floating-point operations, both ways, up to which the fp64 reference runs in a few seconds on a CPU
+# floating-point operations of forward and backward up to which the fp64 reference takes a few seconds on a CPU
 AFFORDABLE = 6e10
-# (op, direction): the cases that must beat the better of eager and compiled by half
+# (op, direction) with the goal of 1.5 times the speed of the better of eager and compiled
 HALF_MORE = {
     ("dropout_add_layer_norm", "forward"),
     ("dropout_add_layer_norm", "backward"),
@@ -56,7 +56,7 @@ OVERHEAD_US = 10.0
 
 @dataclass(frozen=True)
 class Spec:
-    """One cell of a benchmark's grid; C is the width of the op's own kind (V for cross_entropy)."""
+    """One cell of a benchmark's grid; C is the op's width (V for cross_entropy)."""
 
     slug: str
     T: int
@@ -72,7 +72,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Case:
-    """Keyword arguments of our op, and what a user of stock torch calls with which arguments for the same result."""
+    """Keyword arguments of our op; the function and arguments of stock torch for the same result."""
 
     ours: dict[str, Any]
     stock: Callable[..., Any]
@@ -92,7 +92,7 @@ def grid(
 
 
 def pair(op: Callable[..., Any], args: dict[str, Any]) -> tuple[Callable, Callable]:
-    """The op's forward with every float input wanting a gradient, and the backward of what it returns."""
+    """(forward, backward) of the op; every float input requires a gradient."""
     args = detached(args)
     leaves = [leaf for _, leaf in leaves_of(args)]
     upstream: list[Tensor] = []
@@ -111,16 +111,15 @@ def reference_of(slug: str) -> Any:
 
 
 def cost_of(slug: str, ours: dict[str, Any]) -> Cost:
-    """The least the call must move and compute; options that don't change it are left out."""
+    """The least bytes and operations of the call; options that do not change them are left out."""
     options = ("p", "seed", "site")
     return reference_of(slug).cost(**{k: v for k, v in ours.items() if k not in options})
 
 
 def gate(slug: str, ours: dict[str, Any], cost: Cost) -> str:
-    """Refuse a wrong kernel, outputs and gradients; says against what: "fp64 reference" or "stock".
+    """Refuse wrong outputs or gradients; returns the truth that was used: "fp64 reference" or "stock".
 
-    Where fp64 takes too long on a CPU, stock stands for the truth and the difference may be 1e-4 of the rms in fp32,
-    3e-2 in bf16.
+    Where fp64 takes too long on a CPU, stock is the truth, and the error may be 1e-4 of the norm in fp32, 3e-2 in bf16.
     """
     op = getattr(functional, slug)
     results = call(op, ours, backward=True)
@@ -144,7 +143,7 @@ def gate(slug: str, ours: dict[str, Any], cost: Cost) -> str:
 
 
 def chosen_backend(slug: str, ours: dict[str, Any]) -> str:
-    """The backend that runs this call, gradients wanted."""
+    """The backend that runs this call with inputs that require gradients."""
     with contextlib.redirect_stdout(io.StringIO()):
         reasons = fastbert.explain(slug, **detached(ours))
     order = (chooser.forced(),) if chooser.forced() else chooser.ORDER["cpu"]
@@ -152,21 +151,21 @@ def chosen_backend(slug: str, ours: dict[str, Any]) -> str:
 
 
 def measure(slug: str, case: Case, seconds: float) -> dict[str, dict[str, Timing]]:
-    """Ours, stock eager and stock compiled for exactly these shapes, interleaved."""
+    """Times our op, stock eager and stock compiled for exactly these shapes, interleaved."""
     torch.compiler.reset()
     pairs = {
         "fastbert": pair(getattr(functional, slug), case.ours),
         "eager": pair(case.stock, case.stock_args),
         "compiled": pair(torch.compile(case.stock, dynamic=False), case.stock_args),
     }
-    # the gate has run the others
+    # compiles; the gate has run the other two
     forward, backward = pairs["compiled"]
     backward(forward())
     return interleave_training(pairs, seconds)
 
 
 def goal(slug: str, variant: str, T: int, direction: str) -> dict[str, float]:
-    """What a row must show: {"overhead_us": most} at T = 64, else {"ratio": least}."""
+    """A row's goal: {"overhead_us": most} at T = 64, else {"ratio": least}."""
     if T < 512:
         return {"overhead_us": OVERHEAD_US}
     padded = slug == "attention" and variant.startswith("padded")
@@ -192,7 +191,7 @@ def rate(direction: str, seconds: float, cost: Cost, dtype: str, peaks: dict) ->
 def row(
     spec: Spec, direction: str, times: dict[str, Timing], cost: Cost, peaks: dict
 ) -> dict[str, Any]:
-    """The results of one direction of one case; ratios over 1 say that ours is faster."""
+    """The results of one direction of one case; a ratio above 1 means that our op is faster."""
     ours = times["fastbert"]
     best = min((times["eager"], times["compiled"]), key=lambda t: t.median)
     wanted = goal(spec.slug, spec.variant, spec.T, direction)
@@ -224,12 +223,12 @@ def row(
 
 
 def key(row: dict[str, Any]) -> tuple:
-    """What makes a row the same measurement as another run's."""
+    """The fields that identify a measurement across runs."""
     return tuple(row[name] for name in ("op", "variant", "dtype", "T", "C", "direction"))
 
 
 class Store:
-    """The file of results: rows replace those of the same case from earlier runs, every row names its run.
+    """The file of results. A row replaces that of the same case from an earlier run and names its own run.
 
     {"runs": {id: {machine, peaks}}, "rows": [...]}; a run that no row names any more is dropped.
     """
@@ -256,7 +255,7 @@ class Store:
 
 
 def order(k: tuple) -> tuple:
-    """Sorts keys by the ops' order, then as a reader looks for them."""
+    """The sort key of a row's key: the ops' order, then variant, dtype, sizes and direction."""
     slug, variant, dtype, T, C, direction = k
     directions = ("forward", "backward", "both")
     return (
@@ -282,7 +281,7 @@ def run_case(benchmark: Any, store: Store, spec: Spec, case: Case, seconds: floa
     store.add(rows)
     benchmark.extra_info.update({r["direction"]: r for r in rows})
     forward, backward = pair(getattr(functional, spec.slug), case.ours)
-    # pytest-benchmark stores the run; the comparison is the interleaved one above
+    # for pytest-benchmark's own report; the comparison is the interleaved one above
     benchmark.pedantic(lambda: backward(forward()), rounds=1)
 
 
@@ -302,10 +301,10 @@ def line(r: dict[str, Any]) -> str:
 
 
 def keep_memory() -> None:
-    """Make glibc's malloc keep freed memory, for all calls alike.
+    """Make glibc's malloc keep freed memory, so that all calls have the same conditions.
 
-    By default tensors of some sizes are mapped anew, at 4 us per 4 KB page in a virtual machine, depending on earlier
-    calls: the measured time is then mostly page faults.
+    By default malloc maps memory anew for tensors of some sizes, depending on earlier calls, at 4 us per 4 KB page in a
+    virtual machine. The measured time is then mostly page faults.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         mmap_max, trim_threshold = -4, -1

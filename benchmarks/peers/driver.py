@@ -19,15 +19,15 @@ class WorkerError(RuntimeError):
 
 
 class Handle:
-    """A worker process: send a request, get its answer in time, or a reason.
+    """A worker process; `ask` sends a request and returns the answer, or raises the reason why there is none.
 
-    Between requests it is stopped (SIGSTOP): whatever its runtime's threads do when they wait, they don't do it here.
+    Between requests the process is stopped (SIGSTOP), so that its waiting threads take no time from other workers.
     """
 
     def __init__(self, command: Sequence[str], log: Path, env: dict[str, str]) -> None:
         self.log = log
         with open(log, "wb") as errors:
-            # a session of its own: Ctrl-C is the driver's to handle, and helpers of the worker end with it
+            # in its own session: Ctrl-C reaches the driver only, and close() ends the worker's helpers too
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
@@ -95,7 +95,7 @@ class Handle:
 
 @dataclass
 class Limits:
-    """How long anything may take, in seconds."""
+    """Time limits in seconds."""
 
     load: float = 600
     # a peer whose calls take longer than this is left out
@@ -115,7 +115,7 @@ class Outcome:
 
 @dataclass
 class Race:
-    """Peers at one work; `start` makes a worker by its name or raises WorkerError."""
+    """Peers at one work; `start` starts a worker by its name or raises WorkerError."""
 
     start: Callable[[str], Handle]
     job: dict[str, Any]
@@ -159,7 +159,7 @@ class Race:
     def _prepare(self, handle: Handle, outcome: Outcome) -> None:
         """Load, compare, warm up with every shape and, on the way, measure the memory; each call is made once.
 
-        Whose call takes longer than the limit has cost one call more than there are shapes.
+        So a peer with calls beyond the limit costs only one call more than there are shapes.
         """
         started = time.monotonic()
         outcome.versions = handle.ask(self.limits.load, "load", **self.job)["versions"]
@@ -178,7 +178,7 @@ class Race:
         self.say(f"  {handle.log.stem}: ready after {time.monotonic() - started:.0f} s")
 
     def _time(self, handle: Handle, number: int) -> float:
-        # the call that is not counted may take twice as long
+        # the call before the timed ones may take twice as long
         timeout = (2 + self.calls) * self.limits.call
         batch = number % self.batches
         return float(handle.ask(timeout, "time", batch=batch, calls=self.calls)["seconds"])

@@ -1,8 +1,8 @@
 """Makes the peers' virtual environments: `python benchmarks/peers/install.py [PEER ...]`.
 
-Each has its own, with the versions of PEER.txt beside this file and of constraints.txt, outside git in
-$FASTBERT_CACHE/peers (by default ~/.cache/fastbert/peers). One that is there already is left alone. Where one can't be
-made, the reason is kept beside it and the benchmark shows it.
+Each peer has its own, with the versions of PEER.txt beside this file and of constraints.txt, in $FASTBERT_CACHE/peers
+(by default ~/.cache/fastbert/peers). An existing environment is left alone. Where one can't be made, the reason is
+written beside it, and the benchmark shows it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CONSTRAINTS = HERE.parents[1] / "constraints.txt"
 TIMEOUT_S = 1800
-# imported beside this project's torch and Triton, which their pins would replace
+# installed without dependencies and imported beside this project's torch and Triton, which they would replace
 ALONE = ("kernels",)
 
 
 def environment(name: str) -> Path:
-    """Where the peer's environment belongs; a change of its pins is another place."""
+    """The folder of the peer's environment; other pins have another folder."""
     pins = (HERE / f"{name}.txt").read_bytes()
     cache = Path(os.environ.get("FASTBERT_CACHE") or "~/.cache/fastbert").expanduser()
     return cache / "peers" / f"{name}-{hashlib.sha256(pins).hexdigest()[:12]}"
@@ -76,7 +76,7 @@ def _run(command: list[str]) -> str:
 
 
 def main() -> int:
-    """Install the peers named, or all; a failure is said and recorded, and is not an error of this command."""
+    """Install the named peers, or all; a failure is printed and recorded, and is no error of this command."""
     known = sorted(path.stem for path in HERE.glob("*.txt"))
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("peers", nargs="*", help=f"of {', '.join(known)}; all by default")

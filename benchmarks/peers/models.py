@@ -1,7 +1,7 @@
 """The peers: each is a function that takes a Job and returns a function of the batch's number.
 
-The returned function gives the last hidden state; in training it is a Step. A peer that can't do a job raises
-Unsupported. Third-party packages are imported inside, since every environment has others.
+The returned function returns the last hidden state; in training it is a Step. A peer that can't do a job raises
+Unsupported. Functions import third-party packages inside, since each environment has different ones.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Unsupported(Exception):
 
 @dataclass
 class Job:
-    """What is to be computed, as the driver asks for it."""
+    """The work and its surroundings, as the driver sends them."""
 
     kind: str  # "infer", "pretrain" or "finetune"
     precision: str  # "fp32" or "bf16"
-    folder: Path  # holds model/, classifier/ and what peers convert them to
+    folder: Path  # holds model/, classifier/ and the peers' converted models
     inputs: Path  # holds batch0.npz, ...
     threads: int
 
@@ -60,7 +60,7 @@ class Job:
 
 @dataclass
 class Step:
-    """One training step: forward with dropout, backward, fused AdamW at a rate that leaves the weights as they are."""
+    """One training step: forward with dropout, backward, fused AdamW with learning rate 0."""
 
     model: Any
     job: Job
@@ -89,7 +89,7 @@ class Step:
 
 
 def infer(model: Any, job: Job, context: Callable) -> Call:
-    """The last hidden state by a module, under inference_mode or no_grad."""
+    """A function that returns a module's last hidden state, under inference_mode or no_grad."""
     batches = job.tensors()
 
     def call(number: int) -> Any:
@@ -100,7 +100,7 @@ def infer(model: Any, job: Job, context: Callable) -> Call:
 
 
 def transformers_model(job: Job, attention: str = "sdpa", bf16_weights: bool = False) -> Any:
-    """The transformers model for the job; bf16_weights casts it whole, else autocast is for the caller."""
+    """The transformers model for the job, in fp32, or with all weights in bf16."""
     import torch
     import transformers
 
@@ -123,7 +123,7 @@ def stock(job: Job, attention: str = "sdpa", compiled: bool = False, frozen: boo
     training = job.kind != "infer"
     model = transformers_model(job, attention, job.precision == "bf16" and not training)
     if compiled:
-        # inductor prepacks the weights
+        # with freezing inductor prepacks the weights
         torch._inductor.config.freezing = frozen
         model.compile()
     if training:
@@ -132,7 +132,7 @@ def stock(job: Job, attention: str = "sdpa", compiled: bool = False, frozen: boo
 
 
 def autocast(job: Job) -> Call:
-    """transformers under autocast: what is left in fp32 costs time and keeps accuracy."""
+    """transformers under autocast: the parts in fp32 cost time and keep accuracy."""
     import torch
 
     if job.precision != "bf16" or job.kind != "infer":
@@ -169,7 +169,7 @@ def fastbert(job: Job, freeze: bool = True) -> Any:
 
 
 def zentorch(job: Job) -> Call:
-    """AMD's backend of torch.compile; it repacks the weights in place, so nothing else may use this model."""
+    """AMD's backend of torch.compile; it repacks the weights in place, so the model has no other use."""
     import torch
     import zentorch
 
@@ -194,11 +194,11 @@ def once(target: Path, make: Callable[[Path], Any]) -> Path:
 
 
 def export_onnx(job: Job, target: Path) -> None:
-    """BertModel in ONNX; only this attention and exporter give what onnxruntime fuses."""
+    """BertModel in ONNX; onnxruntime fuses the graph of this attention and exporter only."""
     import torch
 
     class Hidden(torch.nn.Module):
-        """Plain arguments in a plain order: the exporter passes them by position."""
+        """BertModel with the arguments in the order in which the exporter passes them."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -221,7 +221,7 @@ def export_onnx(job: Job, target: Path) -> None:
 
 
 def optimize_onnx(source: Path, target: Path) -> None:
-    """Fuse attention, layer norms and GELU, or raise: unfused would be no fair peer."""
+    """Fuse attention, layer norms and GELU; raises where attention is not fused, since that would be no fair peer."""
     from onnxruntime.transformers import optimizer
 
     model = optimizer.optimize_model(str(source), model_type="bert", num_heads=12, hidden_size=768)
@@ -232,7 +232,7 @@ def optimize_onnx(source: Path, target: Path) -> None:
 
 
 def quantize_onnx(source: Path, target: Path) -> None:
-    """Weights in int8, activations quantised as they come."""
+    """Weights in int8; activations are quantised at run time."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -265,7 +265,7 @@ def onnxruntime(job: Job, int8: bool = False) -> Call:
 
 
 def openvino(job: Job) -> Call:
-    """The CPU plugin, asked for low latency, compiled for exactly this shape."""
+    """The CPU plugin, set to low latency and compiled for exactly this shape."""
     import openvino
 
     core = openvino.Core()
@@ -297,14 +297,14 @@ def convert_ctranslate2(job: Job, target: Path) -> None:
 
     encoder = target.with_name("ctranslate2-source")
     model = transformers_model(job)
-    # the converter reads what transformers 5 no longer writes
+    # the converter reads a setting that transformers 5 no longer writes
     model.config.position_embedding_type = "absolute"
     model.save_pretrained(encoder)
     TransformersConverter(str(encoder)).convert(str(target))
 
 
 def ctranslate2(job: Job, int8: bool = False) -> Call:
-    """Its encoder, which removes padding on CPUs too."""
+    """CTranslate2's encoder, which removes padding on CPUs too."""
     job.only("fp32", "ctranslate2 computes bf16 on GPUs only")
     import ctranslate2
 

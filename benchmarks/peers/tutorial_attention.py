@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# tiles that the tutorial takes for a head size of 64 on Ampere and Hopper
+# the tutorial's tiles for a head size of 64 on Ampere and Hopper
 FORWARD = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
 BACKWARD = {"num_warps": 4, "num_stages": 3}
 LOG2E = 1.4426950408889634

@@ -1,8 +1,8 @@
-"""One peer in a process of its own: `python worker.py PEER`, JSON lines in on stdin, JSON lines out on stdout.
+"""One peer in its own process: `python worker.py PEER`, JSON lines in on stdin, JSON lines out on stdout.
 
-{"do": "load", ...} builds the model and answers with versions; "check" writes the last hidden state, or tells the
-loss without dropout; "once" is one call; "time" times calls after one that is not counted; "memory" tells what a call
-needs. Whatever goes wrong is answered as {"error": sentence}.
+{"do": "load", ...} builds the model and answers with versions; "check" writes the last hidden state, or returns the
+loss without dropout; "once" times a call; "time" times calls after one that is not counted; "memory" measures a
+call's memory. The answer to a failed request is {"error": sentence}.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def array(output: Any) -> np.ndarray:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Python's and those of the packages that are there."""
+    """The versions of Python and of those packages that are installed."""
     found = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -50,9 +50,9 @@ def resident() -> dict[str, int]:
 
 
 def settled() -> int:
-    """Bytes resident now, from where the peak (VmHWM) is counted anew."""
+    """Reset the peak (VmHWM); returns the resident bytes."""
     gc.collect()
-    # freed memory that malloc has kept would hide a part of what comes next
+    # a call that uses freed memory which malloc has kept would look smaller
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return resident()["VmRSS"]
@@ -79,12 +79,12 @@ class Worker:
         if self.peer.startswith("fastbert"):
             import fastbert
 
-            # of the checkout, which is not an installed distribution
+            # the checkout's version, since it is not an installed distribution
             found |= {"fastbert": fastbert.__version__, "native": fastbert.backend.cpu.native.isa()}
         return {"versions": found}
 
     def check(self, file: str) -> dict[str, Any]:
-        """What the driver compares: a loss, or the last hidden state of the first batch in a file."""
+        """The result that the driver compares: a loss, or a file with the first batch's last hidden state."""
         if isinstance(self.call, Step):
             return {"loss": self.call.loss()}
         np.save(file, array(self.call(0)))
@@ -97,7 +97,7 @@ class Worker:
         return {"seconds": time.perf_counter() - started}
 
     def time(self, batch: int, calls: int) -> dict[str, float]:
-        """Seconds per call, after one that finds cold caches and pages gone: the process was stopped until now."""
+        """Seconds per call, after one that is not counted: the process was stopped, so caches and pages are cold."""
         self.call(batch)
         return {"seconds": sum(self.once(batch)["seconds"] for _ in range(calls)) / calls}
 
@@ -112,7 +112,7 @@ def main() -> None:
     """Serve until stdin ends."""
     # PR_SET_PDEATHSIG = 1: the system ends this process with its driver
     ctypes.CDLL(None).prctl(1, 9)
-    # libraries print; stdout is for answers only
+    # answers alone go to stdout; libraries print to stderr
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     worker = Worker(sys.argv[1])

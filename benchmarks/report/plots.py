@@ -14,7 +14,7 @@ OURS, OTHERS, UNCOUNTED = "#c1440e", "#8a9ba8", "#d7dee3"
 
 
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Write bert-inference.png, bert-training.png and bert-memory.png, those that have rows; returns them."""
+    """Write those of bert-inference.png, bert-training.png and bert-memory.png that have rows; returns them."""
     rows = results["rows"]
     files = []
     for name, chosen in (
@@ -66,7 +66,7 @@ def _times(rows: list[dict[str, Any]]) -> Any:
 
 
 def _memory(rows: list[dict[str, Any]]) -> Any:
-    """Per work and peer: resident before the step, and what the step adds at its peak."""
+    """Bytes per work and peer: resident before the step, and added by the step at its peak."""
     bars = [
         (f"{row['title']}, {row['precision']}: {name}", result["memory"], _colour(name, result))
         for row in reversed(rows)

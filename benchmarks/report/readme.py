@@ -25,7 +25,7 @@ def duration(seconds: float) -> str:
 
 
 def verdict(goal: dict[str, Any]) -> str:
-    """A goal and what came of it."""
+    """A goal, and whether it is met."""
     said = "met" if goal["met"] else "**missed**" if goal["value"] is not None else "not measured"
     shown = "" if goal["value"] is None else f" ({goal['value']:.0%})"
     return {
@@ -54,7 +54,7 @@ def _slow(result: dict[str, Any]) -> bool:
 
 
 def short_table(results: dict[str, Any]) -> str:
-    """README's: one line per work, with the best peer and the goal; then memory, machine and date."""
+    """The table of the README: one line per work, with the best peer and the goal; then memory, machine and date."""
     lines = [
         "| BERT-base | | fastbert | best peer | speed-up | goal |",
         "|---|---|---|---|---|---|",
@@ -126,7 +126,7 @@ def _low(machine: dict[str, Any]) -> str:
 
 
 def full_table(results: dict[str, Any]) -> str:
-    """docs/benchmarks.md's: every peer of every work, with the reasons of those that did not run."""
+    """The tables of docs/benchmarks.md: every peer of every work, with the reasons of those that did not run."""
     lines = []
     for row in results["rows"]:
         lines += [
@@ -161,7 +161,7 @@ def replaced(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
 
 
 def pages(results: dict[str, Any]) -> dict[Path, str]:
-    """The files that hold tables, as they should be."""
+    """{file: its text with the current tables}."""
     tables = {"README.md": short_table(results), "docs/benchmarks.md": full_table(results)}
     return {ROOT / n: replaced((ROOT / n).read_text(), t) for n, t in tables.items()}
 

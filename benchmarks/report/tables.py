@@ -52,7 +52,7 @@ def markdown(header: list[str], lines: list[list[str]]) -> list[str]:
 
 
 def summary(rows: Rows) -> list[str]:
-    """One line per op and direction: the ratios at T >= 512 and how many keep their goal."""
+    """One line per op and direction: the ratios at T >= 512 and how many meet their goal."""
     lines = []
     for (name, dtype, direction), members in groups(rows).items():
         large = [r for r in members if "ratio" in r["goal"]]
@@ -76,7 +76,7 @@ def summary(rows: Rows) -> list[str]:
 
 
 def overheads(rows: Rows) -> list[str]:
-    """T = 64: microseconds over eager."""
+    """The table of T = 64: microseconds over eager."""
     lines = [
         [
             name_of(r),
@@ -95,7 +95,7 @@ def overheads(rows: Rows) -> list[str]:
 
 
 def full(rows: Rows) -> list[str]:
-    """Every row."""
+    """The table of every row."""
     lines = []
     for r in rows:
         us = {name: f"{t['median']:.1f}" for name, t in r["microseconds"].items()}
@@ -177,7 +177,7 @@ def plot(rows: Rows, dtype: str, path: Path) -> None:
     import numpy as np
 
     members = {k: v for k, v in groups(rows).items() if k[1] == dtype}
-    # cross_entropy's widths are its own: it stands in the first column of its T
+    # cross_entropy has other widths than the rest: it stands in the first column of its T
     widths = sorted({r["C"] for r in rows if r["dtype"] == dtype and r["op"] != "cross_entropy"})
     tokens = sorted({r["T"] for v in members.values() for r in v})
     columns = [(T, C) for T in tokens for C in widths or [0]]
@@ -201,7 +201,7 @@ def plot(rows: Rows, dtype: str, path: Path) -> None:
 
 
 def main() -> int:
-    """Write the page and the plots; with --check only say whether the page is up to date."""
+    """Write the page and the plots; with --check return 1 where the page is not up to date."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
