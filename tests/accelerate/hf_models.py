@@ -1,4 +1,4 @@
-"""Small models of transformers with random weights and ragged batches for them: what accelerate() is tested on."""
+"""Small models of transformers with random weights, and ragged batches for them, for the tests of accelerate()."""
 
 import copy
 from typing import Any
@@ -13,7 +13,7 @@ import fastbert  # noqa: E402
 B, S, V = 5, 11, 99
 LENGTHS = torch.tensor([11, 3, 7, 1, 9])
 MASK = (torch.arange(S) < LENGTHS[:, None]).long()
-# transformers 4, whose forwards refuse arguments they don't know
+# transformers 4, whose forwards refuse unknown arguments
 OLD = transformers.__version__.startswith("4.")
 FAMILIES = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra", "DistilBert")
 HEADS = (
@@ -46,7 +46,7 @@ def config(family: str, **changes: Any) -> Any:
 
 
 def build(family: str, head: str = "Model", **changes: Any) -> Any:
-    """A model in eval mode, weights large enough for every part to be seen in the outputs."""
+    """A model in eval mode, with weights so large that every part changes the outputs."""
     torch.manual_seed(0)
     if head == "ForQuestionAnswering":
         changes.setdefault("num_labels", 2)
@@ -86,12 +86,12 @@ def accelerated(model: Any) -> Any:
 
 
 def at_tokens(t: torch.Tensor, mask: torch.Tensor = MASK) -> torch.Tensor:
-    """What is not padding, and all of what has no columns."""
+    """The tensor at tokens, or all of it where it has no columns of tokens."""
     return t[mask.bool()] if t.shape[:2] == mask.shape else t
 
 
 def without_dropout(model: Any) -> Any:
-    """The model in training mode, its dropouts at 0."""
+    """The model in training mode with dropout rates of 0."""
     for m in model.train().modules():
         if isinstance(m, torch.nn.Dropout):
             m.p = 0.0
@@ -101,7 +101,7 @@ def without_dropout(model: Any) -> Any:
 
 
 def assert_same(x: Any, y: Any, mask: torch.Tensor = MASK, atol: float = 3e-6) -> None:
-    """Two outputs have the same fields with the same values at tokens."""
+    """Assert that two outputs have the same fields with the same values at tokens."""
     assert list(x.keys()) == list(y.keys())
     for name in x:
         if name == "hidden_states":

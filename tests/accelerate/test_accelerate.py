@@ -1,4 +1,4 @@
-"""accelerate() on models of transformers: the same results, in place, under everything that touches modules."""
+"""accelerate() on models of transformers: the same results, in place, also under tools that change modules."""
 
 import collections
 import copy
@@ -36,7 +36,7 @@ MODELS = [(f, h) for f in FAMILIES for h in HEADS if hasattr(transformers, f + h
 
 @pytest.fixture
 def sentences(monkeypatch, caplog):
-    """What was logged once, from a clean slate."""
+    """The sentences that are logged once per process; no earlier test has logged them here."""
     monkeypatch.setattr(watch, "_logged", set())
     caplog.set_level(logging.INFO, logger="fastbert")
     words = ("runs transformers' code", "takes padding out", "computes all logits")
@@ -55,7 +55,7 @@ def test_same_outputs_and_gradients(family, head, sentences):
     stock, given = build(family, head), batch(family, head)
     ours = accelerated(stock)
     if head == "ForQuestionAnswering":
-        # scores at padding take part in transformers' loss and not in ours: a batch without padding has the same
+        # scores at padding are part of transformers' loss and not of ours; without padding the losses are equal
         lowest = torch.finfo(torch.float32).min
         assert (ours(**given).start_logits[MASK == 0] == lowest).all()
         assert ours(**given).loss.item() == pytest.approx(by_sequence(stock, given), rel=1e-5)
@@ -65,7 +65,7 @@ def test_same_outputs_and_gradients(family, head, sentences):
     mask = given["attention_mask"].flatten(0, -2)
     with torch.no_grad():
         assert_same(*(m(**given, output_hidden_states=True) for m in (stock, ours)), mask)
-        # without hidden states the last layer computes what the head reads only
+        # without hidden states the last layer computes only the rows that the head reads
         assert_same(*(m(**given) for m in (stock, ours)), mask)
     if not {"labels", "start_positions"} & given.keys():
         return
@@ -78,7 +78,7 @@ def test_same_outputs_and_gradients(family, head, sentences):
 
 
 def by_sequence(model, given):
-    """The mean loss of sequences that are computed one by one, without padding."""
+    """The mean loss of the sequences one by one, without padding."""
     losses = []
     for i, length in enumerate(MASK.sum(1).tolist()):
         one = {n: t[i : i + 1, :length] if t.dim() == 2 else t[i : i + 1] for n, t in given.items()}
@@ -117,7 +117,7 @@ def test_transformers_is_imported_only_when_used():
 
 
 def test_padding_is_removed_once(monkeypatch):
-    """Every layer sees the packed tokens; nothing is packed or padded in between."""
+    """Every layer takes the packed tokens; nothing is packed or padded in between."""
     model, rows = accelerated(build("Bert")), []
     from fastbert.integrations import layers
 
@@ -134,7 +134,7 @@ def test_padding_is_removed_once(monkeypatch):
 
 
 def test_a_layer_costs_few_checks():
-    """Python calls of a layer more, by where they go: what is asked of modules must not grow back unseen."""
+    """One more layer costs at most 50 Python calls in fastbert/integrations and fastbert/nn."""
 
     def calls(count):
         model, given = accelerated(build("Bert", num_hidden_layers=count)), batch("Bert")

@@ -1,4 +1,4 @@
-"""Models that somebody has altered: their own code runs, or a sentence says what can't be done; nothing is skipped."""
+"""Altered models: their own code runs, or a sentence says that it can't; no alteration is ignored."""
 
 import copy
 
@@ -116,7 +116,7 @@ def test_forward_mode_runs_stock_code_in_modules(kind):
 
 
 def losses(family, change):
-    """Training losses of a masked LM after a change, stock's and accelerated."""
+    """The training losses of a masked LM after a change, stock's and the accelerated model's."""
     found = []
     for accelerated in (False, True):
         model = build(
@@ -130,7 +130,7 @@ def losses(family, change):
 
 
 def tripled(module):
-    """The module with a class of its own, whose outputs are three times as large."""
+    """Give the module a class of its own with outputs three times as large."""
     kind = type(module)
     module.__class__ = type("Mine", (kind,), {"forward": lambda self, x: 3 * kind.forward(self, x)})
     module.__class__.__module__ = "mine"

@@ -31,7 +31,7 @@ def _one_layer(family, head):
 
 
 def _ragged(head, size, length, seed):
-    """A batch whose longest sequence may be shorter than its columns, every fifth one without padding."""
+    """A batch whose longest sequence may be shorter than its number of columns; every fifth has no padding."""
     drawn = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, length + 1, (size,), generator=drawn)
     if seed % 5 == 4:
@@ -67,7 +67,7 @@ def _results(model, given, training):
 slow = pytest.mark.slow
 
 
-# the encoder is one graph, what a head does with its output another, and our own end of a head for answers a third
+# the encoder is one graph, the head another, and our own last part of the head for answers a third
 @pytest.mark.parametrize(
     ("family", "head", "training", "graphs"),
     [

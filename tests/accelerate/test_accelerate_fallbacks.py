@@ -13,10 +13,10 @@ from fastbert.nn import watch
 
 @pytest.fixture
 def said(monkeypatch, caplog):
-    """What accelerate() has said of a model, from a clean slate."""
+    """The sentences of accelerate() on a model; no earlier test has logged them here."""
     monkeypatch.setattr(watch, "_logged", set())
     caplog.set_level(logging.INFO, logger="fastbert")
-    # the first sentence counts what was changed
+    # the first sentence counts the changed modules
     return lambda: [m for r in caplog.records if (m := r.getMessage()).startswith("accelerate: ")][
         1:
     ]
@@ -68,7 +68,7 @@ def test_backward_hooks_and_global_hooks():
 
 
 class Doubled(nn.Linear):
-    """A Linear whose weight is not all there is."""
+    """A Linear that computes more than its weight and bias."""
 
     def forward(self, x):
         return 2 * super().forward(x)
@@ -140,7 +140,7 @@ def _bare_norm(model):
 )
 @pytest.mark.parametrize("first", [True, False])
 def test_replaced_parts_are_called(change, first):
-    """Whatever stands in a Linear's place counts, put there before or after."""
+    """A replaced part is called, whether it was replaced before accelerate() or after."""
     stock, ours = build("Bert"), build("Bert")
     given = batch("Bert")
     plain = stock(**given).last_hidden_state
@@ -156,7 +156,7 @@ def test_replaced_parts_are_called(change, first):
 
 
 class MeanHead(nn.Module):
-    """Reads all columns, where RoBERTa's own head reads the first."""
+    """A head that reads all columns; RoBERTa's own reads the first."""
 
     def __init__(self):
         super().__init__()
@@ -174,7 +174,7 @@ class Mixing(nn.Module):
 
 
 def test_heads_that_read_more_get_more():
-    """The last layer leaves out rows only where what reads its output is transformers' own."""
+    """The last layer leaves out rows only for heads of transformers."""
     torch.manual_seed(0)
     stock, given = build("Roberta", "ForSequenceClassification"), batch("Roberta")
     stock.classifier = MeanHead()
@@ -210,7 +210,7 @@ def test_heads_that_read_more_get_more():
         ("Bert", {"hidden_act": "gelu_new"}, {}, None),
         ("DistilBert", {"activation": "relu"}, {}, "ReLU"),
         ("Bert", {"chunk_size_feed_forward": 11}, {}, None),
-        # 4's attention has a rate beside its Dropout's
+        # transformers 4's attention has a rate of its own besides its Dropout's
         ("Bert", {"attention_probs_dropout_prob": 1.0}, {}, "dropout_prob" if OLD else "Dropout"),
         ("Bert", {}, {"is_causal": True}, "is_causal"),
         ("Bert", {}, {"cu_seq_lens_q": torch.tensor([0, 5])}, "cu_seq_lens_q"),
@@ -244,7 +244,7 @@ def test_as_an_encoder_of_encoder_decoder():
 
 @pytest.mark.parametrize("head", ["ForQuestionAnswering", "ForTokenClassification"])
 def test_exported_heads_are_transformers_own(head):
-    """Without restore() too: no head reads values of the mask or the labels in a graph."""
+    """Also without restore(): in a graph no head reads values of the mask or the labels."""
     stock, given = build("Bert", head), batch("Bert", head)
     wanted = stock(**given)
     program = torch.export.export(accelerated(stock), (), given, strict=False)

@@ -1,4 +1,4 @@
-"""fastbert.freeze of accelerated transformers: same results, changes seen, layers run where the copies can't serve."""
+"""fastbert.freeze of accelerated models: same results, changed weights are found, layers run where copies can't."""
 
 import copy
 import io
@@ -193,7 +193,7 @@ def test_adapters_are_not_skipped():
 
 
 def test_what_layers_are_needed_for():
-    """Gradients, dropout, hidden states."""
+    """For gradients, dropout, hidden states and another backend the layers run, not the copies."""
     model, given = frozen(), batch("Bert")
     assert model(**given).last_hidden_state.requires_grad
     assert len(model(**given, output_hidden_states=True).hidden_states) == 3

@@ -1,4 +1,4 @@
-"""Bad and odd inputs: what transformers and torch.nn do with them, or what docs/accelerate.md says instead."""
+"""Bad and odd inputs give the results of transformers and torch.nn, or those that docs/accelerate.md names."""
 
 import copy
 
@@ -30,7 +30,7 @@ CAUSAL = FOUR_D & torch.ones(S, S, dtype=torch.bool).tril()
 EMPTY_ROW = MASK * torch.tensor([1, 1, 0, 1, 1])[:, None]
 EMBEDS = torch.randn(B, S, 32, generator=torch.Generator().manual_seed(0))
 
-# name: (arguments, which outputs are compared: a mask)
+# name: (arguments, mask of the outputs that are compared)
 ODD = {
     "no mask": ({"input_ids": IDS}, None),
     "ones": ({"input_ids": IDS, "attention_mask": torch.ones_like(MASK)}, None),
@@ -95,7 +95,7 @@ ODD = {
 
 
 def outputs(model, given):
-    """All of a model's outputs, or the error."""
+    """All of a model's outputs."""
     with torch.no_grad():
         return model(**given, output_hidden_states=True)
 
@@ -111,7 +111,7 @@ def test_odd_inputs(family, name):
     try:
         x = outputs(MODELS[family], given)
     except (TypeError, ValueError) as error:
-        assert OLD  # it knows neither 4-D masks nor DistilBERT's positions
+        assert OLD  # transformers 4 takes neither 4-D masks nor DistilBERT's positions
         with pytest.raises(type(error)):
             outputs(OURS[family], given)
         return
@@ -149,7 +149,7 @@ def test_dtypes(dtype):
     assert (y - exact).abs().max() <= 2 * (x - exact).abs().max() + 1e-5
 
 
-# wrong ones: both refuse them
+# wrong inputs, which stock and accelerated models refuse
 BAD = {
     "ids out of range": {"input_ids": IDS + V},
     "negative ids": {"input_ids": -IDS - 1},
@@ -223,7 +223,7 @@ def test_odd_labels(head, training, kind):
     if isinstance(x, Exception):
         assert type(x) is type(y)
     elif kind == "none" and training and head == "ForMaskedLM":
-        # the loss is 0 and connected to the graph
+        # transformers' loss is NaN; ours is 0 and has a gradient
         assert x.isnan()
         assert y == 0
         assert y.requires_grad

@@ -1,4 +1,4 @@
-"""accelerate() with transformers 4 (`make test-transformers4`), and what it says of versions older than 4.48."""
+"""accelerate() with transformers 4 (`make test-transformers4`), and its sentence for versions before 4.48."""
 
 import logging
 
@@ -28,19 +28,19 @@ EAGER, SDPA = ({"attn_implementation": name} for name in ("eager", "sdpa"))
 
 @pytest.fixture
 def said(monkeypatch, caplog):
-    """What accelerate() has logged, from a clean slate."""
+    """The sentences of accelerate(); no earlier test has logged them here."""
     monkeypatch.setattr(watch, "_logged", set())
     caplog.set_level(logging.INFO, logger="fastbert")
     return lambda: " ".join(r.getMessage() for r in caplog.records)
 
 
 def compare(stock, ours, **given):
-    """Both return the same type with the same values at tokens."""
+    """Assert that both return the same type with the same values at tokens."""
     with torch.no_grad():
         x, y = (m(**given) for m in (stock, ours))
     assert type(x) is type(y)
     if isinstance(x, tuple):
-        # hidden states and attentions are tuples in there
+        # hidden states and attentions are tuples inside the tuple
         flat = [[t for v in o for t in (v if isinstance(v, tuple) else (v,))] for o in (x, y)]
         x, y = (dict(enumerate(tensors)) for tensors in flat)
     else:
@@ -54,7 +54,7 @@ def compare(stock, ours, **given):
 @pytest.mark.parametrize("version", ["4.47.1", "4.9.0", "3.5.1"])
 def test_versions_before_4_48_are_left_alone(version, monkeypatch, said):
     stock = build("Bert")
-    # by its name: 4.57 replaces its module
+    # patched by name, since 4.57 replaces its module in sys.modules
     monkeypatch.setattr("transformers.__version__", version)
     model = accelerated(stock)
     assert type(model) is type(stock)
@@ -80,11 +80,11 @@ def test_versions_before_4_48_are_left_alone(version, monkeypatch, said):
     ],
 )
 def test_configurations(family, kind, changes, word, said):
-    """What 4 decides by its configuration, and its encoder does itself."""
+    """Settings of the configuration that transformers 4 applies in its encoder."""
     if (family, changes) == ("Electra", SDPA):
         pytest.skip("transformers 4 has no sdpa for ELECTRA")
     if family == "DistilBert" and "positions" in word:
-        word = ""  # it knows no others
+        word = ""  # DistilBERT has no other kinds of positions
     stock = build(family, kind, **changes)
     compare(stock, accelerated(stock), **batch(family, kind))
     assert word in said()
@@ -95,7 +95,7 @@ def test_configurations(family, kind, changes, word, said):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_arguments(family, kind, said):
-    """Those that only 4 has, and those that its heads pass on as None."""
+    """Arguments that only transformers 4 has, and arguments that its heads pass on as None."""
     stock, given = build(family, kind), batch(family, kind)
     ours = accelerated(stock)
     compare(stock, ours, **given, return_dict=False, output_hidden_states=True)
@@ -126,7 +126,7 @@ def test_heads_pruned_afterwards(family, said):
 @pytest.mark.parametrize("changes", [EAGER, SDPA])
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_one_layer_of_transformers_own(family, changes, said):
-    """It gets the mask it would get, in a model whose other layers are packed one by one."""
+    """A layer that runs transformers' code gets its usual mask; the other layers pack their inputs one by one."""
     if (family, changes) == ("Electra", SDPA):
         pytest.skip("transformers 4 has no sdpa for ELECTRA")
     stock = build(family, **changes)
@@ -164,13 +164,13 @@ def test_checkpointing_replays(family, reentrant, monkeypatch):
         torch.manual_seed(3)
         model(**given).loss.backward()
         found.append([p.grad for p in model.parameters() if p.grad is not None])
-    assert len(calls) == 2 + 4  # every layer once more
+    assert len(calls) == 2 + 4  # the backward runs every layer once more
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @old
 def test_the_rate_of_sdpa_is_its_own():
-    """Setting a Dropout's p to 0 is not enough in 4, and accelerate() drops what transformers drops."""
+    """In transformers 4 SDPA has its own dropout rate, which accelerate() follows too."""
     model, given = accelerated(build("Bert", **SDPA)), batch("Bert")
     for m in model.train().modules():
         if isinstance(m, nn.Dropout):

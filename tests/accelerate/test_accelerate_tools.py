@@ -1,4 +1,4 @@
-"""accelerate() under PEFT, Trainer, sentence-transformers, DDP and FSDP2, and what validate() says."""
+"""accelerate() under PEFT, Trainer, sentence-transformers, DDP and FSDP2; validate()."""
 
 import copy
 import subprocess
@@ -14,7 +14,7 @@ import fastbert
 from fastbert.integrations.accelerate import is_accelerated
 from fastbert.testing.checkpoints import SENTENCES
 
-# --- adapters: one that is skipped would be the worst of all bugs ---
+# --- adapters: every one must be called ---
 
 ADAPTERS = {
     "lora": ("LoraConfig", {"target_modules": ["query", "value"]}),
@@ -227,7 +227,7 @@ def test_two_processes(how, tmp_path):
 
 @pytest.fixture
 def alone():
-    """A process group of this process."""
+    """A process group with this process only."""
     torch.distributed.init_process_group(
         "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
     )
@@ -243,11 +243,11 @@ def test_what_is_sharded_already_is_refused(alone):
     with pytest.raises(ValueError, match=r"a BertLayer is sharded already: .* before fully_shard"):
         fastbert.accelerate(model)
     assert not is_accelerated(model)
-    # what was accelerated before stays so, and a second call is no error
+    # a model that is sharded after accelerate() stays accelerated, and a second call is no error
     model = accelerated(build("Bert", "ForMaskedLM"))
     fully_shard(model.bert.encoder.layer[1])
     assert fastbert.accelerate(model) is model
-    # a class that accelerate leaves alone may be sharded
+    # modules that accelerate() does not change may be sharded before
     wrapper = nn.Sequential(build("Bert"))
     fully_shard(wrapper)
     assert is_accelerated(fastbert.accelerate(wrapper))

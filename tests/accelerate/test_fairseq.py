@@ -1,4 +1,4 @@
-"""The converter of fairseq's RoBERTa, on a small model in that format and on files that are none."""
+"""The converter of fairseq's RoBERTa, on a small model in that format and on files of other kinds."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Runs accelerate()'s tests with transformers 4: `python tests/accelerate/transformers4.py [PYTEST_ARG ...]`.
 
-Each version has a virtual environment in build/transformers4 with what differs from this one's packages, which it sees
-behind its own. One that is there already is used again.
+Each version has a virtual environment in build/transformers4 with the packages that differ from this environment's. It
+finds this environment's packages after its own. An existing environment is used again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# the tokenizers that each version asks for; both want a hub client below 1, and that what goes with it
+# transformers -> the tokenizers that it needs; both need the packages below, for a hub client below 1
 VERSIONS = {"4.48.3": "0.21.4", "4.57.6": "0.22.2"}
 SHARED = (
     "huggingface_hub==0.36.2",
@@ -30,7 +30,7 @@ SHARED = (
 
 
 def environment(version: str, pip_args: list[str]) -> Path:
-    """The Python of the environment with this version of transformers, made where it isn't there."""
+    """The Python of the environment with this version of transformers, which is made if need be."""
     home = ROOT / "build" / "transformers4" / version
     python = home / "bin" / "python"
     wanted = [f"transformers=={version}", f"tokenizers=={VERSIONS[version]}", *SHARED]
@@ -42,7 +42,7 @@ def environment(version: str, pip_args: list[str]) -> Path:
     )
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
     subprocess.run([*pip, *pip_args, *wanted], check=True)
-    # the packages of the environment that runs this, after its own
+    # this environment's packages come after the new one's own
     (own,) = home.glob("lib/python*/site-packages")
     behind = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
     (own / "behind.pth").write_text(behind)
