@@ -14,7 +14,8 @@ from pairs import CASES, batch, build, close, compare, compare_gradients, scalar
 def test_parity_with_transformers(family: str, name: str, padding: str) -> None:
     """Outputs at tokens and every gradient, without dropout.
 
-    On the left transformers pools padding, and its span loss runs over padding: only tokens are compared there.
+    With left padding transformers pools a padding token, and its span loss includes padding: there only outputs at
+    tokens are compared.
     """
     ours, theirs = (m.eval() for m in build(family, name))
     inputs = batch(family, name, padding)
@@ -49,7 +50,7 @@ SETTINGS: list[tuple[str, str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("family", "name", "settings"), SETTINGS)
 def test_settings(family: str, name: str, settings: dict[str, Any]) -> None:
-    """Settings of a config.json give what transformers computes with them, gradients included."""
+    """With settings of a config.json the outputs and gradients are those of transformers."""
     ours, theirs = (m.eval() for m in build(family, name, **settings))
     inputs = batch(family, name)
     if name == "ForSequenceClassification":

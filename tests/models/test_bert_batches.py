@@ -32,7 +32,7 @@ def pack(inputs: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_packed_is_padded(family: str, name: str) -> None:
-    """The same batch packed by the caller: the same outputs, packed, and the same gradients."""
+    """A batch packed by the caller has the same outputs, in packed form, and the same gradients."""
     model, other = build(family, name)[0].eval(), build(family, name)[0].eval()
     inputs = batch(family, name)
     mask = inputs["attention_mask"]
@@ -68,11 +68,11 @@ def test_batch_is_single(family: str) -> None:
 
 
 def test_tail_of_a_bucket_changes_nothing() -> None:
-    """Rows past cu_seqlens[-1] (a bucket of fixed size) leave the outputs of the tokens bitwise alone."""
+    """Rows after cu_seqlens[-1], as in a bucket of fixed size, do not change the outputs at tokens."""
     model = build("bert", "ForMaskedLM")[0].eval()
     packed = pack(batch("bert", "ForMaskedLM"))
     longer = dict(packed)
-    # what stands in the tail is never looked up, labelled or shown
+    # ids and labels in the tail are not read, and its outputs are 0
     for key, fill in {"input_ids": 10**6, "token_type_ids": 9, "labels": 3}.items():
         longer[key] = nn.functional.pad(packed[key], (0, 13), value=fill)
     a, b = model(**packed), model(**longer, output_attentions=True)
@@ -199,7 +199,7 @@ def test_dropout_is_off_in_eval_and_at_zero() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
-    """Activations in the autocast dtype, losses and gradients of the weights in fp32."""
+    """Activations have the autocast dtype; losses and gradients of the weights are fp32."""
     model = build("bert", "ForPreTraining")[0].eval()
     inputs = batch("bert", "ForPreTraining")
     exact = model(**inputs)
@@ -216,7 +216,7 @@ def test_autocast(dtype: torch.dtype) -> None:
 
 
 def graphs(compiled: list[torch.fx.GraphModule]) -> int:
-    """How many of the compiled graphs hold ops of ours, in themselves or in an autograd.Function."""
+    """The number of compiled graphs with ops of ours, also inside of an autograd.Function."""
     return sum(
         any("fastbert" in m.code for m in g.modules() if isinstance(m, torch.fx.GraphModule))
         for g in compiled
@@ -233,7 +233,7 @@ LENGTHS = [20, 9, *range(5, 23)]
 
 
 def test_compile_packed_has_no_break_and_two_compiles() -> None:
-    """Packed pretraining steps of 20 lengths: one graph, at most 2 compiles, losses and gradients as eager."""
+    """Packed pretraining steps of 20 lengths: one graph, at most 2 compiles, the gradients of eager mode."""
     torch._dynamo.reset()
     model = build("bert", "ForPreTraining", num_hidden_layers=1)[0].train()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

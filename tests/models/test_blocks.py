@@ -12,7 +12,7 @@ import fastbert.nn as fnn
 
 @pytest.mark.parametrize("width", [8, 7, 1])
 def test_sinusoidal_positions(width: int) -> None:
-    """table[p, 2i] = sin(p / 10000^(2i / C)) and table[p, 2i + 1] = cos of the same, odd C too."""
+    """table[p, 2i] = sin(p / 10000^(2i / C)) and table[p, 2i + 1] = cos of the same, also for odd C."""
     table = fnn.sinusoidal_positions(50, width)
     assert table.shape == (50, width)
     for p in (0, 1, 49):
@@ -52,7 +52,7 @@ def test_packing_of_empty_rows_and_batches() -> None:
 
 
 def test_blocks_stand_alone() -> None:
-    """The blocks run on packed tokens by themselves, draw their own dropout, and agree with torch.nn's layer."""
+    """Single blocks run on packed tokens, draw their own dropout, and agree with torch.nn's layer."""
     cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
     layer = fnn.EncoderLayer(24, 3, 40, eps=1e-5)
     x = torch.randn(9, 24)

@@ -1,4 +1,4 @@
-"""Hugging Face directories: all kinds of files, what is missing or does not fit, refusals, and writing."""
+"""Hugging Face directories: all kinds of files, missing or unfitting weights, refusals, and writing."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_files(saved, name, sharded):
 
 
 def test_a_decoder_of_its_own_is_kept_though_config_ties_it(saved, caplog):
-    """As in transformers, which then does not tie them."""
+    """As in transformers, which does not tie weights that differ."""
     folder, state = saved
     rewrite(folder, {**state, TIED[0]: torch.randn(61, 24), TIED[1]: torch.randn(61)})
     theirs = transformers.BertForPreTraining.from_pretrained(folder).eval()
@@ -128,7 +128,7 @@ def test_a_decoder_of_its_own_is_kept_though_config_ties_it(saved, caplog):
     assert "not the word embedding" in caplog.text
 
 
-# --- what is missing, left over or of another size ---
+# --- weights that are missing, left over or of another size ---
 
 
 def test_a_new_head_is_named_and_unused_keys_are_too(saved, caplog):
@@ -268,7 +268,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_directories(saved, name):
-    """One sentence each."""
+    """Each is refused with one sentence."""
     folder, _ = saved
     change, message = BROKEN[name]
     change(folder)
@@ -307,7 +307,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(saved, monkeypatch):
 
 
 def test_a_killed_save_leaves_the_old_checkpoint(saved):
-    """A process that dies when the new files are written but not renamed."""
+    """The process dies after it has written the new files and before it renames them."""
     folder, _ = saved
     expected = logits(folder)
     program = (

@@ -52,7 +52,7 @@ def test_sinusoidal_positions_are_fixed_and_saved() -> None:
 
 @pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert"])
 def test_config_round_trip(kind: str) -> None:
-    """What transformers writes is read, and what we write gives transformers the same configuration back."""
+    """A configuration of transformers is read; transformers reads the same one from our file."""
     settings = {"vocab_size": 99, "num_labels": 4, "problem_type": "regression"}
     theirs = getattr(transformers, f"{kind}Config")(**settings, summary_type="mean")
     ours = BertConfig.from_dict(theirs.to_dict())

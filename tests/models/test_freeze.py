@@ -1,4 +1,4 @@
-"""Packed weights for inference: same results, no stale weight that can be seen, refused where layers are unusual."""
+"""Prepacked weights for inference: same results, no stale weights, a sentence where layers are unusual."""
 
 import copy
 import io
@@ -75,7 +75,7 @@ def test_bytes_of_the_copies_alone(dtype):
     parameters = list(model.layers.parameters())
     matrices = [p.shape for p in parameters if p.dim() == 2]
     size = 4 * sum(cpu.native.linear_packed_size(cpu.DTYPES[dtype], *shape) for shape in matrices)
-    if dtype == torch.bfloat16:  # fp32 ones are read where they are
+    if dtype == torch.bfloat16:  # fp32 vectors are read in place
         size += 4 * sum(p.numel() for p in parameters if p.dim() == 1)
     assert fastbert.frozen_bytes(model) == size
     assert fastbert.frozen_bytes(fastbert.unfreeze(model)) == 0
@@ -168,7 +168,7 @@ def _forward(model):
 
 
 def _widths(model):
-    # the layer still adds up, but to the native code it is not what the configuration says
+    # the layer is consistent, but its widths differ from the configuration
     torch.manual_seed(1)
     forward = model.layers[1].feed_forward
     forward.up, forward.down = blocks.Linear(48, 80).eval(), blocks.Linear(80, 48).eval()
@@ -257,7 +257,7 @@ def test_a_forced_backend_is_respected():
 
 @pytest.fixture
 def log(caplog, monkeypatch):
-    """What is logged, also what an earlier test has logged already."""
+    """The log, with sentences that an earlier test has logged already."""
     monkeypatch.setattr(watch, "_logged", set())
     caplog.set_level("INFO", "fastbert")
     return caplog
@@ -313,7 +313,7 @@ def test_nothing_to_train_needs_no_no_grad():
     ours = model(**inputs).last_hidden_state
     assert model.frozen._packs
     assert torch.equal(ours, hidden(fastbert.unfreeze(model), inputs))
-    # one trainable weight in a packed layer
+    # one weight of a packed layer requires a gradient
     fastbert.freeze(model)(**inputs)
     model.layers[2].output_norm.bias.requires_grad_()
     assert model(**inputs).last_hidden_state.requires_grad
@@ -332,7 +332,7 @@ def test_what_does_not_fit_is_not_served():
 
 
 def saved(model):
-    """The model through torch.save and torch.load."""
+    """The model after torch.save and torch.load."""
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)

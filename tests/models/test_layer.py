@@ -1,4 +1,4 @@
-"""The one encoder layer: every use of it agrees with the composed ops, whatever stands in its places."""
+"""The one encoder layer: every use of it agrees with the layer written out in stock operations."""
 
 import pytest
 import torch
@@ -94,7 +94,7 @@ def test_written_out(name, heads_width, bias):
 
 @pytest.mark.parametrize("pre_norm", [False, True], ids=["post", "pre"])
 def test_modules_stand_in_the_place_of_weights(pre_norm):
-    """Called, they give what reading them gives; a norm of another kind only has to be a function."""
+    """Functions in the place of weights give the same results as the weights."""
     w, s = weights(), LayerSettings(H, pre_norm=pre_norm)
     call = LayerCall(BOUNDS, 7, torch.tensor([5]), 2)
     called = LayerWeights(
@@ -116,7 +116,7 @@ def test_modules_stand_in_the_place_of_weights(pre_norm):
 
 @pytest.mark.parametrize("inner_site", [False, True], ids=["three", "four"])
 def test_dropout_sites(inner_site):
-    """Each dropout reads the bits of its own site, counted by the rows of the whole."""
+    """Each dropout uses the bits of its own site, by the row's number in the whole input."""
     w = weights()
     s = LayerSettings(H, "relu", rates=Rates(0, 0.5, 0, 0.25), inner_site=inner_site)
     call = LayerCall(BOUNDS, 7, torch.tensor([9]), 4)
@@ -149,7 +149,7 @@ def test_every_parameter_of_our_layer_has_a_field():
 
 
 def test_an_adapter_in_our_own_feed_forward_is_called():
-    """A module that stands for a Linear says more than its weight."""
+    """A module in the place of a Linear is called; its weight alone is not enough."""
 
     class Adapted(nn.Module):
         def __init__(self, base):

@@ -1,4 +1,4 @@
-"""What is saved for backward, per token and layer, against transformers with SDPA: at most half of it."""
+"""Bytes saved for backward per token and layer: at most half of those of transformers with SDPA."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_counts_each_storage_once_and_no_parameter() -> None:
         y = x @ w  # saves x
         return y.exp() * y.exp().view(
             5, 3
-        )  # saves both results of exp, each for exp and for the product
+        )  # saves both results of exp, for exp and for the product
 
     assert saved_bytes(forward) == 3 * x.nbytes
     assert saved_bytes(forward, [x]) == 2 * x.nbytes
@@ -30,7 +30,7 @@ def test_counts_each_storage_once_and_no_parameter() -> None:
 
 @DTYPES
 def test_saves_at_most_half_of_stock(dtype: torch.dtype) -> None:
-    """Counted on two full sequences, since bytes only grow with the batch; pytest -s prints the figures."""
+    """Two full sequences are enough, since the bytes are proportional to the batch; pytest -s prints them."""
     stock = per_token_and_layer(theirs, [128] * 2, dtype)
     full = per_token_and_layer(ours, [128] * 2, dtype)
     real = per_token_and_layer(ours, REAL, dtype)
@@ -40,7 +40,7 @@ def test_saves_at_most_half_of_stock(dtype: torch.dtype) -> None:
             f"({full[i] / stock[i]:.2%}), 41 % real {real[i]:.0f} ({real[i] / stock[i]:.2%})"
         )
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    # README's figures, on a batch that costs little
+    # the function behind the README's figures, on a small batch
     few = {name: per_token_and_layer(build, [8], dtype)[1] for name, build in BUILDS.items()}
     assert against_stock([8], precision) == few
     assert full[1] <= 0.5 * stock[1]
@@ -49,7 +49,7 @@ def test_saves_at_most_half_of_stock(dtype: torch.dtype) -> None:
 
 @DTYPES
 def test_norms_from_output_save_two_rows_a_layer(dtype: torch.dtype) -> None:
-    """The gradients stay as good; what is saved is less by the two sums of each layer."""
+    """The gradients agree; the bytes saved are fewer by two sums of each layer."""
     from fastbert.bert import BertForMaskedLM
     from fastbert.models.config import BertConfig
 

@@ -25,7 +25,7 @@ def _forget_logged() -> None:
 
 
 def close(ours: Tensor, theirs: Tensor, what: str = "output") -> None:
-    """Within 1e-5 of the largest value."""
+    """Assert that the error is at most 1e-5 of the largest value."""
     scale = max(float(theirs.detach().abs().max()), 1e-6) if theirs.numel() else 1.0
     torch.testing.assert_close(
         ours, theirs, rtol=0, atol=1e-5 * scale, msg=lambda m: f"{what}: {m}"
@@ -51,7 +51,7 @@ def compare(
     x: Tensor,
     padding: Tensor | None = None,
 ) -> None:
-    """Outputs and gradients of the input and of every parameter; zeros at padding, where nothing else is compared."""
+    """Compare outputs and all gradients at tokens; at padding our output must be zero."""
     a, b = (x.clone().requires_grad_() for _ in range(2))
     y, z = call(ours, a), call(theirs, b)
     assert y.shape == z.shape
@@ -203,7 +203,7 @@ STOCK: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", STOCK)
 def test_multihead_attention_falls_back(case: str, caplog: pytest.LogCaptureFixture) -> None:
-    """What the packed path can't do is torch.nn's own result, and the log says why, once."""
+    """A call that the packed path can't run has torch.nn's result, and the log gives the reason once."""
     settings, call, reason = STOCK[case]
     ours, theirs = twins("MultiheadAttention", 24, 3, **{"batch_first": True, **settings})
     arguments = {"query": X, "key": X, "value": X, "need_weights": False, **call}
@@ -274,7 +274,7 @@ def encoders(final_norm: bool = False, **settings: Any) -> tuple[Any, Any]:
 def test_encoder(
     activation: str, final_norm: bool, padding: Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two layers give torch.nn's outputs and gradients, and the tokens are unpadded once and padded once."""
+    """Two layers give torch.nn's outputs and gradients; padding is removed once and put back once."""
     ours, theirs = encoders(final_norm, activation=activation, norm_first=final_norm)
     calls = []
     for name in ("pad", "unpad"):
@@ -286,7 +286,7 @@ def test_encoder(
 
 
 def test_encoder_masks(caplog: pytest.LogCaptureFixture) -> None:
-    """A causal mask is recognised, in both dtypes; another one runs torch.nn's code and says so."""
+    """A causal mask is recognised in both dtypes. With another mask torch.nn's code runs, and the log says so."""
     ours, theirs = encoders()
     with caplog.at_level(logging.INFO, logger="fastbert"):
         compare(ours, theirs, lambda m, x: m(x, CAUSAL), X)
@@ -301,7 +301,7 @@ def test_encoder_masks(caplog: pytest.LogCaptureFixture) -> None:
 
 
 class Doubled(nn.Linear):
-    """As an adapter: the weight alone does not say what the module computes."""
+    """A Linear that computes more than its weight and bias, like an adapter."""
 
     def forward(self, input: Tensor) -> Tensor:
         return 2.0 * super().forward(input)
@@ -370,12 +370,12 @@ def test_dropout_follows_the_generator_and_the_mode(name: str) -> None:
 
 
 def test_dropout_keeps_the_mean() -> None:
-    """Over many rows the pre-norm layer's expected output at one linear site is the one without dropout."""
+    """Over many rows the mean output of a pre-norm layer with one dropout is its output without dropout."""
     m = fnn.TransformerEncoderLayer(**LAYER, dropout=0.0, activation="gelu", norm_first=True)
     m.dropout1.p = 0.5
     x = X[:1, :1].expand(600, 1, 24)
     with torch.no_grad():
-        m.linear2.weight.zero_()  # what remains is linear in the dropped values
+        m.linear2.weight.zero_()  # the rest of the layer is linear in the dropped values
         m.linear2.bias.zero_()
         mean = m(x).mean(0)
         exact = m.eval()(x)[0]
@@ -384,7 +384,7 @@ def test_dropout_keeps_the_mean() -> None:
 
 
 def test_compile_without_a_break() -> None:
-    """Drop-ins without a mask are one graph."""
+    """A drop-in without a mask is one graph."""
     for module in (fnn.LayerNorm((7, 24)), fnn.GELU(), encoders(activation="gelu")[0].eval()):
         fast = torch.compile(module, backend="eager", fullgraph=True)
         close(fast(X), module(X))

@@ -16,7 +16,7 @@ BY_NAME = {real.name: real for real in REAL}
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """The parity of a checkpoint, measured once for all tests of this file."""
+    """A function that measures a checkpoint's parity, once for all tests of this file."""
     scratch = tmp_path_factory.mktemp("converted")
     cache = {}
 
@@ -42,11 +42,11 @@ def test_fp32(checkpoint, measured, name, layout):
 
 
 def allowed(rounding):
-    """1e-5, or what the error budget grants to a tensor that plain PyTorch misses by `rounding` in fp32."""
+    """1e-5, or the error budget of a tensor with the error `rounding` in plain PyTorch in fp32."""
     return max(TOLERANCE, 2 * rounding)
 
 
-# its loss is so flat that plain PyTorch in fp32 is up to 2e-5 from fp64 in dozens of gradients
+# the checkpoint's loss is so flat that dozens of gradients of plain PyTorch in fp32 are up to 2e-5 from fp64
 ILL_CONDITIONED = "rxnfp classifier"
 
 
@@ -59,7 +59,7 @@ def test_few_tensors_are_granted_more(checkpoint, measured, name):
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_fp64(checkpoint, measured, name):
-    """In fp64 both compute the same function; what is left in fp32 is rounding, as it is in transformers."""
+    """In fp64 both compute the same function, so the differences in fp32 are rounding errors."""
     checkpoint(BY_NAME[name].package)
     found = measured(name)
     assert max(found["both in fp64"].worst()) < 1e-12
@@ -74,7 +74,7 @@ def test_fp64(checkpoint, measured, name):
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_round_trip(checkpoint, tmp_path, name):
-    """save_pretrained -> transformers: no key missing or unexpected, the same outputs; and back: the same bits."""
+    """transformers loads our files without missing or unexpected keys; we load the same bits back."""
     real = BY_NAME[name]
     checkpoint(real.package)
     directory = real.directory(tmp_path)
@@ -96,7 +96,7 @@ def test_round_trip(checkpoint, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["sapiens VH", pytest.param("AntiBERTy", marks=pytest.mark.slow)])
 def test_masked_residues_are_found(checkpoint, tmp_path, name):
-    """Each residue of an antibody masked in turn: all but the hypervariable loop are predictable, chance is 5 %."""
+    """Each residue of an antibody is masked in turn. All but the hypervariable loop are predictable; chance is 5 %."""
     real = BY_NAME[name]
     checkpoint(real.package)
     directory = real.directory(tmp_path)

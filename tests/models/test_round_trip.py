@@ -1,4 +1,4 @@
-"""Both ways for every family and head at random weights: transformers loads what we save, and we what it saves."""
+"""Every family and head with random weights: transformers loads our files, and we load its files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def config(family, **settings):
 
 
 def theirs_of(family, name, folder):
-    """The transformers model in a folder, and what it says about its keys."""
+    """(transformers' model in a folder, its report of missing and unexpected keys)."""
     kind = getattr(transformers, KINDS[family] + name)
     model, info = kind.from_pretrained(
         folder, attn_implementation="eager", output_loading_info=True
@@ -27,7 +27,7 @@ def theirs_of(family, name, folder):
 
 
 def outputs(model, inputs):
-    """The per-token outputs at tokens and the others as they are."""
+    """Per-token outputs at tokens, and all other outputs."""
     mask = inputs["attention_mask"]
     out = model(**inputs)
     found = {}
@@ -47,7 +47,7 @@ def assert_same(family, name, ours, theirs):
 
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_ours_to_transformers(family, name, tmp_path):
-    """No key is missing or unexpected, the outputs are the same, and what we load back has the same bits."""
+    """No key is missing or unexpected, the outputs are the same, and we load the same bits back."""
     labels = 2 if name in ("ForQuestionAnswering", "ForPreTraining") else 3
     kind = getattr(bert, f"Bert{name}")
     ours = kind(config(family, num_labels=labels)).eval()

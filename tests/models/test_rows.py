@@ -1,4 +1,4 @@
-"""The last layer computes only the rows that a head needs: the same losses, outputs and gradients as all rows give."""
+"""The last layer computes only the rows that a head needs, with the losses, outputs and gradients of all rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ encode = BertModel.encode
 
 
 def encode_all(self: BertModel, inputs: Inputs, rows: Tensor | None = None) -> Encoded:
-    """What `encode` means: every row of every layer, then the rows that were asked for."""
+    """`encode` without the shortcut: every row of every layer, then the rows of the argument."""
     e = encode(self, inputs)
     return e if rows is None else e._replace(x=e.x.index_select(0, rows))
 
@@ -46,7 +46,7 @@ def trained(
 
 
 def compare(model: nn.Module, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training step that computes the rows needed against one that computes all; and twice, bitwise."""
+    """Compare a training step with one that computes all rows, and bitwise with itself run again."""
     out, found = trained(model, inputs)
     _, again = trained(model, inputs)
     with monkeypatch.context() as patch:
@@ -103,7 +103,7 @@ def test_empty_sequences_and_no_labels(
 
 
 def packed(family: str, name: str, tail: int) -> dict[str, Any]:
-    """A batch packed by the caller, first tokens labelled too, with `tail` rows that belong to no sequence."""
+    """A batch packed by the caller, with labels at first tokens too and `tail` rows that belong to no sequence."""
     inputs = batch(family, name)
     mask = inputs.pop("attention_mask") == 1
     if inputs["labels"].dim() == 2:
@@ -123,7 +123,7 @@ def packed(family: str, name: str, tail: int) -> dict[str, Any]:
 @pytest.mark.parametrize("tail", [0, 5])
 @pytest.mark.parametrize("name", ["ForPreTraining", "ForMaskedLM"])
 def test_packed_by_the_caller(name: str, tail: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Labelled first tokens are wanted by two heads; an empty sequence, and rows past the last one."""
+    """Two heads need the labelled first tokens; there is an empty sequence, and rows after the last one."""
     inputs = packed("bert", name, tail)
     if name == "ForPreTraining":
         inputs["next_sentence_label"] = torch.tensor([0, 1, -100, 1])
@@ -137,7 +137,7 @@ def test_few_layers(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def widths(model: nn.Module, inputs: dict[str, Any]) -> list[int]:
-    """How many rows every layer's feed-forward sees."""
+    """The number of rows of each layer's feed-forward."""
     seen: list[int] = []
     hooks = [
         layer.feed_forward.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
@@ -150,14 +150,16 @@ def widths(model: nn.Module, inputs: dict[str, Any]) -> list[int]:
 
 
 def test_last_layer_sees_the_rows_needed() -> None:
-    """19 tokens in three sequences."""
+    """Of 19 tokens in three sequences the last layer computes those that a head reads."""
     wide = {"output_hidden_states": True}
     inputs = batch("bert", "ForPreTraining")
     labelled = int((inputs["labels"] != -100).sum())
     model = build("bert", "ForPreTraining")[0]
     assert widths(model.train(), inputs) == [19, labelled + 3]
     assert widths(model, inputs | wide) == [19, 19]
-    assert widths(model.eval(), inputs) == [19, 19], "all logits are returned"
+    assert widths(model.eval(), inputs) == [19, 19], (
+        "the last layer left out rows though all logits are returned"
+    )
     assert widths(model, inputs | {"return_logits": False}) == [19, labelled + 3]
     inputs.pop("labels")
     assert widths(model, inputs | {"return_logits": False}) == [19, 3]

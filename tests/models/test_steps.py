@@ -20,7 +20,7 @@ SMALL = BertConfig(
     intermediate_size=128,
     max_position_embeddings=48,
 )
-# every kernel of a step shares its work out to two threads, stock's elementwise ops too; nothing divides evenly
+# sizes at which every kernel, and stock's elementwise ops, use two threads; no size divides evenly
 MANY_LENGTHS = [48, 11, 30, 1, 23, 37, 48, 35, 29, 48, 41, 7, 44, 48, 39, 46]
 LARGE = BertConfig(
     vocab_size=1009,
@@ -30,7 +30,7 @@ LARGE = BertConfig(
     intermediate_size=772,
     max_position_embeddings=48,
 )
-# relative: rounding made 2e-7 in fp32 and 8e-5 in bf16, other dropout bits 3e-3 (2 cores of an AMD EPYC, 2026-11-25)
+# relative error; measured 2e-7 in fp32 and 8e-5 in bf16, 3e-3 with other dropout bits (2 cores, AMD EPYC, 2026-11-25)
 BUDGET = {torch.float32: 1e-5, torch.bfloat16: 5e-4}
 DTYPES = pytest.mark.parametrize("dtype", list(BUDGET), ids=["fp32", "bf16"])
 
@@ -38,7 +38,7 @@ DTYPES = pytest.mark.parametrize("dtype", list(BUDGET), ids=["fp32", "bf16"])
 def batches(
     vocabulary: int = 211, lengths: list[int] = LENGTHS, labelled: float = 0.15
 ) -> Iterator[dict[str, Tensor]]:
-    """The same ten padded batches of sentence pairs, of whose tokens a share is labelled."""
+    """Ten padded batches of sentence pairs, always the same; a share of the tokens is labelled."""
     generator = torch.Generator().manual_seed(5)
     mask = (torch.arange(48) < torch.tensor(lengths)[:, None]).long()
     for _ in range(10):
@@ -54,7 +54,7 @@ def batches(
 
 
 def packed(batch: dict[str, Tensor]) -> dict[str, Tensor | int]:
-    """The same batch as a caller packs it."""
+    """The packed form of a padded batch."""
     token = batch["attention_mask"] == 1
     lengths = token.sum(1)
     per_token = {k: batch[k][token] for k in ("input_ids", "token_type_ids", "labels")}
@@ -69,7 +69,7 @@ def packed(batch: dict[str, Tensor]) -> dict[str, Tensor | int]:
 def train(
     config: BertConfig, given: Iterable[dict], dtype: torch.dtype, seed: int = 0
 ) -> Iterator[tuple[Tensor, BertForPreTraining]]:
-    """The loss of each batch and the model with its gradients, before AdamW's step; `seed` is the dropout's."""
+    """(loss, model with its gradients) of each batch, before AdamW's step; `seed` is that of dropout."""
     torch.manual_seed(0)
     model = BertForPreTraining(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -113,7 +113,7 @@ def test_default_backends_train_as_the_reference(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, expected, rtol=BUDGET[dtype], atol=0.0)
     other = losses(dtype, seed=1)
     assert ((other - expected).abs() > 5 * BUDGET[dtype] * expected).any(), (
-        "dropout changes nothing"
+        "another seed of dropout changes no loss"
     )
     assert found[-1] < found[0]
 
@@ -129,9 +129,9 @@ def test_two_runs_are_bitwise_equal(dtype: torch.dtype) -> None:
     fastbert.backend.cpu.native is None, reason=str(fastbert.backend.cpu.unavailable)
 )
 def test_one_thread_and_two(dtype: torch.dtype, layout: str) -> None:
-    """The same bits: our kernels' and, of stock ops, AdamW's, tanh's and the accumulation's, which are elementwise.
+    """Our kernels, and stock's elementwise ops (AdamW, tanh, the accumulation of gradients), give the same bits.
 
-    Stock adds up in one place, the losses of the labelled rows; it splits that sum from 32,768 rows on (docs/cpu.md).
+    Stock computes one sum, over the losses of the labelled rows. It splits it from 32,768 rows on (docs/cpu.md).
     """
     one, two = bits(dtype, layout, threads=1), bits(dtype, layout, threads=2)
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
