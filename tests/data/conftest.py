@@ -16,7 +16,7 @@ def speeches(checkpoint):
 
 @pytest.fixture(scope="session")
 def some(speeches):
-    """A few of them, to train tokenizers on."""
+    """Every sixth of these, to train tokenizers on."""
     return list(speeches)[::6]
 
 
@@ -48,7 +48,7 @@ def everything(shards):
 
 @pytest.fixture(scope="session")
 def small():
-    """A tokenizer that needs no download."""
+    """A tokenizer from a few words, which needs no download."""
     words = "the a dog cat house walks runs sees near old young . , ! ?".split()  # noqa: SIM905
     text = " ".join(words * 30)
     return train_tokenizer([text], "wordpiece", 200, min_frequency=1)

@@ -1,4 +1,4 @@
-"""Batches: what they hold, their order, resuming, ranks, speed, and the settings that shape them."""
+"""Batches: their contents, order, resuming, ranks and speed, and their settings."""
 
 import threading
 import time
@@ -36,7 +36,7 @@ def data(request, shards, wordpiece):
 
 
 def sequences(batch):
-    """Each example's tensors as lists, by its number."""
+    """{number of an example: its tensors as lists}."""
     nexts = batch.get("next_sentence_label", [None] * len(batch.examples))
     bounds = batch["cu_seqlens"].tolist()
     found = {}
@@ -80,7 +80,7 @@ def test_shapes_dtypes_and_layout(data, shards, wordpiece):
 
 
 def test_tokens_are_those_of_the_documents(shards, wordpiece):
-    """Every piece of a batch stands in the shards at the place the plan names."""
+    """The tokens of every piece are those in the shards at the place in the plan."""
     data = PretrainingData(shards, wordpiece, DataSettings())
     batch, plan = data.batch(2, 7), data.plan(2)
     sep = SpecialIds.of(wordpiece).sep
@@ -116,7 +116,7 @@ def test_buckets_waste_little_and_packing_fills(shards, wordpiece):
     assert bucketed.num_tokens() / padded > 0.97
     packed = PretrainingData(shards, wordpiece, DataSettings(max_tokens=4096))
     assert packed.num_tokens() / (4096 * packed.num_batches()) > 0.97
-    # lengths are mixed over the epoch: no curriculum
+    # lengths are mixed over the epoch, without a curriculum
     lengths = np.array([b["max_seqlen"] for b in bucketed.batches(prefetch=0)])
     half = len(lengths) // 2
     assert abs(lengths[:half].mean() - lengths[half:].mean()) < 5
@@ -162,7 +162,7 @@ def test_resuming_anywhere_gives_the_same_batches(data, shards, wordpiece):
             resumed = list(islice(fresh.stream(epoch, number, prefetch=prefetch), 5))
             expected = whole[position : position + 5]
             assert all(equal(a, b) for a, b in zip(resumed, expected, strict=True))
-    # after the last batch of an epoch comes the next epoch
+    # after an epoch's last batch the next epoch begins
     assert equal(next(data.stream(0, count)), whole[count])
 
 
@@ -189,10 +189,10 @@ def test_ranks_are_disjoint_and_even(form, world_size, shards, wordpiece):
     union = set().union(*members)
     assert len(union) == sum(len(m) for m in members)
     total = len(ranks[0].plan(0).examples)
-    # less than one step of all ranks is left out
+    # fewer examples than one step of all ranks are left out
     step = world_size * np.diff(ranks[0].plan(0).bounds).max()
     assert total - step < len(union) <= total
-    # an example is the same whichever rank has it
+    # an example does not depend on its rank
     alone = PretrainingData(shards, wordpiece, settings)
     everything = {}
     for batch in alone.batches(prefetch=0):
@@ -217,7 +217,7 @@ def test_heldout_part_is_fixed_and_apart(shards, wordpiece):
         examples = data.plan(0).examples
         owners = np.searchsorted(starts, examples.starts, side="right") - 1
         assert set(owners) <= set(data.documents)
-    # the same pairs and masks in every epoch and for every training seed
+    # pairs and masks do not depend on the epoch and the training seed
     other = PretrainingData(shards, wordpiece, DataSettings(seed=2), part="heldout")
     for number in range(heldout.num_batches()):
         first = heldout.batch(0, number)
@@ -261,7 +261,7 @@ def test_errors_of_the_prefetching_thread_arrive(data, monkeypatch):
 
 
 def test_a_batch_costs_a_few_milliseconds(shards, wordpiece):
-    """32 x 128 tokens; the best of many, as the machine may be busy (0.7 ms on 2 EPYC cores)."""
+    """A batch of 32 x 128 tokens; the least of many times, since the machine may be busy (0.7 ms on 2 EPYC cores)."""
     data = PretrainingData(shards, wordpiece, DataSettings(batch_size=32, max_length=128))
     times = []
     for number in range(data.num_batches() // 2):

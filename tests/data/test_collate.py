@@ -1,4 +1,4 @@
-"""The collator for examples of one's own."""
+"""The collator for a user's own examples."""
 
 import numpy as np
 import pytest

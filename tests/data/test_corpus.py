@@ -1,4 +1,4 @@
-"""Reading documents: every kind of source, sentences, and what is refused."""
+"""Reading documents: every kind of source, sentences, and refusals."""
 
 import gzip
 import io
@@ -154,7 +154,7 @@ def file(name, data):
 
 
 ZIPPED = gzip.compress("\n".join(f"The dog {i} walks." for i in range(10000)).encode())
-# (what makes the source, the kind of error, its sentence)
+# (function that makes the source, type of the error, its sentence)
 MALFORMED = {
     "invalid UTF-8": (
         file("bad.txt", b"A dog.\nA c\xe9t runs.\n"),
@@ -260,7 +260,7 @@ def test_malformed_sources_are_named_and_leave_nothing(case, tmp_path, small):
     given_folder, out = tmp_path / "in", tmp_path / "out"
     given_folder.mkdir()
     out.mkdir()
-    # a good source before it, so that writing has begun
+    # a good source comes first, so that the build has begun to write
     (tmp_path / "good.txt").write_text(TEXT)
     source = make(given_folder)
     sources = [tmp_path / "good.txt", *(source if isinstance(source, list) else [source])]

@@ -1,4 +1,4 @@
-"""Masked-LM masks: their statistics over millions of tokens, whole words, and what they depend on."""
+"""Masked-LM masks: their statistics over millions of tokens, whole words, and dependence on keys only."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def test_fifteen_percent_are_predicted(epoch):
     labelled = labels != -100
     assert not (labelled & ~maskable).any(), "special tokens are never predicted"
     trials = maskable.sum()
-    # words of n tokens have n times the variance at most; 1.6 covers both tokenizers
+    # masking words of n tokens multiplies the variance by n at most; 1.6 is enough for both tokenizers
     spread = SIGMAS * np.sqrt(trials * 0.15 * 0.85 * (1.6 if whole_word else 1))
     assert abs(labelled.sum() - 0.15 * trials) <= spread
 
@@ -63,7 +63,7 @@ def test_of_these_eighty_ten_ten(epoch):
     same = labelled & (masked == original)
     other = labelled & ~hidden & ~same
     assert near(hidden.sum(), trials, 0.8)
-    # a random token is the same one once in a vocabulary
+    # a random token is the original one with probability 1 / ordinary
     assert near(same.sum(), trials, 0.1 + 0.1 / ordinary)
     assert near(other.sum(), trials, 0.1 - 0.1 / ordinary)
 
@@ -89,7 +89,7 @@ def test_whole_words_stay_together(epoch):
         inner = np.char.startswith(tokens, "##")[original]
     else:
         inner = ~np.char.startswith(tokens, "Ġ")[original]
-    # pieces that continue the word of the token before
+    # tokens that continue the word of the token before
     pieces = np.flatnonzero(inner[1:] & ~special[1:] & ~special[:-1]) + 1
     assert len(pieces) > 50_000
     labelled = labels != -100
@@ -97,12 +97,12 @@ def test_whole_words_stay_together(epoch):
     if whole_word:
         assert apart == 0
     else:
-        # two tokens on their own: 2 * .15 * .85
+        # independent tokens differ with probability 2 * .15 * .85
         assert 0.24 < apart < 0.27
 
 
 def test_every_sequence_has_its_share(wordpiece, shards):
-    """The count is prob * n rounded up or down, not a coin per token."""
+    """The number of masks is prob * n, rounded up or down; there is no draw per token."""
     data = PretrainingData(shards, wordpiece, DataSettings(heldout=0.0))
     special = SpecialIds.of(wordpiece).all
     for batch in [data.batch(0, number) for number in range(0, 200, 10)]:
@@ -155,14 +155,14 @@ def test_short_and_empty_sequences(wordpiece):
     masker = Masker(wordpiece)
     ids, bounds = example(wordpiece, [1] * 100 + [0] * 3)
     masked = masker(ids, bounds, masker.keys(0, 0, np.arange(103)))
-    # one token is predicted where there is one
+    # a sequence of one token has that token predicted
     assert masked.label_rows.tolist() == [1 + 3 * i for i in range(100)]
     empty = masker(ids[:0], np.array([0, 0]), masker.keys(0, 0, np.arange(1)))
     assert len(empty.input_ids) == len(empty.label_rows) == 0
 
 
 def test_every_position_is_as_likely(wordpiece):
-    """Also the first and the last, over 2 M tokens."""
+    """The first and the last position too, over 2 M tokens."""
     masker = Masker(wordpiece)
     ids, _ = example(wordpiece, [98])
     count = 20_000
@@ -171,7 +171,7 @@ def test_every_position_is_as_likely(wordpiece):
     share = (masked.labels.reshape(count, 100) != -100).mean(0)
     assert share[0] == share[-1] == 0
     assert np.abs(share[1:-1] - 0.15).max() < 5 * np.sqrt(0.15 * 0.85 / count)
-    # neighbours are not drawn together
+    # the choices of neighbours are uncorrelated, but for the fixed number in a sequence
     both = (masked.labels.reshape(count, 100)[:, 1:50] != -100).astype(float)
     correlation = np.corrcoef(both.T) - np.eye(49)
     assert np.abs(correlation + 1 / 97).max() < 6 / np.sqrt(count)

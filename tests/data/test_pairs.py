@@ -1,4 +1,4 @@
-"""Which tokens make an example: NSP pairs and full sentences, on real speeches."""
+"""The tokens of examples: NSP pairs and full sentences, on real speeches."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ LENGTH = 128
 
 
 def document_of(shards, tokens):
-    """The documents of token numbers."""
+    """The document of each token's number."""
     return np.searchsorted(shards.sentences[shards.documents], tokens, side="right") - 1
 
 
@@ -41,7 +41,7 @@ def test_pairs_fit_and_hold_something(pairs, shards):
     lengths = pairs.lengths()
     assert lengths.max() == LENGTH
     assert (pairs.ends > pairs.starts).all()
-    # 90 % aim at the full length, and some of the others reach it with a long sentence
+    # 90 % have the full length as target; some of the rest reach it with a long sentence
     assert 0.90 < (lengths == LENGTH).mean() < 0.95
     assert 0.04 < (lengths < LENGTH * 0.75).mean() < 0.12
 
@@ -59,12 +59,12 @@ def test_next_pairs_are_adjacent_and_uncut_pieces_are_whole_sentences(pairs, sha
 
 
 def test_pairs_cover_the_documents_once(pairs, shards, everything):
-    """Sentences of a random pair's old B come again: A's and true B's follow one another without overlap."""
+    """Sentences that a random B replaces are used again, so that all A and all true B follow without overlap."""
     starts, ends = sides(pairs)
     following = pairs.labels == 0
     begin, end = starts[:, 0], np.where(following, ends[:, 1], ends[:, 0])
     assert (begin[1:] >= end[:-1]).all()
-    # what isn't covered was truncated or is a document's last single sentence
+    # the rest was truncated, or is the single last sentence of a document
     assert (end - begin).sum() > 0.75 * len(shards.tokens)
     whole = sentence_pairs(shards, everything, max_length=100_000, short_seq_prob=0.0)
     starts, ends = sides(whole)
@@ -83,12 +83,12 @@ def test_random_pieces_come_from_everywhere(pairs, shards, everything):
     expected = random.sum() / len(everything)
     assert counts.min() > 0
     chi2 = ((counts - expected) ** 2 / expected).sum()
-    # 124 degrees of freedom: 4 sigma
+    # 4 standard deviations of chi-squared with 124 degrees of freedom
     assert chi2 < 124 + 4 * np.sqrt(2 * 124)
 
 
 def test_single_sentences_do_not_bias_the_halves(small, tmp_path):
-    """Half of the documents are one sentence, the others two or three: only a coin decides."""
+    """Half of the documents have one sentence, the others two or three. Labels depend on the coin only."""
     sentences = ["The dog runs.", "A cat walks.", "The old house."]
     documents = [" ".join(sentences[: 1 + (i % 4 > 1) + (i % 4 > 2)]) for i in range(400)]
     (tmp_path / "a.txt").write_text("\n##\n".join(documents))
@@ -101,13 +101,13 @@ def test_single_sentences_do_not_bias_the_halves(small, tmp_path):
         starts, _ = sides(examples)
         owners = document_of(shards, starts)
         assert ((owners[:, 0] == owners[:, 1]) == (examples.labels == 0)).all()
-        # both kinds begin in the same kinds of documents
+        # no pair begins in a document of one sentence
         sizes = np.diff(shards.documents)[owners[:, 0]]
         assert sizes.min() == 2
 
 
 def test_blocks_make_the_same_examples(pairs, shards, everything, monkeypatch):
-    """Only the coins, which are paired along a block, may differ; none do at an even edge."""
+    """Small blocks give about as many pairs, with balanced labels, that also begin at the blocks' first documents."""
     monkeypatch.setattr(module, "_BLOCK", 10_000)
     examples = sentence_pairs(shards, everything, max_length=LENGTH, seed=1)
     assert abs(examples.labels.mean() - 0.5) <= 0.005
@@ -131,7 +131,7 @@ def test_examples_are_a_function_of_seed_and_epoch(make, shards, everything):
 
 
 def slow_truncation(a, b, budget):
-    """One token at a time, as the paper says; only the lengths."""
+    """The lengths after truncation as BERT does it, one token at a time from the longer side."""
     while a + b > budget:
         a, b = (a - 1, b) if a > b else (a, b - 1)
     return a, b
@@ -164,7 +164,7 @@ def test_full_sentences_hold_every_token_once(shards, everything):
     assert pieces.sum() - len(pieces) > 100, "almost every document's end is crossed"
     assert (document_of(shards, examples.starts) == document_of(shards, examples.ends - 1)).all()
     assert examples.labels is None
-    # full: the next sentence would not fit
+    # an example is full: its next sentence would not fit
     sizes = np.diff(shards.sentences)
     after = examples.starts[examples.offsets[1:-1]]
     following = sizes[np.searchsorted(shards.sentences, after, side="right") - 1]

@@ -1,10 +1,10 @@
-"""Random numbers as a function of key and counter."""
+"""Random numbers are a function of key and counter."""
 
 import numpy as np
 
 from fastbert.data import rng
 
-# other keys would be other held-out documents, pairs, masks and batches, in runs to resume too
+# with other keys, held-out documents, pairs, masks and batches would change, also in runs that are resumed
 KEYS = {
     "HELD_OUT_DOCUMENTS": 0x499CE8FCBFD7D931,
     "PAIRS": 0xEC73BED1F9EC25C0,

@@ -1,4 +1,4 @@
-"""Shards: what is stored, that they come back at once, and that stale, damaged or half-written ones never do."""
+"""Shards: their contents; they are opened again at once, and refused if stale, damaged or half-written."""
 
 import io
 import json
@@ -80,7 +80,7 @@ def test_special_tokens_in_the_text_are_text(small, tmp_path):
     shards = build_shards(path, small, tmp_path / "out")
     special = {small.token_to_id(t) for t in ("[SEP]", "[MASK]", "[PAD]")}
     assert not special & set(shards.tokens.tolist())
-    # and the caller's tokenizer still knows them
+    # the caller's tokenizer still encodes them as special tokens
     assert small.encode("[MASK]").tokens == ["[CLS]", "[MASK]", "[SEP]"]
 
 
@@ -99,7 +99,7 @@ def test_a_second_run_opens_what_is_there(folder, small, tmp_path, monkeypatch):
     first = build_shards(folder, small, out)
     before = contents(out)
     monkeypatch.setattr(module, "_encode", no_encoding)
-    # other padding, truncation or place of the text is no other text
+    # padding, truncation and the place of the text do not make it another text
     small_copy = type(small).from_str(small.to_str())
     small_copy.enable_truncation(7)
     small_copy.enable_padding()
@@ -152,7 +152,7 @@ def test_a_dataset_makes_shards_and_stales_them(small, tmp_path):
 
 
 def edit(folder):
-    # of the same length
+    # the new text has the same length
     (folder / "1.txt").write_text(TEXTS[1].replace("Old", "New"))
 
 
@@ -315,7 +315,7 @@ def test_a_killed_build_is_swept_away_by_the_next(folder, small, tmp_path):
     assert result.returncode == -signal.SIGKILL
     assert not out.exists()
     assert any(".out.part" in p.name for p in tmp_path.iterdir())
-    # a build that is still running elsewhere is left alone
+    # the folder of a process that is still running is left alone
     alive = tmp_path / f".out.part-{module.socket.gethostname()}-{os.getppid()}"
     alive.mkdir()
     assert len(build_shards(folder, small, out).documents) == 4
@@ -329,7 +329,7 @@ def test_the_first_of_two_builders_wins(folder, small, tmp_path, monkeypatch):
     def overtaken(*arguments):
         write(*arguments)
         monkeypatch.setattr(module, "_write", write)
-        # the other process is this one, which must not sweep away its own work
+        # this process stands for the other one too: with another name its unfinished folder is not removed
         monkeypatch.setattr(module, "_beside", lambda f, p: f.with_name(f".{f.name}.{p}-other"))
         build_shards(folder, small, out)
 
@@ -345,7 +345,7 @@ def test_split_is_by_whole_documents_and_seed(shards, everything):
     assert heldout.tolist() == shards.split(0.05, seed=0)[1].tolist()
     assert heldout.tolist() != shards.split(0.05, seed=1)[1].tolist()
     assert len(shards.split(0.0, seed=0)[1]) == 0
-    # a larger part holds the smaller one
+    # a larger held-out part contains the smaller one
     assert set(heldout) < set(shards.split(0.1, seed=0)[1])
 
 

@@ -118,7 +118,7 @@ def test_vocab_txt_of_a_real_model(checkpoint, tmp_path):
         for ours in (whole, plain):
             assert ours.encode(a, b).ids == expected["input_ids"]
             assert ours.encode(a, b).type_ids == expected["token_type_ids"]
-    # tokenizer.json of this model prescribes truncation
+    # this model's tokenizer.json sets truncation
     assert len(whole.encode("word " * 1000)) == 1002
     (tmp_path / "vocab.txt").write_bytes((folder / "vocab.txt").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
@@ -203,7 +203,7 @@ def test_a_failed_save_leaves_the_old_files(wordpiece, tmp_path, monkeypatch):
 
 
 def test_endless_words_are_no_words():
-    """Training takes quadratic time in the longest word; data in one piece of 300,000 letters must not hang it."""
+    """Training takes time quadratic in the longest word: a word of 300,000 letters must not hang it."""
     text = ["the dog and the cat", "y" * 300_000, "the cat and the dog"]
     assert "##y" not in train_tokenizer(text, vocab_size=60).get_vocab()
     assert "\u4e2d" in train_tokenizer(["\u4e2d\u6587" * 2000], vocab_size=60).get_vocab()

@@ -1,4 +1,4 @@
-"""Whole runs in this process: that they learn, what they keep, how they stop and go on, what they refuse."""
+"""Whole runs in this process: learning, files, stopping and resuming, refusals."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    """Those of the finished runs are looked at; the others' would take longer than the training."""
+    """Most runs draw no pictures, which take longer than the training; those of `finished` are tested."""
     monkeypatch.setattr(module, "plot_curves", lambda *_: None)
     monkeypatch.setattr(module, "plot_confusion", lambda *_: None)
 
@@ -51,7 +51,7 @@ def finished(base, tmp_path_factory):
 
 @pytest.mark.parametrize("task", ROWS)
 def test_it_learns(finished, task):
-    """What the words say is learnt on examples that training has not seen."""
+    """The metrics on examples outside of the training data are above 0.9."""
     result = finished[task]
     assert result.test[result.metric] > 0.9
     assert result.validation[result.metric] > 0.9
@@ -83,14 +83,14 @@ def test_the_saved_model_is_the_best_one(finished, task):
     result = finished[task]
     evaluations = [m for m in read_metrics(result.out / "metrics.jsonl") if m["kind"] == "eval"]
     best = max(evaluations, key=lambda m: m[result.metric])
-    # the first of equals
+    # max returns the first of several equal evaluations
     assert result.best_step == best["step"]
     assert result.validation == {k: v for k, v in best.items() if k not in ("kind", "step")}
 
 
 @pytest.mark.parametrize("task", ROWS)
 def test_predictions_need_no_labels(finished, task):
-    """The saved run on the same records gives the same figures, with labels and, as predictions, without."""
+    """The saved model has the run's metrics on its test records, and the same predictions without their labels."""
     rows, result = ROWS[task](32, seed=2), finished[task]
     predictions, metrics = Predictor(result.out).records(rows)
     assert metrics == pytest.approx({k: v for k, v in result.test.items() if k != "loss"})
@@ -120,7 +120,7 @@ def test_transformers_loads_and_agrees(finished):
 
 
 def test_models_from_elsewhere_say_their_task_by_their_head(finished, tmp_path):
-    """As transformers saves them: without the file that says how inputs were made."""
+    """Models without finetune.json, as transformers saves them: the head gives the task."""
     for task, result in finished.items():
         model = shutil.copytree(result.model, tmp_path / task)
         (model / "finetune.json").unlink()
@@ -130,7 +130,7 @@ def test_models_from_elsewhere_say_their_task_by_their_head(finished, tmp_path):
 
 @pytest.mark.parametrize("task", ROWS)
 def test_a_replayed_step_is_the_same_step(base, task):
-    """On a GPU steps are replayed by TrainingRunner, which on a CPU makes the same padded call."""
+    """TrainingRunner, which replays steps on a GPU, makes the same padded call on a CPU."""
     steps = []
     for replayed in (False, True):
         config = tiny_config(task, base, steps=3, dropout=0.0, attention_dropout=0.0)
@@ -173,7 +173,7 @@ def test_answers_to_plain_questions(finished):
 
 @pytest.mark.parametrize("place", ["step", "evaluation"])
 def test_interrupted_runs_leave_no_trace(finished, base, tmp_path, monkeypatch, place):
-    """Broken off within a step, or right after a better model was written: the same losses, best step and figures."""
+    """Interrupted in a step, or right after a better model was written: the same losses, best step and metrics."""
     kind, name = (FinetuneTrainer, "backward") if place == "step" else (FinetuneRun, "evaluation")
     original, calls = getattr(kind, name), []
 
@@ -199,7 +199,7 @@ def test_interrupted_runs_leave_no_trace(finished, base, tmp_path, monkeypatch, 
 
 
 def test_a_checkpoint_of_version_0_1_goes_on(base, tmp_path):
-    """It was written between two log lines; the sums that this training does not have are left out."""
+    """The checkpoint lies between two log lines. Its sums that fine-tuning does not have are dropped."""
     out, rows = tmp_path / "run", ROWS["classify"]
     run("classify", base, out, steps=6, log_every=4, checkpoint_every=5)
     expected = losses(out)
@@ -227,7 +227,7 @@ def test_asked_to_stop(base, tmp_path, monkeypatch):
 
 
 def test_early_stopping_and_going_on_after_it(base, tmp_path):
-    """A metric that can't rise: two evaluations after the first one are enough, and a resumption adds nothing."""
+    """Where the metric can't rise the run ends two evaluations after the first; resuming it adds nothing."""
     out = tmp_path / "run"
     result = run("classify", base, out, lr=1e-12, patience=2, eval_every=2, checkpoint_every=1)
     assert (result.steps, result.best_step) == (6, 2)
@@ -239,7 +239,7 @@ def test_early_stopping_and_going_on_after_it(base, tmp_path):
 
 
 def test_accumulated_steps_are_those_of_larger_batches(base, tmp_path):
-    """Tags: batches have different numbers of labels, and the mean of their means would be another loss."""
+    """Batches of tags differ in their number of labels: the mean of their means would be another loss."""
     common = {"steps": 4, "dropout": 0.0, "attention_dropout": 0.0}
     whole = run("tag", base, tmp_path / "whole", **common)
     parts = run("tag", base, tmp_path / "parts", **common, batch_size=4, accumulate=4)
@@ -273,7 +273,7 @@ def test_questions_without_answers(base, tmp_path):
 
 @pytest.mark.parametrize("family", ["roberta", "distilbert"])
 def test_other_families(family, tmp_path):
-    """Their heads, and inputs without token types."""
+    """RoBERTa and DistilBERT: their heads, and inputs without token types."""
     sizes = {"model_type": family, "type_vocab_size": 1 if family == "roberta" else 0}
     sizes |= {"pad_token_id": 1} if family == "roberta" else {}
     base = tiny_tasks.base_model(tmp_path / "base", **sizes)
@@ -306,7 +306,7 @@ def refuse(error, sentence, config, out, **arguments):
 
 
 def test_a_classifier_is_trained_further(finished, tmp_path):
-    """Its labels keep their numbers, whatever their order; another number of labels needs another head."""
+    """Its labels keep their numbers in another order too; another number of labels needs another head."""
     model = shutil.copytree(finished["classify"].model, tmp_path / "model")
     settings = json.loads((model / "config.json").read_text())
     settings["id2label"] = {"0": "good", "1": "bad"}
@@ -314,7 +314,7 @@ def test_a_classifier_is_trained_further(finished, tmp_path):
     rows = ROWS["classify"](32)
     config = tiny_config("classify", model, steps=1, lr=1e-12)
     result = finetune(config, tmp_path / "run", train=rows, quiet=True)
-    # as wrong as it can be, now that the names are exchanged
+    # the names of the two classes are exchanged, so nearly every prediction is wrong
     assert result.validation["accuracy"] < 0.1
     rows = [*rows, {"text": "the man", "label": "neither"}]
     sentence = "has a head for another number of labels than the data's 3"

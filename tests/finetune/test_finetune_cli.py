@@ -1,4 +1,4 @@
-"""`fastbert finetune` and `fastbert predict`: files in, files out, and one sentence for what can't be."""
+"""`fastbert finetune` and `fastbert predict`: files in, files out, and one sentence for each error."""
 
 import csv
 import io
@@ -13,7 +13,7 @@ from fastbert.finetune.records import read_records
 
 
 def command(*words, stdin=None):
-    """The command in this process; an exception as it reaches main()."""
+    """The result of a command in this process, or the exception that main() would see."""
     result = CliRunner().invoke(app, [str(w) for w in words], input=stdin)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -38,7 +38,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tagged(base, tmp_path_factory):
-    """A run on CoNLL files, resumed once, and the file that it was judged by."""
+    """(a run on CoNLL files, resumed once; its validation file)."""
     folder = tmp_path_factory.mktemp("tag")
     train = tiny_tasks.write_conll(folder / "train.txt", tiny_tasks.sentences(96))
     valid = tiny_tasks.write_conll(folder / "valid.txt", tiny_tasks.sentences(24, seed=1))

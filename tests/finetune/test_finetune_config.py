@@ -1,4 +1,4 @@
-"""The settings of fine-tuning: what is refused, before anything is written, and that each of them is read."""
+"""The settings of fine-tuning: refusals before anything is written; each setting is read by some module."""
 
 import dataclasses
 import re
@@ -103,11 +103,11 @@ def test_a_run_is_resumed_from_any_folder(tmp_path, monkeypatch):
 
 
 def test_every_setting_reaches_the_run():
-    """A field that nothing reads would be a promise that is not kept."""
+    """Some module reads each field."""
     folders = [Path(module.__file__).parent, Path(training.__file__).parent]
     files = [p for folder in folders for p in folder.glob("*.py") if p.name != "config.py"]
     text = "".join(p.read_text() for p in files)
-    # those of Options are read from there; the optimiser takes both betas in one line
+    # fields of Options are read from an Options too
     options = {f.name for f in dataclasses.fields(Options)}
     for f in dataclasses.fields(FinetuneConfig):
         read = rf"(config|settings|options|o|self)\.{f.name}\b"

@@ -1,4 +1,4 @@
-"""Labelled data in all its forms, and the sentence for each that can't be read."""
+"""Labelled data in all its forms, and the sentence for each unreadable file."""
 
 import json
 
@@ -22,7 +22,7 @@ def values(source, **options):
 def test_tables_agree(tmp_path):
     rows = [{"text": 'He said "no", twice', "label": "a"}, {"text": "two\nlines", "label": "b"}]
     text = 'text,label\r\n"He said ""no"", twice",a\r\n"two\nlines",b\r\n'
-    # a byte order mark, as spreadsheets write it
+    # with a byte order mark, as spreadsheets write it
     assert values(written(tmp_path, "a.csv", "\ufeff" + text)) == rows
     assert values(tiny_tasks.write_jsonl(tmp_path / "a.jsonl", rows)) == rows
     assert values(written(tmp_path, "a.json", json.dumps(rows))) == rows

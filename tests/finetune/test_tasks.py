@@ -1,4 +1,4 @@
-"""From examples to a model's inputs and back: words and pieces, parts of long texts, entities, scores."""
+"""From examples to a model's inputs and back: words and pieces, parts of long texts, entities, metrics."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def tokens(tokenizer, ids):
 
 def test_labels_stand_at_first_pieces(tokenizer):
     task = Tag(Options("tag", 32), ["B-PER", "I-PER", "O"])
-    # the soft hyphen is cleaned away: still a word with a tag
+    # the tokenizer removes the soft hyphen, which is still a word with a tag
     example = Words(("Unkindly", "met", "\u00ad", "Anna"), ("B-PER", "O", "O", "I-PER"))
     features = task.encode(tokenizer, [example])
     pieces = ["[CLS]", "un", "##kind", "##ly", "met", "[UNK]", "anna", "[SEP]"]
@@ -42,7 +42,7 @@ def test_long_sentences_lose_no_word(tokenizer):
     features = task.encode(tokenizer, [example, Words(("met",), ("O",))])
     assert features.owners == [0] * 10 + [1]
     assert max(map(len, features.ids)) <= 8
-    # scores that say the truth come back as the truth, over the cuts
+    # scores of the true tags give the true tags, across the parts too
     scores = [np.eye(2)[np.maximum(labels, 0)] for labels in features.targets["labels"]]
     found = task.predictions([example, Words(("met",))], features, scores)
     assert tuple(found[0]["tags"]) == tags
@@ -85,7 +85,7 @@ def test_tag_metrics_by_hand():
     true = [Words(tuple("abcd"), ("B-PER", "I-PER", "O", "B-LOC")), Words(("e",), ("O",))]
     guessed = [{"tags": ["B-PER", "O", "O", "B-LOC"]}, {"tags": ["B-PER"]}]
     values = task.metrics(true, guessed)
-    # of two entities one is found whole; three were named
+    # of two entities one is found whole; three are predicted
     assert (values["precision"], values["recall"]) == pytest.approx((1 / 3, 1 / 2))
     assert values["f1"] == pytest.approx(0.4)
     assert values["accuracy"] == pytest.approx(3 / 5)
@@ -138,7 +138,7 @@ def test_labels_are_ordered_as_people_expect():
 
 @pytest.mark.parametrize("stride", [0, 8])
 def test_answers_survive_every_cut(tokenizer, stride):
-    """Scores at the targets alone give each answer back, letter by letter, from long and short texts."""
+    """From scores at the targets only, each answer of long and short texts comes back exactly."""
     rows = tiny_tasks.questions(30)
     rows.append(
         {
@@ -180,7 +180,7 @@ def test_answers_are_no_longer_than_allowed(tokenizer):
     example = task.read(Record("x", {"question": "who", "context": "Anna met Karl in Rome"}), False)
     features = task.encode(tokenizer, [example])
     values = np.zeros((len(features.ids[0]), 2), np.float32)
-    # the best end stands before the start, the next one too far behind it
+    # the end with the best score lies before the start, the next best too far after it
     values[5, 0], values[3, 1], values[7, 1], values[6, 1] = 9.0, 9.0, 8.0, 1.0
     assert task.predictions([example], features, [values])[0]["answer"] == "Karl in"
 
@@ -265,5 +265,5 @@ def test_groups_are_held_out_whole():
     assert {groups[i] for i in kept}.isdisjoint(groups[i] for i in held)
     assert len(held) == 6
     assert split(groups, 0.2, seed=2)[1] != held
-    # of any share, both sides have something
+    # for any share neither side is empty
     assert all(split([0, 1], share, 0) for share in (0.0, 0.99))

@@ -26,7 +26,7 @@ def base_model(folder, **settings):
     torch.manual_seed(0)
     config = BertConfig(vocab_size=len(words), **sizes | given | settings)
     model = BertModel(config)
-    # what pretraining would have taught: good words are alike, and bad ones
+    # as after pretraining, the vectors of good words are similar, and those of bad words
     with torch.no_grad():
         direction = torch.randn(32)
         for word in GOOD:
@@ -39,7 +39,7 @@ def base_model(folder, **settings):
 
 
 def texts(count, seed=0):
-    """A text is good or bad by one word of it."""
+    """Texts, each good or bad by one word."""
     draw = random.Random(seed)
     rows = []
     for _ in range(count):
@@ -51,7 +51,7 @@ def texts(count, seed=0):
 
 
 def sentences(count, seed=0):
-    """Names of people, some of two words and of several pieces, and of places."""
+    """Sentences with names of people (two words, some of several pieces) and of places."""
     draw = random.Random(seed)
     rows = []
     for _ in range(count):
@@ -60,7 +60,7 @@ def sentences(count, seed=0):
             tokens.append(draw.choice(["met", "saw"]))
             tags.append("O")
             if draw.random() < 0.5:
-                # "Unkindly" is three pieces: labels stand at the first
+                # "Unkindly" has three pieces; its label belongs to the first
                 tokens += [draw.choice(PEOPLE).title(), draw.choice(["Smith", "Unkindly"])]
                 tags += ["B-PER", "I-PER"]
             else:
@@ -71,7 +71,7 @@ def sentences(count, seed=0):
 
 
 def questions(count, seed=0, unanswerable=0.0):
-    """Who or where: the person or the place of a text, which may have none."""
+    """Questions for the person or the place in a text; some have no answer."""
     draw = random.Random(seed)
     rows = []
     for number in range(count):
@@ -100,7 +100,7 @@ def write_jsonl(path, rows):
 
 
 def write_conll(path, rows):
-    """With a column between word and tag, as CoNLL-2003 has two."""
+    """A CoNLL file with one column between word and tag; CoNLL-2003 has two."""
     lines = ["-DOCSTART- -X- O", ""]
     for row in rows:
         lines += [f"{word} X {tag}" for word, tag in zip(row["tokens"], row["tags"], strict=True)]
@@ -110,12 +110,12 @@ def write_conll(path, rows):
 
 
 def tiny_settings(task, model, **settings):
-    """As keyword arguments of FinetuneConfig."""
+    """Keyword arguments of FinetuneConfig, with `settings` in the place of the defaults."""
     given = {"task": task, "model": str(model), "max_length": 48, "batch_size": 16, "lr": 3e-3}
     given |= {"epochs": 4, "dropout": 0.1, "threads": 1, "backend": "torch", "log_every": 1}
     return given | {"device": "cpu"} | settings
 
 
 def tiny_config(task, model, **settings):
-    """Settings that a tiny run takes a second with."""
+    """Settings of a run of about a second."""
     return FinetuneConfig(**tiny_settings(task, model, **settings))
