@@ -110,12 +110,19 @@ def _set_at_padding(model: nn.Module, chosen: str) -> None:
     for m in model.modules():
         if _STOCK in m.__dict__ and hasattr(type(m), _AT_PADDING):
             setattr(m, _AT_PADDING, chosen)
+    if chosen != "auto":
+        return
     for m in model.modules():
-        # layers under an encoder that runs torch.nn's code; the encoder gets its choice from the Transformer
-        if isinstance(m, Transformer) and chosen == "auto":
-            for part in [*m.encoder.modules()][1:]:
-                if _AT_PADDING in part.__dict__:
-                    setattr(part, _AT_PADDING, "stock")
+        parts: list[nn.Module] = []
+        if isinstance(m, Transformer):
+            # layers of an encoder that runs torch.nn's code; the encoder itself gets its choice from the Transformer
+            parts = [*m.encoder.modules()][1:]
+        elif isinstance(m, nn.TransformerDecoderLayer):
+            # all else in a decoder's layer is torch.nn's code, which computes padding
+            parts = [m.self_attn]
+        for part in parts:
+            if _AT_PADDING in part.__dict__:
+                setattr(part, _AT_PADDING, "stock")
 
 
 def _check_order(model: nn.Module) -> None:
