@@ -93,7 +93,7 @@ def test_winners_hold_under_compile(monkeypatch):
 
 
 def test_a_whole_model_and_the_next_process():
-    """Every op of a model has a class, forward and backward; a new process uses what was stored."""
+    """Every op of a model has a class, forward and backward; a new process uses the stored winners."""
     config = BertConfig(
         vocab_size=50,
         hidden_size=16,

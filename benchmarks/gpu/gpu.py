@@ -1,8 +1,8 @@
 """`make gpu`: all checks and measurements that need a GPU, in one command; writes benchmarks/results/gpu.json.
 
 Parity tests, memory and race checks where compute-sanitizer is there, every op and whole training and inference steps
-against PyTorch eager, compiled and what else is installed. `--rehearse` does the same on a CPU with tiny shapes, where
-Triton interprets the kernels: times mean nothing then, and the file says so.
+against PyTorch eager, compiled and the peers that are installed. `--rehearse` does the same on a CPU with tiny shapes,
+where Triton interprets the kernels: its times mean nothing, and the file says so.
 """
 
 from __future__ import annotations

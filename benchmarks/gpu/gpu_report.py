@@ -177,7 +177,9 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="every configuration, not one a kernel")
-    parser.add_argument("--tokens", type=int, default=traffic.TOKENS, help="of what is counted")
+    parser.add_argument(
+        "--tokens", type=int, default=traffic.TOKENS, help="tokens of the counted calls"
+    )
     options = parser.parse_args()
     report = {
         "machine": machine_info(),

@@ -1,4 +1,4 @@
-"""Where accelerate() calls transformers' modules instead of its kernels: hooks, replaced parts, what is not fused."""
+"""Where accelerate() calls transformers' modules instead of its kernels: hooks, replaced and unfused parts."""
 
 import logging
 

@@ -43,7 +43,7 @@ class Symbol:
 
 @dataclass(frozen=True)
 class Vector:
-    """{a, b, ...}; also what call has in parentheses."""
+    """{a, b, ...}; also the operands of call in parentheses."""
 
     parts: tuple[Operand, ...]
 
