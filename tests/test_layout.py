@@ -102,12 +102,11 @@ def python_functions(path: str, tree: ast.Module) -> Iterator[tuple[str, int, in
 
 
 def native_functions(path: str) -> Iterator[tuple[str, int, int]]:
-    """(name, lines, limit) of each C++ function, as clang-format indents them."""
+    """(name, lines, limit) of each C++ function, as clang-format indents them; attributes only look like calls."""
     signature = (
         r"^( *)(?:template <[^\n]*\n *)?(?:[A-Za-z_][^;{}#()]*?\b)?(\w+)\([^;{}]*\)[^;{}()]*"
     )
     body = r"\{(?:[^\n]*\}$|\n.*?^\1\})"
-    # attributes look like calls
     attribute = r"\b(?:__launch_bounds__|__attribute__|alignas)\((?:[^()]|\([^()]*\))*\)"
     plain = re.sub(attribute, lambda found: "\n" * found[0].count("\n"), text(path))
     for match in re.finditer(signature + body, plain, re.MULTILINE | re.DOTALL):
