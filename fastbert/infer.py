@@ -12,6 +12,7 @@ from torch.nn import functional as tnf
 
 from fastbert.data import load_tokenizer
 from fastbert.data.tokenizer import SpecialIds, is_roberta
+from fastbert.files import quoted
 from fastbert.models.encoder import BertModel
 from fastbert.models.heads import BertForMaskedLM
 
@@ -56,7 +57,7 @@ class Filler:
         rows = [i for i, token_id in enumerate(encoding.ids) if token_id == self.mask]
         if not rows:
             raise ValueError(
-                f"there is no [MASK] in {text!r}: write one where a word is to be guessed"
+                f"there is no [MASK] in {quoted(text)}: write one where a word is to be guessed"
             )
         logits: Tensor = self.model(**packed([encoding])).logits[rows]  # (masks, V)
         known = min(self.tokenizer.get_vocab_size(), logits.shape[1])
@@ -80,7 +81,7 @@ class Embedder:
 
     def __init__(self, model: str | Path, pooling: str = "mean", normalize: bool = False) -> None:
         if pooling not in ("mean", "cls"):
-            raise ValueError(f"pooling is {pooling!r}: choose mean or cls")
+            raise ValueError(f"pooling is {quoted(pooling)}: choose mean or cls")
         # the pooled output is not used, and many checkpoints have none
         self.model = BertModel.from_pretrained(model, add_pooler=False).eval()
         self.tokenizer = plain_tokenizer(model)

@@ -26,6 +26,7 @@ import torch
 
 from fastbert.backend import tuned
 from fastbert.backend.names import BACKENDS, FORCED, SLUGS, TABLE, WHY_NOT_FORCED
+from fastbert.files import quoted
 
 # by device type, the backends that a call tries, in turn
 ORDER = {
@@ -121,7 +122,7 @@ def module(name: str, slug: str) -> Any:
     """The implementation of one op by one backend; raises Unsupported with the reason if there is none."""
     found = _IMPLEMENTATIONS[name][slug]
     if isinstance(found, str):
-        raise Unsupported(f"backend {name!r} cannot run {slug}: {found}")
+        raise Unsupported(f"backend {quoted(name)} cannot run {slug}: {found}")
     return found
 
 
@@ -183,7 +184,7 @@ def choose(slug: str, device: torch.device, *args: Any) -> str:
         reason = _reason(_forced, slug, device, args)
         if reason is not None:
             raise Unsupported(
-                f"backend {_forced!r}, asked for by name, cannot run {slug}: {reason}"
+                f"backend {quoted(_forced)}, asked for by name, cannot run {slug}: {reason}"
             )
         return _forced
     kind = device.type
@@ -201,7 +202,7 @@ def choose(slug: str, device: torch.device, *args: Any) -> str:
 def _validated(name: str | None) -> str | None:
     if name is not None and name not in BACKENDS:
         raise ValueError(
-            f"there is no backend {name!r}: choose one of {', '.join(BACKENDS)}, or None"
+            f"there is no backend {quoted(name)}: choose one of {', '.join(BACKENDS)}, or None"
         )
     return name
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+from fastbert.files import quoted
+
 
 class Backend(NamedTuple):
     """Where a backend is, and which calls try it."""
@@ -33,7 +35,7 @@ FORCED = os.environ.get("FASTBERT_BACKEND") or None
 WHY_NOT_FORCED = (
     None
     if FORCED in (None, *BACKENDS)
-    else f"FASTBERT_BACKEND is {FORCED!r}: choose one of {', '.join(BACKENDS)}, or unset it"
+    else f"FASTBERT_BACKEND is {quoted(FORCED)}: choose one of {', '.join(BACKENDS)}, or unset it"
 )
 
 SLUGS = (

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastbert.backend.names import BACKENDS
-from fastbert.files import cache_folder, write_text
+from fastbert.files import cache_folder, quoted, write_text
 from fastbert.machine import cpu_name
 
 # calls of at most this many rows are tuned apart from longer ones
@@ -126,7 +126,7 @@ def _dtype(name: str) -> torch.dtype:
 def _winner(entry: dict[str, Any]) -> tuple[Key, dict[str, Any]]:
     """An entry with its class."""
     if entry["backend"] not in BACKENDS:
-        raise ValueError(f"{entry['backend']!r} is no backend")
+        raise ValueError(f"{quoted(entry['backend'])} is no backend")
     dtype, sizes = _dtype(entry["dtype"]), tuple(entry["sizes"])
     return (entry["op"], dtype, bool(entry["few_rows"]), sizes), entry
 

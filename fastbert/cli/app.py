@@ -16,6 +16,10 @@ from fastbert.cli.pretrain import pretrain
 from fastbert.cli.settings import ready
 from fastbert.cli.text import embed, fill_mask
 from fastbert.cli.tune import tune
+from fastbert.files import shortened
+
+# characters of an error: a library's message may hold a whole text
+LONGEST = 1000
 
 app = typer.Typer(
     name="fastbert",
@@ -132,7 +136,7 @@ def run_app(app: typer.Typer, arguments: list[str], name: str) -> None:
             raise
         code = getattr(error, "exit_code", 2)
         prefix = "" if code > 128 else "error: "
-        print(prefix + " ".join(str(error).split()), file=sys.stderr)
+        print(prefix + shortened(" ".join(str(error).split()), LONGEST), file=sys.stderr)
         sys.exit(code)
 
 

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
+from fastbert import files
 from fastbert.cli.settings import ready, say, signature
 from fastbert.cli.text import read_lines
-from fastbert.files import RECORDS, existing
+from fastbert.files import RECORDS, existing, quoted
 from fastbert.finetune.config import FinetuneConfig, trained_model
 from fastbert.models.config import BertConfig
 from fastbert.train.settings import check_unused, load_settings, merge, recorded
@@ -77,7 +78,9 @@ def predict(
     Example: fastbert predict runs/a "A splendid film."
     """
     if out is not None and out.suffix not in FORMATS:
-        raise ValueError(f"--out {out} ends in {out.suffix!r}: choose one of {', '.join(FORMATS)}")
+        raise ValueError(
+            f"--out {out} ends in {quoted(out.suffix)}: choose one of {', '.join(FORMATS)}"
+        )
     if file is not None and (texts or pair or context):
         raise ValueError("texts and --file are both given: pass one of them")
     BertConfig.from_file(trained_model(model))
@@ -107,23 +110,23 @@ def predict(
     if out is None:
         typer.echo(encoded(".jsonl", predictions), nl=False)
         return
-    from fastbert.files import write_text
-
-    write_text(out, encoded(out.suffix, predictions))
+    files.write_text(out, encoded(out.suffix, predictions))
     say(f"{len(predictions)} predictions written to {out}")
 
 
 def encoded(suffix: str, predictions: list[dict[str, Any]]) -> str:
     """The content of a file of predictions."""
     if suffix == ".jsonl":
-        return "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
+        return files.json_lines(predictions)
     if suffix == ".conll":
-        return "\n".join(
-            "".join(f"{w} {t}\n" for w, t in zip(p["words"], p["tags"], strict=True))
-            for p in predictions
-        )
+        from fastbert.finetune import conll
+
+        return conll.encoded([(p["words"], p["tags"]) for p in predictions])
+    if any("\0" in v for p in predictions for v in p.values() if isinstance(v, str)):
+        raise ValueError("a .csv file can't hold the zero character of these texts: choose .jsonl")
     text = io.StringIO(newline="")
-    table = csv.DictWriter(text, list(predictions[0]), restval="")
+    columns = dict.fromkeys(name for p in predictions for name in p)
+    table = csv.DictWriter(text, list(columns), restval="")
     table.writeheader()
     for p in predictions:
         # lists and dicts as JSON

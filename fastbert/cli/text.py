@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import io
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastbert import files
 from fastbert.cli.settings import ready
-from fastbert.files import LINES, existing
+from fastbert.files import LINES, existing, quoted
 from fastbert.models.config import model_folder
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def fill_mask(
     if as_json:
         for text, masks in results:
             words = [[{"word": w, "probability": p} for w, p in mask] for mask in masks]
-            typer.echo(json.dumps({"text": text, "masks": words}, ensure_ascii=False))
+            typer.echo(files.json_lines([{"text": text, "masks": words}]), nl=False)
         return
     from rich.console import Console
 
@@ -72,7 +72,7 @@ def embed(
     model: Model,
     texts: Texts = None,
     file: Annotated[
-        Path | None, typer.Option(help="text file with one text per line, - for standard input")
+        Path | None, typer.Option(help="text file or .gz with a text a line, - for standard input")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help=".npy, .safetensors or .jsonl; default JSON lines printed")
@@ -90,7 +90,9 @@ def embed(
     Example: fastbert embed runs/a/model --file sentences.txt --out vectors.npy
     """
     if out is not None and out.suffix not in FORMATS:
-        raise ValueError(f"--out {out} ends in {out.suffix!r}: choose one of {', '.join(FORMATS)}")
+        raise ValueError(
+            f"--out {out} ends in {quoted(out.suffix)}: choose one of {', '.join(FORMATS)}"
+        )
     if texts and file is not None:
         raise ValueError("texts and --file are both given: pass one of them")
     model_folder(model)
@@ -108,9 +110,7 @@ def embed(
     if out is None:
         typer.echo(_json_lines(lines, vectors), nl=False)
         return
-    from fastbert.files import write_bytes
-
-    write_bytes(out, _encoded(out.suffix, lines, vectors))
+    files.write_bytes(out, _encoded(out.suffix, lines, vectors))
     typer.echo(f"{tuple(vectors.shape)} written to {out}", err=True)
 
 
@@ -121,24 +121,23 @@ def read_lines(texts: list[str] | None, file: Path | None = None) -> list[str]:
         name = "standard input" if file is None or str(file) == "-" else str(file)
         if name == "standard input" and sys.stdin.isatty():
             raise ValueError("no text is given: pass it in quotes, or pipe lines of it in")
-        data = sys.stdin.buffer.read() if name == "standard input" else Path(name).read_bytes()
-        try:
-            texts = data.decode("utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{name} is not UTF-8 at byte {error.start}: convert it") from error
+        if name == "standard input":
+            texts = list(files.lines_of(sys.stdin.buffer, name))
+        else:
+            texts = files.read_lines(Path(name))
     if not texts:
         raise ValueError(f"{name} is empty: there is nothing to do")
     for number, text in enumerate(texts, 1):
         if not text.strip():
             raise ValueError(f"text {number} of {name} is empty: leave it out")
+        if reason := files.why_not_text(text):
+            raise ValueError(f"text {number} of {name} {reason}")
     return texts
 
 
 def _json_lines(lines: list[str], vectors: torch.Tensor) -> str:
     rows = zip(lines, vectors.tolist(), strict=True)
-    return "".join(
-        json.dumps({"text": text, "vector": row}, ensure_ascii=False) + "\n" for text, row in rows
-    )
+    return files.json_lines({"text": text, "vector": row} for text, row in rows)
 
 
 def _encoded(suffix: str, lines: list[str], vectors: torch.Tensor) -> bytes:

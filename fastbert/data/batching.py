@@ -19,6 +19,7 @@ from fastbert.data.pairs import Examples, full_sentences, ranges, sentence_pairs
 from fastbert.data.settings import DataSettings
 from fastbert.data.shards import Shards, ShardsError
 from fastbert.data.tokenizer import SpecialIds, tokenizer_hash
+from fastbert.files import quoted
 
 I64 = NDArray[np.int64]
 
@@ -97,7 +98,7 @@ class PretrainingData:
         world_size: int = 1,
     ) -> None:
         if part not in ("train", "heldout"):
-            raise ValueError(f"part is {part!r}: choose train or heldout")
+            raise ValueError(f"part is {quoted(part)}: choose train or heldout")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank} of {world_size}: it must be within [0, world_size)")
         if shards.manifest["tokenizer"] != tokenizer_hash(tokenizer):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import shutil
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import IO, Any
 from weakref import WeakKeyDictionary
 
 from fastbert.data.sentences import split_sentences
-from fastbert.files import TEXTS, existing
+from fastbert.files import TEXTS, existing, lines_of, listed, quoted, split_lines, unpacked
 
 SUFFIXES = (".txt", ".jsonl", ".gz")
 # a file changed less than this before it was hashed may change again within the file system's clock tick
@@ -58,7 +56,6 @@ class FileSource:
     name: str
     path: Path
     kind: str  # "text" | "jsonl"
-    gz: bool
     keep: Any = field(default=None, compare=False, repr=False)  # keeps stdin's temporary copy alive
 
     @property
@@ -82,24 +79,12 @@ class FileSource:
         return [str(self.path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
     def documents(self, layout: Layout, report: Report) -> Iterator[Document]:
-        with open(self.path, "rb") as raw:
-            lines = self._reported(self._lines(raw), raw, report)
+        with open(self.path, "rb") as raw, unpacked(raw, self.name) as stream:
+            lines = self._reported(lines_of(stream, self.name), raw, report)
             if self.kind == "jsonl":
                 yield from self._records(lines, layout)
             else:
                 yield from _divide(lines, self.name, layout.separator)
-
-    def _lines(self, raw: IO[bytes]) -> Iterator[str]:
-        stream: IO[bytes] = gzip.GzipFile(fileobj=raw) if self.gz else raw  # type: ignore[assignment]
-        offset = 0
-        try:
-            for line in stream:
-                yield _decode(line, self.name, offset)
-                offset += len(line)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(
-                f"{self.name} is a broken gzip file ({error}): make or download it again"
-            ) from error
 
     def _reported(self, lines: Iterator[str], raw: IO[bytes], report: Report) -> Iterator[str]:
         before = 0
@@ -126,6 +111,9 @@ class FileSource:
                 raise ValueError(
                     f"{place} is not JSON ({error.msg}, column {error.colno}): write one object a line"
                 ) from error
+            except ValueError as error:
+                # a number of more digits than Python reads
+                raise ValueError(f"{place} is not read ({error}): repair it") from error
             yield from _record(_field(record, layout.field, place), place)
 
 
@@ -204,12 +192,12 @@ class Documents:
 def read_documents(sources: Any, *, separator: str | None = None, field: str = "text") -> Documents:
     """Open `sources`: a path, "-" for stdin, a `datasets.Dataset`, or a sequence of these.
 
-    A folder stands for its *.txt, *.jsonl and *.gz files, recursively and sorted. A text file is one document with
-    blank lines between paragraphs, unless `separator` is given: then a line equal to it ends a document; "" means a
-    blank line, as in BERT's original format, where every line is also a paragraph of its own. A .jsonl file or a
-    dataset has one document per line or row, in `field`; those without text are skipped. Raises FileNotFoundError for
-    a missing path, TypeError for another kind of source, and ValueError, naming file and place, for an empty or corrupt
-    source; errors inside a file are found while iterating.
+    A folder stands for its *.txt, *.jsonl and *.gz files, recursively and sorted. A line ends in LF, CRLF or CR. A text
+    file is one document with blank lines between paragraphs, unless `separator` is given: then a line equal to it ends
+    a document; "" means a blank line, as in BERT's original format, where every line is also a paragraph of its own. A
+    .jsonl file or a dataset has one document per line or row, in `field`; those without text are skipped. Raises
+    FileNotFoundError for a missing path, TypeError for another kind of source, and ValueError, naming file and place,
+    for an empty or corrupt source; errors inside a file are found while iterating.
     """
     layout = Layout(None if separator is None else " ".join(separator.split()), field)
     items = list(sources) if isinstance(sources, (list, tuple)) else [sources]
@@ -249,9 +237,8 @@ def _file(path: Path) -> FileSource:
         raise ValueError(f"{path} is not a regular file: pipe it in and pass - for stdin")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty: leave it out")
-    gz = path.suffix == ".gz"
-    inner = path.with_suffix("") if gz else path
-    return FileSource(str(path), path, "jsonl" if inner.suffix == ".jsonl" else "text", gz)
+    inner = path.with_suffix("") if path.suffix == ".gz" else path
+    return FileSource(str(path), path, "jsonl" if inner.suffix == ".jsonl" else "text")
 
 
 _STDIN: WeakKeyDictionary[Any, FileSource] = WeakKeyDictionary()
@@ -266,7 +253,7 @@ def _stdin() -> FileSource:
         copy.flush()
         if copy.tell() == 0:
             raise ValueError("stdin is empty: pipe text into it")
-        _STDIN[sys.stdin] = FileSource("stdin", Path(copy.name), "text", False, copy)
+        _STDIN[sys.stdin] = FileSource("stdin", Path(copy.name), "text", copy)
     return _STDIN[sys.stdin]
 
 
@@ -279,7 +266,7 @@ def _dataset(item: Any, column: str) -> DatasetSource:
         )
     if column not in item.column_names:
         raise ValueError(
-            f"the dataset has no field {column!r}, only {', '.join(item.column_names)}: set field"
+            f"the dataset has no field {quoted(column)}, only {listed(item.column_names)}: set field"
         )
     if len(item) == 0:
         raise ValueError("the dataset has no rows: leave it out")
@@ -287,44 +274,30 @@ def _dataset(item: Any, column: str) -> DatasetSource:
     return DatasetSource("the dataset", item.select_columns([column]))
 
 
-def _decode(line: bytes, name: str, offset: int) -> str:
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{name} is not UTF-8 at byte {offset + error.start} ({error.reason}): convert or repair it"
-        ) from error
-    if "\0" in text:
-        raise ValueError(
-            f"{name} has a zero byte near byte {offset + line.index(0)}: it is not a text file"
-        )
-    return text.removeprefix("\ufeff") if offset == 0 else text
-
-
 def _field(record: Any, name: str, place: str) -> str:
     """The text in field `name` of a record; raises ValueError that says what is there instead."""
     if not isinstance(record, dict):
         raise ValueError(
-            f"{place} is a JSON {type(record).__name__}, not an object with a field {name!r}"
+            f"{place} is a JSON {type(record).__name__}, not an object with a field {quoted(name)}"
         )
     if name not in record:
         raise ValueError(
-            f"{place} has no field {name!r}, only {', '.join(record) or 'none'}: set field"
+            f"{place} has no field {quoted(name)}, only {listed(record) or 'none'}: set field"
         )
     text = record[name]
     if not isinstance(text, str):
-        raise ValueError(f"{place}: field {name!r} is {type(text).__name__}, not a string")
+        raise ValueError(f"{place}: field {quoted(name)} is {type(text).__name__}, not a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{place}: field {name!r} holds half a surrogate pair at {error.start}: repair it"
+            f"{place}: field {quoted(name)} holds half a surrogate pair at {error.start}: repair it"
         ) from error
     return text
 
 
 def _record(text: str, place: str) -> Iterator[Document]:
-    return _divide(text.splitlines(), place, None)
+    return _divide(split_lines(text), place, None)
 
 
 def _divide(lines: Any, name: str, separator: str | None) -> Iterator[Document]:

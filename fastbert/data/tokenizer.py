@@ -20,7 +20,7 @@ from tokenizers import (
     processors,
 )
 
-from fastbert.files import TOKENIZER_FILES, existing, write_text
+from fastbert.files import TOKENIZER_FILES, existing, quoted, shortened, split_lines, write_text
 
 # in the order of their ids; RoBERTa's <mask> is the last id of the vocabulary
 BERT_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
@@ -181,24 +181,23 @@ def _read(file: Path, reader: Any) -> Any:
         return reader(str(file))
     except Exception as error:
         raise ValueError(
-            f"{file} can't be read ({error}): it is no tokenizer file or is damaged"
+            f"{file} can't be read ({shortened(str(error), 300)}): it is no tokenizer file or is damaged"
         ) from error
 
 
 def _from_vocab(file: Path) -> Tokenizer:
     """BERT's tokenizer of a vocab.txt, one token a line."""
-    lines = _read(file, lambda name: Path(name).read_text(encoding="utf-8")).split("\n")
-    tokens = [line.rstrip("\r") for line in (lines if lines[-1] else lines[:-1])]
+    tokens = split_lines(_read(file, lambda name: Path(name).read_text(encoding="utf-8-sig")))
     vocab: dict[str, int] = {}
     for index, token in enumerate(tokens):
         if token in vocab:
             raise ValueError(
-                f"{file}:{index + 1} repeats {token!r} of line {vocab[token] + 1}: ids would shift"
+                f"{file}:{index + 1} repeats {quoted(token)} of line {vocab[token] + 1}: ids would shift"
             )
         vocab[token] = index
     config_file = file.with_name("tokenizer_config.json")
     config = (
-        _read(config_file, lambda name: json.loads(Path(name).read_text()))
+        _read(config_file, lambda name: json.loads(Path(name).read_text(encoding="utf-8-sig")))
         if config_file.is_file()
         else {}
     )

@@ -19,6 +19,7 @@ from fastbert.data.tokenizer import (
     finish_wordpiece,
     wordpiece,
 )
+from fastbert.files import quoted
 
 # training takes quadratic time in the longest word; so many letters without a space are data and no word, except in
 # scripts that put no spaces between words
@@ -44,7 +45,7 @@ def train_tokenizer(
     `vocab_size` entries. Raises ValueError for no text, an unknown kind or a vocabulary too small for the alphabet.
     """
     if kind not in ("wordpiece", "bpe"):
-        raise ValueError(f"the tokenizer kind is {kind!r}: choose wordpiece or bpe")
+        raise ValueError(f"the tokenizer kind is {quoted(kind)}: choose wordpiece or bpe")
     if iter(documents) is documents:
         raise TypeError("the documents can be read only once: pass a list or read_documents(...)")
     if min_frequency < 1 or alphabet < 1:

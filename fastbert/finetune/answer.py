@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbert.data import Batch
+from fastbert.files import quoted, why_not_text
 from fastbert.finetune.config import Options
 from fastbert.finetune.features import Features
 from fastbert.finetune.records import Record
@@ -169,22 +170,24 @@ def _answers(record: Record, context: str) -> tuple[tuple[str, int], ...]:
                 pairs = [(answer["text"], answer["answer_start"]) for answer in value]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{record.place}: answers is {value!r}: pass text and answer_start, as SQuAD has them"
+                f"{record.place}: answers is {quoted(value)}: pass text and answer_start, as SQuAD has them"
             ) from error
     return tuple(_found(text, start, context, record.place) for text, start in pairs)
 
 
 def _found(text: Any, start: Any, context: str, place: str) -> tuple[str, int]:
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{place}: an answer is {text!r}: it must be a text")
+    if reason := why_not_text(text):
+        raise ValueError(f"{place}: an answer {reason}")
     try:
         at = context.find(text) if start in (None, "") else int(start)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{place}: answer_start is {start!r}: it must be a number") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"{place}: answer_start is {quoted(start)}: it must be a number"
+        ) from error
     if at < 0 or context[at : at + len(text)] != text:
         raise ValueError(
-            f"{place}: the answer {text!r} does not stand in the context"
-            + ("" if start in (None, "") else f" at character {start}")
+            f"{place}: the answer {quoted(text)} does not stand in the context"
+            + ("" if start in (None, "") else f" at character {at}")
         )
     return text, at
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbert.data import Batch
+from fastbert.files import listed, quoted, why_not_unicode
 from fastbert.finetune.config import Options
 from fastbert.finetune.features import Features
 from fastbert.finetune.records import Record
@@ -61,11 +62,11 @@ class Classify:
         found = {e.label for e in examples if e.label is not None}
         if len(found) < 2:
             raise ValueError(
-                f"the training data has one label only, {', '.join(found)}: there is nothing to tell apart"
+                f"the training data has one label only, {listed(found)}: there is nothing to tell apart"
             )
         if len(found) > 1000 or (len(found) > 20 and 2 * len(found) > len(examples)):
             raise ValueError(
-                f"column {self.options.label!r} has {len(found)} labels in {len(examples)} examples: are these "
+                f"column {quoted(self.options.label)} has {len(found)} labels in {len(examples)} examples: are these "
                 "classes? name the right column with label"
             )
         self.names = ordered(found)
@@ -137,8 +138,10 @@ def label_name(value: Any, place: str) -> str:
         return str(int(value))
     if not isinstance(value, str) or not value.strip():
         raise ValueError(
-            f"{place}: the label is {value!r}: it must be the name or number of a class"
+            f"{place}: the label is {quoted(value)}: it must be the name or number of a class"
         )
+    if reason := why_not_unicode(value):
+        raise ValueError(f"{place}: the label {reason}")
     return value.strip()
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
-from fastbert.files import RECORDS, existing
+from fastbert.files import RECORDS, existing, read_text
 from fastbert.models.config import BertConfig, model_folder
 from fastbert.train.settings import (
     BATCH,
@@ -45,6 +45,8 @@ class Options:
     longest_answer: int = 30
     # whether the training data had questions without an answer
     unanswerable: bool = False
+    # whether every Chinese or Japanese character was a word of its own in the training data
+    characters: bool = True
 
     def save(self, folder: Path) -> None:
         """Write them into the folder of a model."""
@@ -57,7 +59,7 @@ class Options:
         if not file.is_file():
             return None
         try:
-            return cls(**json.loads(file.read_text(encoding="utf-8")))
+            return cls(**json.loads(read_text(file)))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{file} holds no options of fastbert finetune: {error}") from error
 
@@ -185,7 +187,8 @@ class FinetuneConfig(TrainingSettings):
 
     def options(self, unanswerable: bool = False) -> Options:
         """The part that predictions need."""
-        own = {f.name: getattr(self, f.name) for f in fields(Options) if f.name != "unanswerable"}
+        found = ("unanswerable", "characters")
+        own = {f.name: getattr(self, f.name) for f in fields(Options) if f.name not in found}
         return Options(**own, unanswerable=unanswerable)
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fastbert.data import load_tokenizer, tokenizer_hash
+from fastbert.files import listed, quoted
 from fastbert.finetune.config import FinetuneConfig
 from fastbert.finetune.features import split
 from fastbert.finetune.judge import Part, make_task
@@ -120,8 +121,8 @@ def _check_labels(task: Any, examples: Sequence[Any], part: str) -> None:
         for label in task.labels(example):
             if label not in known:
                 raise ValueError(
-                    f"label {label!r} of the {part} data is not among those of the training data "
-                    f"({', '.join(task.names[:20])}): correct it, or add examples of it"
+                    f"label {quoted(label)} of the {part} data is not among those of the training data "
+                    f"({listed(task.names)}): correct it, or add examples of it"
                 )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbert.data import load_tokenizer
+from fastbert.files import listed, quoted, why_not_text
 from fastbert.finetune.answer import Question
 from fastbert.finetune.classify import Text
 from fastbert.finetune.config import Options, trained_model
@@ -56,10 +57,10 @@ class Predictor:
         _check_count("pairs", pairs, texts, task == "classify" and self.options.pair is not None)
         _check_count("contexts", contexts, texts, task == "answer")
         for number, text in enumerate(texts, 1):
-            if not text.strip():
-                raise ValueError(f"text {number} is empty: leave it out")
+            if reason := why_not_text(text):
+                raise ValueError(f"text {number} {reason}")
         if task == "tag":
-            return self._run([Words.of_text(text) for text in texts])
+            return self._run([self._words(text, number) for number, text in enumerate(texts, 1)])
         if task == "answer":
             assert contexts is not None
             return self._run([Question(q, c) for q, c in zip(texts, contexts, strict=True)])
@@ -79,10 +80,16 @@ class Predictor:
         strangers = {name for e in examples for name in self.task.labels(e)} - known
         if strangers:
             raise ValueError(
-                f"{_named(source)} has labels that the model has not, {', '.join(sorted(strangers)[:5])}: it has "
-                f"{', '.join(self.task.names[:20])}"
+                f"{_named(source)} has labels that the model has not, {listed(sorted(strangers), 5)}: it has "
+                f"{listed(self.task.names)}"
             )
         return predictions, self.task.metrics(examples, predictions)
+
+    def _words(self, text: str, number: int) -> Words:
+        found = Words.of_text(text, self.options.characters)
+        if not found.words:
+            raise ValueError(f"text {number} is {quoted(text)}, which has no word: leave it out")
+        return found
 
     def _run(self, examples: list[Any]) -> list[dict[str, Any]]:
         part = Part.of(examples, self.task, self.tokenizer, self.model.config)

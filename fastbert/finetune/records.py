@@ -1,19 +1,32 @@
-"""Records of labelled data: .csv, .tsv, .jsonl, .json and CoNLL files, lists of dicts, and Hugging Face `datasets`."""
+"""Records of labelled data: .csv, .tsv, .jsonl, .json, CoNLL and .gz files, dicts, and Hugging Face `datasets`."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastbert.files import RECORDS, existing
+from fastbert.files import (
+    RECORDS,
+    existing,
+    listed,
+    quoted,
+    read_text,
+    shortened,
+    split_lines,
+    why_not_text,
+)
+from fastbert.finetune.conll import SUFFIXES as CONLL
+from fastbert.finetune.conll import sentences
 
-CONLL = (".conll", ".bio", ".iob", ".txt")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
+# the csv module has one limit for the whole process
+_CSV_LIMIT = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -26,15 +39,15 @@ class Record:
     def string(self, name: str) -> str:
         """The text in a field; raises ValueError where it is absent, no string or blank."""
         value = self.value(name)
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{self.place}: {name} is {value!r}: it must be a text")
-        return value
+        if reason := why_not_text(value):
+            raise ValueError(f"{self.place}: {name} {reason}")
+        return str(value)
 
     def value(self, name: str) -> Any:
         """The value of a field; raises ValueError, naming the fields of the record, where it is absent."""
         if name not in self.values:
-            known = ", ".join(map(str, self.values)) or "none"
-            raise ValueError(f"{self.place} has no field {name!r}, only {known}")
+            known = listed(self.values) or "none"
+            raise ValueError(f"{self.place} has no field {quoted(name)}, only {known}")
         return self.values[name]
 
 
@@ -51,50 +64,65 @@ def read_records(source: Any, split: str = "train", conll: bool = False) -> list
         return _of_folder(path, split)
     readers: dict[str, Callable[[str, str], Iterator[Record]]] = {
         ".csv": _csv,
-        ".tsv": _csv,
+        ".tsv": _tsv,
         ".jsonl": _jsonl,
         ".json": _json,
     }
     if conll:
         readers |= dict.fromkeys(CONLL, _conll)
-    if path.suffix not in readers:
+    suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix
+    if suffix not in readers:
         raise ValueError(
-            f"{path} ends in {path.suffix!r}: labelled data here is {', '.join(readers)}"
+            f"{path} ends in {quoted(suffix)}: labelled data here is {', '.join(readers)}, or one of these with .gz"
         )
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte {error.start}: convert it") from error
-    records = list(readers[path.suffix](text, str(path)))
+    records = list(readers[suffix](read_text(path), str(path)))
     if not records:
         raise ValueError(f"{path} holds no record: it is empty or has a heading only")
     return records
 
 
 def _csv(text: str, name: str) -> Iterator[Record]:
-    """A heading, then a record a row; .tsv has tabs and no quotes."""
-    tabs = name.endswith(".tsv")
-    form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True, **form)
-    try:
-        heading = next(rows, [])
-        if len(set(heading)) < len(heading):
-            raise ValueError(f"{name}:1 names a column twice: {', '.join(heading)}")
-        for row in rows:
-            place = f"{name}:{rows.line_num}"
-            if not row:
-                continue
-            if len(row) != len(heading):
-                raise ValueError(
-                    f"{place} has {len(row)} fields and the heading {len(heading)}: quote texts that hold a separator"
-                )
-            yield Record(place, dict(zip(heading, row, strict=True)))
-    except csv.Error as error:
-        raise ValueError(f"{name}:{rows.line_num} is not CSV: {error}") from error
+    """A heading, then a record a row; a quoted cell may hold line ends, and be of any length."""
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    with _CSV_LIMIT:
+        before = csv.field_size_limit()
+        csv.field_size_limit(max(before, len(text)))
+        try:
+            found = [(rows.line_num, row) for row in rows]
+        except csv.Error as error:
+            raise ValueError(f"{name}:{rows.line_num} is not CSV: {error}") from error
+        finally:
+            csv.field_size_limit(before)
+    return _table(found, name, "quote texts that hold a separator")
+
+
+def _tsv(text: str, name: str) -> Iterator[Record]:
+    """A heading, then a record a line; there are no quotes."""
+    lines = enumerate(split_lines(text), 1)
+    rows = [(number, line.split("\t")) for number, line in lines if line]
+    return _table(rows, name, "a text can't hold a tab")
+
+
+def _table(rows: Sequence[tuple[int, list[str]]], name: str, remedy: str) -> Iterator[Record]:
+    """The records of numbered rows, the first of them the heading; those without a cell are left out."""
+    (first, heading), *rest = [(number, row) for number, row in rows if row] or [(1, [])]
+    if len(set(heading)) < len(heading):
+        raise ValueError(f"{name}:{first} names a column twice: {listed(heading)}")
+    for number, row in rest:
+        if len(row) != len(heading):
+            raise ValueError(
+                f"{name}:{number} has {len(row)} fields and the heading {len(heading)}: {remedy}"
+            )
+        yield Record(f"{name}:{number}", dict(zip(heading, row, strict=True)))
+
+
+def _conll(text: str, name: str) -> Iterator[Record]:
+    for number, values in sentences(split_lines(text), name):
+        yield Record(f"{name}:{number}", values)
 
 
 def _jsonl(text: str, name: str) -> Iterator[Record]:
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(split_lines(text), 1):
         if line.strip():
             place = f"{name}:{number}"
             yield Record(place, _object(_parsed(line, place), place))
@@ -119,43 +147,17 @@ def _squad(articles: Sequence[Any], name: str) -> Iterator[Record]:
             for paragraph in article["paragraphs"]:
                 for qa in paragraph["qas"]:
                     record = {**qa, "context": paragraph["context"]}
-                    yield Record(f"{name}, question {qa['id']}", record)
+                    yield Record(f"{name}, question {shortened(str(qa['id']))}", record)
     except KeyError as error:
         raise ValueError(f"{name} is not in SQuAD's layout: {error} is missing") from error
     except TypeError as error:
         raise ValueError(f"{name} is not in SQuAD's layout: {error}") from error
 
 
-def _conll(text: str, name: str) -> Iterator[Record]:
-    """A token a line, its tag in the last column, a blank line between sentences; -DOCSTART- lines are left out."""
-    tokens: list[str] = []
-    tags: list[str] = []
-    first, width = 1, 0
-    for number, line in enumerate([*text.split("\n"), ""], 1):
-        columns = line.rstrip("\r").split("\t") if "\t" in line else line.split()
-        if not columns or columns[0] == "-DOCSTART-":
-            if tokens:
-                yield Record(f"{name}:{first}", _sentence(tokens, tags, width))
-            tokens, tags = [], []
-            continue
-        width = width or len(columns)
-        if len(columns) != width:
-            raise ValueError(
-                f"{name}:{number} has {len(columns)} columns and the lines before it {width}: repair it"
-            )
-        first = number if not tokens else first
-        tokens.append(columns[0])
-        tags.append(columns[-1])
-
-
-def _sentence(tokens: list[str], tags: list[str], width: int) -> dict[str, Any]:
-    return {"tokens": tokens, "tags": tags} if width > 1 else {"tokens": tokens}
-
-
 def _parsed(text: str, place: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not JSON ({error}): repair it") from error
 
 
@@ -184,7 +186,7 @@ def _of_object(source: Any, split: str, name: str = "the data") -> list[Record]:
     """Of a Dataset, a dict of them by split, or a sequence of dicts; class numbers become names."""
     if isinstance(source, Mapping):
         if split not in source:
-            raise ValueError(f"{name} has no split {split!r}, only {', '.join(map(str, source))}")
+            raise ValueError(f"{name} has no split {quoted(split)}, only {listed(source)}")
         source, name = source[split], f"{name}[{split}]"
     classes = {
         column: names

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastbert.files import quoted
 from fastbert.finetune.config import FinetuneConfig
 from fastbert.finetune.data import Data, Sources, load_data
 from fastbert.finetune.judge import Part
@@ -162,5 +163,5 @@ def _check_metric(config: FinetuneConfig, data: Data) -> None:
     metric = config.metric
     if config.task == "tag" and not data.task.entities and metric not in (None, "accuracy"):
         raise ValueError(
-            f"metric is {metric!r} and the tags mark no entities (such as B-PER): choose accuracy"
+            f"metric is {quoted(metric)} and the tags mark no entities (such as B-PER): choose accuracy"
         )

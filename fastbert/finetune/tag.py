@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import regex
 from numpy.typing import NDArray
 
 from fastbert.data import Batch, SpecialIds
 from fastbert.data.tokenizer import is_roberta
+from fastbert.files import listed, quoted, why_not_unicode
 from fastbert.finetune.classify import counts, ordered, softmax
 from fastbert.finetune.config import Options
 from fastbert.finetune.features import Features
@@ -22,9 +24,22 @@ from fastbert.models.output import Output
 Floats = NDArray[np.float32]
 
 # B- and I- (and L-, E-: the last; U-, S-: the only) word of an entity; O outside
-_ENTITY = re.compile(r"O|[BILEUS]-.+")
+_ENTITY = regex.compile(r"O|[BILEUS]-.+")
 _LAST_OR_ONLY = str.maketrans("LU", "ES")
-_WORDS = re.compile(r"\w+|[^\w\s]")
+
+# a letter, digit or _ with all marks that belong to it
+_LETTER = r"(?=[\w\p{N}])\X"
+# soft hyphens, marks of direction and the like, which are part of a word between its letters
+_FORMAT = r"\p{Word_Break=Format}"
+# whatever else is seen, with its marks: a punctuation mark, an emoji; U+200B and the separators of ASCII are blanks
+_OTHER = rf"(?![\s\u200b\x1c-\x1f{_FORMAT}])(?:\p{{Regional_Indicator}}{{2}}|\X)"
+_CHINESE_OR_JAPANESE = r"[\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}]"
+_WORDS = regex.compile(rf"{_LETTER}(?:{_FORMAT}*{_LETTER})*|{_OTHER}")
+_WORDS_AND_CHARACTERS = regex.compile(
+    rf"(?={_CHINESE_OR_JAPANESE}){_LETTER}"
+    rf"|{_LETTER}(?:{_FORMAT}*(?!{_CHINESE_OR_JAPANESE}){_LETTER})*|{_OTHER}"
+)
+_CHARACTER = regex.compile(rf"(?={_CHINESE_OR_JAPANESE}){_LETTER}")
 
 
 @dataclass(frozen=True)
@@ -36,9 +51,9 @@ class Words:
     spans: tuple[tuple[int, int], ...] | None = None
 
     @classmethod
-    def of_text(cls, text: str) -> Words:
-        """Words and single punctuation marks of a text."""
-        found = list(_WORDS.finditer(text))
+    def of_text(cls, text: str, characters: bool = True) -> Words:
+        """Words and single punctuation marks of a text; with `characters` every Chinese or Japanese one is a word."""
+        found = list((_WORDS_AND_CHARACTERS if characters else _WORDS).finditer(text))
         return cls(tuple(m[0] for m in found), None, tuple(m.span() for m in found))
 
 
@@ -93,9 +108,11 @@ class Tag:
         found = {tag for e in examples for tag in e.tags or ()}
         if len(found) < 2:
             raise ValueError(
-                f"the training data has one tag only, {', '.join(found)}: there is nothing to tell apart"
+                f"the training data has one tag only, {listed(found)}: there is nothing to tell apart"
             )
         self.names = ordered(found)
+        words = [word for e in examples for word in e.words]
+        self.options = replace(self.options, characters=_in_characters(words))
 
     def encode(self, tokenizer: Any, examples: Sequence[Words]) -> Features:
         """Tokenise word by word; a sentence beyond max_length is cut between words into several sequences."""
@@ -180,6 +197,12 @@ class Tag:
         return names, counts(true, guessed, len(names))
 
 
+def _in_characters(words: Sequence[str]) -> bool:
+    """Whether Chinese and Japanese words have one character each: at most one in 20 is longer."""
+    lengths = [len(_CHARACTER.findall(word)) for word in words if _CHARACTER.match(word)]
+    return 20 * sum(n > 1 for n in lengths) <= len(lengths)
+
+
 def seqeval() -> Any:
     """The metrics of the package seqeval; raises ValueError where it is not installed."""
     try:
@@ -214,7 +237,7 @@ def _plain(tag: str) -> str:
 def _entities(example: Words, tags: Sequence[str], p: Floats) -> list[dict[str, Any]]:
     found = []
     for kind, start, end in entity_spans(tags):
-        entity: dict[str, Any] = {"type": kind, "words": " ".join(example.words[start:end])}
+        entity: dict[str, Any] = {"type": kind, "words": _together(example, start, end)}
         if example.spans is not None:
             entity |= {"start": example.spans[start][0], "end": example.spans[end - 1][1]}
         else:
@@ -223,12 +246,27 @@ def _entities(example: Words, tags: Sequence[str], p: Floats) -> list[dict[str, 
     return found
 
 
+def _together(example: Words, start: int, end: int) -> str:
+    """Some words with a blank between two, save where they touch each other in the text."""
+    words = example.words[start:end]
+    if example.spans is None:
+        return " ".join(words)
+    spans = example.spans[start:end]
+    gaps = ["" if a[1] == b[0] else " " for a, b in pairwise(spans)]
+    return "".join(map("".join, zip(words, [*gaps, ""], strict=True)))
+
+
 def _strings(value: Any, name: str, record: Record) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or not value:
-        raise ValueError(f"{record.place}: {name} is {value!r}: it must be a list of texts")
+        raise ValueError(f"{record.place}: {name} is {quoted(value)}: it must be a list of texts")
     found = tuple(str(v) if isinstance(v, int) else v for v in value)
-    if not all(isinstance(v, str) and v for v in found):
-        raise ValueError(f"{record.place}: {name} holds something that is no text: {value!r}")
+    for number, each in enumerate(found):
+        # not why_not_text: a word may be a blank of some kind, such as U+00A0
+        reason = why_not_unicode(each) if isinstance(each, str) and each else f"is {quoted(each)}"
+        if reason:
+            raise ValueError(
+                f"{record.place}: {name} holds something that is no text: number {number} {reason}"
+            )
     return found
 
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 from torch import nn
 
 from fastbert import nn as drop_in
+from fastbert.files import quoted
 from fastbert.integrations.families import FAMILIES
 from fastbert.nn.transformer import Transformer
 from fastbert.nn.watch import hooked_by
@@ -52,7 +53,7 @@ def accelerate(model: M, *, at_padding: str = "auto") -> M:
     """
     _check(model)
     if at_padding not in AT_PADDING:
-        raise ValueError(f"at_padding is {at_padding!r}: pass one of {', '.join(AT_PADDING)}")
+        raise ValueError(f"at_padding is {quoted(at_padding)}: pass one of {', '.join(AT_PADDING)}")
     _check_order(model)
     changed: Counter[str] = Counter()
     for m in model.modules():

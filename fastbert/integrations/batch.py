@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastbert.files import quoted
 from fastbert.integrations import heads
 from fastbert.integrations.families import Family
 from fastbert.nn.packing import Packing, find_tokens
@@ -58,12 +59,12 @@ def why_not_packed(self: Any, given: dict[str, Any]) -> str | None:
         if getattr(config, name, False):
             return f"config.{name} is set"
     if getattr(config, "summary_type", "first") != "first":
-        return f"summary_type {config.summary_type!r} reads outputs at padding"
+        return f"summary_type {quoted(config.summary_type)} reads outputs at padding"
     if given.get("output_attentions", getattr(config, "output_attentions", False)):
         return "output_attentions is set, and fused attention has no weights to show"
     implementation = getattr(config, "_attn_implementation", None) or "eager"
     if implementation not in ("eager", "sdpa") and "flash_attention" not in implementation:
-        return f"the attention implementation is {implementation!r}"
+        return f"the attention implementation is {quoted(implementation)}"
     for name, value in given.items():
         if name in _KNOWN or value is None or value is False:
             continue

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastbert.bert import BertConfig
 from fastbert.data.tokenizer import save_tokenizer
+from fastbert.files import listed, quoted, read_lines
 from fastbert.models.checkpoint import State, fill, read_pickle, save, share_decoder
 from fastbert.models.heads import BertForMaskedLM
 from fastbert.models.names import Names, prefixed
@@ -72,7 +73,7 @@ def convert_fairseq_roberta(checkpoint_file: str | Path, out_dir: str | Path) ->
     unused = fill(model, state, names, str(file))
     if unused:
         raise ValueError(
-            f"{file} has weights that a RoBERTa masked LM has not: {', '.join(unused[:8])}: "
+            f"{file} has weights that a RoBERTa masked LM has not: {listed(unused)}: "
             "only plain RoBERTa models of fairseq are converted"
         )
     save(model, out_dir)
@@ -98,7 +99,7 @@ def _config(state: State, arguments: dict[str, Any], file: Path) -> BertConfig:
     activation = arguments.get("activation_fn", "gelu")
     if activation != "gelu":
         raise ValueError(
-            f"{file} has activation_fn {activation!r}: the head of a Hugging Face RoBERTa computes gelu only"
+            f"{file} has activation_fn {quoted(activation)}: the head of a Hugging Face RoBERTa computes gelu only"
         )
     vocabulary, _ = state[f"{_PREFIX}.embed_tokens.weight"].shape
     return BertConfig(
@@ -118,7 +119,7 @@ def _tokenizer(file: Path, vocabulary: int) -> Tokenizer | None:
     """The tokenizer of dict.txt, None without that file: it splits at spaces and adds <s> and </s>."""
     if not file.is_file():
         return None
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = read_lines(file)
     tokens = [*_FIRST, *(line.rsplit(" ", 1)[0] for line in lines), "<mask>"]
     ids = {token: i for i, token in enumerate(tokens)}
     if len(ids) != vocabulary:

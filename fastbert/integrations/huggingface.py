@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastbert.files import quoted
 from fastbert.integrations import batch, frozen, heads, layers, transformers4
 from fastbert.integrations.families import FAMILIES, Family, Parts
 from fastbert.integrations.layers import Call
@@ -51,7 +52,7 @@ def __getattr__(name: str) -> type[nn.Module]:
                 return _make(family, name)
             except (ModuleNotFoundError, AttributeError):
                 continue  # another version of transformers
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise AttributeError(f"module {quoted(__name__)} has no attribute {quoted(name)}")
 
 
 def _make(family: Family, name: str) -> type[nn.Module]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as tnf
 
 from fastbert import nn as drop_in
+from fastbert.files import quoted
 from fastbert.integrations.families import Layout, Parts
 from fastbert.nn.layer import (
     LayerCall,
@@ -156,7 +157,7 @@ def why_not_packed(layer: nn.Module, parts: Parts, layout: Layout, module: str) 
         return "its attention is causal"
     # transformers 4 only
     if getattr(parts.core, "position_embedding_type", "absolute") != "absolute":
-        return f"its attention has {parts.core.position_embedding_type!r} positions"
+        return f"its attention has {quoted(parts.core.position_embedding_type)} positions"
     # transformers 4's sdpa classes have a rate of their own
     if not 0.0 <= getattr(parts.core, "dropout_prob", 0.0) < 1.0:
         return f"its attention's dropout_prob is {parts.core.dropout_prob}"

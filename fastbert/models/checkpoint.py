@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastbert.files import folder_or_new, replacing
+from fastbert.files import folder_or_new, listed, replacing
 from fastbert.models.config import BertConfig, model_folder
 from fastbert.models.names import Names, hf_keys, names_of
 
@@ -71,7 +71,7 @@ def load(cls: type, directory: str | Path, **overrides: Any) -> Any:
             key.startswith(f"{config.model_type}.") and ".pooler." not in key for key in unused
         )
         level = logging.WARNING if inside else logging.INFO
-        _log.log(level, "%s has no use for %s in %s", cls.__name__, _listed(unused), folder)
+        _log.log(level, "%s has no use for %s in %s", cls.__name__, listed(unused), folder)
     return model.eval()
 
 
@@ -153,15 +153,15 @@ def _check_missing(
         (encoder if inside else head).extend(absent)
     if encoder:
         raise ValueError(
-            f"{source} lacks {len(encoder)} weights of the encoder ({_listed(encoder)}) and has "
-            f"{_listed(sorted(state))}: use the config.json that belongs to these weights"
+            f"{source} lacks {len(encoder)} weights of the encoder ({listed(encoder)}) and has "
+            f"{listed(sorted(state))}: use the config.json that belongs to these weights"
         )
     if head:
         _log.warning(
             "%s from %s: %s are not in the checkpoint and newly initialised: train them before use",
             type(model).__name__,
             source,
-            _listed(head),
+            listed(head),
         )
 
 
@@ -202,17 +202,12 @@ def _check_depth(config: BertConfig, unused: list[str], folder: Path, asked: boo
         )
 
 
-def _listed(keys: list[str], most: int = 8) -> str:
-    rest = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + rest
-
-
 def _override(config: BertConfig, overrides: dict[str, Any]) -> BertConfig:
     known = {f.name for f in dataclasses.fields(BertConfig)} - {"model_type", "extra"}
     unknown = sorted(overrides.keys() - known)
     if unknown:
         raise TypeError(
-            f"from_pretrained got {', '.join(unknown)}: it takes a directory and the fields of BertConfig"
+            f"from_pretrained got {listed(unknown)}: it takes a directory and the fields of BertConfig"
         )
     if "id2label" in overrides:
         # otherwise the file's num_labels would override the number of new names
@@ -261,7 +256,7 @@ def read_weights(folder: Path) -> State:
         index = folder / f"{name}.index.json"
         if index.is_file():
             return {k: v for shard in _shards(index) for k, v in read(shard).items()}
-    found = ", ".join(sorted(path.name for path in folder.iterdir()))
+    found = listed(sorted(path.name for path in folder.iterdir()))
     raise FileNotFoundError(
         f"{folder} has no model.safetensors or pytorch_model.bin, whole or in shards, but {found}"
     )
@@ -278,7 +273,7 @@ def _shards(index: Path) -> list[Path]:
         ) from error
     absent = [shard.name for shard in shards if not shard.is_file()]
     if absent:
-        raise FileNotFoundError(f"{index.parent} lacks {_listed(absent)}, which {index.name} names")
+        raise FileNotFoundError(f"{index.parent} lacks {listed(absent)}, which {index.name} names")
     return shards
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastbert.files import quoted, read_text
+
 # hidden_act -> `approximate` of bias_gelu; None: ReLU
 ACTIVATIONS: dict[str, str | None] = {
     "gelu": "none",
@@ -121,7 +123,7 @@ class BertConfig:
             self.model_type = ALIASES[self.model_type]
         if self.model_type not in SPELLINGS:
             known = ", ".join([*SPELLINGS, *ALIASES])
-            raise ValueError(f"model_type is {self.model_type!r}: fastbert builds {known}")
+            raise ValueError(f"model_type is {quoted(self.model_type)}: fastbert builds {known}")
         self._fill_defaults()
         self._check_sizes()
         self._check_options()
@@ -178,15 +180,15 @@ class BertConfig:
             raise ValueError("layer_norm_eps must be above 0 and initializer_range at least 0")
         if self.hidden_act not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
-            raise ValueError(f"hidden_act is {self.hidden_act!r}: choose one of {known}")
+            raise ValueError(f"hidden_act is {quoted(self.hidden_act)}: choose one of {known}")
         if self.position_embedding_type not in ("absolute", "sinusoidal"):
             raise ValueError(
-                f"position_embedding_type is {self.position_embedding_type!r}: choose 'absolute' or 'sinusoidal', "
-                "relative positions are not supported"
+                f"position_embedding_type is {quoted(self.position_embedding_type)}: choose 'absolute' or "
+                "'sinusoidal', relative positions are not supported"
             )
         if self.problem_type not in PROBLEM_TYPES:
             raise ValueError(
-                f"problem_type is {self.problem_type!r}: choose one of {PROBLEM_TYPES}"
+                f"problem_type is {quoted(self.problem_type)}: choose one of {PROBLEM_TYPES}"
             )
         for key in ("is_decoder", "add_cross_attention"):
             if self.extra.get(key):
@@ -274,8 +276,8 @@ class BertConfig:
                 f"there is no configuration at {file}: pass a config.json or its folder"
             )
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            values = json.loads(read_text(file))
+        except ValueError as error:
             raise ValueError(f"{file} is not valid JSON: {error}") from error
         try:
             return cls.from_dict(values)

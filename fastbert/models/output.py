@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from fastbert.files import quoted
+
 
 @dataclass
 class Output:
@@ -49,7 +51,7 @@ class Output:
         if not isinstance(key, str):
             return self.to_tuple()[key]
         if key not in self.keys():
-            raise KeyError(f"{key!r} was not computed: there are {', '.join(self.keys())}")
+            raise KeyError(f"{quoted(key)} was not computed: there are {', '.join(self.keys())}")
         return getattr(self, key)
 
     def __contains__(self, key: object) -> bool:

@@ -8,6 +8,8 @@ import operator
 import torch
 from torch import Tensor
 
+from fastbert.files import quoted
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int64, torch.int32)
 
@@ -93,7 +95,7 @@ def dropout(p: float, site: int) -> None:
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Refuse an option outside its list."""
     if value not in allowed:
-        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(allowed)}")
+        raise ValueError(f"{name} is {quoted(value)}: choose one of {', '.join(allowed)}")
 
 
 # --- values: called in the op's body only ---

@@ -11,6 +11,7 @@ import numpy as np
 
 from fastbert.data import rng
 from fastbert.data.fetch import fetch
+from fastbert.files import split_lines
 
 _ARCHIVE, _RATINGS = "hutto_ICWSM_2014.tar.gz", "movieReviewSnippets_GroundTruth.txt"
 # sentences rated nearer to 0 are neither positive nor negative; ratings go from -4 to 4
@@ -27,7 +28,7 @@ def movie_sentences(folder: Path) -> tuple[Path, Path]:
     with tarfile.open(fetch("vader-sentiment") / _ARCHIVE) as archive:
         file = archive.extractfile(f"hutto_ICWSM_2014/{_RATINGS}")
         assert file is not None
-        lines = file.read().decode("utf-8", errors="replace").splitlines()
+        lines = split_lines(file.read().decode("utf-8", errors="replace"))
     rows = []
     for line in lines:
         _, rating, text = line.split("\t", 2)

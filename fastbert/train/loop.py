@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fastbert.files import quoted
 from fastbert.train import store
 from fastbert.train.metrics import Metrics
 from fastbert.train.progress import Progress
@@ -236,7 +237,7 @@ def check_identity(saved: dict[str, Any], present: dict[str, Any]) -> None:
     for name, value in present.items():
         if saved.get(name) != value:
             raise ValueError(
-                f"the run can't be resumed: {name} was {saved.get(name)!r} then and is {value!r} now"
+                f"the run can't be resumed: {name} was {quoted(saved.get(name))} then and is {quoted(value)} now"
             )
 
 

@@ -9,14 +9,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fastbert.files import split_lines
+
 _log = logging.getLogger("fastbert")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl as dicts; a last line that a kill has cut short is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     # a line is whole once its newline is there
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [json.loads(line) for line in split_lines(text.rpartition("\n")[0])]
 
 
 class Metrics:

@@ -19,6 +19,7 @@ import torch
 
 from fastbert.backend import chooser, tuned
 from fastbert.data import save_tokenizer
+from fastbert.files import quoted
 from fastbert.machine import machine_info
 from fastbert.train import store
 from fastbert.train.settings import (
@@ -272,7 +273,7 @@ def _filled_in(config: Config) -> Config:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"device {device!r} can't be used: {str(error).splitlines()[0]}"
+            f"device {quoted(device)} can't be used: {str(error).splitlines()[0]}"
         ) from error
     found = {
         "device": device,

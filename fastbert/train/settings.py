@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fastbert.files import quoted, read_lines, shortened, why_not_unicode
+
 # settings that may differ between a run and its resumption: they change no loss
 FREE = ("checkpoint_every", "keep_last")
 # one of these gives the length of a training; a run records the steps that follow from it
@@ -63,7 +65,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(type(self)).items():
-            setattr(self, name, _typed(name, getattr(self, name), hint))
+            value = _typed(name, getattr(self, name), hint)
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and (reason := why_not_unicode(text)):
+                    raise ValueError(f"{name} {reason}")
+            setattr(self, name, value)
         self._check()
 
     def _check(self) -> None:
@@ -73,7 +79,7 @@ class Settings:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 known = ", ".join(str(a) for a in allowed if a is not None)
-                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {known}")
+                raise ValueError(f"{name} is {quoted(getattr(self, name))}: choose one of {known}")
 
     def _check_shares(self, *names: str) -> None:
         for name in names:
@@ -112,7 +118,7 @@ class Settings:
         """How `other`, some settings by name, differs: "lr is 0.001 there and 0.0001 here"."""
         mine = self.to_dict()
         return [
-            f"{name} is {mine[name]!r} there and {value!r} here"
+            f"{name} is {quoted(mine[name])} there and {quoted(value)} here"
             for name, value in other.items()
             if name not in FREE and mine[name] != value
         ]
@@ -126,8 +132,9 @@ class Settings:
                 lines += ["", f"# {group}"]
             value = getattr(self, f.name)
             if value is not None:
-                # JSON's numbers, strings, booleans and lists of these are also TOML's
-                lines.append(f"{f.name} = {json.dumps(value, ensure_ascii=False)}")
+                # JSON's numbers, strings, booleans and lists of these are also TOML's, save of one character
+                text = json.dumps(value, ensure_ascii=False).replace("\x7f", r"\u007f")
+                lines.append(f"{f.name} = {text}")
         return "\n".join(lines[1:]) + "\n"
 
 
@@ -204,7 +211,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     if isinstance(value, Path) and str in kinds:
         return str(value)
     if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
-        value = float(value)
+        with contextlib.suppress(OverflowError):
+            value = float(value)
     if isinstance(value, str) and float in kinds and str not in kinds:
         # YAML 1.1 reads 1e-4 as a string
         with contextlib.suppress(ValueError):
@@ -212,7 +220,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     kind = next(k for k in kinds if k is not type(None))
     if type(value) is not kind:
         wanted = "list of strings" if typing.get_origin(kind) is list else kind.__name__
-        raise TypeError(f"{name} is {value!r}: it must be a {wanted}")
+        raise TypeError(f"{name} is {quoted(value)}: it must be a {wanted}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} is {value}: it must be finite")
     return value
@@ -228,20 +236,23 @@ def load_settings(path: str | Path, kind: type[Settings]) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no configuration file {path}")
     try:
         values = _parse(path)
-    except (UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"{path} can't be read: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        reason = shortened(" ".join(str(error).split()), 300)
+        raise ValueError(f"{path} can't be read: {reason}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no settings: write lines such as `lr = 1e-4`")
     names = [f.name for f in dataclasses.fields(kind)]
     for name in values:
         if name not in names:
             near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
-            raise ValueError(f"{path}: there is no setting {name!r}: did you mean {near[0]!r}?")
+            raise ValueError(
+                f"{path}: there is no setting {quoted(name)}: did you mean {quoted(near[0])}?"
+            )
     return values
 
 
 def _parse(path: Path) -> Any:
-    text = path.read_text(encoding="utf-8")
+    text = "\n".join(read_lines(path))
     if path.suffix == ".toml":
         if sys.version_info >= (3, 11):
             import tomllib
@@ -255,7 +266,9 @@ def _parse(path: Path) -> Any:
             return yaml.safe_load(text) or {}
         except yaml.YAMLError as error:
             raise ValueError(str(error)) from error
-    raise ValueError(f"its suffix is {path.suffix!r}, and a configuration is .toml, .yaml or .yml")
+    raise ValueError(
+        f"its suffix is {quoted(path.suffix)}, and a configuration is .toml, .yaml or .yml"
+    )
 
 
 def check_unused(out: Path) -> None:
@@ -278,7 +291,8 @@ def recorded(out: Path, given: Mapping[str, Any], kind: type[Config]) -> Config:
     zeros = [f.name for f in dataclasses.fields(kind) if f.metadata["zero_is_open"]]
     given = {n: v for n, v in given.items() if v is not None and (v or n not in zeros)}
     if differences := config.differences(with_whole_paths(given, kind)):
-        raise ValueError(f"the run can't be resumed with other settings: {'; '.join(differences)}")
+        found = shortened("; ".join(differences), 400)
+        raise ValueError(f"the run can't be resumed with other settings: {found}")
     return dataclasses.replace(config, **{name: given[name] for name in FREE if name in given})
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastbert.backend import chooser
 from fastbert.data import Batch
+from fastbert.files import shortened
 from fastbert.runners.training import TrainingRunner
 from fastbert.train import store
 from fastbert.train.optim import learning_rate, make_optimiser, set_learning_rate
@@ -153,7 +154,7 @@ class Trainer:
         raise NotImplementedError
 
     def _refuse(self, loss: float, norm: float, batches: list[Batch]) -> None:
-        names = "; ".join(batch.identity for batch in batches)
+        names = shortened("; ".join(batch.identity for batch in batches), 400)
         raise TrainingError(
             f"the loss is {loss} and the gradient's norm {norm} at step {self.at.step + 1} ({names}): training stops, "
             "and checkpoints of earlier steps are kept; a lower lr, a longer warmup or a smaller clip may help"

@@ -8,6 +8,7 @@ from typing import Any
 from fastbert import functional
 from fastbert.backend.chooser import Explained, explaining
 from fastbert.backend.names import SLUGS
+from fastbert.files import quoted
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, str | None]:
@@ -16,7 +17,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
     Returns {backend: None | reason}. Example: `fastbert.explain("layer_norm", x, weight, bias)`.
     """
     if isinstance(op, str) and op not in SLUGS:
-        raise ValueError(f"there is no op {op!r}: choose one of {', '.join(SLUGS)}")
+        raise ValueError(f"there is no op {quoted(op)}: choose one of {', '.join(SLUGS)}")
     function = getattr(functional, op) if isinstance(op, str) else op
     names: tuple[str, ...] = ()
     fastest: str | None = None
@@ -26,7 +27,9 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
         except Explained as stop:
             names, fastest = stop.args
     if not table:
-        raise ValueError(f"{function!r} made no choice of backend: explain takes one of the ops")
+        raise ValueError(
+            f"{quoted(function)} made no choice of backend: explain takes one of the ops"
+        )
     chosen = next((name for name in names if table[name] is None), None)
     for name, reason in table.items():
         able = "can run this call" + (", the fastest by fastbert.tune()" if name == fastest else "")

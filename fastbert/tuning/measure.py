@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastbert.backend import chooser, torch_private, tuned
+from fastbert.files import quoted
 from fastbert.machine import machine_info
 
 _log = logging.getLogger("fastbert")
@@ -174,7 +175,7 @@ def tune(
     """
     if chooser.forced() is not None:
         raise ValueError(
-            f"backend {chooser.forced()!r} is forced by name: fastbert.use(None) first"
+            f"backend {quoted(chooser.forced())} is forced by name: fastbert.use(None) first"
         )
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}: it must be at least 1")

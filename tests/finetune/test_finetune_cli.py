@@ -79,6 +79,26 @@ def test_lines_of_text(tagged):
     assert json.loads(line)["words"] == ["The", "man", "saw", "Anna", "Smith", "."]
 
 
+def test_words_that_conll_cannot_hold(tagged, tmp_path, capsys):
+    """They are written so that they are read back, or nothing is written."""
+    rows = [{"tokens": ["New York", "met"]}, {"tokens": ["a\nb", "-DOCSTART-"]}]
+    good = tiny_tasks.write_jsonl(tmp_path / "good.jsonl", rows[:1])
+    command("predict", tagged[0], "--file", good, "--out", tmp_path / "good.conll")
+    (record,) = read_records(tmp_path / "good.conll", conll=True)
+    assert record.values["tokens"] == rows[0]["tokens"]
+    bad = tiny_tasks.write_jsonl(tmp_path / "bad.jsonl", rows)
+    out = tmp_path / "bad.conll"
+    sentence = r"can't hold the word 'a\nb' of sentence 2 with the tag"
+    assert sentence in fails(capsys, "predict", tagged[0], "--file", bad, "--out", out)
+    assert not out.exists()
+    for name in ("bad.jsonl", "bad.csv"):
+        command("predict", tagged[0], "--file", bad, "--out", tmp_path / "out" / name)
+    with open(tmp_path / "out" / "bad.csv", newline="") as file:
+        assert [json.loads(row["words"]) for row in csv.DictReader(file)] == [
+            r["tokens"] for r in rows
+        ]
+
+
 def test_pairs_from_a_table(base, tmp_path):
     rows = ["text,other,label"] + [f"{r['text']},a film,{r['label']}" for r in tiny_tasks.texts(40)]
     (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
@@ -100,6 +120,8 @@ def test_pairs_from_a_table(base, tmp_path):
     [
         (["x", "--out", "a.npy"], "--out a.npy ends in '.npy': choose one of .jsonl, .csv, .conll"),
         (["x", "--file", "y"], "texts and --file are both given"),
+        (["\u200b"], "text 1 is '\\u200b', which has no word: leave it out"),
+        (["a\udc80"], "half a surrogate pair at character 1"),
         (["x", "--context", "y"], "contexts belong to questions"),
         (["--file", "/nowhere/y.csv"], "/nowhere/y.csv does not exist"),
         (["x", "--batch-size", "0"], "batch_size is 0"),

@@ -1,5 +1,7 @@
 """Labelled data in all its forms, and the sentence for each unreadable file."""
 
+import csv
+import gzip
 import json
 
 import datasets
@@ -11,7 +13,8 @@ from fastbert.finetune.records import read_records
 
 def written(tmp_path, name, text):
     path = tmp_path / name
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    data = text if isinstance(text, bytes) else text.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return path
 
 
@@ -40,6 +43,25 @@ def test_conll(tmp_path):
     assert values(tiny_tasks.write_conll(tmp_path / "a.txt", rows), conll=True) == rows
     bare = written(tmp_path, "b.conll", "One\nTwo\n\n\nThree\n")
     assert values(bare, conll=True) == [{"tokens": ["One", "Two"]}, {"tokens": ["Three"]}]
+
+
+def test_cells_and_rows_of_any_length(tmp_path):
+    limit = csv.field_size_limit()
+    rows = [{"text": "word " * 40_000, "label": "a"}, {"text": "x", "label": "b"}]
+    for separator, name in ((",", "a.csv"), ("\t", "a.tsv"), (",", "a.csv.gz")):
+        text = "\n".join(separator.join(row) for row in (rows[0], *(r.values() for r in rows)))
+        assert values(written(tmp_path, name, "\n" + text)) == rows
+    assert csv.field_size_limit() == limit
+
+
+def test_tagged_tables_and_packed_files(tmp_path):
+    rows = tiny_tasks.sentences(3)
+    plain = tiny_tasks.write_conll(tmp_path / "a.txt", rows)
+    for name in ("a.tsv", "b.conll.gz", "b.iob.gz"):
+        path = written(tmp_path, name, plain.read_bytes().replace(b" ", b"\t"))
+        assert values(path, conll=True) == rows
+    path = tiny_tasks.write_jsonl(tmp_path / "a.jsonl", rows)
+    assert values(written(tmp_path, "b.jsonl.gz", path.read_bytes())) == rows
 
 
 def test_squad(tmp_path):
@@ -77,6 +99,8 @@ def test_datasets_and_their_folders(tmp_path):
         ("a.csv", 'text,label\n"x,y\n', "a.csv:2 is not CSV"),
         ("a.csv", b"text\n\xff\n", "a.csv is not UTF-8 at byte 5"),
         ("a.jsonl", '{"text": 1}\n{', "a.jsonl:2 is not JSON"),
+        ("a.jsonl", '{"text": ' + "1" * 5000 + "}", "a.jsonl:1 is not JSON"),
+        ("a.tsv", "text\tlabel\nx\ty\tz\n", "a.tsv:2 has 3 fields and the heading 2"),
         ("a.jsonl", "[1]\n", "a.jsonl:1 is a list, not an object"),
         ("a.json", '{"a": 1}', "is neither a list of objects nor SQuAD"),
         ("a.json", '{"data": [{"paragraphs": [{}]}]}', "is not in SQuAD's layout"),

@@ -58,6 +58,48 @@ def test_a_word_longer_than_the_model(tokenizer):
     assert max(map(len, features.ids)) <= 8
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("मुंबई भारत में है।", "मुंबई भारत में है ।"),
+        ("தமிழ் மொழி, বাংলা ভাষা", "தமிழ் மொழி , বাংলা ভাষা"),
+        ("عَرَبِيّ نص؟ שָׁלוֹם", "عَرَبِيّ نص ؟ שָׁלוֹם"),
+        ("cafe\u0301 de Sa\u0303o 2.5 m² x_y", "cafe\u0301 de Sa\u0303o 2 . 5 m² x_y"),
+        ("भारत-नेपाल don't", "भारत - नेपाल don ' t"),
+        ("ภาษาไทยที่ ភ្នំពេញ", "ภาษาไทยที่ ភ្នំពេញ"),
+        # a zero-width space is a blank; what joins letters, and a soft hyphen, are not
+        ("ภาษา\u200bไทย می\u200cخواهم co\u00adop\u200f", "ภาษา ไทย می\u200cخواهم co\u00adop"),
+        ("👩\u200d👧❤\ufe0fok 👍🏽🇩🇪🇫🇷🇩", "👩\u200d👧 ❤\ufe0f ok 👍🏽 🇩🇪 🇫🇷 🇩"),
+        ("我爱北京，Tokyo東京タワーです", "我 爱 北 京 ， Tokyo 東 京 タ ワ ー で す"),
+        ("한국어 텍스트", "한국어 텍스트"),
+        ("\u200f \u200b\u2028\x1f\x1c", ""),
+    ],
+)
+def test_words_of_a_text(text, words):
+    """Marks stay with their letter, in every script; places lead back to the text."""
+    found = Words.of_text(text)
+    assert " ".join(found.words) == words
+    assert tuple(text[start:end] for start, end in found.spans) == found.words
+
+
+def test_chinese_words_as_in_the_training_data(tokenizer, tmp_path):
+    in_characters = [Words(tuple("我爱北京x"), tuple("OOBIO")), Words(("Oslo",), ("B",))]
+    in_words = [Words(("我", "爱", "北京", "x"), tuple("OOBO"))]
+    for examples, words in ((in_characters, "我 爱 北 京"), (in_words, "我爱北京")):
+        task = Tag(Options("tag", 32))
+        task.learn(examples)
+        task.options.save(tmp_path)
+        options = Options.load(tmp_path)
+        assert " ".join(Words.of_text("我爱北京", options.characters).words) == words
+    # an entity of a text is written as it is there
+    task = Tag(Options("tag", 32), ["B-LOC", "I-LOC", "O"])
+    example = Words.of_text("在北京 市")
+    features = task.encode(tokenizer, [example])
+    scores = [np.eye(3)[[2, 2, 0, 1, 1, 2]]]
+    (entity,) = task.predictions([example], features, scores)[0]["entities"]
+    assert (entity["words"], entity["start"], entity["end"]) == ("北京 市", 1, 5)
+
+
 TAGS = ["O", "B-A", "I-A", "E-A", "S-A", "B-B", "I-B", "E-B", "S-B"]
 
 
@@ -195,6 +237,10 @@ def test_squad_scores_by_hand():
     ("row", "sentence"),
     [
         ({"context": "x", "question": " ", "answers": []}, "question is ' ': it must be a text"),
+        (
+            {"context": "x", "question": "q", "answer": "x", "answer_start": 1e400},
+            "must be a number",
+        ),
         ({"context": "x", "question": "q"}, "has no field 'answers', only context, question"),
         ({"context": "x", "question": "q", "answers": "x"}, "pass text and answer_start"),
         ({"context": "x", "question": "q", "answer": "y"}, "'y' does not stand in the context"),
@@ -216,6 +262,8 @@ def test_bad_questions(row, sentence):
         ({"text": "x"}, "has no field 'label', only text"),
         ({"text": "x", "label": 0.5}, "the label is 0.5: it must be the name or number of a class"),
         ({"text": "x", "label": None}, "the label is None"),
+        ({"text": "x", "label": "a\ud800"}, "half a surrogate pair at character 1: repair it"),
+        ({"text": "\ud800", "label": "a"}, "half a surrogate pair at character 0: repair it"),
         ({"text": "", "label": "a"}, "text is '': it must be a text"),
     ],
 )
@@ -232,7 +280,10 @@ def test_bad_texts(row, sentence):
         ({"tokens": "a b", "tags": ["O"]}, "tokens is 'a b': it must be a list of texts"),
         ({"tokens": [], "tags": []}, "tokens is []"),
         ({"tokens": ["a", "b"], "tags": ["O"]}, "has 2 words and 1 tags"),
-        ({"tokens": ["a", None], "tags": ["O", "O"]}, "holds something that is no text"),
+        ({"tokens": ["a", None], "tags": ["O", "O"]}, "no text: number 1 is None"),
+        ({"tokens": ["a", ""], "tags": ["O", "O"]}, "no text: number 1 is ''"),
+        ({"tokens": ["\ud800"], "tags": ["O"]}, "half a surrogate pair at character 0"),
+        ({"tokens": ["a"] * 90_000, "tags": [0.5] * 90_000}, "no text: number 0 is 0.5"),
     ],
 )
 def test_bad_sentences(row, sentence):

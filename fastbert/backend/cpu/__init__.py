@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastbert.backend import _common
 from fastbert.backend.torch_private import LIBRARY
+from fastbert.files import quoted
 
 # numbers of the element types in csrc/cpu/runtime.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -78,7 +79,7 @@ if TYPE_CHECKING:
     unavailable: str | None
 else:
     native, unavailable = _loaded()
-misset = f"FASTBERT_CPU_ISA is {_isa!r}: {unavailable}" if _isa and unavailable else None
+misset = f"FASTBERT_CPU_ISA is {quoted(_isa)}: {unavailable}" if _isa and unavailable else None
 
 
 def fresh(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
