@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from fastbert.cli.settings import ready, say, signature
-from fastbert.pretrain.config import PretrainConfig, check_usable, load_settings
+from fastbert.pretrain.build import check_usable
+from fastbert.pretrain.config import PretrainConfig, load_settings
 from fastbert.train.settings import check_length_said, check_unused, merge, recorded
 
 

@@ -1,17 +1,27 @@
-"""The model that follows from a run's settings and its tokenizer."""
+"""The model that follows from a run's settings and its tokenizer, and the checks of a new run.
+
+The checks need no torch, so that the command line can make them before it imports torch.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from fastbert.data import SpecialIds, vocabulary
-from fastbert.models.heads import BertForMaskedLM, BertForPreTraining
-from fastbert.pretrain.config import PretrainConfig, check_loaded, model_config
-from fastbert.pretrain.initial import start_with_neighbours
+from fastbert.models.config import BertConfig, model_folder
+from fastbert.pretrain.config import PretrainConfig
+from fastbert.train.settings import check_length_said
+
+if TYPE_CHECKING:
+    from fastbert.models.heads import BertForMaskedLM, BertForPreTraining
 
 
 def build_model(config: PretrainConfig, tokenizer: Any) -> BertForPreTraining | BertForMaskedLM:
     """A fresh model, or the one in `init_from`. Raises ValueError when tokenizer, sizes and recipe do not fit."""
+    from fastbert.data import SpecialIds, vocabulary
+    from fastbert.models.heads import BertForMaskedLM, BertForPreTraining
+    from fastbert.pretrain.initial import start_with_neighbours
+
     kind = BertForPreTraining if config.recipe == "bert" else BertForMaskedLM
     if config.init_from is None:
         pad = SpecialIds.of(tokenizer).pad
@@ -24,5 +34,65 @@ def build_model(config: PretrainConfig, tokenizer: Any) -> BertForPreTraining | 
         hidden_dropout_prob=config.dropout,
         attention_probs_dropout_prob=config.attention_dropout,
     )
-    check_loaded(model.config, config, len(vocabulary(tokenizer)))
+    _check_loaded(model.config, config, len(vocabulary(tokenizer)))
     return model
+
+
+def check_usable(config: PretrainConfig, out: Path) -> None:
+    """The checks of a new run that read nothing but the config.json of `init_from`."""
+    if not config.sources:
+        raise ValueError("sources is empty: name the text to train on, or - for standard input")
+    for source in config.sources:
+        if source != "-" and Path(source).resolve() in (out.resolve(), *out.resolve().parents):
+            raise ValueError(
+                f"--out {out} lies inside the source {source}, whose files are all read: move it"
+            )
+    check_length_said(config.to_dict())
+    if config.init_from is None:
+        model_config(config, config.vocab_size, pad=0)
+    else:
+        _check_loaded(BertConfig.from_file(model_folder(config.init_from)), config, 0)
+    config.check_paths()
+
+
+def model_config(config: PretrainConfig, vocab_size: int, pad: int) -> BertConfig:
+    """The sizes of a fresh model; raises ValueError where they do not fit together."""
+    roberta = config.recipe == "roberta"
+    assert config.ffn is not None
+    assert config.attention_dropout is not None
+    return BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=config.hidden,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        intermediate_size=config.ffn,
+        hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.attention_dropout,
+        # RoBERTa counts positions from pad + 1
+        max_position_embeddings=config.max_position + (pad + 1 if roberta else 0),
+        position_embedding_type=config.positions,
+        initializer_range=config.initializer_range,
+        model_type=config.recipe,
+        pad_token_id=pad,
+        layer_norm_eps=1e-5 if roberta else 1e-12,
+    )
+
+
+def _check_loaded(loaded: BertConfig, config: PretrainConfig, vocabulary: int) -> None:
+    """Raise ValueError where the model in `init_from` does not fit the settings and the size of the vocabulary."""
+    if vocabulary > loaded.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {vocabulary} tokens and the model in {config.init_from} {loaded.vocab_size}: "
+            "use the tokenizer it was trained with"
+        )
+    if config.max_length > loaded.max_length:
+        raise ValueError(
+            f"max_length is {config.max_length} and the model in {config.init_from} has {loaded.max_length} "
+            "positions: lower max_length"
+        )
+    if config.recipe == "bert" and (
+        loaded.model_type != "bert" or (loaded.type_vocab_size or 0) < 2
+    ):
+        raise ValueError(
+            f"the model in {config.init_from} is a {loaded.model_type} without sentence types: use recipe roberta"
+        )

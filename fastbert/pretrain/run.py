@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from fastbert.pretrain.build import build_model
-from fastbert.pretrain.config import PretrainConfig, check_usable
+from fastbert.pretrain.build import build_model, check_usable
+from fastbert.pretrain.config import PretrainConfig
 from fastbert.pretrain.feed import Feed, prepare_feed, reopen_feed
 from fastbert.pretrain.loop import PretrainRun, reached
 from fastbert.pretrain.trainer import PretrainTrainer
