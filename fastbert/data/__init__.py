@@ -18,11 +18,11 @@ from fastbert.data.settings import DataSettings
 from fastbert.data.shards import Shards, ShardsError, build_shards
 from fastbert.data.tokenizer import (
     SpecialIds,
-    load_tokenizer,
     save_tokenizer,
     tokenizer_hash,
     vocabulary,
 )
+from fastbert.data.tokenizer_files import load_tokenizer
 from fastbert.data.tokenizer_training import train_tokenizer
 
 __all__ = [

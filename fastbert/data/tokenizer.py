@@ -1,4 +1,4 @@
-"""Tokenizers of BERT's and RoBERTa's kind: the ids of their special tokens, and their files."""
+"""Tokenizers of BERT's and RoBERTa's kind: the ids of their special tokens, and how they are saved."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from tokenizers import (
     Tokenizer,
     decoders,
     models,
-    normalizers,
     pre_tokenizers,
     processors,
 )
 
-from fastbert.files import TOKENIZER_FILES, existing, quoted, shortened, split_lines, write_text
+from fastbert.files import write_text
 
 # in the order of their ids; RoBERTa's <mask> is the last id of the vocabulary
 BERT_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
@@ -72,6 +71,11 @@ def finish_wordpiece(vocab: dict[str, int], normalizer: Any) -> Tokenizer:
     """BERT's tokenizer of a vocabulary: [CLS] a [SEP], or [CLS] a [SEP] b [SEP] with types 0 and 1."""
     tokenizer = wordpiece(vocab, normalizer)
     tokenizer.add_special_tokens([t for t in BERT_TOKENS.values() if t in vocab])
+    return surround_wordpiece(tokenizer)
+
+
+def surround_wordpiece(tokenizer: Tokenizer) -> Tokenizer:
+    """Add BERT's [CLS] and [SEP] around texts and pairs, and the decoder."""
     ids = SpecialIds.of(tokenizer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0",
@@ -89,10 +93,17 @@ def finish_bpe(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.add_special_tokens([t for t in special if t in known])
     # a <mask> includes the space before it, as the tokens of words do
     tokenizer.add_special_tokens([AddedToken(mask, lstrip=True, special=True)])
+    return surround_bpe(tokenizer)
+
+
+def surround_bpe(
+    tokenizer: Tokenizer, trim_offsets: bool = True, prefix_space: bool = False
+) -> Tokenizer:
+    """Add RoBERTa's <s> and </s> around texts and pairs, and the decoder."""
     ids = SpecialIds.of(tokenizer)
-    # sep, cls, trim_offsets, add_prefix_space: the first two have other names in other versions
+    # by place: the first two arguments have other names in other versions
     tokenizer.post_processor = processors.RobertaProcessing(
-        ("</s>", ids.sep), ("<s>", ids.cls), True, False
+        ("</s>", ids.sep), ("<s>", ids.cls), trim_offsets, prefix_space
     )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -149,73 +160,3 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     folder = Path(folder)
     write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
     write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read tokenizer.json, or vocab.txt, or vocab.json with merges.txt: a file of that name, or a folder with one.
-
-    vocab.txt takes do_lower_case, strip_accents and tokenize_chinese_chars from the tokenizer_config.json beside it;
-    without one it is lower-cased unless a token of it has a capital letter. Padding and truncation that tokenizer.json
-    may prescribe are switched off. Raises FileNotFoundError, or ValueError that names the file and what is wrong.
-    """
-    path = existing(path, TOKENIZER_FILES)
-    names = ("tokenizer.json", "vocab.txt", "vocab.json")
-    file = path if path.is_file() else next((path / n for n in names if (path / n).is_file()), None)
-    if file is None:
-        raise FileNotFoundError(f"{path} has none of {', '.join(names)}: it holds no tokenizer")
-    if file.suffix == ".txt":
-        tokenizer = _from_vocab(file)
-    elif file.name == "vocab.json":
-        tokenizer = _from_merges(file)
-    else:
-        tokenizer = _read(file, Tokenizer.from_file)
-    SpecialIds.of(tokenizer)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def _read(file: Path, reader: Any) -> Any:
-    """Call `reader` on the file's name; the library raises bare Exception for files it can't read."""
-    try:
-        return reader(str(file))
-    except Exception as error:
-        raise ValueError(
-            f"{file} can't be read ({shortened(str(error), 300)}): it is no tokenizer file or is damaged"
-        ) from error
-
-
-def _from_vocab(file: Path) -> Tokenizer:
-    """BERT's tokenizer of a vocab.txt, one token a line."""
-    tokens = split_lines(_read(file, lambda name: Path(name).read_text(encoding="utf-8-sig")))
-    vocab: dict[str, int] = {}
-    for index, token in enumerate(tokens):
-        if token in vocab:
-            raise ValueError(
-                f"{file}:{index + 1} repeats {quoted(token)} of line {vocab[token] + 1}: ids would shift"
-            )
-        vocab[token] = index
-    config_file = file.with_name("tokenizer_config.json")
-    config = (
-        _read(config_file, lambda name: json.loads(Path(name).read_text(encoding="utf-8-sig")))
-        if config_file.is_file()
-        else {}
-    )
-    cased = any(t != t.lower() for t in tokens if not t.startswith("["))
-    normalizer = normalizers.BertNormalizer(
-        clean_text=True,
-        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
-        strip_accents=config.get("strip_accents"),
-        lowercase=config.get("do_lower_case", not cased),
-    )
-    return finish_wordpiece(vocab, normalizer)
-
-
-def _from_merges(file: Path) -> Tokenizer:
-    """RoBERTa's tokenizer of a vocab.json and the merges.txt beside it."""
-    merges = file.with_name("merges.txt")
-    if not merges.is_file():
-        raise FileNotFoundError(f"{merges} does not exist: {file.name} needs it beside it")
-    tokenizer = Tokenizer(_read(file, lambda name: models.BPE.from_file(name, str(merges))))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return finish_bpe(tokenizer)

@@ -119,6 +119,11 @@ class Tag:
         features = Features()
         numbers = {name: i for i, name in enumerate(self.names)}
         special = SpecialIds.of(tokenizer)
+        if tokenizer.encode("").ids != [special.cls, special.sep]:
+            raise ValueError(
+                f"the tokenizer puts {tokenizer.encode('').tokens[:9]} around a text: tags need "
+                f"{tokenizer.id_to_token(special.cls)} before and {tokenizer.id_to_token(special.sep)} after it"
+            )
         room = self.options.max_length - 2
         pieces = _pieces(tokenizer, examples, special.unk)
         for i, example in enumerate(examples):

@@ -318,3 +318,10 @@ def test_groups_are_held_out_whole():
     assert split(groups, 0.2, seed=2)[1] != held
     # for any share neither side is empty
     assert all(split([0, 1], share, 0) for share in (0.0, 0.99))
+
+
+def test_tags_need_one_token_at_each_end(tmp_path):
+    tokenizer = load_tokenizer(tiny_tasks.base_model(tmp_path))
+    tokenizer.post_processor = None
+    with pytest.raises(ValueError, match=r"puts \[\] around a text: tags need \[CLS\] before and"):
+        Tag(Options("tag", 8), ["B-X", "O"]).encode(tokenizer, [Words(("met",))])
