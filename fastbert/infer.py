@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import normalizers
 from torch import Tensor
 from torch.nn import functional as tnf
 
 from fastbert.data import load_tokenizer
 from fastbert.data.tokenizer import SpecialIds, is_roberta
 from fastbert.files import quoted
+from fastbert.integrations.sentence_transformers import SentenceModel, pool
 from fastbert.models.encoder import BertModel
 from fastbert.models.heads import BertForMaskedLM
 
@@ -28,20 +30,12 @@ def packed(encodings: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def plain_tokenizer(model: str | Path) -> Any:
-    """The tokenizer in a model's folder, without the padding and truncation that its file may switch on."""
-    tokenizer = load_tokenizer(model)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
 class Filler:
     """Fills masks with the model in a folder."""
 
     def __init__(self, model: str | Path) -> None:
         self.model = BertForMaskedLM.from_pretrained(model).eval()
-        self.tokenizer = plain_tokenizer(model)
+        self.tokenizer = load_tokenizer(model)
         self.mask = SpecialIds.of(self.tokenizer).mask
 
     @torch.no_grad()
@@ -77,17 +71,36 @@ class Filler:
 
 
 class Embedder:
-    """Makes vectors with the model in a folder; `cut` counts the texts that were too long for it."""
+    """Makes vectors with the model in a folder; `cut` counts the texts that were too long for it.
 
-    def __init__(self, model: str | Path, pooling: str = "mean", normalize: bool = False) -> None:
-        if pooling not in ("mean", "cls"):
+    A folder of sentence-transformers gives the vectors that sentence-transformers gives, with its pooling, length
+    limit, layers and prompts; another gives the mean of a text's tokens. `pooling`, mean or cls, replaces the folder's
+    own. `prompt` names the prompt that is put before every text: None is the folder's default, if any, and "" is none.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        pooling: str | None = None,
+        normalize: bool = False,
+        prompt: str | None = None,
+    ) -> None:
+        if pooling not in ("mean", "cls", None):
             raise ValueError(f"pooling is {quoted(pooling)}: choose mean or cls")
+        self.about = SentenceModel.read(model)
+        self.prompt = self.about.prompt(prompt)
         # the pooled output is not used, and many checkpoints have none
-        self.model = BertModel.from_pretrained(model, add_pooler=False).eval()
-        self.tokenizer = plain_tokenizer(model)
+        self.model = BertModel.from_pretrained(self.about.encoder, add_pooler=False).eval()
+        self.tokenizer = load_tokenizer(self.about.encoder)
+        if self.about.lower_case:
+            _lower(self.tokenizer)
         self.max_length: int = self.model.config.max_length
-        self.pooling = pooling
+        if self.about.max_length is not None:
+            self.max_length = min(self.max_length, self.about.max_length)
+        self.pooling = self.about.pooling if pooling is None else (pooling,)
         self.normalize = normalize
+        self.skipped = 0 if self.about.include_prompt else self._prompt_tokens()
+        self._check_width()
         self.cut = 0
 
     @torch.no_grad()
@@ -95,27 +108,56 @@ class Embedder:
         """(N, C) fp32, a row per text in order."""
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        texts = [self.prompt + text for text in texts]
         self.tokenizer.no_truncation()
-        encodings = self.tokenizer.encode_batch(list(texts))
+        encodings = self.tokenizer.encode_batch(texts)
         self.cut = sum(len(e.ids) > self.max_length for e in encodings)
         if self.cut:
             # the tokenizer cuts the texts itself, so that the special token at the end is kept
             self.tokenizer.enable_truncation(self.max_length)
-            encodings = self.tokenizer.encode_batch(list(texts))
+            encodings = self.tokenizer.encode_batch(texts)
         order = sorted(range(len(encodings)), key=lambda i: len(encodings[i].ids))
-        vectors = torch.empty(len(encodings), self.model.config.hidden_size)
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            vectors[rows] = self._pooled([encodings[i] for i in rows])
+        rows = torch.tensor(order, dtype=torch.int64)
+        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        found = [self._vectors([encodings[i] for i in batch]) for batch in batches]
+        if not found:
+            return self._vectors(self.tokenizer.encode_batch(["x"]))[:0]
+        vectors = torch.empty(len(order), found[0].shape[1])
+        vectors[rows] = torch.cat(found)
         return tnf.normalize(vectors) if self.normalize else vectors
 
-    def _pooled(self, encodings: Sequence[Any]) -> Tensor:
+    def _vectors(self, encodings: Sequence[Any]) -> Tensor:
         batch = packed(encodings)
         hidden = self.model(**batch).last_hidden_state.float()  # (T, C)
-        bounds = batch["cu_seqlens"].long()
-        if self.pooling == "cls":
-            return hidden.index_select(0, bounds[:-1])
-        lengths = bounds.diff()
-        owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        sums = hidden.new_zeros(len(lengths), hidden.shape[1]).index_add_(0, owner, hidden)
-        return sums / lengths[:, None]
+        lengths = batch["cu_seqlens"].long().diff()
+        vectors: Tensor = self.about.layers(pool(hidden, lengths, self.pooling, self.skipped))
+        return vectors
+
+    def _prompt_tokens(self) -> int:
+        """The tokens of the prompt with the first special one, which are left out of the pooling."""
+        if not self.prompt:
+            return 0
+        encoding = self.tokenizer.encode(self.prompt)
+        count = len(encoding.ids) - (encoding.special_tokens_mask[-1] if encoding.ids else 0)
+        if count >= self.max_length - 1:
+            raise ValueError(
+                f"the prompt has {count} tokens and the model takes {self.max_length}: shorten it"
+            )
+        return count
+
+    def _check_width(self) -> None:
+        """Refuse layers that do not fit the encoder and the pooling."""
+        width = self.model.config.hidden_size * len(self.pooling)
+        if self.about.width not in (None, width):
+            raise ValueError(
+                f"pooling by {', '.join(self.pooling)} gives {width} numbers and the folder's files say "
+                f"{self.about.width}: choose another pooling, or correct the pooling's config.json"
+            )
+
+
+def _lower(tokenizer: Any) -> None:
+    """Lower-case texts first, as sentence-transformers does for do_lower_case."""
+    old = tokenizer.normalizer
+    steps = list(old) if isinstance(old, normalizers.Sequence) else [old] if old else []
+    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])

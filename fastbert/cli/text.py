@@ -78,14 +78,24 @@ def embed(
         Path | None, typer.Option(help=".npy, .safetensors or .jsonl; default JSON lines printed")
     ] = None,
     pooling: Annotated[
-        str, typer.Option(help="mean of all tokens, or cls, the first one")
-    ] = "mean",
+        str | None,
+        typer.Option(
+            help="mean of all tokens, or cls, the first one; default what modules.json says, or mean"
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="name of a prompt in config_sentence_transformers.json; default its own"),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="texts encoded at once")] = 32,
     normalize: Annotated[
         bool, typer.Option("--normalize", help="make vectors of length 1")
     ] = False,
 ) -> None:
     """Turn texts into vectors, in their order; a text beyond the model's length is cut, with a note.
+
+    A folder of sentence-transformers gives that library's vectors: its pooling, layers, prompts and length limit
+    are read.
 
     Example: fastbert embed runs/a/model --file sentences.txt --out vectors.npy
     """
@@ -102,7 +112,7 @@ def embed(
     from fastbert.infer import Embedder
 
     # the model first: its folder is wrong more often than the texts are, and stdin may be slow
-    embedder = Embedder(model, pooling, normalize)
+    embedder = Embedder(model, pooling, normalize, prompt)
     lines = read_lines(texts, file)
     vectors = embedder(lines, batch_size)
     if embedder.cut:
