@@ -14,6 +14,7 @@ from fastbert.files import listed, quoted, why_not_unicode
 from fastbert.finetune.config import Options
 from fastbert.finetune.features import Features
 from fastbert.finetune.records import Record
+from fastbert.models.config import BertConfig
 from fastbert.models.heads import BertForSequenceClassification
 from fastbert.models.output import Output
 from fastbert.train.metrics import wilson
@@ -31,20 +32,26 @@ class Text:
 
 
 class Classify:
-    """Classes of texts; `names` are the labels by number."""
+    """Classes of texts; `names` are the labels by number.
+
+    `scale` says how scores become predictions: softmax for classes, sigmoid where each label is true or not by itself,
+    none for plain numbers. Training knows classes only.
+    """
 
     kind = BertForSequenceClassification
     metric = "accuracy"
 
-    def __init__(self, options: Options, names: Sequence[str] = ()) -> None:
+    def __init__(self, options: Options, names: Sequence[str] = (), scale: str = "softmax") -> None:
         self.options = options
         self.names = list(names)
+        self.scale = scale
 
     def read(self, record: Record, labelled: bool) -> Text:
         """The example of a record."""
         o = self.options
         label = None
-        if labelled or record.values.get(o.label) not in (None, ""):
+        classes = self.scale == "softmax"
+        if labelled or (classes and record.values.get(o.label) not in (None, "")):
             label = label_name(record.value(o.label), record.place)
         pair = None if o.pair is None else record.string(o.pair)
         return Text(record.string(o.text), pair, label)
@@ -94,10 +101,11 @@ class Classify:
     def predictions(
         self, examples: Sequence[Text], features: Features, scores: Sequence[Floats]
     ) -> list[dict[str, Any]]:
-        """The label of every example and the probability of each."""
+        """The label of every example and the probability of each: plain numbers for a regression."""
+        scale = {"softmax": softmax, "sigmoid": sigmoid, "none": lambda logits: logits}[self.scale]
         found = []
         for example, logits in zip(examples, scores, strict=True):
-            p = softmax(logits)
+            p = scale(logits)
             best = int(p.argmax())
             texts = {"text": example.text}
             if example.pair is not None:
@@ -155,6 +163,20 @@ def softmax(logits: Floats) -> Floats:
     """Over the last dimension."""
     e = np.exp(logits - logits.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
+
+
+def sigmoid(logits: Floats) -> Floats:
+    """Of every number; written with tanh, which does not overflow."""
+    return (1 + np.tanh(logits / 2)) / 2
+
+
+def scale_of(config: BertConfig) -> str:
+    """How a classifier's scores are read, as in the text-classification pipeline of transformers."""
+    if config.problem_type == "regression":
+        return "none"
+    if config.problem_type == "multi_label_classification" or config.num_labels == 1:
+        return "sigmoid"
+    return "softmax"
 
 
 def counts(true: Sequence[int], guessed: Sequence[int], n: int) -> NDArray[np.int64]:

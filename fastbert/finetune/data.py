@@ -67,10 +67,9 @@ def load_data(config: FinetuneConfig, given: Sources) -> Data:
     train = _training(config, given, task)
     task.learn(train)
     base = BertConfig.from_file(config.model)
-    own = [name for _, name in sorted((base.id2label or {}).items())]
-    if set(own) == set(task.names):
+    if base.id2label and sorted(base.id2label.values()) == sorted(task.names):
         # a classifier that is trained further keeps the numbers of its labels
-        task.names = own
+        task.names = base.labels
     validation = _optional(given.validation or config.validation, "validation", task)
     if validation is None:
         groups = [task.group(e) for e in train]

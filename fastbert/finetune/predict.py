@@ -10,7 +10,7 @@ from typing import Any
 from fastbert.data import load_tokenizer
 from fastbert.files import listed, quoted, why_not_text
 from fastbert.finetune.answer import Question
-from fastbert.finetune.classify import Text
+from fastbert.finetune.classify import Classify, Text, scale_of
 from fastbert.finetune.config import Options, trained_model
 from fastbert.finetune.judge import Part, make_task, predict
 from fastbert.finetune.records import read_records
@@ -39,8 +39,13 @@ class Predictor:
         options = Options.load(folder) or _guessed(config, folder)
         self.options = options
         self.batch_size = batch_size
-        names = config.id2label or {i: f"LABEL_{i}" for i in range(config.num_labels or 0)}
-        self.task = make_task(options, [names[i] for i in sorted(names)])
+        self.task = make_task(options, config.labels)
+        if isinstance(self.task, Classify):
+            self.task.scale = scale_of(config)
+            if len(set(config.labels)) < len(config.labels):
+                raise ValueError(
+                    f"{folder / 'config.json'}: id2label gives two classes one name: tell them apart there"
+                )
         self.model = self.task.kind.from_pretrained(folder)
         self.tokenizer = load_tokenizer(folder)
         # the number of examples in the last call that were longer than the model takes
@@ -101,11 +106,12 @@ class Predictor:
 
 def _guessed(config: BertConfig, folder: Path) -> Options:
     """The options of a model that was trained elsewhere, from the name of its head."""
-    names = config.extra.get("architectures") or [""]
-    task = next((t for head, t in _HEADS.items() if str(names[0]).endswith(head)), None)
+    names = config.extra.get("architectures")
+    name = str(names[0])[:80] if isinstance(names, list) and names else ""
+    task = next((t for head, t in _HEADS.items() if name.endswith(head)), None)
     if task is None:
         raise ValueError(
-            f"the model in {folder} is {names[0] or 'of no named class'}: predict takes one with a head for "
+            f"the model in {folder} is {name or 'of no named class'}: predict takes one with a head for "
             "classification, tags or answers, such as fastbert finetune makes"
         )
     longest = min(config.max_length, 512)

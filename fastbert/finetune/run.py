@@ -79,7 +79,10 @@ def build_model(config: FinetuneConfig, data: Data) -> Any:
         "attention_probs_dropout_prob": config.attention_dropout,
     }
     given = {name: value for name, value in given.items() if value is not None}
+    # of a head that another task may have had
+    given |= {"problem_type": None, "id2label": None, "label2id": None, "num_labels": 2}
     if names := data.task.names:
+        given["num_labels"] = len(names)
         given["id2label"] = dict(enumerate(names))
         given["label2id"] = {name: i for i, name in enumerate(names)}
     try:

@@ -63,6 +63,7 @@ def load(cls: type, directory: str | Path, **overrides: Any) -> Any:
     state = _standard(read_weights(folder), config.model_type)
     names = names_of(config.model_type, class_name(cls))
     config = share_decoder(config, state, names)
+    _check_size(config, state, folder)
     model = cls(config)
     unused = fill(model, state, names, str(folder))
     _check_depth(config, unused, folder, asked="num_hidden_layers" in overrides)
@@ -180,15 +181,35 @@ def _check_shapes(
             if found.shape != part.shape:
                 raise ValueError(
                     f"{name} is {tuple(found.shape)} in {source} and {tuple(part.shape)} in the model: "
-                    + _remedy(key if _is_head(model) else f"bert.{key}", found.shape, part.shape)
+                    + _remedy(
+                        model, key if _is_head(model) else f"bert.{key}", found.shape, part.shape
+                    )
                 )
 
 
-def _remedy(key: str, found: torch.Size, wanted: torch.Size) -> str:
+def _remedy(model: nn.Module, key: str, found: torch.Size, wanted: torch.Size) -> str:
     setting = _ROWS.get(key.rpartition(".")[0])
+    if setting == "num_labels" and class_name(type(model)) == "BertForQuestionAnswering":
+        return (
+            "a model for questions has two outputs, start and end, and this one is of another kind"
+        )
     if setting is not None and len(found) == len(wanted) and found[1:] == wanted[1:]:
         return f"pass {setting}={found[0]}"
     return "config.json does not belong to these weights, or a setting was passed that does not fit them"
+
+
+def _check_size(config: BertConfig, state: State, folder: Path) -> None:
+    """Refuse a config.json of a far larger model before memory is taken for it."""
+    c, f = config.hidden_size, config.intermediate_size
+    tables = config.vocab_size + config.max_position_embeddings + (config.type_vocab_size or 0)
+    wanted = c * tables + config.num_hidden_layers * (4 * c * c + 2 * c * f)
+    found = sum(value.numel() for value in state.values())
+    # a new head for masked words may be as large as a word table
+    if wanted > 4 * found + 100_000_000:
+        raise ValueError(
+            f"config.json in {folder} is of a model of {wanted:.1e} numbers and the weights have {found:.1e}: use the "
+            "config.json that belongs to these weights"
+        )
 
 
 def _check_depth(config: BertConfig, unused: list[str], folder: Path, asked: bool) -> None:

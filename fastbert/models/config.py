@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,21 @@ PROBLEM_TYPES = (
     "single_label_classification",
     "multi_label_classification",
 )
+# type in an annotation -> types of a value; what they are called in messages
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (Integral,),
+    "float": (Real,),
+    "str": (str,),
+    "bool": (bool,),
+    "dict": (dict,),
+}
+_CALLED = {
+    (Integral,): "a whole number",
+    (Real,): "a number",
+    (str,): "a text",
+    (bool,): "true or false",
+    (dict,): "a JSON object",
+}
 # model_type -> the family with the same weights and maths; to_dict writes the original model_type
 ALIASES = {"xlm-roberta": "roberta", "camembert": "roberta"}
 # Hugging Face spelling -> ours, where they differ
@@ -118,6 +135,7 @@ class BertConfig:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.model_type in ALIASES:
             self.extra = {**self.extra, "model_type": self.model_type}
             self.model_type = ALIASES[self.model_type]
@@ -128,6 +146,15 @@ class BertConfig:
         self._check_sizes()
         self._check_options()
 
+    def _check_types(self) -> None:
+        for f in dataclasses.fields(self):
+            value, (kind, *optional) = getattr(self, f.name), str(f.type).split(" | ")
+            types = _TYPES[kind.partition("[")[0]]
+            fits = isinstance(value, types) and (kind == "bool") == isinstance(value, bool)
+            fits = fits and (not isinstance(value, Real) or math.isfinite(value))
+            if not fits and not (optional and value is None):
+                raise ValueError(f"{f.name} is {str(value)[:50]!r}: it must be {_CALLED[types]}")
+
     def _fill_defaults(self) -> None:
         if self.type_vocab_size is None:
             self.type_vocab_size = {"bert": 2, "roberta": 1, "distilbert": 0}[self.model_type]
@@ -136,7 +163,11 @@ class BertConfig:
         if self.add_pooler is None:
             self.add_pooler = self.model_type != "distilbert"
         if self.id2label is not None:
-            self.id2label = {int(k): v for k, v in self.id2label.items()}
+            if not all(str(k).isdecimal() for k in self.id2label):
+                raise ValueError(
+                    f"id2label has the keys {str([*self.id2label])[:100]}: use numbers"
+                )
+            self.id2label = {int(k): str(v) for k, v in self.id2label.items()}
             if self.num_labels is None:
                 self.num_labels = len(self.id2label)
             elif self.num_labels != len(self.id2label):
@@ -190,11 +221,26 @@ class BertConfig:
             raise ValueError(
                 f"problem_type is {quoted(self.problem_type)}: choose one of {PROBLEM_TYPES}"
             )
+        if self.extra.get("quantization_config"):
+            raise ValueError(
+                "quantization_config is set: convert the weights back to floating point"
+            )
         for key in ("is_decoder", "add_cross_attention"):
             if self.extra.get(key):
                 raise ValueError(
                     f"{key} is set: fastbert builds encoders only, without cross attention"
                 )
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of the classes by number; raises ValueError where id2label skips a number."""
+        count = self.num_labels or 0
+        names = self.id2label or {i: f"LABEL_{i}" for i in range(count)}
+        if sorted(names) != list(range(count)):
+            raise ValueError(
+                f"id2label has the numbers {str(sorted(names))[:100]}: name each of 0 to {count - 1}"
+            )
+        return [names[i] for i in range(count)]
 
     @property
     def head_size(self) -> int:
