@@ -15,6 +15,7 @@ from fastbert.data import load_tokenizer
 from fastbert.data.tokenizer import SpecialIds, is_roberta
 from fastbert.files import quoted
 from fastbert.integrations.sentence_transformers import SentenceModel, pool
+from fastbert.models.checkpoint import check_whole
 from fastbert.models.encoder import BertModel
 from fastbert.models.heads import BertForMaskedLM
 
@@ -35,6 +36,7 @@ class Filler:
 
     def __init__(self, model: str | Path) -> None:
         self.model = BertForMaskedLM.from_pretrained(model).eval()
+        check_whole(self.model, model)
         self.tokenizer = load_tokenizer(model)
         self.mask = SpecialIds.of(self.tokenizer).mask
 

@@ -67,12 +67,26 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"{path} has none of {', '.join(list(_FILES)[:3])}: it holds no tokenizer"
         )
     if path.is_file() and file.suffix == ".json" and file.name != "vocab.json":
-        tokenizer = read(file, Tokenizer.from_file)
+        tokenizer = _read_whole(file)
     else:
         tokenizer = _Folder(file).tokenizer()
     SpecialIds.of(tokenizer)
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    return tokenizer
+
+
+def _read_whole(file: Path) -> Tokenizer:
+    """A tokenizer.json; the library panics at a template that names tokens which the file does not list."""
+    tokenizer: Tokenizer = read(file, Tokenizer.from_file)
+    around = _state(tokenizer)["post_processor"]
+    for part in [] if around is None else _steps(around, "processors"):
+        pieces = [*part.get("single", []), *part.get("pair", [])]
+        named = {piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece}
+        if absent := sorted(named - {*part.get("special_tokens", {})}):
+            raise ValueError(
+                f"{file} has no ids for {str(absent)[:100]} of its template: write it anew"
+            )
     return tokenizer
 
 
@@ -90,7 +104,7 @@ class _Folder(TokenizerFolder):
                 )
         model = _MODELS[self.name]
         if self.file.name == "tokenizer.json":
-            tokenizer = read(self.file, Tokenizer.from_file)
+            tokenizer = _read_whole(self.file)
             if (tokenizer.truncation or {}).get("direction") == "left":
                 raise self.refused("tokenizer.json cuts texts at the left, which fastbert does not")
             tokenizer.no_padding()
@@ -256,7 +270,12 @@ def _state(tokenizer: Tokenizer) -> Json:
 
 
 def _tokenizer(state: Json) -> Tokenizer:
-    return Tokenizer.from_str(json.dumps(state))
+    try:
+        return Tokenizer.from_str(json.dumps(state))
+    except Exception as error:
+        raise ValueError(
+            f"tokenizer.json contradicts itself ({str(error)[:200]}): copy it again"
+        ) from error
 
 
 def _has(part: Json | None, kind: str, **values: Any) -> bool:

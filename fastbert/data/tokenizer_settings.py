@@ -147,7 +147,10 @@ class TokenizerFolder:
         bools = {name: flags[name] for name in FLAGS[1:] if name in flags}
         if not all(isinstance(value, bool) for value in bools.values()):
             raise ValueError(f"{self.path}: an added token is {str(given)[:150]}: write it anew")
-        return AddedToken(flags["content"], **(bools | ({"special": True} if special else {})))
+        try:
+            return AddedToken(flags["content"], **(bools | ({"special": True} if special else {})))
+        except UnicodeError as error:
+            raise ValueError(f"{self.path}: an added token is no Unicode text: {error}") from error
 
     def _index(self, value: Any) -> int:
         if isinstance(value, bool) or not str(value).isdecimal():

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from fastbert.files import RECORDS, existing, read_text
-from fastbert.models.config import BertConfig, model_folder
+from fastbert.models.config import BertConfig, check_types, model_folder
 from fastbert.train.settings import (
     BATCH,
     DATA,
@@ -59,9 +59,22 @@ class Options:
         if not file.is_file():
             return None
         try:
-            return cls(**json.loads(read_text(file)))
+            found = cls(**json.loads(read_text(file)))
+            check_types(found)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{file} holds no options of fastbert finetune: {error}") from error
+            raise ValueError(
+                f"{file} holds no options of fastbert finetune: {str(error)[:200]}"
+            ) from error
+        longest = found.max_length
+        sizes = (
+            8 <= longest < 2**31 and 0 <= found.stride <= longest // 3 and found.longest_answer >= 1
+        )
+        if found.task not in TASKS or not sizes:
+            raise ValueError(
+                f"{file} has a task, max_length, stride or longest_answer that fastbert finetune does not write: "
+                "train again, or copy the file that belongs to the model"
+            )
+        return found
 
 
 @dataclass

@@ -15,6 +15,7 @@ from fastbert.finetune.config import Options, trained_model
 from fastbert.finetune.judge import Part, make_task, predict
 from fastbert.finetune.records import read_records
 from fastbert.finetune.tag import Words
+from fastbert.models.checkpoint import check_whole
 from fastbert.models.config import BertConfig
 
 # the last part of an architecture's name in config.json
@@ -47,6 +48,7 @@ class Predictor:
                     f"{folder / 'config.json'}: id2label gives two classes one name: tell them apart there"
                 )
         self.model = self.task.kind.from_pretrained(folder)
+        check_whole(self.model, folder)
         self.tokenizer = load_tokenizer(folder)
         # the number of examples in the last call that were longer than the model takes
         self.cut = 0

@@ -152,7 +152,7 @@ class SentenceModel:
             raise _refused(file, "prompts is no object of texts", "a name and a text for each")
         self.prompts = {name: prompt or "" for name, prompt in prompts.items()}
         self.default_prompt = values.get("default_prompt_name")
-        if self.default_prompt is not None and self.default_prompt not in self.prompts:
+        if self.default_prompt is not None and self.default_prompt not in [*self.prompts]:
             raise _refused(
                 file, f"default_prompt_name is {self.default_prompt!r}", "one of prompts"
             )
@@ -267,7 +267,8 @@ def _fill(module: nn.Module, path: Path, prefix: str) -> None:
 
 def _module(entry: Any, folder: Path) -> tuple[str, Path]:
     """The last part of a module's class, and the module's folder."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("path", ""), str):
+    path = entry.get("path", "") if isinstance(entry, dict) else None
+    if not isinstance(path, str) or len(path) > 200:
         raise _refused(
             folder / "modules.json", "an entry is no object", "type and path of a module"
         )
@@ -278,7 +279,7 @@ def _module(entry: Any, folder: Path) -> tuple[str, Path]:
             f"a module is {str(entry.get('type'))!r}",
             "classes of sentence_transformers",
         )
-    return kind, folder / entry.get("path", "")
+    return kind, folder / path
 
 
 def _model_max_length(folder: Path) -> Any:

@@ -96,6 +96,14 @@ def save(model: nn.Module, directory: str | Path) -> None:
         new_settings.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
+def check_whole(model: nn.Module, directory: str | Path) -> None:
+    """Refuse a model whose results would come from random weights, as its file has none for them."""
+    if absent := model.newly_initialised:
+        raise ValueError(
+            f"{directory} has no weights for {_listed([*absent], 3)}: its results would be random, train it first"
+        )
+
+
 def class_name(cls: type) -> str:
     """The name of the fastbert model that `cls` is or is derived from."""
     name = getattr(cls, "architecture", None)
@@ -158,6 +166,7 @@ def _check_missing(
             f"{listed(sorted(state))}: use the config.json that belongs to these weights"
         )
     if head:
+        model.newly_initialised = tuple(head)  # type: ignore[assignment]
         _log.warning(
             "%s from %s: %s are not in the checkpoint and newly initialised: train them before use",
             type(model).__name__,

@@ -82,6 +82,17 @@ _SPECIAL = (
 )
 
 
+def check_types(settings: Any) -> None:
+    """Raise ValueError for a field of a dataclass whose value is not of the field's type."""
+    for f in dataclasses.fields(settings):
+        value, (kind, *optional) = getattr(settings, f.name), str(f.type).split(" | ")
+        types = _TYPES[kind.partition("[")[0]]
+        fits = isinstance(value, types) and (kind == "bool") == isinstance(value, bool)
+        fits = fits and (not isinstance(value, Real) or math.isfinite(value))
+        if not fits and not (optional and value is None):
+            raise ValueError(f"{f.name} is {str(value)[:50]!r}: it must be {_CALLED[types]}")
+
+
 @dataclass
 class BertConfig:
     """The settings of a BERT, RoBERTa or DistilBERT; fields are named as in Hugging Face's BERT config.json.
@@ -135,7 +146,7 @@ class BertConfig:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._check_types()
+        check_types(self)
         if self.model_type in ALIASES:
             self.extra = {**self.extra, "model_type": self.model_type}
             self.model_type = ALIASES[self.model_type]
@@ -145,15 +156,6 @@ class BertConfig:
         self._fill_defaults()
         self._check_sizes()
         self._check_options()
-
-    def _check_types(self) -> None:
-        for f in dataclasses.fields(self):
-            value, (kind, *optional) = getattr(self, f.name), str(f.type).split(" | ")
-            types = _TYPES[kind.partition("[")[0]]
-            fits = isinstance(value, types) and (kind == "bool") == isinstance(value, bool)
-            fits = fits and (not isinstance(value, Real) or math.isfinite(value))
-            if not fits and not (optional and value is None):
-                raise ValueError(f"{f.name} is {str(value)[:50]!r}: it must be {_CALLED[types]}")
 
     def _fill_defaults(self) -> None:
         if self.type_vocab_size is None:

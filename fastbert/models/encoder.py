@@ -53,6 +53,8 @@ class Pretrained(nn.Module):
     labels_per_token = False
     # whether the loss reads labelled rows only; `label_rows` has their numbers
     reads_label_rows = False
+    # weights that the loaded file lacks, which have random values
+    newly_initialised: tuple[str, ...] = ()
     bert: BertModel
 
     def __init__(self, config: BertConfig) -> None:

@@ -353,6 +353,7 @@ def test_other_folders_are_refused_and_the_one_line_helps(name: str, tmp_path: P
         ("tokenizer_config.json", {**LOWER, "added_tokens_decoder": {str(N): {"content": 1}}}),
         ("tokenizer_config.json", {**LOWER, "additional_special_tokens": "x"}),
         ("tokenizer_config.json", {**LOWER, "model_input_names": 3}),
+        ("tokenizer_config.json", {**LOWER, "bos_token": "\ud800"}),
         ("added_tokens.json", {"x": "y"}),
         ("added_tokens.json", {"x": -1}),
         ("special_tokens_map.json", {"cls_token": 5}),
@@ -363,6 +364,16 @@ def test_settings_that_can_not_be_are_named(name: str, content: Any, tmp_path: P
     path = folder(tmp_path / "t", {**slow(), name: content})
     with pytest.raises(ValueError, match=re.escape(str(path))):
         load_tokenizer(path)
+
+
+def test_a_template_with_tokens_that_are_not_there(tmp_path: Path) -> None:
+    """The library ends the process's call by a panic, which no `except Exception` catches."""
+    state = json.loads(unigram().to_str())
+    state["post_processor"]["special_tokens"].pop("</s>")
+    path = folder(tmp_path / "t", {"tokenizer.json": state})
+    for place in (path, path / "tokenizer.json"):
+        with pytest.raises(ValueError, match=r"has no ids for \['</s>'\] of its template"):
+            load_tokenizer(place)
 
 
 def test_no_transformers_is_needed(tmp_path: Path) -> None:

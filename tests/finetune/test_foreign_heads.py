@@ -11,6 +11,7 @@ import tiny_tasks
 import torch
 
 from fastbert.finetune import FinetuneConfig, Predictor, finetune
+from fastbert.infer import Filler
 
 transformers = pytest.importorskip("transformers")
 TEXTS = ["the great film", "anna met karl in rome", "poor weak"]
@@ -98,6 +99,37 @@ def test_settings_that_can_not_be(settings: dict[str, Any], sentence: str, tmp_p
     with pytest.raises(ValueError, match=sentence) as refusal:
         Predictor(path)
     assert len(str(refusal.value)) < 600
+
+
+def test_heads_without_weights_give_no_results(tmp_path: Path) -> None:
+    path = changed(
+        tiny_tasks.base_model(tmp_path / "m"), architectures=["BertForTokenClassification"]
+    )
+    with pytest.raises(ValueError, match=r"has no weights for .*: its results would be random"):
+        Predictor(path)
+    with pytest.raises(ValueError, match=r"has no weights for .*: its results would be random"):
+        Filler(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"task": "classif"}, "has a task, max_length, stride or longest_answer"),
+        ({"task": ["x"]}, "task is .* it must be a text"),
+        ({"max_length": "16"}, "max_length is '16': it must be a whole number"),
+        ({"max_length": 10**30}, "has a task, max_length, stride"),
+        ({"stride": 15}, "has a task, max_length, stride"),
+        ({"pair": 3}, "pair is '3': it must be a text"),
+        ({"other": 3}, "holds no options of fastbert finetune"),
+    ],
+)
+def test_options_that_can_not_be(settings: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    path = folder(tmp_path / "m", num_labels=3)
+    (path / "finetune.json").write_text(
+        json.dumps({"task": "classify", "max_length": 16, **settings})
+    )
+    with pytest.raises(ValueError, match=rf"finetune\.json.*{sentence}"):
+        Predictor(path)
 
 
 def test_a_head_with_other_outputs_for_questions(tmp_path: Path) -> None:

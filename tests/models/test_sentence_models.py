@@ -191,6 +191,7 @@ def test_a_pooling_that_does_not_fit_the_layers(encoder: Path, tmp_path: Path) -
             {"default_prompt_name": "b"},
             "default_prompt_name is",
         ),
+        ("config_sentence_transformers.json", {"default_prompt_name": []}, "default_prompt_name"),
     ],
 )
 def test_other_settings_are_refused(
