@@ -7,6 +7,7 @@
 #   make test-transformers4  runs accelerate()'s tests with transformers 4.48 and 4.57, each in an environment below build/
 #   make test-gpu-static  compiles the Triton kernels in every configuration, and the CUDA kernels, for GPUs that are not
 #                       here, and inspects the machine code
+#   make fuzz           reads 5,000 damaged files of every format
 #   make test-ptx       runs every sample of every op, forward and backward, with the GPU backends on the PTX machine
 #   make bench          runs the benchmarks that need no other environment
 #   make bench-peers    runs the end-to-end benchmark against all peers, each in an environment of its own
@@ -41,7 +42,7 @@ NATIVE := $(filter csrc/%,$(SOURCES))
 GPU = $(findstring GPU,$(shell nvidia-smi -L 2>/dev/null))
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-slow test-transformers4 test-gpu-static test-ptx gpu gpu-report sanitize bench bench-peers bench-scaling bench-scripts lint
+.PHONY: install demo test test-slow test-transformers4 test-gpu-static test-ptx fuzz gpu gpu-report sanitize bench bench-peers bench-scaling bench-scripts lint
 
 install: $(INSTALLED)
 
@@ -87,6 +88,9 @@ test-gpu-static: $(INSTALLED)
 
 test-ptx: $(INSTALLED)
 	$(PY) -m pytest -m ptx_full -n auto $(PYTEST_ARGS) tests/ptx
+
+fuzz: $(INSTALLED)
+	$(PY) -m pytest -n auto --hypothesis-profile=fuzz tests/test_fuzz.py $(PYTEST_ARGS)
 
 gpu: $(INSTALLED)
 	$(PY) -m benchmarks.gpu.gpu $(BENCH_ARGS)

@@ -109,6 +109,14 @@ def read_lines(path: Path) -> list[str]:
     return list(lines_of(io.BytesIO(read_bytes(path)), str(path)))
 
 
+def parse_json(text: str) -> Any:
+    """The value of a JSON text; raises ValueError for anything else, and for one that is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its values are nested too deeply") from error
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, whose file becomes `path` when the block ends well, after it has reached the disk."""

@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # benchmarks/ is a package in the repository's root; appended, so that an installed fastbert precedes the checkout's
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,9 @@ from fastbert.data.fetch import FetchError, fetch
 # Small tensors gain nothing from a second thread; on a busy machine two threads are many times slower than one
 torch.set_num_threads(1)
 
+
+# `make fuzz`
+hypothesis.settings.register_profile("fuzz", max_examples=5000)
 
 # the slowest files, the slowest first: a slow file at the end would leave the other workers idle
 LONG = (

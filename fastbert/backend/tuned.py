@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastbert.backend.names import BACKENDS
-from fastbert.files import cache_folder, quoted, write_text
+from fastbert.files import cache_folder, parse_json, quoted, read_text, write_text
 from fastbert.machine import cpu_name
 
 # calls of at most this many rows are tuned apart from longer ones
@@ -90,7 +90,7 @@ def device_name(device: torch.device) -> str:
 def _read() -> dict[str, Any]:
     """{device: {"entries": [...], ...}}; a file that can't be read counts as none and is named once."""
     try:
-        known = json.loads(path().read_text())
+        known = parse_json(read_text(path()))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

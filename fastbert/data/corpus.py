@@ -15,7 +15,16 @@ from typing import IO, Any
 from weakref import WeakKeyDictionary
 
 from fastbert.data.sentences import split_sentences
-from fastbert.files import TEXTS, existing, lines_of, listed, quoted, split_lines, unpacked
+from fastbert.files import (
+    TEXTS,
+    existing,
+    lines_of,
+    listed,
+    parse_json,
+    quoted,
+    split_lines,
+    unpacked,
+)
 
 SUFFIXES = (".txt", ".jsonl", ".gz")
 # a file changed less than this before it was hashed may change again within the file system's clock tick
@@ -102,17 +111,13 @@ class FileSource:
                 continue
             place = f"{self.name}:{number}"
             try:
-                record = json.loads(line)
-            except RecursionError as error:
-                raise ValueError(
-                    f"{place} is nested too deeply: write one flat object a line"
-                ) from error
+                record = parse_json(line)
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"{place} is not JSON ({error.msg}, column {error.colno}): write one object a line"
                 ) from error
             except ValueError as error:
-                # a number of more digits than Python reads
+                # a number of more digits than Python reads, or deep nesting
                 raise ValueError(f"{place} is not read ({error}): repair it") from error
             yield from _record(_field(record, layout.field, place), place)
 

@@ -22,7 +22,7 @@ from fastbert.data import rng
 from fastbert.data.corpus import Document, Documents, read_documents
 from fastbert.data.sentences import RULES_VERSION
 from fastbert.data.tokenizer import SpecialIds, tokenizer_hash, vocabulary
-from fastbert.files import SHARDS, folder_or_new, quoted
+from fastbert.files import SHARDS, folder_or_new, parse_json, quoted, read_text
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -262,17 +262,21 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {MANIFEST}: build the shards first")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise ShardsError(
-                f"{folder} has format {manifest['format']}, this is {FORMAT}: {_REMEDY}"
-            )
-        complete = {"tokenizer", "settings", "sources"} <= manifest.keys()
-        known = manifest["dtype"] in ("uint16", "uint32") and manifest["files"].keys() == set(FILES)
-        if not complete or not known:
-            raise KeyError
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        manifest = parse_json(read_text(path))
+        version = manifest["format"]
+        files = manifest["files"]
+        whole = (
+            {"tokenizer", "settings", "sources"} <= manifest.keys()
+            and manifest["dtype"] in ("uint16", "uint32")
+            and files.keys() == set(FILES)
+            and all({"bytes", "crc32"} <= each.keys() for each in files.values())
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ShardsError(f"{path} is damaged: {_REMEDY}") from None
+    if version != FORMAT:
+        raise ShardsError(f"{folder} has format {quoted(version)}, this is {FORMAT}: {_REMEDY}")
+    if not whole:
+        raise ShardsError(f"{path} is damaged: {_REMEDY}")
     return manifest
 
 

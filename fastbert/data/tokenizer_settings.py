@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
 from fastbert.data.tokenizer import BERT_TOKENS, ROBERTA_TOKENS, is_roberta
-from fastbert.files import shortened
+from fastbert.files import parse_json, read_text, shortened
 
 Json = dict[str, Any]
 
@@ -60,7 +59,7 @@ class TokenizerFolder:
         file = self.path / name
         if not file.is_file():
             return {}
-        found = read(file, lambda name: json.loads(Path(name).read_text(encoding="utf-8-sig")))
+        found = read(file, lambda name: parse_json(read_text(Path(name))))
         if not isinstance(found, dict):
             raise ValueError(f"{file} holds no JSON object: write it anew")
         return found

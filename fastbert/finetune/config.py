@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
-from fastbert.files import RECORDS, existing, read_text
+from fastbert.files import RECORDS, existing, parse_json, read_text
 from fastbert.models.config import BertConfig, check_types, model_folder
 from fastbert.train.settings import (
     BATCH,
@@ -59,7 +59,7 @@ class Options:
         if not file.is_file():
             return None
         try:
-            found = cls(**json.loads(read_text(file)))
+            found = cls(**parse_json(read_text(file)))
             check_types(found)
         except (ValueError, TypeError) as error:
             raise ValueError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from fastbert.files import (
     RECORDS,
     existing,
     listed,
+    parse_json,
     quoted,
     read_text,
     shortened,
@@ -156,8 +156,8 @@ def _squad(articles: Sequence[Any], name: str) -> Iterator[Record]:
 
 def _parsed(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{place} is not JSON ({error}): repair it") from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as tnf
 
+from fastbert.files import parse_json, read_text
 from fastbert.models.checkpoint import read_weights
 
 Json = dict[str, Any]
@@ -291,7 +291,7 @@ def _model_max_length(folder: Path) -> Any:
 
 def _read_json(file: Path, kind: type) -> Any:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_json(read_text(file))
     except OSError as error:
         raise ValueError(
             f"{file} can't be read ({error.strerror}): modules.json names it"

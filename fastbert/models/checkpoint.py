@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastbert.files import folder_or_new, listed, replacing
+from fastbert.files import folder_or_new, listed, parse_json, read_text, replacing
 from fastbert.models.config import BertConfig, model_folder
 from fastbert.models.names import Names, hf_keys, names_of
 
@@ -100,7 +100,7 @@ def check_whole(model: nn.Module, directory: str | Path) -> None:
     """Refuse a model whose results would come from random weights, as its file has none for them."""
     if absent := model.newly_initialised:
         raise ValueError(
-            f"{directory} has no weights for {_listed([*absent], 3)}: its results would be random, train it first"
+            f"{directory} has no weights for {listed(absent, 3)}: its results would be random, train it first"
         )
 
 
@@ -295,7 +295,7 @@ def read_weights(folder: Path) -> State:
 def _shards(index: Path) -> list[Path]:
     """The files that an index names."""
     try:
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = set(parse_json(read_text(index))["weight_map"].values())
         shards = sorted(index.parent / Path(str(name)).name for name in files)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

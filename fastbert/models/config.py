@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from fastbert.files import quoted, read_text
+from fastbert.files import parse_json, quoted, read_text
 
 # hidden_act -> `approximate` of bias_gelu; None: ReLU
 ACTIVATIONS: dict[str, str | None] = {
@@ -324,7 +323,7 @@ class BertConfig:
                 f"there is no configuration at {file}: pass a config.json or its folder"
             )
         try:
-            values = json.loads(read_text(file))
+            values = parse_json(read_text(file))
         except ValueError as error:
             raise ValueError(f"{file} is not valid JSON: {error}") from error
         try:

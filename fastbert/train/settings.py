@@ -236,7 +236,7 @@ def load_settings(path: str | Path, kind: type[Settings]) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no configuration file {path}")
     try:
         values = _parse(path)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         reason = shortened(" ".join(str(error).split()), 300)
         raise ValueError(f"{path} can't be read: {reason}") from error
     if not isinstance(values, dict):
