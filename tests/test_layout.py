@@ -41,6 +41,7 @@ SHARED_HELPERS = {
     "kernels/bias_gelu.py": {"gradients"},
     "kernels/cross_entropy.py": {"row_losses"},
     "fastbert/backend/reference/layer_norm.py": {"rebuilt", "widen"},
+    "fastbert/backend/stock/attention.py": {"padded"},
     "fastbert/backend/stock/linear.py": {"cast"},
 }
 SYNCS = {"fastbert/ops/_check.py": "values are read only where checks_values says so"}

@@ -6,6 +6,7 @@ adds no frame of ours.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -45,6 +46,27 @@ def legacy_level() -> int:
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     return level
+
+
+def exporting() -> bool:
+    """Whether torch.export, torch.onnx.export or torch.jit.trace records the calls: as plain torch operations."""
+    return torch.compiler.is_exporting() or tracing() is not None
+
+
+def fixed(*sizes: int) -> tuple[int, ...]:
+    """Sizes as numbers that an exported program does not compute; torch.jit.trace hands out tensors for sizes."""
+    if tracing() is None:
+        return sizes
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return tuple(map(int, sizes))
+
+
+def traced_module() -> Any:
+    """The module that torch.jit.trace or the TorchScript exporter of ONNX was given, None where it was a function."""
+    names = torch.jit._trace._trace_module_map or {}
+    first = next(iter(names), None)
+    return names["__module"] if first == "__module" else first
 
 
 def qualified_name(op: torch._ops.OpOverload) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as tnf
 
 from fastbert import functional as F
-from fastbert.backend.torch_private import tracing
+from fastbert.backend.torch_private import exporting
 from fastbert.integrations import layers
 from fastbert.integrations.families import module_at
 from fastbert.nn.packing import find_labelled
@@ -19,15 +19,10 @@ from fastbert.nn.watch import hooked, log_once, why_not_bypassed
 Stock = Callable[..., Any]
 
 
-def _traced() -> bool:
-    """Whether the model is being exported or traced: tensors' values may not be read then, transformers' code runs."""
-    return torch.compiler.is_exporting() or tracing() is not None
-
-
 def token_labels(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
     """A head with one label per token. Nothing is packed if padding is labelled: outputs there count in the loss."""
     tensors = values(given), given.get("labels"), given.get("attention_mask")
-    known = all(isinstance(t, Tensor) for t in tensors) and not _traced()
+    known = all(isinstance(t, Tensor) for t in tensors) and not exporting()
     if known and _labelled(given)[1]:
         given |= _encoder_argument(self, None)
     return stock(self, **given)
@@ -168,7 +163,7 @@ def question_answering(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
         not isinstance(mask, Tensor)
         or mask.dim() != 2
         or not isinstance(batch, Tensor)
-        or _traced()
+        or exporting()
     ):
         return stock(self, **given)
     ends = {name: given.pop(name, None) for name in ("start_positions", "end_positions")}

@@ -22,6 +22,7 @@ from fastbert.files import quoted
 from fastbert.integrations import batch, frozen, heads, layers, transformers4
 from fastbert.integrations.families import FAMILIES, Family, Parts
 from fastbert.integrations.layers import Call
+from fastbert.nn.exports import refuse_script, whole
 from fastbert.nn.packing import Packing
 from fastbert.nn.watch import first_hooked, hooked, log_once
 from fastbert.ops.context import seed_for
@@ -70,6 +71,7 @@ def _make(family: Family, name: str) -> type[nn.Module]:
             "fastbert_family": family,
             "fastbert_output": _output(family, kind),
             "fastbert_old": transformers4.is_old(stock.forward),
+            "__prepare_scriptable__": refuse_script,
         }
         if kind == "encoder":
             space["fastbert_copies"] = frozen.FrozenLayers
@@ -111,7 +113,8 @@ def _forward(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..
             return stock(self, *args, **kwargs)
         return ours(self, stock, dict(zip(names, args, strict=False), **kwargs))
 
-    return forward
+    # torch.fx looks into the forwards of transformers 4 with proxies of its own
+    return forward if transformers4.is_old(stock) else whole(forward)
 
 
 def _register_recorders(made: Any) -> None:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from fastbert.backend import torch_private
 from fastbert.backend.reference.philox import dropout
 from fastbert.models.config import BertConfig
 from fastbert.models.inputs import Inputs, prepare
 from fastbert.models.output import Output
 from fastbert.nn.blocks import Embeddings, EncoderLayer, Linear, QKVProjection
+from fastbert.nn.exports import refuse_script, whole
 from fastbert.nn.packing import Packing
 from fastbert.nn.watch import log_once
 from fastbert.ops.context import seed_for
@@ -56,6 +58,7 @@ class Pretrained(nn.Module):
     # weights that the loaded file lacks, which have random values
     newly_initialised: tuple[str, ...] = ()
     bert: BertModel
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -90,6 +93,13 @@ class Pretrained(nn.Module):
         """
         for layer in self.bert.layers:
             layer.norms_from_output = on  # type: ignore[assignment]
+
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
+        # nn.Module's call under torch.jit.trace, whose programs return tuples and no objects
+        output = super()._slow_forward(*args, **kwargs)
+        if isinstance(output, Output) and torch_private.traced_module() is self:
+            return output.to_tuple()
+        return output
 
     @property
     def layers_to_shard(self) -> Iterable[nn.Module]:
@@ -176,6 +186,7 @@ class BertModel(Pretrained):
         """The encoder: every model has this attribute, and the encoder's is itself."""
         return self
 
+    @whole
     def forward(
         self,
         input_ids: Tensor | None = None,  # (B, S) int64, or packed (T,)

@@ -13,6 +13,7 @@ from fastbert.models.inputs import Inputs, prepare
 from fastbert.models.losses import class_loss, position_loss, sequence_loss
 from fastbert.models.output import Output, SequenceOutput
 from fastbert.nn.blocks import Linear, MLMHead, NSPHead
+from fastbert.nn.exports import whole
 
 
 class _Head(Pretrained):
@@ -92,6 +93,7 @@ class BertForPreTraining(_MaskedLM):
         self.nsp_head = NSPHead(config.hidden_size)
         self.init_weights()
 
+    @whole
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -151,6 +153,7 @@ class BertForMaskedLM(_MaskedLM):
         super().__init__(config)
         self.init_weights()
 
+    @whole
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -197,6 +200,7 @@ class BertForNextSentencePrediction(_Head):
         self.nsp_head = NSPHead(config.hidden_size)
         self.init_weights()
 
+    @whole
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -233,6 +237,7 @@ class BertForSequenceClassification(_Head):
         self.classifier = Linear(width, config.num_labels or 1)
         self.init_weights()
 
+    @whole
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -278,6 +283,7 @@ class BertForTokenClassification(_Head):
         self.classifier = Linear(config.hidden_size, config.num_labels or 1)
         self.init_weights()
 
+    @whole
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -319,6 +325,7 @@ class BertForQuestionAnswering(_Head):
         self.classifier = Linear(config.hidden_size, 2)
         self.init_weights()
 
+    @whole
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastbert.backend.torch_private import fixed
 from fastbert.models.config import BertConfig
 from fastbert.nn.packing import Packing
 
@@ -67,12 +68,10 @@ def prepare(
             token_type_ids = token_type_ids.masked_fill(tail, 0)
         if position_ids is not None:
             position_ids = position_ids.masked_fill(tail, 0)
-        if labels is not None:
-            labels = labels.masked_fill(tail, -100)
     if labels is not None:
-        labels = packing.unpad(labels)
-        if rows_wanted and label_rows is None:
-            label_rows = (labels != -100).nonzero().squeeze(1)
+        labels = packing.unpad_labels(labels)
+        if rows_wanted:
+            label_rows = packing.labelled(labels, label_rows)
     return Inputs(
         packing.unpad(values),
         _positions(config, packing, tokens, input_ids, position_ids),
@@ -93,26 +92,25 @@ def _check(
     token_type_ids: Tensor | None,
     labels: Tensor | None,
 ) -> None:
-    if inputs_embeds is not None and inputs_embeds.shape[-1] != config.hidden_size:
+    if inputs_embeds is not None and fixed(inputs_embeds.shape[-1]) != (config.hidden_size,):
         raise ValueError(
-            f"inputs_embeds has shape {tuple(inputs_embeds.shape)}: its last dimension must be hidden_size "
+            f"inputs_embeds has shape {fixed(*inputs_embeds.shape)}: its last dimension must be hidden_size "
             f"{config.hidden_size}"
         )
+    shape = fixed(*tokens.shape)
     integers = {"input_ids": input_ids, "token_type_ids": token_type_ids, "labels": labels}
     for name, t in integers.items():
         if t is not None and (t.is_floating_point() or t.dtype == torch.bool):
             raise TypeError(f"{name} is {t.dtype}: pass int64")
-        if t is not None and t.shape != tokens.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(t.shape)}: pass one per token, {tuple(tokens.shape)}"
-            )
+        if t is not None and fixed(*t.shape) != shape:
+            raise ValueError(f"{name} has shape {fixed(*t.shape)}: pass one per token, {shape}")
 
 
 def _packing(
     tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None
 ) -> Packing:
     """The packing by the caller's cu_seqlens, by the mask, or of a batch whose columns are all tokens."""
-    shape = tuple(tokens.shape)
+    shape = fixed(*tokens.shape)
     if cu_seqlens is not None:
         if mask is not None:
             raise ValueError(
@@ -127,9 +125,9 @@ def _packing(
         raise ValueError(f"the tokens are {shape}: pass (B, S), or packed (T,) with cu_seqlens")
     if mask is None:
         return Packing.full(tokens.shape[0], tokens.shape[1], tokens.device)
-    if mask.shape != tokens.shape:
+    if fixed(*mask.shape) != shape:
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}: pass one value per token, {shape}"
+            f"attention_mask has shape {fixed(*mask.shape)}: pass one value per token, {shape}"
         )
     return Packing.from_mask(mask)
 
@@ -137,7 +135,9 @@ def _packing(
 def _check_length(config: BertConfig, packing: Packing, position_ids: Tensor | None) -> None:
     # RoBERTa's positions count tokens, the others' are columns of the padded layout
     columns = packing.length is not None and config.model_type != "roberta"
-    longest = packing.length if columns and packing.length is not None else packing.max_seqlen
+    (longest,) = fixed(
+        packing.length if columns and packing.length is not None else packing.max_seqlen
+    )
     if position_ids is None and longest > config.max_length:
         raise ValueError(
             f"the batch is {longest} tokens long but the model has {config.max_length} positions: truncate it"
@@ -153,14 +153,15 @@ def _positions(
 ) -> Tensor:
     """(T,) rows of the position table, as in transformers: columns, or RoBERTa's count of unpadded ids."""
     if position_ids is not None:
-        if position_ids.dim() != tokens.dim() or position_ids.shape[-1] != tokens.shape[-1]:
+        shape = fixed(*tokens.shape)
+        if position_ids.dim() != len(shape) or fixed(position_ids.shape[-1]) != shape[-1:]:
             raise ValueError(
-                f"position_ids has shape {tuple(position_ids.shape)}: pass one per token, {tuple(tokens.shape)}"
+                f"position_ids has shape {fixed(*position_ids.shape)}: pass one per token, {shape}"
             )
         return packing.unpad(position_ids.expand(tokens.shape))
     if config.model_type == "roberta" and input_ids is not None and packing.length is not None:
         pad = config.pad_token_id or 0
-        token = input_ids != pad
+        token = (input_ids != pad).long()
         return packing.unpad(token.cumsum(1) * token + pad)
     positions = packing.positions(tokens.shape[0])
     return positions + config.position_offset if config.position_offset else positions

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from torch import Tensor
+from torch.export import register_dataclass
 
 from fastbert.files import quoted
 
@@ -69,3 +70,8 @@ class SequenceOutput(Output):
 
     PER_TOKEN = tuple(name for name in Output.PER_TOKEN if name != "logits")
     PER_SEQUENCE = ("logits", *Output.PER_SEQUENCE)
+
+
+# torch.export takes and returns registered classes only, and saves them under these names
+for _kind in (Output, SequenceOutput):
+    register_dataclass(_kind, serialized_type_name=f"fastbert.bert.{_kind.__name__}")

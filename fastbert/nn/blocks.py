@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import functional as F
+from fastbert.nn.exports import refuse_script, replaces
 from fastbert.nn.layer import (
     LayerCall,
     LayerSettings,
@@ -27,8 +28,15 @@ from fastbert.nn.watch import first_hooked
 class Linear(nn.Linear):
     """torch.nn.Linear through the `linear` op."""
 
+    @replaces(nn.Linear)
     def forward(self, input: Tensor) -> Tensor:  # (..., K) -> (..., N)
         return F.linear(input, self.weight, self.bias)
+
+
+class Block(nn.Module):
+    """The base of the blocks."""
+
+    __prepare_scriptable__ = refuse_script
 
 
 def sinusoidal_positions(positions: int, hidden_size: int) -> Tensor:
@@ -42,7 +50,7 @@ def sinusoidal_positions(positions: int, hidden_size: int) -> Tensor:
     return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float()
 
 
-class Embeddings(nn.Module):
+class Embeddings(Block):
     """Word + position (+ type) embeddings, LayerNorm and dropout; no token types where `types` is 0."""
 
     def __init__(
@@ -103,7 +111,7 @@ class Embeddings(nn.Module):
         )
 
 
-class QKVProjection(nn.Module):
+class QKVProjection(Block):
     """Queries, keys and values by one fused weight (3C, C) whose rows are q, k, v: (T, C) -> (T, 3, H, D)."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
@@ -119,7 +127,7 @@ class QKVProjection(nn.Module):
         return F.qkv_proj(x, [self.weight], [self.bias], self.num_heads)
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Block):
     """Multi-head self-attention inside each sequence, with the output projection: (T, C) -> (T, C), or (R, C)."""
 
     def __init__(self, hidden_size: int, num_heads: int, *, p: float = 0.1) -> None:
@@ -152,7 +160,7 @@ class SelfAttention(nn.Module):
         return (scores.softmax(-1) * (token[..., :, None] & token[..., None, :])).to(q.dtype)
 
 
-class FeedForward(nn.Module):
+class FeedForward(Block):
     """act(x W1' + b1) W2' + b2; `approximate` names the GELU ("none" is exact, "tanh"), None means ReLU."""
 
     def __init__(
@@ -176,7 +184,7 @@ class FeedForward(nn.Module):
         return feed_forward_block(x, weights, settings)
 
 
-class EncoderLayer(nn.Module):
+class EncoderLayer(Block):
     """One post-norm encoder layer: LN(x + attention), then LN(x + feed-forward); takes three dropout sites.
 
     With `rows` all that follows attention is computed for these rows only, with the dropout of the whole: (R, C).
@@ -257,7 +265,7 @@ PARAMETERS = LayerWeights(
 )
 
 
-class MLMHead(nn.Module):
+class MLMHead(Block):
     """The masked-LM head: dense, activation, LayerNorm, decoder to the vocabulary; tied unless `tied` is False.
 
     `word` is the word embedding (V, C), the decoder's weight where it is tied.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import functional as F
+from fastbert.nn.exports import replaces
 from fastbert.nn.watch import log_once, why_not_ops
 from fastbert.ops.context import autocast_dtype
 
@@ -29,6 +30,7 @@ def why_not_fused(x: Tensor) -> str | None:
 class LayerNorm(nn.LayerNorm):
     """torch.nn.LayerNorm over one or more trailing dimensions; returns the input's dtype, also under autocast."""
 
+    @replaces(nn.LayerNorm)
     def forward(self, input: Tensor) -> Tensor:
         if reason := why_not_fused(input):
             log_stock(self, reason)
@@ -44,6 +46,7 @@ class LayerNorm(nn.LayerNorm):
 class GELU(nn.GELU):
     """torch.nn.GELU, exact or tanh."""
 
+    @replaces(nn.GELU)
     def forward(self, input: Tensor) -> Tensor:
         if reason := why_not_fused(input):
             log_stock(self, reason)
@@ -57,6 +60,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     The loss is computed in fp32 and then rounded; under autocast it stays fp32, as in torch.nn.
     """
 
+    @replaces(nn.CrossEntropyLoss)
     def forward(self, input: Tensor, target: Tensor) -> Tensor:  # (N, V), (N,)
         if reason := self._why_not_fused(input, target):
             log_stock(self, reason)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as tnf
 
+from fastbert.backend.torch_private import exporting
 from fastbert.ops.context import untraced
 
 # --- from values to indices: opaque ops, so that torch.compile breaks its graph here and nowhere else ---
@@ -129,6 +130,8 @@ class Packing:
     @classmethod
     def full(cls, batch: int, length: int, device: torch.device) -> Packing:
         """A padded batch whose columns are all tokens; no host sync."""
+        if exporting():
+            return Padded.by(torch.ones(batch, length, dtype=torch.bool, device=device))
         bounds = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
         return cls(bounds, length, None, length)
 
@@ -152,6 +155,8 @@ class Packing:
             raise ValueError(
                 f"the mask has shape {tuple(mask.shape)}: pass (B, S), one value per token"
             )
+        if exporting():
+            return Padded.by(READINGS[reading](mask)[0]), 0
         return cls.found(find_tokens(mask, reading), mask.shape[1])
 
     @classmethod
@@ -183,6 +188,16 @@ class Packing:
             return x
         flat = x.flatten(0, 1)
         return flat if self.rows is None else flat.index_select(0, self.rows)
+
+    def unpad_labels(self, labels: Tensor) -> Tensor:
+        """`unpad` for labels: those outside of the sequences become -100."""
+        if self.length is None:
+            return labels.masked_fill(self.tail(labels.shape[0]), -100)
+        return self.unpad(labels)
+
+    def labelled(self, labels: Tensor, known: Tensor | None = None) -> Tensor:
+        """Rows (R,) of the labels (T,) other than -100: `known` where given, else in order by one host sync."""
+        return (labels != -100).nonzero().squeeze(1) if known is None else known
 
     def pad(self, y: Tensor) -> Tensor:
         """(T, ...) -> (B, S, ...) with zeros at padding; the caller's packed tensors only get zeros in the tail."""
@@ -235,3 +250,41 @@ class Packing:
         sequence = torch.searchsorted(self.cu_seqlens[1:].contiguous(), row, right=True)
         offset = row - self.cu_seqlens.index_select(0, sequence)
         return sequence, torch.where(sequence < self.batch, offset, 0).to(torch.int64)
+
+
+class Padded(Packing):
+    """A batch (B, S) that keeps its padding, made while an exporter looks: no size depends on a value then.
+
+    `cu_seqlens` is the mask, bool (B, S), True at tokens. Layers pass it on to functional.attention, which takes it in
+    place of the running sums. What is computed at padding is set to zero by `pad`.
+    """
+
+    @classmethod
+    def by(cls, token: Tensor) -> Padded:
+        """The packing by a mask, bool (B, S)."""
+        return cls(token, token.shape[1], None, token.shape[1])
+
+    @property
+    def batch(self) -> int:
+        return self.cu_seqlens.shape[0]
+
+    def unpad_labels(self, labels: Tensor) -> Tensor:
+        return labels.masked_fill(~self.cu_seqlens, -100).flatten()
+
+    def labelled(self, labels: Tensor, known: Tensor | None = None) -> Tensor:
+        # all rows: their number must not depend on the labels, and a loss leaves out rows labelled -100. The numbers of
+        # `known` count tokens alone
+        return torch.arange(labels.shape[0], device=labels.device)
+
+    def pad(self, y: Tensor) -> Tensor:
+        grid = y.unflatten(0, self.cu_seqlens.shape)
+        return grid.masked_fill(
+            ~self.cu_seqlens.view(*self.cu_seqlens.shape, *[1] * (y.dim() - 1)), 0
+        )
+
+    def starts(self, tokens: int) -> Tensor:
+        columns = self.cu_seqlens.to(torch.int32).argmax(1)
+        return torch.arange(self.batch, device=columns.device) * self.max_seqlen + columns
+
+    def of_starts(self, x: Tensor) -> Tensor:
+        return x.masked_fill(~self.cu_seqlens.any(1)[:, None], 0)

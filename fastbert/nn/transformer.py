@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastbert.nn.blocks import Linear
 from fastbert.nn.drop_in import GELU, LayerNorm, log_stock, why_not_fused
+from fastbert.nn.exports import replaces
 from fastbert.nn.layer import (
     LayerCall,
     LayerSettings,
@@ -128,6 +129,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     # accelerate()'s at_padding; "auto" is "zeros" here
     fastbert_at_padding = "auto"
 
+    @replaces(nn.MultiheadAttention)
     def forward(
         self,
         query: Tensor,  # (B, S, C)
@@ -172,6 +174,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
     fastbert_at_padding = "auto"
 
+    @replaces(nn.TransformerEncoderLayer)
     def forward(
         self,
         src: Tensor,  # (B, S, C)
@@ -256,6 +259,7 @@ class TransformerEncoder(nn.TransformerEncoder):
 
     fastbert_at_padding = "auto"
 
+    @replaces(nn.TransformerEncoder)
     def forward(
         self,
         src: Tensor,  # (B, S, C)
@@ -302,6 +306,7 @@ class Transformer(nn.Transformer):
 
     fastbert_at_padding = "auto"
 
+    @replaces(nn.Transformer)
     def forward(
         self,
         src: Tensor,  # (B, S, C)

@@ -56,11 +56,9 @@ def why_not_bypassed() -> str | None:
     """Why all modules must be called, whichever model it is: global hooks, export, tracing or a transform."""
     if torch_private.global_hooks():
         return "global module hooks are registered"
-    if torch.compiler.is_compiling():
-        return "it is being exported" if torch.compiler.is_exporting() else None
-    if torch_private.tracing() is not None:
-        return "it is being traced"
-    return why_not_ops()
+    if torch_private.exporting():
+        return "it is being exported or traced"
+    return None if torch.compiler.is_compiling() else why_not_ops()
 
 
 def why_not_ops() -> str | None:

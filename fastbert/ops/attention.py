@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.chooser import choose
+from fastbert.backend.stock.attention import padded
 from fastbert.backend.tuned import TunedBy
 from fastbert.ops import _check
 from fastbert.ops._register import once_differentiable, record, register, wants_grad
-from fastbert.ops.context import autocast, seed_for
+from fastbert.ops.context import autocast, exported_as, seed_for
 
 
 def _fwd_check(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *_: Any) -> None:
@@ -78,6 +79,7 @@ class _Attention(torch.autograd.Function):
         return _bwd(dout, qkv, out, lse, *args), *[None] * 8
 
 
+@exported_as(padded)
 def attention(
     qkv: Tensor,  # (T, 3, H, D)
     cu_seqlens: Tensor,  # (B + 1,) int32

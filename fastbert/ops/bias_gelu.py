@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as tnf
 
 from fastbert.backend.chooser import choose
+from fastbert.backend.reference.bias_gelu import eager
 from fastbert.backend.tuned import TunedBy
 from fastbert.ops import _check
 from fastbert.ops._register import (
@@ -21,7 +22,7 @@ from fastbert.ops._register import (
     register,
     wants_grad,
 )
-from fastbert.ops.context import autocast
+from fastbert.ops.context import autocast, exported_as
 
 
 def _fwd_fake(x: Tensor, bias: Tensor | None, *_: Any) -> Any:
@@ -72,6 +73,7 @@ class _BiasGelu(torch.autograd.Function):
         return dx, none_if_empty(dbias), None, None
 
 
+@exported_as(eager)
 def bias_gelu(
     x: Tensor,  # (..., F)
     bias: Tensor | None = None,  # (F,)

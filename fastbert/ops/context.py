@@ -4,11 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch.fx import Proxy
 
-from fastbert.backend.torch_private import autocast_anywhere, dispatch_modes, profiling, tracing
+from fastbert.backend.torch_private import autocast_anywhere, dispatch_modes, exporting, profiling
+
+Op = TypeVar("Op", bound=Callable[..., Any])
+
+
+def exported_as(plain: Callable[..., Any]) -> Callable[[Op], Op]:
+    """Decorate an op: an exporter records `plain`, a function of the same arguments in torch's own operations.
+
+    torch.fx records a call of the op, as it does for torch's functions.
+    """
+
+    def decorate(op: Op) -> Op:
+        @wraps(op)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if exporting():
+                return plain(*args, **kwargs)
+            if args and isinstance(args[0], Proxy):
+                return args[0].tracer.create_proxy("call_function", call, args, kwargs)
+            return op(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
 
 
 def untraced(
@@ -37,11 +60,11 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def needs_dispatcher(args: Sequence[Any]) -> bool:
-    """Whether a call must reach the registered op: for a tracer, a dispatch mode, the profiler, a subclass of Tensor.
+    """Whether a call must reach the registered op: torch.compile, a dispatch mode, the profiler, a subclass of Tensor.
 
     Plain eager calls skip torch's dispatcher, which takes 25 us of Python to box and unbox them (torch 2.13).
     """
-    if torch.compiler.is_compiling() or dispatch_modes() or profiling() or tracing() is not None:
+    if torch.compiler.is_compiling() or dispatch_modes() or profiling():
         return True
     for a in args:
         if isinstance(a, torch.Tensor):
@@ -68,8 +91,11 @@ def autocast(x: torch.Tensor) -> torch.Tensor:
 
 
 def seed_for(p: float, seed: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
-    """The dropout seed: none at p = 0, the caller's, or a fresh one on x's device from torch's generator."""
-    if p == 0.0:
+    """The dropout seed: the caller's, or a fresh one on x's device from torch's generator.
+
+    None at p = 0, and under an exporter, which records torch's own dropout.
+    """
+    if p == 0.0 or exporting():
         return None
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.chooser import choose
+from fastbert.backend.reference.cross_entropy import eager
 from fastbert.backend.tuned import TunedBy
 from fastbert.ops import _check
 from fastbert.ops._register import (
@@ -16,6 +17,7 @@ from fastbert.ops._register import (
     register,
     wants_grad,
 )
+from fastbert.ops.context import exported_as
 
 
 def _fwd_check(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
@@ -66,6 +68,7 @@ class _CrossEntropy(torch.autograd.Function):
         return grad, None, None, None
 
 
+@exported_as(eager)
 def cross_entropy(
     logits: Tensor,  # (N, V)
     labels: Tensor,  # (N,) int

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.chooser import choose
+from fastbert.backend.reference.dropout_add_layer_norm import eager
 from fastbert.backend.tuned import TunedBy
 from fastbert.ops import _check
 from fastbert.ops._register import (
@@ -19,7 +20,7 @@ from fastbert.ops._register import (
     sums,
     wants_grad,
 )
-from fastbert.ops.context import seed_for
+from fastbert.ops.context import exported_as, seed_for
 from fastbert.ops.layer_norm import row_stats
 
 
@@ -88,6 +89,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         return *grads, None, None, None, None, None, None, None
 
 
+@exported_as(eager)
 def dropout_add_layer_norm(
     x: Tensor,  # (..., C)
     residual: Tensor,  # (..., C)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.chooser import choose
+from fastbert.backend.reference.embed import eager
 from fastbert.backend.tuned import TunedBy
 from fastbert.ops import _check
 from fastbert.ops._register import (
@@ -18,7 +19,7 @@ from fastbert.ops._register import (
     sums,
     wants_grad,
 )
-from fastbert.ops.context import autocast_dtype, seed_for
+from fastbert.ops.context import autocast_dtype, exported_as, seed_for
 
 
 def _fwd_check(
@@ -156,6 +157,7 @@ def _check_all(
     )
 
 
+@exported_as(eager)
 def embed(
     ids: Tensor,  # (T,) int, or (T, C) float with word=None
     positions: Tensor,  # (T,) int

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.chooser import choose
+from fastbert.backend.reference.feed_forward import eager
 from fastbert.backend.tuned import TunedBy
 from fastbert.ops import _check
 from fastbert.ops._register import (
@@ -20,7 +21,7 @@ from fastbert.ops._register import (
     sums,
     wants_grad,
 )
-from fastbert.ops.context import autocast
+from fastbert.ops.context import autocast, exported_as
 
 
 def _fwd_fake(
@@ -101,6 +102,7 @@ class _FeedForward(torch.autograd.Function):
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
+@exported_as(eager)
 def feed_forward(
     x: Tensor,  # (..., C)
     w1: Tensor,  # (F, C)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as tnf
 
 from fastbert.backend.chooser import choose
+from fastbert.backend.reference.layer_norm import eager
 from fastbert.backend.tuned import TunedBy
 from fastbert.ops import _check
 from fastbert.ops._register import (
@@ -22,6 +23,7 @@ from fastbert.ops._register import (
     sums,
     wants_grad,
 )
+from fastbert.ops.context import exported_as
 
 
 def row_stats(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,6 +95,7 @@ class _LayerNorm(torch.autograd.Function):
         return dx, none_if_empty(dweight), dbias if ctx.has_bias else None, None, None, None
 
 
+@exported_as(eager)
 def layer_norm(
     x: Tensor,  # (..., C)
     weight: Tensor | None = None,  # (C,)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.chooser import choose
+from fastbert.backend.reference.linear import eager
 from fastbert.backend.tuned import TunedBy
 from fastbert.ops import _check
 from fastbert.ops._register import (
@@ -20,7 +21,7 @@ from fastbert.ops._register import (
     sums,
     wants_grad,
 )
-from fastbert.ops.context import autocast
+from fastbert.ops.context import autocast, exported_as
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, *_: Any) -> Any:
@@ -71,6 +72,7 @@ class _Linear(torch.autograd.Function):
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
 
 
+@exported_as(eager)
 def linear(
     x: Tensor,  # (..., K)
     weight: Tensor,  # (N, K)

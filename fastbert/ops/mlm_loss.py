@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.chooser import choose, offered
+from fastbert.backend.reference.mlm_loss import eager
 from fastbert.backend.tuned import TunedBy
 from fastbert.ops import _check
 from fastbert.ops._register import once_differentiable, record, register, sums, wants_grad
-from fastbert.ops.context import autocast
+from fastbert.ops.context import autocast, exported_as
 
 # above this many labelled rows the logits are built again in backward, a chunk at a time, instead of being kept
 MAX_ROWS = 8192
@@ -104,6 +105,7 @@ class _MLMLoss(torch.autograd.Function):
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 5
 
 
+@exported_as(eager)
 def mlm_loss(
     hidden: Tensor,  # (T, C)
     weight: Tensor,  # (V, C)

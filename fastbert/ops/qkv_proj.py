@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.chooser import choose
+from fastbert.backend.reference.qkv_proj import eager
 from fastbert.backend.tuned import TunedBy
 from fastbert.ops import _check
 from fastbert.ops._register import once_differentiable, record, register, shared, sums, wants_grad
-from fastbert.ops.context import autocast
+from fastbert.ops.context import autocast, exported_as
 
 
 def _fwd_fake(
@@ -113,6 +114,7 @@ def _check_all(
         raise TypeError(f"weights and biases mix {names}: use one dtype for all of them")
 
 
+@exported_as(eager)
 def qkv_proj(
     x: Tensor,  # (T, C)
     weights: Sequence[Tensor],  # [(3HD, C)] or 3 of (HD, C)

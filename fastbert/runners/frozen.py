@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.backend import chooser, cpu
+from fastbert.backend.torch_private import exporting
 from fastbert.models.encoder import BertModel
 from fastbert.nn.blocks import PARAMETERS, EncoderLayer, FeedForward, QKVProjection, SelfAttention
 from fastbert.nn.blocks import Linear as BlockLinear
@@ -98,7 +99,7 @@ class Frozen(Copies):
 
     def serves(self, encoder: BertModel, x: Tensor) -> bool:
         """Whether a forward on embeddings x (T, C) can run on the copies; makes them if they are missing."""
-        if torch.compiler.is_compiling() or encoder.training:
+        if torch.compiler.is_compiling() or exporting() or encoder.training:
             return False
         if x.device.type != "cpu":
             # the weights have moved to another device: the copies serve no more

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.reference.samples import Cost, Draw, Sample, low_precision, nbytes
+from fastbert.backend.torch_private import fixed
 
 
 def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> str | None:
@@ -101,7 +102,7 @@ def eager(
 ) -> Tensor:
     """The stock op in the tested dtype: what a user would run, and the error budget's baseline."""
     w, b = (None if t is None else t.to(x.dtype) for t in (weight, bias))
-    return torch.nn.functional.layer_norm(x, x.shape[-1:], w, b, eps)
+    return torch.nn.functional.layer_norm(x, fixed(x.shape[-1]), w, b, eps)
 
 
 def sample_inputs(

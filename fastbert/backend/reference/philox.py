@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastbert.backend.torch_private import exporting
+
 _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -73,9 +75,14 @@ def attention_keep_mask(
 def dropout(
     x: Tensor, p: float, seed: Tensor | None, site: int, rows: Tensor | None = None
 ) -> Tensor:
-    """Dropout of x (N, C) by the bits above, differentiable, in x's dtype; the identity at p = 0."""
+    """Dropout of x (N, C) by the bits above, differentiable, in x's dtype; the identity at p = 0.
+
+    An exported program has torch's own dropout, with other bits.
+    """
     if p == 0.0:
         return x
+    if exporting():
+        return torch.nn.functional.dropout(x, p)
     if seed is None:
         raise ValueError(f"dropout with p = {p} needs a seed: an int64 tensor on {x.device}")
     keep = keep_mask(seed, site, x.shape[0] if rows is None else rows, x.shape[1], p)

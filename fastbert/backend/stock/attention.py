@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.reference import philox
+from fastbert.backend.torch_private import exporting
 
 
 def unsupported(*args: object) -> str | None:
@@ -23,7 +24,7 @@ class _Layout:
     def __init__(self, cu_seqlens: Tensor, T: int, S: int) -> None:
         cu = cu_seqlens.long()
         device = cu.device
-        if device.type == "cpu":
+        if device.type == "cpu" and not exporting():
             S = int(
                 cu.diff().max()
             )  # max_seqlen may be generous, and reading the lengths costs nothing here
@@ -70,6 +71,49 @@ def _dropped(t: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
     bh = torch.arange(B * H, device=t.device).view(B, H)
     keep = philox.attention_keep_mask(seed, site, bh, S, S, p)
     return torch.where(keep, t * (1.0 / (1.0 - p)), 0.0)
+
+
+def padded(
+    qkv: Tensor,  # (T, 3, H, D)
+    cu_seqlens: Tensor,  # (B + 1,) int32, or (B, S) bool
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+    p: float = 0.0,
+    causal: bool = False,
+    seed: Tensor | None = None,
+    site: int = 0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """functional.attention for exporters, whose sizes must not depend on values; dropout has torch's own bits.
+
+    In place of cu_seqlens it also takes the mask (B, S), True at tokens, of a batch whose T = B S rows keep the
+    padding. Outputs at padding have no meaning there.
+    """
+    layout = None if cu_seqlens.dim() == 2 else _Layout(cu_seqlens, qkv.shape[0], max_seqlen)
+    if layout is None:
+        heads = qkv.unflatten(0, cu_seqlens.shape).permute(2, 0, 3, 1, 4)
+        q, k, v = heads.unbind()  # each (B, H, S, D)
+        token = cu_seqlens
+    else:
+        q, k, v = layout.pad(qkv).unbind(2)
+        token = layout.valid
+    seen = token[:, None, None, :]
+    # every query sees a key, since no weights at all are NaN, which the next layer would spread
+    if causal:
+        square = torch.ones(token.shape[1], token.shape[1], dtype=torch.bool, device=token.device)
+        seen = seen & square.tril() | torch.eye(
+            token.shape[1], dtype=torch.bool, device=token.device
+        )
+    else:
+        seen = seen | ~token.any(1)[:, None, None, None]
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, p, scale=scale)
+    if layout is None:
+        return y.transpose(1, 2).flatten(0, 1)
+    if not return_lse:
+        return layout.unpad(y)
+    lse = layout.scores(q, k, q.shape[-1] ** -0.5 if scale is None else scale, causal).logsumexp(-1)
+    return layout.unpad(y), layout.unpad(lse).t().contiguous()
 
 
 def forward(
