@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as tnf
 
 from fastbert import functional as F
 from fastbert.backend.reference import philox
+from fastbert.backend.stock.attention import padded
 from fastbert.ops.context import seed_for
 
 # the values of `approximate` of the activations that are fused with the feed-forward's products
@@ -129,31 +129,14 @@ def attention_block(x: Tensor, w: LayerWeights, s: LayerSettings, c: LayerCall) 
     qkv = w.qkv(x) if callable(w.qkv) else F.qkv_proj(x, w.qkv, w.qkv_bias, s.heads)
     p = s.rates.attention
     if c.tokens is not None:
-        y = _padded_attention(qkv, c.tokens, s)
+        y = padded(qkv, c.tokens, c.max_seqlen, scale=s.scale, p=p, causal=s.causal)
     else:
-        y = F.attention(  # type: ignore[assignment]  # a pair only with return_lse
-            qkv,
-            c.cu_seqlens,
-            c.max_seqlen,
-            scale=s.scale,
-            p=p,
-            causal=s.causal,
-            seed=c.seed if p else None,
-            site=c.site,
-        )
+        seed = c.seed if p else None
+        batch = (qkv, c.cu_seqlens, c.max_seqlen)
+        y = F.attention(*batch, scale=s.scale, p=p, causal=s.causal, seed=seed, site=c.site)
+    assert isinstance(y, Tensor)  # a pair only with return_lse
     y = y.flatten(1)
     return project(y if c.rows is None else y.index_select(0, c.rows), w.out, w.out_bias)
-
-
-def _padded_attention(qkv: Tensor, tokens: Tensor, s: LayerSettings) -> Tensor:
-    """Attention (B * S, 3, H, D) -> (B * S, H, D) in which every position sees the tokens (B, S), by torch's sdpa."""
-    B, S = tokens.shape
-    q, k, v = qkv.view(B, S, *qkv.shape[1:]).permute(2, 0, 3, 1, 4)  # each (B, H, S, D)
-    seen = tokens[:, None, None]
-    if s.causal:
-        seen = seen & torch.ones(S, S, dtype=torch.bool, device=qkv.device).tril()
-    y = tnf.scaled_dot_product_attention(q, k, v, seen, s.rates.attention, scale=s.scale)
-    return y.transpose(1, 2).flatten(0, 1)
 
 
 def feed_forward_block(

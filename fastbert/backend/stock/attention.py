@@ -85,10 +85,10 @@ def padded(
     site: int = 0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """functional.attention for exporters, whose sizes must not depend on values; dropout has torch's own bits.
+    """functional.attention by torch's sdpa, where no size depends on values; dropout has torch's own bits.
 
-    In place of cu_seqlens it also takes the mask (B, S), True at tokens, of a batch whose T = B S rows keep the
-    padding. Outputs at padding have no meaning there.
+    For exporters, and for batches whose outputs at padding are wanted. In place of cu_seqlens it takes the mask (B, S),
+    True at tokens, of a batch whose T = B S rows keep the padding: every row attends to its sequence's tokens.
     """
     layout = None if cu_seqlens.dim() == 2 else _Layout(cu_seqlens, qkv.shape[0], max_seqlen)
     if layout is None:
