@@ -37,7 +37,7 @@ class Filler:
     def __init__(self, model: str | Path) -> None:
         self.model = BertForMaskedLM.from_pretrained(model).eval()
         check_whole(self.model, model)
-        self.tokenizer = load_tokenizer(model)
+        self.tokenizer: Any = load_tokenizer(model)
         self.mask = SpecialIds.of(self.tokenizer).mask
 
     @torch.no_grad()
@@ -93,7 +93,7 @@ class Embedder:
         self.prompt = self.about.prompt(prompt)
         # the pooled output is not used, and many checkpoints have none
         self.model = BertModel.from_pretrained(self.about.encoder, add_pooler=False).eval()
-        self.tokenizer = load_tokenizer(self.about.encoder)
+        self.tokenizer: Any = load_tokenizer(self.about.encoder)
         if self.about.lower_case:
             _lower(self.tokenizer)
         self.max_length: int = self.model.config.max_length
@@ -159,7 +159,9 @@ class Embedder:
 
 def _lower(tokenizer: Any) -> None:
     """Lower-case texts first, as sentence-transformers does for do_lower_case."""
-    old = tokenizer.normalizer
-    steps = list(old) if isinstance(old, normalizers.Sequence) else [old] if old else []
+    old: Any = tokenizer.normalizer
+    # the library's types lack that a sequence is iterable
+    several = isinstance(old, normalizers.Sequence)
+    steps: list[Any] = list(old) if several else [old] if old else []  # type: ignore[call-overload, unused-ignore]
     if not any(isinstance(step, normalizers.Lowercase) for step in steps):
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])

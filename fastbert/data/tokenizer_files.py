@@ -42,7 +42,7 @@ _FILES = {
     "sentencepiece.bpe.model": None,
 }
 # settings of tokenizer_config.json that change ids and are not supported, with the values that change nothing
-_UNSUPPORTED = {
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "auto_map": (None,),
     "fast_tokenizer_files": (None,),
     "init_inputs": (None, []),
@@ -148,9 +148,9 @@ class _Folder(TokenizerFolder):
             )
         normalizer = normalizers.BertNormalizer(
             clean_text=True,
-            handle_chinese_chars=self.flag("tokenize_chinese_chars", True),
+            handle_chinese_chars=bool(self.flag("tokenize_chinese_chars", True)),
             strip_accents=self.flag("strip_accents", None),
-            lowercase=self.flag("do_lower_case", lower),
+            lowercase=bool(self.flag("do_lower_case", lower)),
         )
         return wordpiece(vocab, normalizer)
 
@@ -164,8 +164,10 @@ class _Folder(TokenizerFolder):
             model = read(self.file, lambda name: models.BPE.from_file(name, str(merges)))
             tokenizer = Tokenizer(model)
         else:
-            options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk")
-            options += ("byte_fallback", "ignore_merges")
+            options = (
+                *("dropout", "continuing_subword_prefix", "end_of_word_suffix"),
+                *("fuse_unk", "byte_fallback", "ignore_merges"),
+            )
             self._check_parts(
                 _has(self.saved["model"], "BPE")
                 and not any(self.saved["model"].get(option) for option in options)

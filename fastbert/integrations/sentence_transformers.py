@@ -27,8 +27,10 @@ _SWITCHES = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-_ACTIVATIONS = ("ELU", "GELU", "Identity", "LeakyReLU", "Mish", "ReLU", "SELU", "SiLU")
-_ACTIVATIONS += ("Sigmoid", "Softplus", "Tanh")
+_ACTIVATIONS = (
+    *("ELU", "GELU", "Identity", "LeakyReLU", "Mish", "ReLU"),
+    *("SELU", "SiLU", "Sigmoid", "Softplus", "Tanh"),
+)
 _TRANSFORMER = ("bert", "roberta", "distilbert", "camembert", "xlm-roberta")
 # settings of an encoder's file that change nothing at these values; _check refuses all others
 _ENCODER: Json = {

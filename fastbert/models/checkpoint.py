@@ -96,7 +96,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
         new_settings.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def check_whole(model: nn.Module, directory: str | Path) -> None:
+def check_whole(model: Any, directory: str | Path) -> None:
     """Refuse a model whose results would come from random weights, as its file has none for them."""
     if absent := model.newly_initialised:
         raise ValueError(

@@ -27,20 +27,13 @@ PROBLEM_TYPES = (
     "single_label_classification",
     "multi_label_classification",
 )
-# type in an annotation -> types of a value; what they are called in messages
-_TYPES: dict[str, tuple[type, ...]] = {
-    "int": (Integral,),
-    "float": (Real,),
-    "str": (str,),
-    "bool": (bool,),
-    "dict": (dict,),
-}
-_CALLED = {
-    (Integral,): "a whole number",
-    (Real,): "a number",
-    (str,): "a text",
-    (bool,): "true or false",
-    (dict,): "a JSON object",
+# type in an annotation -> type of a value, and its name in messages
+_TYPES: dict[str, tuple[type, str]] = {
+    "int": (Integral, "a whole number"),
+    "float": (Real, "a number"),
+    "str": (str, "a text"),
+    "bool": (bool, "true or false"),
+    "dict": (dict, "a JSON object"),
 }
 # model_type -> the family with the same weights and maths; to_dict writes the original model_type
 ALIASES = {"xlm-roberta": "roberta", "camembert": "roberta"}
@@ -85,11 +78,11 @@ def check_types(settings: Any) -> None:
     """Raise ValueError for a field of a dataclass whose value is not of the field's type."""
     for f in dataclasses.fields(settings):
         value, (kind, *optional) = getattr(settings, f.name), str(f.type).split(" | ")
-        types = _TYPES[kind.partition("[")[0]]
-        fits = isinstance(value, types) and (kind == "bool") == isinstance(value, bool)
+        wanted, called = _TYPES[kind.partition("[")[0]]
+        fits = isinstance(value, wanted) and (kind == "bool") == isinstance(value, bool)
         fits = fits and (not isinstance(value, Real) or math.isfinite(value))
         if not fits and not (optional and value is None):
-            raise ValueError(f"{f.name} is {str(value)[:50]!r}: it must be {_CALLED[types]}")
+            raise ValueError(f"{f.name} is {str(value)[:50]!r}: it must be {called}")
 
 
 @dataclass
