@@ -219,7 +219,7 @@ class _Folder(TokenizerFolder):
         for index, token in (*listed.items(), *saved.items()):
             if built.get(index) != flags_of(token):
                 raise self.refused(
-                    f"its files do not agree on the added token {str(token.content)[:50]!r} of id {index}"
+                    f"its files do not agree on the added token {quoted(str(token.content))} of id {index}"
                 )
 
     # what stands around a text
@@ -242,7 +242,7 @@ class _Folder(TokenizerFolder):
         inputs = self.settings.get("model_input_names") or silent
         if not isinstance(inputs, list):
             raise ValueError(
-                f"{self.path}: model_input_names is {str(inputs)[:50]!r}: make it a list"
+                f"{self.path}: model_input_names is {quoted(str(inputs))}: make it a list"
             )
         if "token_type_ids" in inputs:
             return tokenizer

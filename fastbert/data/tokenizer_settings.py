@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from fastbert.data.tokenizer import BERT_TOKENS, ROBERTA_TOKENS, is_roberta
-from fastbert.files import parse_json, read_text, shortened
+from fastbert.files import parse_json, quoted, read_text, shortened
 
 Json = dict[str, Any]
 
@@ -68,7 +68,7 @@ class TokenizerFolder:
         found = self.settings.get(name) or []
         if not isinstance(found, (list, dict)):
             raise ValueError(
-                f"{self.path}: {name} is {str(found)[:50]!r}: it must be a list of tokens"
+                f"{self.path}: {name} is {quoted(str(found))}: it must be a list of tokens"
             )
         return found
 
@@ -77,7 +77,7 @@ class TokenizerFolder:
         value = self.settings.get(name, default)
         if not isinstance(value, bool) and value is not default:
             raise ValueError(
-                f"{self.path}: {name} is {str(value)[:50]!r}: it must be true or false"
+                f"{self.path}: {name} is {quoted(str(value))}: it must be true or false"
             )
         return value
 
@@ -101,7 +101,7 @@ class TokenizerFolder:
                 continue
             text = token.get("content") if isinstance(token, dict) else token
             if text not in (None, names[role]):
-                raise self.refused(f"its {role}_token is {str(text)[:50]!r} and not {names[role]}")
+                raise self.refused(f"its {role}_token is {quoted(str(text))} and not {names[role]}")
             found.append(token or names[role])
         if model == "BPE" and isinstance(found[-1], str):
             known = tokenizer.get_added_tokens_decoder().values()
@@ -142,7 +142,7 @@ class TokenizerFolder:
             return given
         flags = {"content": given} if isinstance(given, str) else given
         if not isinstance(flags, dict) or not isinstance(flags.get("content"), str):
-            raise ValueError(f"{self.path}: an added token is {str(given)[:50]!r}: write it anew")
+            raise ValueError(f"{self.path}: an added token is {quoted(str(given))}: write it anew")
         bools = {name: flags[name] for name in FLAGS[1:] if name in flags}
         if not all(isinstance(value, bool) for value in bools.values()):
             raise ValueError(f"{self.path}: an added token is {str(given)[:150]}: write it anew")
@@ -154,7 +154,7 @@ class TokenizerFolder:
     def _index(self, value: Any) -> int:
         if isinstance(value, bool) or not str(value).isdecimal():
             raise ValueError(
-                f"{self.path}: an added token has the id {str(value)[:50]!r}: correct it"
+                f"{self.path}: an added token has the id {quoted(str(value))}: correct it"
             )
         return int(value)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as tnf
 
-from fastbert.files import parse_json, read_text
+from fastbert.files import parse_json, quoted, read_text
 from fastbert.models.checkpoint import read_weights
 
 Json = dict[str, Any]
@@ -100,7 +100,7 @@ class SentenceModel:
         name = self.default_prompt if name is None else name
         if name and name not in self.prompts:
             known = ", ".join(self.prompts)[:200] or "none, as no config_sentence_transformers.json"
-            raise ValueError(f"the model has no prompt {name[:50]!r}: it has {known}")
+            raise ValueError(f"the model has no prompt {quoted(name)}: it has {known}")
         return self.prompts[name] if name else ""
 
     def _read_encoder(self) -> None:
@@ -112,10 +112,12 @@ class SentenceModel:
         if self.max_length is not None and (
             type(self.max_length) is not int or self.max_length < 3
         ):
-            raise _refused(file, f"max_seq_length is {self.max_length!r}", "a number from 3 on")
+            raise _refused(
+                file, f"max_seq_length is {quoted(self.max_length)}", "a number from 3 on"
+            )
         self.lower_case = values.pop("do_lower_case", False)
         if not isinstance(self.lower_case, bool):
-            raise _refused(file, f"do_lower_case is {self.lower_case!r}", "true or false")
+            raise _refused(file, f"do_lower_case is {quoted(self.lower_case)}", "true or false")
         _check(values, _ENCODER, file)
 
     def _read_pooling(self, file: Path) -> int:
@@ -127,17 +129,19 @@ class SentenceModel:
         modes = (given,) if isinstance(given, str) else given
         if not isinstance(modes, (list, tuple)) or not modes or set(map(str, modes)) - set(POOLING):
             raise _refused(
-                file, f"pooling_mode is {given!r}", f"one or several of {', '.join(POOLING)}"
+                file, f"pooling_mode is {quoted(given)}", f"one or several of {', '.join(POOLING)}"
             )
         self.pooling = tuple(modes)
         self.include_prompt = values.pop("include_prompt", True)
         if not isinstance(self.include_prompt, bool):
-            raise _refused(file, f"include_prompt is {self.include_prompt!r}", "true or false")
+            raise _refused(
+                file, f"include_prompt is {quoted(self.include_prompt)}", "true or false"
+            )
         widths = [values.pop(n, None) for n in ("embedding_dimension", "word_embedding_dimension")]
         _check(values, {}, file)
         width = next((w for w in widths if w is not None), None)
         if type(width) is not int or width < 1:
-            raise _refused(file, f"embedding_dimension is {width!r}", "the encoder's width")
+            raise _refused(file, f"embedding_dimension is {quoted(width)}", "the encoder's width")
         return width * len(self.pooling)
 
     def _read_prompts(self, file: Path) -> None:
@@ -145,7 +149,7 @@ class SentenceModel:
         kind = values.get("model_type", "SentenceTransformer")
         if kind != "SentenceTransformer":
             raise _refused(
-                file, f"model_type is {kind!r}", "SentenceTransformer, with a vector per text"
+                file, f"model_type is {quoted(kind)}", "SentenceTransformer, with a vector per text"
             )
         prompts = values.get("prompts") or {}
         if not isinstance(prompts, dict) or not all(
@@ -156,7 +160,7 @@ class SentenceModel:
         self.default_prompt = values.get("default_prompt_name")
         if self.default_prompt is not None and self.default_prompt not in [*self.prompts]:
             raise _refused(
-                file, f"default_prompt_name is {self.default_prompt!r}", "one of prompts"
+                file, f"default_prompt_name is {quoted(self.default_prompt)}", "one of prompts"
             )
 
 
@@ -234,7 +238,7 @@ def _layer(kind: str, path: Path, width: int) -> tuple[nn.Module, int]:
     if sizes[0] != width or type(sizes[1]) is not int or sizes[1] < 1:
         raise _refused(
             file,
-            f"a layer from {sizes[0]!r} to {sizes[1]!r} numbers follows {width}",
+            f"a layer from {quoted(sizes[0])} to {quoted(sizes[1])} numbers follows {width}",
             "the same width",
         )
     bias, residual = values.pop("bias", True), values.pop("use_residual", False)
@@ -242,7 +246,9 @@ def _layer(kind: str, path: Path, width: int) -> tuple[nn.Module, int]:
     package, _, short = str(name).rpartition(".")
     if short not in _ACTIVATIONS or not package.startswith("torch.nn"):
         raise _refused(
-            file, f"activation_function is {name!r}", f"one of torch.nn's {', '.join(_ACTIVATIONS)}"
+            file,
+            f"activation_function is {quoted(name)}",
+            f"one of torch.nn's {', '.join(_ACTIVATIONS)}",
         )
     _check(values, _ON_VECTORS, file)
     linear = nn.Linear(width, sizes[1], bias=bool(bias))
@@ -278,7 +284,7 @@ def _module(entry: Any, folder: Path) -> tuple[str, Path]:
     if package.split(".")[0] != "sentence_transformers":
         raise _refused(
             folder / "modules.json",
-            f"a module is {str(entry.get('type'))!r}",
+            f"a module is {quoted(str(entry.get('type')))}",
             "classes of sentence_transformers",
         )
     return kind, folder / path
@@ -310,7 +316,7 @@ def _check(values: Json, harmless: Json, file: Path | None) -> None:
     for name, value in values.items():
         known = harmless.get(name, (None,))
         if known is not ... and value not in known and not name.startswith("__"):
-            raise _refused(file, f"{name} is {str(value)[:100]!r}", "a model without it")
+            raise _refused(file, f"{name} is {quoted(str(value))}", "a model without it")
 
 
 def _refused(file: Path | None, what: str, wanted: str) -> ValueError:
