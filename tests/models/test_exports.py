@@ -284,6 +284,17 @@ class Loss(nn.Module):
         return self.loss(self.project(x).flatten(0, 1), torch.zeros(21, dtype=torch.int64))
 
 
+class Translator(nn.Module):
+    """An encoder and a decoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.both = nn.Transformer(16, 2, 1, 1, 32, dropout=0.0, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.both(x, x)
+
+
 def _layer() -> nn.Module:
     return nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
 
@@ -296,6 +307,7 @@ NETS = {
     "layer": lambda: nn.Sequential(_layer()),
     "encoder": lambda: nn.Sequential(nn.TransformerEncoder(_layer(), 2)),
     "loss": Loss,
+    "translator": Translator,
 }
 
 
