@@ -148,9 +148,9 @@ def packing_of(
     None where they are zeros.
     """
     values = heads.values(given)
-    full = Packing.full(values.shape[0], values.shape[1], values.device)
+    full = (values.shape[0], values.shape[1], values.device)
     if indices is None:
-        return full, None, None
+        return Packing.full(*full), None, None
     packing, wrong = Packing.found(indices, values.shape[1])
     if wrong:
         other = ", or its mask is not of 0 and 1" if self.fastbert_old else ""
@@ -165,7 +165,7 @@ def packing_of(
         )
     elif self.fastbert_at_padding != "stock" or rows.shape[0] == values.shape[:2].numel():
         return packing, None, None
-    return full, (given["attention_mask"] != 0).to(values.device), None
+    return Packing.full(*full), (given["attention_mask"] != 0).to(values.device), None
 
 
 def positions(self: Any, given: dict[str, Any], shape: torch.Size) -> Tensor:

@@ -43,9 +43,9 @@ class _Batch(NamedTuple):
 
 def _read(mask: Tensor | None, x: Tensor, at_padding: str) -> tuple[_Batch, str | None]:
     """x (B, S, C) by torch.nn's key_padding_mask: bool, True = padding, or float, -inf = padding."""
-    full = Packing.full(x.shape[0], x.shape[1], x.device)
+    full = (x.shape[0], x.shape[1], x.device)
     if mask is None:
-        return _Batch(full), None
+        return _Batch(Packing.full(*full)), None
     if mask.shape != x.shape[:2]:
         raise ValueError(
             f"key_padding_mask has shape {tuple(mask.shape)}: pass (B, S) = {tuple(x.shape[:2])}"
@@ -57,7 +57,7 @@ def _read(mask: Tensor | None, x: Tensor, at_padding: str) -> tuple[_Batch, str 
     packing, others = Packing.read(mask, "key_padding")
     reason = "the float key_padding_mask holds other values than 0 and -inf" if others else None
     if at_padding == "stock":
-        return _Batch(full, mask == 0), reason
+        return _Batch(Packing.full(*full), mask == 0), reason
     return _Batch(packing), reason
 
 
