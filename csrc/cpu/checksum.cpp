@@ -1,7 +1,9 @@
 // Checksums of memory, which find writes that PyTorch does not count.
 //
-// A lane's state is s <- s * odd + word, modulo 2^32: the multiplier is odd, so that no step loses
-// a difference. The states of a chunk are mixed to 64 bits, and the chunks' numbers are added.
+// A lane's state is s <- rotate(s ^ word) * odd, modulo 2^32. Each step is one-to-one, so that one
+// changed word changes the state. The rotation brings high bits down, so that the same change of
+// many words (a sign, a power of two) does not cancel. The states of a chunk are mixed to 64 bits,
+// and the chunks' numbers are added.
 #include "checksum.h"
 
 #include "runtime.h"
@@ -24,19 +26,26 @@ inline uint64_t mixed(uint64_t x) {
   return x ^ (x >> 31);
 }
 
+constexpr uint32_t kOdd = 0x9E3779B1u;
+
+template <typename State>
+inline State step_of(State s, State word) {
+  s ^= word;
+  return (s << 13 | s >> 19) * kOdd;
+}
+
 uint64_t whole(const char* p, int64_t bytes, uint64_t number) {
-  const U odd = set1(uint32_t{0x9E3779B1u});
   U states[kStates];
   for (int i = 0; i < kStates; ++i) states[i] = set1(static_cast<uint32_t>(i + 1));
   int64_t at = 0;
   for (; at + kStates * kVector <= bytes; at += kStates * kVector)
 #pragma GCC unroll 8
     for (int i = 0; i < kStates; ++i)
-      states[i] = states[i] * odd + *reinterpret_cast<const U_mem*>(p + at + i * kVector);
+      states[i] = step_of<U>(states[i], *reinterpret_cast<const U_mem*>(p + at + i * kVector));
   for (int i = 0; at < bytes; at += kVector, ++i) {
     U tail = {};
     __builtin_memcpy(&tail, p + at, static_cast<size_t>(imin(kVector, bytes - at)));
-    states[i] = states[i] * odd + tail;
+    states[i] = step_of(states[i], tail);
   }
   uint64_t total = number;
   for (int i = 0; i < kStates; ++i)
@@ -44,15 +53,16 @@ uint64_t whole(const char* p, int64_t bytes, uint64_t number) {
   return total;
 }
 
-uint64_t sampled(const char* p, int64_t rows, int64_t bytes, int64_t step, uint64_t number) {
+uint64_t sampled(const char* p, int64_t rows, int64_t bytes, int64_t first, int64_t step,
+                 uint64_t number) {
   // a prime number of words from sample to sample: columns differ from row to row
   const int64_t words = bytes / 4;
   uint32_t state = 1;
   int64_t column = 0;
-  for (int64_t row = 0; row < rows; row += step) {
+  for (int64_t row = first; row < rows; row += step) {
     uint32_t word;
     __builtin_memcpy(&word, p + row * bytes + 4 * column, sizeof(word));
-    state = state * 0x9E3779B1u + word;
+    state = step_of(state, word);
     column += 131;
     while (column >= words) column -= words;
   }
@@ -61,14 +71,14 @@ uint64_t sampled(const char* p, int64_t rows, int64_t bytes, int64_t step, uint6
 
 }  // namespace
 
-int64_t checksum(const int64_t* blocks, int64_t n, int64_t step, int threads) {
+int64_t checksum(const int64_t* blocks, int64_t n, int64_t first, int64_t step, int threads) {
   uint64_t total = 0;
   for (int64_t i = 0; i < n; ++i) {
     const char* p = reinterpret_cast<const char*>(blocks[3 * i]);
     const int64_t rows = blocks[3 * i + 1], bytes = blocks[3 * i + 2];
     const uint64_t number = mixed(static_cast<uint64_t>(i + 1));
     if (step && rows > 1 && bytes >= 4) {
-      total += sampled(p, rows, bytes, step, number);
+      total += sampled(p, rows, bytes, first, step, number);
       continue;
     }
     const int64_t size = rows * bytes, chunks = ceil_div(size, kChunk);

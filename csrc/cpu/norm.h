@@ -82,10 +82,10 @@ inline void norm_row(const Z* z, float total, const float* weight, const float* 
   });
   const float r = 1.0f / sqrt1(squares / static_cast<float>(C) + eps);
   columns(C, [&](int64_t c, int64_t n, int) {
-    F value = (load(z + c, n) - m) * r;
-    if (weight) value *= load(weight + c, n);
-    if (bias) value += load(bias + c, n);
-    put(c, n, value);
+    const F xhat = (load(z + c, n) - m) * r;
+    const F w = weight ? load(weight + c, n) : set1(1.0f);
+    // one expression, so that it is one multiply-add: rounded once
+    put(c, n, bias ? xhat * w + load(bias + c, n) : xhat * w);
   });
   *mean = m;
   *rstd = r;

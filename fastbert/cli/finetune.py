@@ -131,6 +131,9 @@ def encoded(suffix: str, predictions: list[dict[str, Any]]) -> str:
     for p in predictions:
         # lists and dicts as JSON
         table.writerow(
-            {k: v if isinstance(v, (str, int, float)) else json.dumps(v) for k, v in p.items()}
+            {
+                k: v if isinstance(v, (str, int, float)) else json.dumps(v, ensure_ascii=False)
+                for k, v in p.items()
+            }
         )
     return text.getvalue()

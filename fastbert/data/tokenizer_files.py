@@ -2,7 +2,8 @@
 
 AutoTokenizer builds a tokenizer of the class that the folder names. The classes of BERT, RoBERTa and XLM-RoBERTa use
 only the vocabulary of tokenizer.json and take all options from tokenizer_config.json; other classes use tokenizer.json
-as it is. A folder that transformers 4 and 5 read in different ways is refused.
+as it is. A folder that transformers 4 and 5 read in different ways is refused, save for the token types of pairs where
+tokenizer_config.json names no model_input_names: transformers 5 gives none, and fastbert those of tokenizer.json, as 4.
 """
 
 from __future__ import annotations
@@ -113,6 +114,8 @@ class _Folder(TokenizerFolder):
         elif _FILES.get(self.file.name, "WordPiece") != model:
             raise self.refused(f"it has no tokenizer.json, and {self.name} needs one here")
         if model is not None:
+            if self.saved is not None:
+                self.saved["normalizer"] = _without_lowercase(self.saved["normalizer"])
             build = {"WordPiece": self._wordpiece, "BPE": self._bpe, "Unigram": self._unigram}
             tokenizer = build[model]()
         self._add_tokens(tokenizer, model)
@@ -241,9 +244,7 @@ class _Folder(TokenizerFolder):
         silent = [] if self.name == "DistilBertTokenizer" else ["token_type_ids"]
         inputs = self.settings.get("model_input_names") or silent
         if not isinstance(inputs, list):
-            raise ValueError(
-                f"{self.path}: model_input_names is {quoted(str(inputs))}: make it a list"
-            )
+            raise ValueError(f"{self.path}: model_input_names is {quoted(inputs)}: make it a list")
         if "token_type_ids" in inputs:
             return tokenizer
         state = _state(tokenizer)
@@ -287,6 +288,17 @@ def _has(part: Json | None, kind: str, **values: Any) -> bool:
         and part.get("type") == kind
         and all(part.get(name) == value for name, value in values.items())
     )
+
+
+def _without_lowercase(normalizer: Any) -> Any:
+    """A normalizer without a Lowercase in front: sentence-transformers adds it, and the classes leave it out."""
+    steps = _steps(normalizer, "normalizers")
+    if not steps or not _has(steps[0], "Lowercase"):
+        return normalizer
+    rest = steps[1:]
+    if len(rest) > 1:
+        return {"type": "Sequence", "normalizers": rest}
+    return rest[0] if rest else None
 
 
 def _steps(part: Json | None, name: str) -> list[Json]:

@@ -67,18 +67,14 @@ class TokenizerFolder:
     def _list(self, name: str) -> Any:
         found = self.settings.get(name) or []
         if not isinstance(found, (list, dict)):
-            raise ValueError(
-                f"{self.path}: {name} is {quoted(str(found))}: it must be a list of tokens"
-            )
+            raise ValueError(f"{self.path}: {name} is {quoted(found)}: it must be a list of tokens")
         return found
 
     def flag(self, name: str, default: bool | None) -> bool | None:
         """A setting that is true or false; raises ValueError for another value."""
         value = self.settings.get(name, default)
         if not isinstance(value, bool) and value is not default:
-            raise ValueError(
-                f"{self.path}: {name} is {quoted(str(value))}: it must be true or false"
-            )
+            raise ValueError(f"{self.path}: {name} is {quoted(value)}: it must be true or false")
         return value
 
     def refused(self, why: str) -> ValueError:
@@ -101,7 +97,7 @@ class TokenizerFolder:
                 continue
             text = token.get("content") if isinstance(token, dict) else token
             if text not in (None, names[role]):
-                raise self.refused(f"its {role}_token is {quoted(str(text))} and not {names[role]}")
+                raise self.refused(f"its {role}_token is {quoted(text)} and not {names[role]}")
             found.append(token or names[role])
         if model == "BPE" and isinstance(found[-1], str):
             known = tokenizer.get_added_tokens_decoder().values()
@@ -142,7 +138,7 @@ class TokenizerFolder:
             return given
         flags = {"content": given} if isinstance(given, str) else given
         if not isinstance(flags, dict) or not isinstance(flags.get("content"), str):
-            raise ValueError(f"{self.path}: an added token is {quoted(str(given))}: write it anew")
+            raise ValueError(f"{self.path}: an added token is {quoted(given)}: write it anew")
         bools = {name: flags[name] for name in FLAGS[1:] if name in flags}
         if not all(isinstance(value, bool) for value in bools.values()):
             raise ValueError(f"{self.path}: an added token is {str(given)[:150]}: write it anew")
@@ -153,9 +149,7 @@ class TokenizerFolder:
 
     def _index(self, value: Any) -> int:
         if isinstance(value, bool) or not str(value).isdecimal():
-            raise ValueError(
-                f"{self.path}: an added token has the id {quoted(str(value))}: correct it"
-            )
+            raise ValueError(f"{self.path}: an added token has the id {quoted(value)}: correct it")
         return int(value)
 
 

@@ -108,6 +108,8 @@ def _is_comment(row: _Row, width: int, tags: set[str]) -> bool:
         return True
     if row.columns[0] != "#" and not row.line.startswith("##"):
         return False
+    if "\t" in row.line and len(row.columns) == width:
+        return False
     # a tag that no other line has, save of the word # that is tagged as #
     return len(row.columns) != width or not tags.union("#").issuperset(row.columns[-1:])
 
@@ -129,7 +131,9 @@ def _why_not_row(row: _Row, width: int) -> str | None:
 def _places(rows: Sequence[_Row], width: int, germeval: bool, name: str) -> tuple[int, int]:
     """The columns of the word and of its tag; raises ValueError for a layout with numbered words that is unknown."""
     words = [row.columns[0] for row in rows if row.columns]
-    if width < 3 or len(words) < 2 or not all(map(_NUMBER.fullmatch, words)):
+    if width < 3 or len(words) < 2 or words[0] not in ("0", "1", "1-2"):
+        return 0, width - 1
+    if not all(map(_NUMBER.fullmatch, words)):
         return 0, width - 1
     if width == _CONLL_U_COLUMNS:
         return 1, 3

@@ -12,7 +12,6 @@ from torch import nn
 from fastbert import nn as drop_in
 from fastbert.files import quoted
 from fastbert.integrations.families import FAMILIES
-from fastbert.nn.transformer import Transformer
 from fastbert.nn.watch import hooked_by
 
 _log = logging.getLogger("fastbert")
@@ -25,7 +24,6 @@ _TORCH: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: drop_in.MultiheadAttention,
     nn.TransformerEncoderLayer: drop_in.TransformerEncoderLayer,
     nn.TransformerEncoder: drop_in.TransformerEncoder,
-    nn.Transformer: Transformer,
 }
 # the attribute that holds a changed module's original class
 _STOCK = "_fastbert_stock"
@@ -34,7 +32,7 @@ _AT_PADDING = "fastbert_at_padding"
 AT_PADDING = ("auto", "zeros", "stock")
 
 
-def accelerate(model: M, *, at_padding: str = "auto") -> M:
+def accelerate(model: M, *, at_padding: str | None = None) -> M:
     """Make a model's layers run on fastbert's kernels, in place, and return the model; restore() undoes it.
 
     Changes the class of every module that is exactly one of torch.nn's LayerNorm, GELU, CrossEntropyLoss,
@@ -44,14 +42,15 @@ def accelerate(model: M, *, at_padding: str = "auto") -> M:
     class's code runs and the log "fastbert" says why in one sentence: docs/accelerate.md.
 
     `at_padding` says what an encoder's outputs at masked positions are. "zeros": zeros, and nothing is computed there.
-    "stock": what the original class gives, at the cost of computing it. "auto": zeros, but "stock" where these outputs
-    may be used: a transformers model's masked positions whose id is not config.pad_token_id, and the encoder of a
-    torch.nn.Transformer that is called without a memory_key_padding_mask. Another call of accelerate changes the value.
+    "stock": what the original class gives, at the cost of computing it. "auto", the default: zeros, but "stock" where
+    these outputs may be used: at masked positions of a transformers model whose id is not config.pad_token_id, and in
+    torch.nn's encoders of a model that has a torch.nn.TransformerDecoderLayer. None keeps an earlier call's value.
 
     Raises TypeError for anything but a torch.nn.Module. Raises ValueError, before any change, for another `at_padding`,
     and for a layer that fully_shard has sharded, or whose class Opacus has looked up, already.
     """
     _check(model)
+    at_padding = _chosen(model) if at_padding is None else at_padding
     if at_padding not in AT_PADDING:
         raise ValueError(f"at_padding is {quoted(at_padding)}: pass one of {', '.join(AT_PADDING)}")
     _check_order(model)
@@ -106,24 +105,21 @@ def _check(model: object) -> None:
         )
 
 
+def _chosen(model: nn.Module) -> str:
+    """The at_padding of an earlier call, where all of its encoders have the same; "auto" otherwise."""
+    changed = [m for m in model.modules() if _STOCK in m.__dict__ and hasattr(m, _AT_PADDING)]
+    found = {getattr(m, _AT_PADDING) for m in changed}
+    return found.pop() if len(found) == 1 else "auto"
+
+
 def _set_at_padding(model: nn.Module, chosen: str) -> None:
     """Write the choice to all encoders."""
+    # a decoder attends to its encoder's outputs at padding, unless a mask that it is given hides them
+    decodes = any(isinstance(m, nn.TransformerDecoderLayer) for m in model.modules())
     for m in model.modules():
         if _STOCK in m.__dict__ and hasattr(type(m), _AT_PADDING):
-            setattr(m, _AT_PADDING, chosen)
-    if chosen != "auto":
-        return
-    for m in model.modules():
-        parts: list[nn.Module] = []
-        if isinstance(m, Transformer):
-            # layers of an encoder that runs torch.nn's code; the encoder itself gets its choice from the Transformer
-            parts = [*m.encoder.modules()][1:]
-        elif isinstance(m, nn.TransformerDecoderLayer):
-            # all else in a decoder's layer is torch.nn's code, which computes padding
-            parts = [m.self_attn]
-        for part in parts:
-            if _AT_PADDING in part.__dict__:
-                setattr(part, _AT_PADDING, "stock")
+            read = decodes and chosen == "auto" and type(m) in _TORCH.values()
+            setattr(m, _AT_PADDING, "stock" if read else chosen)
 
 
 def _check_order(model: nn.Module) -> None:

@@ -164,6 +164,7 @@ def question_answering(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
         or mask.dim() != 2
         or not isinstance(batch, Tensor)
         or exporting()
+        or getattr(getattr(self, self.base_model_prefix), "fastbert_at_padding", "") == "stock"
     ):
         return stock(self, **given)
     ends = {name: given.pop(name, None) for name in ("start_positions", "end_positions")}

@@ -41,9 +41,8 @@ class Call(NamedTuple):
     states_unused: bool = False  # True: no caller wants the intermediate hidden states
     # the parts of all layers, found and checked at the start of the forward; `at` leaves one layer's
     parts: tuple[Parts, ...] = ()
-    sdpa: bool = (
-        False  # True: transformers' own layers take masks for sdpa; set with transformers 4 only
-    )
+    # True: transformers' own layers take masks for sdpa; set with transformers 4 only
+    sdpa: bool = False
     tokens: Tensor | None = None  # (B, S) bool: nothing is packed, and padding is computed too
 
     def at(self, layer: int, last: bool) -> Call:
@@ -252,7 +251,14 @@ def rates(m: Parts) -> Rates:
     """The probabilities of the layer's dropouts now."""
     # transformers 4 keeps this rate on its sdpa classes
     attention = getattr(m.core, "dropout_prob", m.attention_dropout.p) if m.core.training else 0.0
-    return Rates(attention, _rate(m.out_dropout), 0.0, _rate(m.down_dropout))
+    # written out, since every layer of every forward runs this
+    out, down = m.out_dropout, m.down_dropout
+    return Rates(
+        attention,
+        out.p if out is not None and out.training else 0.0,
+        0.0,
+        down.p if down is not None and down.training else 0.0,
+    )
 
 
 def settings(m: Parts) -> LayerSettings:
@@ -273,10 +279,6 @@ def settings(m: Parts) -> LayerSettings:
         # transformers 4 names no scale
         getattr(core, "scaling", size**-0.5),
     )
-
-
-def _rate(m: nn.Module | None) -> float:
-    return m.p if m is not None and m.training else 0.0  # type: ignore[return-value]
 
 
 def gelu(activation: Any) -> str | None:

@@ -316,7 +316,7 @@ def _check(values: Json, harmless: Json, file: Path | None) -> None:
     for name, value in values.items():
         known = harmless.get(name, (None,))
         if known is not ... and value not in known and not name.startswith("__"):
-            raise _refused(file, f"{name} is {quoted(str(value))}", "a model without it")
+            raise _refused(file, f"{name} is {quoted(value)}", "a model without it")
 
 
 def _refused(file: Path | None, what: str, wanted: str) -> ValueError:

@@ -82,7 +82,7 @@ def check_types(settings: Any) -> None:
         fits = isinstance(value, wanted) and (kind == "bool") == isinstance(value, bool)
         fits = fits and (not isinstance(value, Real) or math.isfinite(value))
         if not fits and not (optional and value is None):
-            raise ValueError(f"{f.name} is {quoted(str(value))}: it must be {called}")
+            raise ValueError(f"{f.name} is {quoted(value)}: it must be {called}")
 
 
 @dataclass

@@ -216,8 +216,8 @@ class BertModel(Pretrained):
         # dropped: the user's next random numbers are those of a model without dropout
         seed = seed_for(self._dropout_rate(), None, inputs.ids) if self.training else None
         x = self.embeddings(inputs.ids, inputs.positions, inputs.types, seed, 0)
-        whole = not (inputs.output_hidden_states or inputs.output_attentions)
-        if self.frozen is not None and whole and self.frozen.serves(self, x):
+        unobserved = not (inputs.output_hidden_states or inputs.output_attentions)
+        if self.frozen is not None and unobserved and self.frozen.serves(self, x):
             return Encoded(self.frozen.encode(self, x, packing, rows), packing, seed, None, None)
         states: list[Tensor] = []
         weights: list[Tensor] = []

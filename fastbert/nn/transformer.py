@@ -1,4 +1,4 @@
-"""Drop-ins for torch.nn's MultiheadAttention, TransformerEncoderLayer, TransformerEncoder and Transformer."""
+"""Drop-ins for torch.nn's MultiheadAttention, TransformerEncoderLayer and TransformerEncoder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastbert.nn.layer import (
     encoder_layer,
 )
 from fastbert.nn.packing import Packing
-from fastbert.nn.watch import hooked, log_once, why_not_bypassed
+from fastbert.nn.watch import hooked, why_not_bypassed
 from fastbert.ops.context import seed_for
 
 # the class of torch.nn.MultiheadAttention's output projection is not public
@@ -266,7 +266,6 @@ class TransformerEncoder(nn.TransformerEncoder):
         mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,  # (B, S)
         is_causal: bool | None = None,
-        at_padding: str | None = None,  # None: as accelerate() was called
     ) -> Tensor:
         causal = bool(is_causal)
         reason = self._stock_reason(src)
@@ -275,7 +274,11 @@ class TransformerEncoder(nn.TransformerEncoder):
             reason = None if causal else "the mask is not the causal one"
         batch = None
         if reason is None:
-            chosen = at_padding or self.fastbert_at_padding
+            chosen = self.fastbert_at_padding
+            if chosen == "stock" and src_key_padding_mask is not None:
+                chosen = (
+                    "zeros" if self._zeros_in_torch(src, mask, src_key_padding_mask) else "stock"
+                )
             batch, reason = _read(src_key_padding_mask, src, chosen)
         if batch is None or reason is not None:
             log_stock(self, reason)
@@ -286,6 +289,26 @@ class TransformerEncoder(nn.TransformerEncoder):
             x = layer.packed(x, batch, causal, seed, 4 * i)
         return batch.packing.pad(x if self.norm is None else self.norm(x))
 
+    def _zeros_in_torch(self, src: Tensor, mask: Tensor | None, padding: Tensor) -> bool:
+        """Whether torch.nn's encoder runs on nested tensors, without padding, and gives zeros there."""
+        first = self.layers[0]
+        if (
+            mask is not None
+            or first.training
+            or not getattr(self, "use_nested_tensor", False)
+            or not torch.backends.mha.get_fastpath_enabled()
+            or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled()
+        ):
+            return False
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (src, *first.parameters())):
+            return False
+        hidden = _hides(padding)
+        # with mask_check it wants the padding on the right
+        return not (
+            getattr(self, "mask_check", True) and bool((hidden[:, :-1] & ~hidden[:, 1:]).any())
+        )
+
     def _stock_reason(self, src: Tensor) -> str | None:
         for layer in self.layers:
             if not isinstance(layer, TransformerEncoderLayer):
@@ -295,67 +318,6 @@ class TransformerEncoder(nn.TransformerEncoder):
             if reason := layer.stock_reason(src):
                 return reason
         return None
-
-
-class Transformer(nn.Transformer):
-    """torch.nn.Transformer as accelerate() changes it: its decoder sees what it sees in torch.nn.
-
-    torch.nn's decoder attends to the encoder's outputs at padding unless a memory_key_padding_mask hides them. They are
-    computed then.
-    """
-
-    fastbert_at_padding = "auto"
-
-    @replaces(nn.Transformer)
-    def forward(
-        self,
-        src: Tensor,  # (B, S, C)
-        tgt: Tensor,  # (B, T, C)
-        src_mask: Tensor | None = None,
-        tgt_mask: Tensor | None = None,
-        memory_mask: Tensor | None = None,
-        src_key_padding_mask: Tensor | None = None,  # (B, S)
-        tgt_key_padding_mask: Tensor | None = None,
-        memory_key_padding_mask: Tensor | None = None,  # (B, S)
-        src_is_causal: bool | None = None,
-        tgt_is_causal: bool | None = None,
-        memory_is_causal: bool = False,
-    ) -> Tensor:
-        decoder = {
-            "tgt_mask": tgt_mask,
-            "memory_mask": memory_mask,
-            "tgt_key_padding_mask": tgt_key_padding_mask,
-            "memory_key_padding_mask": memory_key_padding_mask,
-            "tgt_is_causal": tgt_is_causal,
-            "memory_is_causal": memory_is_causal,
-        }
-        fits = src.dim() == tgt.dim() == 3 and src.shape[::2] == tgt.shape[::2]
-        if not (
-            fits
-            and src.shape[2] == self.d_model
-            and self._padding_is_read(src_key_padding_mask, memory_key_padding_mask)
-        ):
-            rest = {"src_key_padding_mask": src_key_padding_mask, "src_is_causal": src_is_causal}
-            return super().forward(src, tgt, src_mask, **rest, **decoder)  # type: ignore[arg-type]
-        log_once(
-            "fastbert.nn.Transformer: the decoder sees the source's padding, which is computed too: pass "
-            "memory_key_padding_mask=src_key_padding_mask to skip it"
-        )
-        memory = self.encoder(src, src_mask, src_key_padding_mask, src_is_causal, "stock")
-        return self.decoder(tgt, memory, **decoder)
-
-    def _padding_is_read(self, padding: Tensor | None, hidden: Tensor | None) -> bool:
-        """Whether the decoder sees outputs of the encoder at padding, which are not zeros in torch.nn."""
-        encoder = self.encoder
-        if self.fastbert_at_padding != "auto" or padding is None or hidden is padding:
-            return False
-        if type(encoder) is not TransformerEncoder or hooked(encoder) or not self.batch_first:
-            return False
-        if not encoder.training and not torch.is_grad_enabled() and encoder.use_nested_tensor:
-            return False  # zeros in torch.nn too
-        if hidden is None or hidden.shape != padding.shape:
-            return True
-        return not torch.equal(_hides(hidden) | _hides(padding), _hides(hidden))
 
 
 def _hides(mask: Tensor) -> Tensor:

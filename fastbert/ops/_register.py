@@ -124,6 +124,7 @@ def once_differentiable(
             return _each(once, ctx, grads)
         sources = []
         if torch.is_grad_enabled():
+            ctx = _Read(ctx)
             sources = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
         if sources and twice is not None and (found := twice(ctx, *grads)) is not None:
             return found
@@ -138,6 +139,17 @@ def once_differentiable(
         return tuple(passed.get(i, value) for i, value in enumerate(found))
 
     return once
+
+
+class _Read:
+    """A Function's context whose saved tensors are read once: activation checkpointing gives them out once only."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+        self.saved_tensors = ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 def _each(backward: Callable[..., Any], ctx: Any, grads: Sequence[Any]) -> Any:

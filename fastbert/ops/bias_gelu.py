@@ -51,7 +51,9 @@ _bwd = register(
 
 def _twice(ctx: Any, dy: Tensor) -> Any:
     """The backward in plain torch, whose own derivative torch knows."""
-    x, bias = ctx.saved_tensors
+    # other tensors than the user's, whose hooks must run once only
+    x, bias = (t if t is None else t.view_as(t) for t in ctx.saved_tensors)
+    assert x is not None
     wanted = [t for t in (x, bias) if t is not None and t.requires_grad]
     y = tnf.gelu(x if bias is None else x + bias, approximate=ctx.approximate)
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True) if wanted else ())

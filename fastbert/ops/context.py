@@ -25,8 +25,9 @@ def exported_as(plain: Callable[..., Any]) -> Callable[[Op], Op]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if exporting():
                 return plain(*args, **kwargs)
-            if args and isinstance(args[0], Proxy):
-                return args[0].tracer.create_proxy("call_function", call, args, kwargs)
+            for a in (*args, *kwargs.values()):
+                if type(a) is Proxy:
+                    return a.tracer.create_proxy("call_function", call, args, kwargs)
             return op(*args, **kwargs)
 
         return call  # type: ignore[return-value]

@@ -61,7 +61,9 @@ def _twice(ctx: Any, dy: Tensor) -> Any:
     """The backward in plain torch, whose own derivative torch knows; None where the input was not saved."""
     if ctx.from_output:
         return None
-    x, weight, *_ = ctx.saved_tensors
+    # other tensors than the user's, whose hooks must run once only
+    x, weight = (t if t is None else t.view_as(t) for t in ctx.saved_tensors[:2])
+    assert x is not None
     inputs = (x,) if weight is None else (x, weight)
     wanted = [t for t in inputs if t.requires_grad]
     y = tnf.layer_norm(x, x.shape[1:], weight, None, ctx.eps)

@@ -23,9 +23,10 @@ Fields = Sequence[Sequence[Tensor]]
 # why the layers have to run one by one
 RECORDED = "gradients are recorded, call it under torch.no_grad() or torch.inference_mode()"
 
-# Writes that PyTorch does not count are found by checksums of the packed weights. Every call reads one number of every
-# SAMPLED-th row, which finds a write to whole weights, such as those of moving averages. A call of WHOLE_FROM tokens or
-# more reads all numbers, which takes a few hundredths of its time (docs/cpu.md).
+# Writes that PyTorch does not count are found by checksums of the packed weights. A call reads one number of every
+# SAMPLED-th row, from another row on than the call before it. That finds a write to whole weights, such as those of
+# moving averages, at once, and a write to a row within SAMPLED calls. A call of WHOLE_FROM tokens or more reads all
+# numbers. docs/cpu.md has the costs.
 SAMPLED = 8
 WHOLE_FROM = 1024
 
@@ -49,9 +50,9 @@ class Copies:
         self._packs: dict[torch.dtype, tuple[Tensor, list[Tensor]]] = {}
         # (n, 4) int64 and (n, 3) fp32 in the order of csrc/cpu/encoder.h
         self._settings: tuple[Tensor, Tensor] | None = None
-        # the packed weights' memory, and its checksums by their `step`
-        self._blocks: Tensor | None = None
-        self._checksums: dict[int, int] = {}
+        # the packed weights' memory, its checksum, and those of the sampled rows by the first row
+        self._seal: tuple[Tensor, int, list[int]] | None = None
+        self._calls = 0
 
     def __deepcopy__(self, memo: Any) -> Copies:
         return type(self)()
@@ -66,8 +67,7 @@ class Copies:
     def drop(self) -> None:
         """Forget the copies; the next forward makes them again."""
         self._packs.clear()
-        self._blocks = None
-        self._checksums = {}
+        self._seal = None
         _live.discard(self)
 
     def made_from(self, ids: set[int]) -> bool:
@@ -83,18 +83,23 @@ class Copies:
 
         The caller has checked that the parameters still lie at the same addresses.
         """
-        if self._blocks is None:
+        seal = self._seal  # read once: another thread may pack or drop
+        if seal is None:
             return False
-        step = 0 if tokens >= WHOLE_FROM else SAMPLED
-        return _checksum(self._blocks, step) != self._checksums[step]
+        blocks, whole, sampled = seal
+        if tokens >= WHOLE_FROM:
+            return _checksum(blocks) != whole
+        self._calls = first = (self._calls + 1) % SAMPLED
+        return _checksum(blocks, first, SAMPLED) != sampled[first]
 
     def pack(
         self, dtype: torch.dtype, layers: Sequence[Fields], settings: Sequence[LayerSettings]
     ) -> None:
         """Copy every layer's weights for activations of this dtype."""
-        if self._blocks is None:
-            self._blocks = torch.tensor([_block(t) for t in self.sources()], dtype=torch.int64)
-            self._checksums = {step: _checksum(self._blocks, step) for step in (0, SAMPLED)}
+        if self._seal is None:
+            blocks = torch.tensor([_block(t) for t in self.sources()], dtype=torch.int64)
+            sampled = [_checksum(blocks, first, SAMPLED) for first in range(SAMPLED)]
+            self._seal = blocks, _checksum(blocks), sampled
         kept: list[Tensor] = []
         rows: list[list[int]] = []
         for fields in layers:
@@ -151,8 +156,9 @@ def _block(t: Tensor) -> tuple[int, int, int]:
     return t.data_ptr(), rows, t.nbytes // max(rows, 1)
 
 
-def _checksum(blocks: Tensor, step: int) -> int:
-    return cpu.native.checksum(blocks.data_ptr(), blocks.shape[0], step, torch.get_num_threads())
+def _checksum(blocks: Tensor, first: int = 0, step: int = 0) -> int:
+    threads = torch.get_num_threads()
+    return cpu.native.checksum(blocks.data_ptr(), blocks.shape[0], first, step, threads)
 
 
 def why_not_prepacked(fields: Fields | None, settings: LayerSettings) -> str | None:

@@ -23,8 +23,9 @@ def freeze(model: nn.Module) -> nn.Module:
     weights, once per dtype of the activations (fp32, or bf16 under autocast), in addition to the weights:
     `frozen_bytes` returns their size. They are made again when a weight was written to, loaded, moved, replaced or
     stepped by an optimiser. Writes that PyTorch does not count (`.data`, numpy, memory shared with another process) are
-    found by checksums: in the next call if they change whole weights, as moving averages do, and in the next call of at
-    least 1,024 tokens if they change single rows or numbers. Call `freeze` again after the latter.
+    found by checksums: in the next call if they change whole weights, as moving averages do, within eight calls if they
+    change whole rows, and in the next call of at least 1,024 tokens if they change single numbers. Call `freeze` again
+    after a write to rows or numbers.
     """
     copies = [(m, _copies_of(m)) for m in model.modules()]
     if all(empty is None for _, empty in copies):
@@ -35,8 +36,8 @@ def freeze(model: nn.Module) -> nn.Module:
         if empty is not None:
             m.frozen = empty  # type: ignore[assignment]
     log_once(
-        f"freeze: a write through .data or numpy to single rows or numbers of a weight is seen by calls of {WHOLE_FROM}"
-        " tokens or more only: call freeze again after it. Other writes are seen by every call"
+        "freeze: a write through .data or numpy to rows of a weight may be seen after eight calls only, and one to "
+        f"single numbers by calls of {WHOLE_FROM} tokens or more only: call freeze again after it"
     )
     return model.eval()
 

@@ -20,7 +20,8 @@ def test_positions_that_count_tokens_begin_after_the_paddings(family):
     model = build(family, max_position_embeddings=20, pad_token_id=1)
     ours = accelerated(model)
     with torch.no_grad():
-        for tokens, columns in ((18, 18), (18, 20), (17, 25)):
+        # transformers 4 takes no more columns than its table has rows
+        for tokens, columns in ((18, 18), (18, 20), (17, 20 if OLD else 25)):
             ids = torch.randint(5, V, (2, tokens))
             ids = nn.functional.pad(ids, (0, columns - tokens), value=1)
             given = {"input_ids": ids, "attention_mask": (ids != 1).long()}

@@ -70,7 +70,7 @@ def test_the_argument_decides():
         fastbert.accelerate(ours, at_padding="stock")
         for batch_ in (given, batch("Bert")):
             torch.testing.assert_close(ours(**batch_)[0], model(**batch_)[0], atol=1e-5, rtol=1e-5)
-        fastbert.accelerate(ours)
+        fastbert.accelerate(ours, at_padding="auto")
         assert not ours(**batch("Bert"))[0][padding].any()
     restored = fastbert.restore(ours)
     assert not [n for m in restored.modules() for n in vars(m) if "fastbert" in n]
@@ -101,17 +101,59 @@ def pair():
 
 SRC, TGT = torch.randn(B, S, 16), torch.randn(B, 4, 16)
 PADDING = MASK == 0
+HOLES = PADDING | (torch.arange(S) == 1)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("hidden", [None, PADDING, PADDING.clone(), torch.zeros_like(PADDING)])
-def test_transformers_decoder_sees_what_it_sees_in_torch(training, hidden):
+@pytest.mark.parametrize(
+    "padding", [PADDING, PADDING.flip(1), HOLES], ids=["right", "left", "holes"]
+)
+@pytest.mark.parametrize("hidden", [False, True], ids=["seen", "hidden"])
+@pytest.mark.parametrize("fast", [True, False], ids=["fast path", "no fast path"])
+def test_a_decoder_sees_what_it_sees_in_torch(training, padding, hidden, fast):
     stock, ours = (m.train(training) for m in pair())
-    given = {"src_key_padding_mask": PADDING, "memory_key_padding_mask": hidden}
-    for recorded in (True, False):
-        with torch.set_grad_enabled(recorded):
-            x, y = stock(SRC, TGT, **given), ours(SRC, TGT, **given)
-        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+    given = {"src_key_padding_mask": padding}
+    if hidden:
+        given["memory_key_padding_mask"] = padding.clone()
+    masked = given | {"src_mask": nn.Transformer.generate_square_subsequent_mask(S).isinf()}
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(fast)
+    try:
+        # the first of every other position's keys is a token where the mask is causal
+        for options in (given, masked) if padding is PADDING else (given,):
+            for recorded in (True, False):
+                with torch.set_grad_enabled(recorded):
+                    x, y = stock(SRC, TGT, **options), ours(SRC, TGT, **options)
+                torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def test_a_decoder_that_is_called_by_hand():
+    stock, ours = pair()
+    found = [m.decoder(TGT, m.encoder(SRC, src_key_padding_mask=PADDING)) for m in (stock, ours)]
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+    zeros = fastbert.accelerate(ours, at_padding="zeros")
+    assert not zeros.encoder.layers[0](SRC, src_key_padding_mask=PADDING)[PADDING].any()
+
+
+def test_another_call_keeps_the_choice():
+    model, given = build("Bert"), batch("Bert")
+    ours = fastbert.accelerate(copy.deepcopy(model), at_padding="stock")
+    ours.encoder.layer[1] = copy.deepcopy(model.encoder.layer[1])
+    fastbert.accelerate(ours)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**given)[0], model(**given)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_answers_at_padding():
+    model = build("Bert", "ForQuestionAnswering")
+    ours = fastbert.accelerate(copy.deepcopy(model), at_padding="stock")
+    given = batch("Bert", "ForQuestionAnswering")
+    with torch.no_grad():
+        x, y = model(**given), ours(**given)
+    torch.testing.assert_close(x.start_logits, y.start_logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(x.loss, y.loss)
 
 
 def test_hooks_in_the_encoder_change_no_value():

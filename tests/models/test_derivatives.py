@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_nn import close
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fastbert.nn as fnn
 
@@ -60,3 +61,22 @@ def test_second_derivatives(case: str) -> None:
     ]
     close(*products)
     assert products[0].any()
+
+
+@pytest.mark.parametrize("case", [c for c in SMALL if c != "TransformerEncoderLayer"])
+def test_hooks_run_once_and_checkpointing_works(case: str) -> None:
+    make, shape = SMALL[case]
+    x, found = torch.randn(shape), []
+    for m in (make(fnn), make(nn)):
+        leaf, calls = x.clone().requires_grad_(), []
+        for t in (leaf, *m.parameters()):
+            t.register_hook(lambda g, calls=calls: calls.append(1) or g * 0.5)
+        inner = leaf * 1.0
+        inner.register_hook(lambda g, calls=calls: calls.append(1) or g * 0.5)
+        y = checkpoint(m, inner, use_reentrant=False)
+        y.sin().sum().backward(create_graph=True)
+        found.append((calls, [leaf.grad, *(p.grad for p in m.parameters())]))
+    (ours, a), (theirs, b) = found
+    assert ours == theirs
+    for g, h in zip(a, b, strict=True):
+        close(g.detach(), h.detach())

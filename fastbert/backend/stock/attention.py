@@ -99,14 +99,11 @@ def padded(
         q, k, v = layout.pad(qkv).unbind(2)
         token = layout.valid
     seen = token[:, None, None, :]
-    # every query sees a key, since no weights at all are NaN, which the next layer would spread
     if causal:
-        square = torch.ones(token.shape[1], token.shape[1], dtype=torch.bool, device=token.device)
-        seen = seen & square.tril() | torch.eye(
-            token.shape[1], dtype=torch.bool, device=token.device
-        )
-    else:
-        seen = seen | ~token.any(1)[:, None, None, None]
+        length = token.shape[1]
+        seen = seen & torch.ones(length, length, dtype=torch.bool, device=token.device).tril()
+    # a query without any key sees all: no weights at all are NaN, which the next layer would spread
+    seen = seen | ~seen.any(-1, keepdim=True)
     y = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, p, scale=scale)
     if layout is None:
         return y.transpose(1, 2).flatten(0, 1)
