@@ -140,7 +140,7 @@ def read_lines(texts: list[str] | None, file: Path | None = None) -> list[str]:
     for number, text in enumerate(texts, 1):
         if not text.strip():
             raise ValueError(f"text {number} of {name} is empty: leave it out")
-        if reason := files.why_not_text(text):
+        if reason := files.why_not_unicode(text):
             raise ValueError(f"text {number} of {name} {reason}")
     return texts
 

@@ -69,6 +69,13 @@ def wordpiece_json(lowercase: bool = True, **normalizer: Any) -> str:
     return tokenizer.to_str()
 
 
+def lowered(saved: str) -> str:
+    """A tokenizer.json with Lowercase in front of its normaliser."""
+    tokenizer = Tokenizer.from_str(saved)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), tokenizer.normalizer])
+    return tokenizer.to_str()
+
+
 def bpe() -> Tokenizer:
     """RoBERTa's tokenizer."""
     tokenizer = Tokenizer(models.BPE())
@@ -172,6 +179,10 @@ READ: dict[str, Callable[[], dict[str, Any]]] = {
     "tokenizer.json and other options": lambda: whole(
         strip_accents=False, tokenize_chinese_chars=False
     ),
+    "tokenizer.json of sentence-transformers with do_lower_case": lambda: {
+        **whole(),
+        "tokenizer.json": lowered(wordpiece_json(False)),
+    },
     "tokenizer.json of DistilBERT": lambda: whole(tokenizer_class="DistilBertTokenizerFast"),
     "tokenizer.json and added_tokens.json": lambda: {**whole(), "added_tokens.json": ADDED},
     "tokenizer.json and special tokens": lambda: whole(additional_special_tokens=MARKS),
