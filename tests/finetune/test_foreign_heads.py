@@ -119,7 +119,7 @@ def test_heads_without_weights_give_no_results(tmp_path: Path) -> None:
         ({"max_length": "16"}, "max_length is '16': it must be a whole number"),
         ({"max_length": 10**30}, "has a task, max_length, stride"),
         ({"stride": 15}, "has a task, max_length, stride"),
-        ({"pair": 3}, "pair is '3': it must be a text"),
+        ({"pair": 3}, "pair is 3: it must be a text"),
         ({"other": 3}, "holds no options of fastbert finetune"),
     ],
 )
