@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -301,7 +302,8 @@ def _shards(index: Path) -> list[Path]:
         raise ValueError(
             f"{index} is not an index of shards, a JSON object with a weight_map: copy it again"
         ) from error
-    absent = [shard.name for shard in shards if not shard.is_file()]
+    # unlike Path.is_file, it returns False for a name that no file can have
+    absent = [shard.name for shard in shards if not os.path.isfile(shard)]
     if absent:
         raise FileNotFoundError(f"{index.parent} lacks {listed(absent)}, which {index.name} names")
     return shards
