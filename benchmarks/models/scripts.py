@@ -49,7 +49,7 @@ VARIANTS = {
 # steps that are not timed: they import modules and allocate memory for the first time
 WARM = {"mlm": 2, "classify": 5, "tag": 5, "encode": 0}
 SECONDS = 3600.0
-# the number of last steps whose mean loss is shown
+# the table shows the mean loss of this many last steps
 LAST = 5
 
 

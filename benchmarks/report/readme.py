@@ -126,7 +126,7 @@ def _low(machine: dict[str, Any]) -> str:
 
 
 def full_table(results: dict[str, Any]) -> str:
-    """The tables of docs/benchmarks.md: every peer of every work, with the reasons of those that did not run."""
+    """The tables of docs/benchmarks.md: a row for each peer of a benchmark, or the reason why the peer did not run."""
     lines = []
     for row in results["rows"]:
         lines += [

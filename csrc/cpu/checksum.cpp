@@ -1,9 +1,9 @@
 // Checksums of memory, which find writes that PyTorch does not count.
 //
-// A lane's state is s <- rotate(s ^ word) * odd, modulo 2^32. Each step is one-to-one, so that one
-// changed word changes the state. The rotation brings high bits down, so that the same change of
-// many words (a sign, a power of two) does not cancel. The states of a chunk are mixed to 64 bits,
-// and the chunks' numbers are added.
+// A lane's state is s <- rotate(s ^ word) * odd, modulo 2^32. For one word, different states give
+// different states; for one state, so do different words: one changed word changes the result. The
+// rotation brings high bits down, so that the same change of many words (a sign, a power of two)
+// does not cancel. The states of a chunk are mixed to 64 bits, and the chunks' numbers are added.
 #include "checksum.h"
 
 #include "runtime.h"

@@ -16,7 +16,7 @@ constexpr int64_t kNormGrain = 16384;
 // dweight and dbias are summed in at most this many partitions of rows
 constexpr int64_t kNormPartitions = 64;
 constexpr int64_t kNormRows = 32;
-// columns whose sum is in fp32: the chains of additions stay short, however long a row is
+// this many columns are summed in fp32, and their sums in fp64: long rows stay exact
 constexpr int64_t kNormColumns = 8192;
 
 // Calls body(c, n, k) for the columns [c, c + n) of each vector, from `from` to C: first whole

@@ -95,7 +95,7 @@ class _Folder(TokenizerFolder):
     """Builds the tokenizer of a folder."""
 
     def tokenizer(self) -> Tokenizer:
-        """Build it; raises ValueError for a folder whose ids might not be AutoTokenizer's."""
+        """Build the tokenizer; raises ValueError where AutoTokenizer might give other ids."""
         if self.name not in _MODELS:
             raise self.refused(f"its tokenizer is a {self.name}, which fastbert does not know")
         for name, harmless in _UNSUPPORTED.items():

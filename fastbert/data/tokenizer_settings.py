@@ -78,7 +78,7 @@ class TokenizerFolder:
         return value
 
     def refused(self, why: str) -> ValueError:
-        """The error for a folder whose ids might not be AutoTokenizer's."""
+        """The error for a folder for which AutoTokenizer might give other ids."""
         folder = repr(str(self.path))
         line = f"A.from_pretrained({folder}).save_pretrained({folder})"
         return ValueError(
@@ -87,7 +87,7 @@ class TokenizerFolder:
         )
 
     def special_tokens(self, tokenizer: Tokenizer, model: str | None) -> list[Any]:
-        """The tokens of the seven roles: those that the files name, and the class's own."""
+        """The tokens of the seven roles, from the files, or else the defaults of the tokenizer's class."""
         names = ROBERTA_TOKENS if is_roberta(tokenizer) else BERT_TOKENS
         found: list[Any] = []
         for role in ROLES:

@@ -123,7 +123,7 @@ def _set_at_padding(model: nn.Module, chosen: str) -> None:
 
 
 def _check_order(model: nn.Module) -> None:
-    """Refuse layers that another tool treats by their class, and has seen already: it would not know the new one."""
+    """Refuse layers that fully_shard or Opacus has prepared: both go by a layer's class, which accelerate() changes."""
     sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
     for m in model.modules():
         if _STOCK in m.__dict__:

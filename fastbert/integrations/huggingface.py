@@ -22,7 +22,7 @@ from fastbert.files import quoted
 from fastbert.integrations import batch, frozen, heads, layers, transformers4
 from fastbert.integrations.families import FAMILIES, Family, Parts
 from fastbert.integrations.layers import Call
-from fastbert.nn.exports import refuse_script, whole
+from fastbert.nn.exports import fx_leaf, refuse_script
 from fastbert.nn.packing import Packing
 from fastbert.nn.watch import first_hooked, hooked, log_once
 from fastbert.ops.context import seed_for
@@ -114,7 +114,7 @@ def _forward(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..
         return ours(self, stock, dict(zip(names, args, strict=False), **kwargs))
 
     # torch.fx looks into the forwards of transformers 4 with proxies of its own
-    return forward if transformers4.is_old(stock) else whole(forward)
+    return forward if transformers4.is_old(stock) else fx_leaf(forward)
 
 
 def _register_recorders(made: Any) -> None:

@@ -70,7 +70,7 @@ class SentenceModel:
 
     @classmethod
     def read(cls, folder: str | Path) -> SentenceModel:
-        """Read modules.json and the files that it names; a folder without it is an encoder, whose mean is taken.
+        """Read modules.json and the files that it names. Without modules.json the mean over the tokens is the vector.
 
         Raises ValueError for a folder with something that is not supported, and names it.
         """
@@ -218,7 +218,7 @@ class Normalize(nn.Module):
 
 
 def _layer(kind: str, path: Path, width: int) -> tuple[nn.Module, int]:
-    """A module after the pooling, whose vectors have `width` numbers, and the width of its own."""
+    """A module after the pooling, which takes vectors of `width` numbers, and the width of the vectors it gives."""
     file = path / "config.json"
     if kind == "Normalize":
         _check(_read_json(file, dict) if file.is_file() else {}, _ON_VECTORS, file)
@@ -261,7 +261,7 @@ def _layer(kind: str, path: Path, width: int) -> tuple[nn.Module, int]:
 
 
 def _fill(module: nn.Module, path: Path, prefix: str) -> None:
-    """Load a module's weights, whose keys begin with `prefix`."""
+    """Load the weights under the keys that begin with `prefix` into a module."""
     weights = read_weights(path)
     for key, value in module.state_dict().items():
         found = weights.get(prefix + key)

@@ -16,7 +16,7 @@ from fastbert.models.config import BertConfig
 from fastbert.models.inputs import Inputs, prepare
 from fastbert.models.output import Output
 from fastbert.nn.blocks import Embeddings, EncoderLayer, Linear, QKVProjection
-from fastbert.nn.exports import refuse_script, whole
+from fastbert.nn.exports import fx_leaf, refuse_script
 from fastbert.nn.packing import Packing
 from fastbert.nn.watch import log_once
 from fastbert.ops.context import seed_for
@@ -186,7 +186,7 @@ class BertModel(Pretrained):
         """The encoder: every model has this attribute, and the encoder's is itself."""
         return self
 
-    @whole
+    @fx_leaf
     def forward(
         self,
         input_ids: Tensor | None = None,  # (B, S) int64, or packed (T,)

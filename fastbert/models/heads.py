@@ -13,7 +13,7 @@ from fastbert.models.inputs import Inputs, prepare
 from fastbert.models.losses import class_loss, position_loss, sequence_loss
 from fastbert.models.output import Output, SequenceOutput
 from fastbert.nn.blocks import Linear, MLMHead, NSPHead
-from fastbert.nn.exports import whole
+from fastbert.nn.exports import fx_leaf
 
 
 class _Head(Pretrained):
@@ -93,7 +93,7 @@ class BertForPreTraining(_MaskedLM):
         self.nsp_head = NSPHead(config.hidden_size)
         self.init_weights()
 
-    @whole
+    @fx_leaf
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -153,7 +153,7 @@ class BertForMaskedLM(_MaskedLM):
         super().__init__(config)
         self.init_weights()
 
-    @whole
+    @fx_leaf
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -200,7 +200,7 @@ class BertForNextSentencePrediction(_Head):
         self.nsp_head = NSPHead(config.hidden_size)
         self.init_weights()
 
-    @whole
+    @fx_leaf
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -237,7 +237,7 @@ class BertForSequenceClassification(_Head):
         self.classifier = Linear(width, config.num_labels or 1)
         self.init_weights()
 
-    @whole
+    @fx_leaf
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -283,7 +283,7 @@ class BertForTokenClassification(_Head):
         self.classifier = Linear(config.hidden_size, config.num_labels or 1)
         self.init_weights()
 
-    @whole
+    @fx_leaf
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -325,7 +325,7 @@ class BertForQuestionAnswering(_Head):
         self.classifier = Linear(config.hidden_size, 2)
         self.init_weights()
 
-    @whole
+    @fx_leaf
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -34,7 +34,7 @@ class Linear(nn.Linear):
 
 
 class Block(nn.Module):
-    """The base of the blocks."""
+    """The base of the blocks, which torch.jit.script refuses with a sentence."""
 
     __prepare_scriptable__ = refuse_script
 

@@ -57,7 +57,7 @@ def _leaf(
     return stock.forward(m, *args, **kwargs)
 
 
-def whole(forward: Forward) -> Forward:
+def fx_leaf(forward: Forward) -> Forward:
     """Decorate a forward whose path depends on which arguments are given: torch.fx records a call of the module."""
 
     @wraps(forward)

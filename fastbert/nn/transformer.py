@@ -31,9 +31,8 @@ class _Batch(NamedTuple):
     """A batch as the layers see it."""
 
     packing: Packing
-    tokens: Tensor | None = (
-        None  # (B, S) bool: nothing is packed, and padding is computed as in torch.nn
-    )
+    # (B, S) bool: nothing is packed, and padding is computed as in torch.nn; None: packed
+    tokens: Tensor | None = None
 
     def call(self, seed: Tensor | None = None, site: int = 0) -> LayerCall:
         """The arguments of one layer."""
@@ -304,7 +303,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         if torch.is_grad_enabled() and any(t.requires_grad for t in (src, *first.parameters())):
             return False
         hidden = _hides(padding)
-        # with mask_check it wants the padding on the right
+        # with mask_check torch.nn does so only where all padding is on the right
         return not (
             getattr(self, "mask_check", True) and bool((hidden[:, :-1] & ~hidden[:, 1:]).any())
         )

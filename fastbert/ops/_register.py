@@ -109,9 +109,10 @@ def once_differentiable(
 ) -> Callable[..., Any]:
     """Decorate a Function's backward: a second derivative raises, whichever function of torch takes it.
 
-    torch's decorator of this name cuts the graph: torch.autograd.functional.hvp and jvp would return zeros. With
-    `twice`, a backward in plain torch, that runs where autograd records (create_graph=True), and nothing raises. It
-    returns None where it can't.
+    torch's decorator of this name cuts the graph: torch.autograd.functional.hvp and jvp would return zeros.
+
+    `twice` is the same backward in plain torch. Where autograd records the backward (create_graph=True), `twice` runs
+    in its place, and nothing raises. `twice` returns None where it cannot compute the gradients.
     """
 
     @wraps(backward)
@@ -152,11 +153,26 @@ class _Read:
         return getattr(self._ctx, name)
 
 
+def through_torch(
+    function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor | None], dy: torch.Tensor
+) -> list[torch.Tensor | None]:
+    """The gradients of function(*inputs), in plain torch operations, which torch can differentiate again.
+
+    None for an input that requires no gradient. `function` gets aliases of the inputs: hooks on the inputs themselves
+    run once, in the outer backward.
+    """
+    aliases = [t if t is None else t.view_as(t) for t in inputs]
+    wanted = [t for t in aliases if t is not None and t.requires_grad]
+    y = function(*aliases)
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True) if wanted else ())
+    return [next(found) if t is not None and t.requires_grad else None for t in aliases]
+
+
 def _each(backward: Callable[..., Any], ctx: Any, grads: Sequence[Any]) -> Any:
     """The backward of gradients that the older vmap has batched: one by one, batched again."""
     level = torch_private.legacy_level()
-    size = next(g for g in grads if g is not None and legacy_batched(g))
-    count = torch_private.remove_batch(size, level, 1, 0).shape[0]
+    batched = next(g for g in grads if g is not None and legacy_batched(g))
+    count = torch_private.remove_batch(batched, level, 1, 0).shape[0]
     apart = [g if g is None else torch_private.remove_batch(g, level, count, 0) for g in grads]
     found = []
     for i in range(count):

@@ -20,6 +20,7 @@ from fastbert.ops._register import (
     once_differentiable,
     record,
     register,
+    through_torch,
     wants_grad,
 )
 from fastbert.ops.context import autocast, exported_as
@@ -51,14 +52,11 @@ _bwd = register(
 
 def _twice(ctx: Any, dy: Tensor) -> Any:
     """The backward in plain torch, whose own derivative torch knows."""
-    # other tensors than the user's, whose hooks must run once only
-    x, bias = (t if t is None else t.view_as(t) for t in ctx.saved_tensors)
-    assert x is not None
-    wanted = [t for t in (x, bias) if t is not None and t.requires_grad]
-    y = tnf.gelu(x if bias is None else x + bias, approximate=ctx.approximate)
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True) if wanted else ())
-    dx, dbias = (next(found) if t is not None and t.requires_grad else None for t in (x, bias))
-    return dx, dbias, None, None
+
+    def forward(x: Tensor, bias: Tensor | None) -> Tensor:
+        return tnf.gelu(x if bias is None else x + bias, approximate=ctx.approximate)
+
+    return *through_torch(forward, ctx.saved_tensors, dy), None, None
 
 
 class _BiasGelu(torch.autograd.Function):

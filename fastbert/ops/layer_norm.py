@@ -21,6 +21,7 @@ from fastbert.ops._register import (
     record,
     register,
     sums,
+    through_torch,
     wants_grad,
 )
 from fastbert.ops.context import exported_as
@@ -61,14 +62,11 @@ def _twice(ctx: Any, dy: Tensor) -> Any:
     """The backward in plain torch, whose own derivative torch knows; None where the input was not saved."""
     if ctx.from_output:
         return None
-    # other tensors than the user's, whose hooks must run once only
-    x, weight = (t if t is None else t.view_as(t) for t in ctx.saved_tensors[:2])
-    assert x is not None
-    inputs = (x,) if weight is None else (x, weight)
-    wanted = [t for t in inputs if t.requires_grad]
-    y = tnf.layer_norm(x, x.shape[1:], weight, None, ctx.eps)
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True) if wanted else ())
-    dx, dweight = (next(found) if t is not None and t.requires_grad else None for t in (x, weight))
+
+    def forward(x: Tensor, weight: Tensor | None) -> Tensor:
+        return tnf.layer_norm(x, x.shape[1:], weight, None, ctx.eps)
+
+    dx, dweight = through_torch(forward, ctx.saved_tensors[:2], dy)
     return dx, dweight, dy.sum(0) if ctx.has_bias else None, None, None, None
 
 
