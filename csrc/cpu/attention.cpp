@@ -55,14 +55,15 @@ int64_t block_rows(int64_t L) {
   return round_up(imin(L, imax(4 * kMR, kScores / ld)), kMR);
 }
 
-// c (rows, N) = or += a (rows, K) b. b is packed in panels of `steps` >= K steps; element (r, k) of
-// a is a[r * row + k * step].
-inline void product(int64_t rows, int64_t N, int64_t K, const float* a, int64_t row, int64_t step,
-                    const float* b, int64_t steps, float* c, int64_t ldc, bool add) {
+// c (rows, N) = or += a (rows, K) b. b is packed in panels of `steps` >= K steps; `a` lies as Rows
+// or Columns.
+template <typename Layout>
+inline void product(int64_t rows, int64_t N, int64_t K, const float* a, Layout at, const float* b,
+                    int64_t steps, float* c, int64_t ldc, bool add) {
   for (int64_t j = 0; j < N; j += kNR)
     for (int64_t r = 0; r < rows; r += kMR)
-      micro<false>(imin(kMR, rows - r), K, a + r * row, row, step, b + j * steps, c + r * ldc + j,
-                   ldc, add, b, K);
+      micro<false>(imin(kMR, rows - r), K, a + r * at.row, at, b + j * steps, c + r * ldc + j, ldc,
+                   add);
 }
 
 // c (rows, N) = a b with a packed as panels of kMR rows
@@ -70,7 +71,7 @@ inline void product_packed(int64_t rows, int64_t N, int64_t K, const float* a, c
                            float* c, int64_t ldc) {
   for (int64_t j = 0; j < N; j += kNR)
     for (int64_t r = 0; r < rows; r += kMR)
-      micro<false>(kMR, K, a + r * K, 1, kMR, b + j * K, c + r * ldc + j, ldc, false, b, K);
+      micro_panel<false>(kMR, K, a + r * K, b + j * K, c + r * ldc + j, ldc, false);
 }
 
 struct Softmax {
@@ -132,7 +133,7 @@ class Forward {
         finish(head, i + r, soft, factors, s);
       }
       // V is packed in panels of L steps, of which `span` are used
-      product(rows, head.depth, span, scores, ld, 1, values, L, result, head.depth, false);
+      product(rows, head.depth, span, scores, Rows{ld}, values, L, result, head.depth, false);
       for (int64_t r = 0; r < rows; ++r) {
         T* o = out_ + ((head.start + i + r) * head.H + head.h) * D;
         for (int64_t d = 0; d < D; d += W) store(o + d, load(result + r * head.depth + d), D - d);
@@ -225,10 +226,10 @@ class Backward {
     product_packed(rows, round_up(span, kNR), D, at.dout, at.values, at.grads, ld);
     for (int64_t r = 0; r < rows; ++r)
       row(head, i + r, span, at.factors, at.scores + r * ld, at.grads + r * ld);
-    product(rows, depth, span, at.grads, ld, 1, at.keys_across, head.L, at.result, depth, false);
+    product(rows, depth, span, at.grads, Rows{ld}, at.keys_across, head.L, at.result, depth, false);
     for (int64_t r = 0; r < rows; ++r) write(head, at.result + r * depth, i + r, 0);
-    product(span, depth, rows, at.scores, 1, ld, at.dout_across, rows, at.dv, depth, true);
-    product(span, depth, rows, at.grads, 1, ld, at.queries_across, rows, at.dk, depth, true);
+    product(span, depth, rows, at.scores, Columns{ld}, at.dout_across, rows, at.dv, depth, true);
+    product(span, depth, rows, at.grads, Columns{ld}, at.queries_across, rows, at.dk, depth, true);
   }
 
   // in s scores become P M, in g dO V^T becomes dS

@@ -26,14 +26,15 @@ constexpr int kMR = 12;
 constexpr int kMR = 6;
 #endif
 constexpr int kNR = 2 * W;
-// floats in a cache line
-constexpr int64_t kLine = 16;
 
-// steps of k for which a panel of B (kNR wide) stays in the first-level cache
-constexpr int64_t kKC = 256;
-// rows and columns of a block of C: kKC steps of A and B take 288 KB of the second-level cache
+// Steps of k of a slice, and rows and columns of a block of C. A block's A stays in the
+// second-level cache, 288 KB, while panels of B pass by. BERT-base's products over 768 are one
+// slice: their tiles of C are written once.
+constexpr int64_t kKC = 768;
 constexpr int64_t kMC = 96;
-constexpr int64_t kNC = 192;
+constexpr int64_t kNC = 96;
+// steps of k per turn of the inner loop; a tile of 32 registers has work enough without
+constexpr int kUnroll = kMR > 6 ? 2 : 8;
 // units of k packed at a time; a deeper K takes several passes, with a strip of C kept in fp32
 constexpr int64_t kDepth = 3072;
 // most floats of packed A in a thread
@@ -43,55 +44,81 @@ constexpr int64_t kPackedB = int64_t{1} << 20;
 // multiply-adds per thread: fewer do not pay for starting one
 constexpr int64_t kGemmGrain = int64_t{1} << 20;
 
-template <bool kPairs>
-inline F step(F acc, F a, F b) {
-#if FASTBERT_DOT_BF16
-  if (kPairs) return dot_pairs(acc, bits_as<U>(a), bits_as<U>(b));
-#endif
-  return acc + a * b;
-}
+// How the elements of a lie: (r, k) is a[r * row + k * step].
+template <int kHeight>
+struct Panel {  // a packed panel of kHeight rows
+  static constexpr int64_t row = 1, step = kHeight;
+};
+struct Rows {
+  int64_t row;
+  static constexpr int64_t step = 1;
+};
+struct Columns {
+  static constexpr int64_t row = 1;
+  int64_t step;
+};
 
-// c (R, kNR) = or += a (R, K) b (K, kNR); element (r, k) of a is a[r * a_row + k * a_step]. Every
-// `pace` steps a cache line from `ahead` on, the data that follows b, is prefetched, so that memory
-// works during the computation.
-template <int R, bool kPairs>
-__attribute__((noinline)) void micro_kernel(int64_t K, const float* a, int64_t a_row,
-                                            int64_t a_step, const float* b, float* c, int64_t ldc,
-                                            bool add, const float* ahead, int64_t pace) {
-  F sums[R][2] = {};
-  for (int64_t k = 0; k < K; ahead += kLine) {
-    __builtin_prefetch(ahead, 0, 2);
-    for (const int64_t end = imin(K, k + pace); k < end; ++k) {
-      const F b0 = load(b), b1 = load(b + W);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        // as an integer: a pair of bf16 may be a signalling NaN, which a float copy may change
-        const F one = bits_as<F>(set1(bits_as<uint32_t>(a[r * a_row])));
-        sums[r][0] = step<kPairs>(sums[r][0], one, b0);
-        sums[r][1] = step<kPairs>(sums[r][1], one, b1);
-      }
-      __builtin_prefetch(a + 16 * kMR);
-      a += a_step;
-      b += kNR;
+// R rows of a tile of C in registers. They are members, not an array, and every use is inlined: GCC
+// keeps an array in memory where a branch follows the loop that fills it, and an object whose
+// address a call takes.
+template <int R>
+struct Sums {
+  F low = {}, high = {};
+  Sums<R - 1> rest;
+
+  template <bool kPairs>
+  FASTBERT_INLINE void step(const float* a, int64_t row, F b0, F b1) {
+    multiply_add<kPairs>(low, high, a, b0, b1);
+    if constexpr (R > 1) rest.template step<kPairs>(a + row, row, b0, b1);
+  }
+  template <bool kAdd>
+  FASTBERT_INLINE void put(float* c, int64_t ldc) const {
+    store(c, kAdd ? load(c) + low : low);
+    store(c + W, kAdd ? load(c + W) + high : high);
+    if constexpr (R > 1) rest.template put<kAdd>(c + ldc, ldc);
+  }
+};
+template <>
+struct Sums<0> {};
+
+// c (R, kNR) = or += a (R, K) b (K, kNR). The loop holds the loads of b, and per row a broadcast
+// and two multiply-adds: nothing else, since one instruction more per step costs 3 to 5 % where
+// another thread shares the core (tests/cpu/test_cpu_machine_code.py counts them).
+template <int R, bool kPairs, typename Layout>
+__attribute__((noinline)) void micro_kernel(int64_t K, const float* a, Layout at, const float* b,
+                                            float* c, int64_t ldc, bool add) {
+  Sums<R> sums;
+  for (; K >= kUnroll; K -= kUnroll, a += kUnroll * at.step, b += kUnroll * kNR) {
+#pragma GCC unroll 8
+    for (int u = 0; u < kUnroll; ++u) {
+      const float* line = b + u * kNR;
+      sums.template step<kPairs>(a + u * at.step, at.row, load(line), load(line + W));
     }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    float* out = c + r * ldc;
-    store(out, add ? load(out) + sums[r][0] : sums[r][0]);
-    store(out + W, add ? load(out + W) + sums[r][1] : sums[r][1]);
-  }
+  for (; K > 0; --K, a += at.step, b += kNR)
+    sums.template step<kPairs>(a, at.row, load(b), load(b + W));
+  if (add)
+    sums.template put<true>(c, ldc);
+  else
+    sums.template put<false>(c, ldc);
 }
 
 // the micro kernel for `rows` <= kMR
-template <bool kPairs, int R = kMR>
-inline void micro(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t a_step,
-                  const float* b, float* c, int64_t ldc, bool add, const float* ahead,
-                  int64_t pace) {
+template <bool kPairs, typename Layout, int R = kMR>
+inline void micro(int64_t rows, int64_t K, const float* a, Layout at, const float* b, float* c,
+                  int64_t ldc, bool add) {
   if constexpr (R > 1)
-    if (rows < R)
-      return micro<kPairs, R - 1>(rows, K, a, a_row, a_step, b, c, ldc, add, ahead, pace);
-  micro_kernel<R, kPairs>(K, a, a_row, a_step, b, c, ldc, add, ahead, pace);
+    if (rows < R) return micro<kPairs, Layout, R - 1>(rows, K, a, at, b, c, ldc, add);
+  micro_kernel<R, kPairs>(K, a, at, b, c, ldc, add);
+}
+
+// the same for a panel of `height` <= kMR rows
+template <bool kPairs, int R = kMR>
+inline void micro_panel(int64_t height, int64_t K, const float* a, const float* b, float* c,
+                        int64_t ldc, bool add) {
+  if constexpr (R > 1)
+    if (height < R) return micro_panel<kPairs, R - 1>(height, K, a, b, c, ldc, add);
+  micro_kernel<R, kPairs>(K, a, Panel<R>{}, b, c, ldc, add);
 }
 
 // the size of equal pieces of `total` that are at most `limit`
@@ -193,8 +220,7 @@ class Gemm {
           const int64_t steps = imin(kc_, to - u);
           const float* rows = a + ((u - k) * (m1 - m) + steps * (i - m)) * s_.h;
           const float* columns = slice(u, n, n1, k, b);
-          const float* after = u + kc_ < to ? slice(u + kc_, n, n1, k, b) : slice(k, n1, n1, k, b);
-          block(i1 - i, n1 - n, steps, rows, columns, after, tile, ld, u > 0);
+          block(i1 - i, n1 - n, steps, rows, columns, tile, ld, u > 0);
         }
         if (to == count_)
           epilogue_(i * s_.h, imin(i1 * s_.h, s_.M) - i * s_.h, n * kNR,
@@ -203,17 +229,13 @@ class Gemm {
     }
   }
 
-  // `rows` x `columns` panels of C from one slice; each panel of rows prefetches its share of the
-  // next panel of b
+  // `rows` x `columns` panels of C from one slice
   void block(int64_t rows, int64_t columns, int64_t steps, const float* a, const float* b,
-             const float* after, float* tile, int64_t ld, bool add) const {
-    const int64_t pace = imax(1, rows * kLine / kNR), lines = ceil_div(steps, pace);
-    for (int64_t q = 0; q < columns; ++q) {
-      const float* next = q + 1 < columns ? b + (q + 1) * steps * kNR : after;
+             float* tile, int64_t ld, bool add) const {
+    for (int64_t q = 0; q < columns; ++q)
       for (int64_t p = 0; p < rows; ++p)
-        micro<kPairs>(s_.h, steps, a + p * steps * s_.h, 1, s_.h, b + q * steps * kNR,
-                      tile + p * s_.h * ld + q * kNR, ld, add, next + p * lines * kLine, pace);
-    }
+        micro_panel<kPairs>(s_.h, steps, a + p * steps * s_.h, b + q * steps * kNR,
+                            tile + p * s_.h * ld + q * kNR, ld, add);
   }
 
   static constexpr bool kPrepacked = __is_same(B, Packed);
@@ -256,12 +278,14 @@ inline void gemm(int64_t M, int64_t N, int64_t K, const Operand<TA>& a, const B&
   const int64_t m_panels = ceil_div(M, h), n_panels = ceil_div(N, kNR);
   const Gemm<kPairs, TA, B, Epilogue> work(a, b, epilogue, {M, N, K, h});
   const int team = team_size(M * N * imax(K, 1), kGemmGrain, m_panels * n_panels, threads);
-  // a grid of parts, tm x tn: each thread packs its rows of A and its columns of B
+  // a grid of parts, tm x tn: each thread packs its rows of A, and packs or reads its columns of B.
+  // Reading takes about a quarter of packing
+  constexpr int64_t kColumn = __is_same(B, Packed) ? 1 : 4;
   int tm = 1;
   int64_t least = INT64_MAX;
   for (int t = 1; t <= team; ++t) {
     if (team % t || t > m_panels || team / t > n_panels) continue;
-    const int64_t cost = M * (team / t) + N * t;
+    const int64_t cost = 4 * M * (team / t) + kColumn * N * t;
     if (cost < least) least = cost, tm = t;
   }
   const int tn = static_cast<int>(imin(team / tm, n_panels));

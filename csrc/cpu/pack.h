@@ -34,13 +34,30 @@ constexpr bool kPaired = FASTBERT_DOT_BF16 && __is_same(T, bf16);
 // 32-bit units along k
 inline int64_t units(int64_t K, bool pairs) { return pairs ? (K + 1) / 2 : K; }
 
-// transposes a square of W x W by log2(W) perfect shuffles
+// transposes a square of W x W: every block of 4 x 4 where it is, then the blocks
 inline void transpose(F rows[W]) {
-  F next[W];
-  for (int round = 1; round < W; round *= 2) {
-    for (int j = 0; j < W / 2; ++j) zip(rows[j], rows[j + W / 2], next[2 * j], next[2 * j + 1]);
-    for (int j = 0; j < W; ++j) rows[j] = next[j];
+#pragma GCC unroll 4
+  for (int g = 0; g < W; g += 4) {
+    F* r = rows + g;
+    F upper[2], lower[2];
+    zip_floats(r[0], r[1], upper[0], upper[1]);
+    zip_floats(r[2], r[3], lower[0], lower[1]);
+    zip_doubles(upper[0], lower[0], r[0], r[1]);
+    zip_doubles(upper[1], lower[1], r[2], r[3]);
   }
+#if FASTBERT_WIDTH > 4
+  // log2(W / 4) perfect shuffles of the blocks of each of four columns
+  for (int round = 4; round < W; round *= 2)
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      F next[W / 4];
+#pragma GCC unroll 4
+      for (int j = 0; j < W / 8; ++j)
+        zip_fours(rows[4 * j + c], rows[4 * j + c + W / 2], next[2 * j], next[2 * j + 1]);
+#pragma GCC unroll 4
+      for (int j = 0; j < W / 4; ++j) rows[4 * j + c] = next[j];
+    }
+#endif
 }
 
 // two neighbouring k in bf16 as one unit

@@ -40,6 +40,8 @@
 #define FASTBERT_X86 0
 #endif
 
+#define FASTBERT_INLINE inline __attribute__((always_inline))
+
 namespace fastbert {
 namespace FASTBERT_ISA {
 
@@ -232,25 +234,52 @@ inline void zip_alternate(D a, D b, D& even, D& odd) {
 #endif
 }
 
-// a0 b0 a1 b1 .., first and second half
-template <typename V>
-inline void zip(V a, V b, V& first, V& second) {
+// The three steps of a transposition, each of which zips two vectors into two. zip_floats takes
+// a0 b0 a1 b1 | a2 b2 a3 b3 of every four lanes, zip_doubles a0 a1 b0 b1 | a2 a3 b2 b3, and
+// zip_fours the groups of four lanes: A0 B0 A1 B1 .., first and second half.
+inline void zip_floats(F a, F b, F& first, F& second) {
 #if FASTBERT_WIDTH == 16
-  first = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  first = __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
   second =
-      __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+      __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
 #elif FASTBERT_WIDTH == 8
-  first = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-  second = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  first = __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13);
+  second = __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
 #else
   first = __builtin_shufflevector(a, b, 0, 4, 1, 5);
   second = __builtin_shufflevector(a, b, 2, 6, 3, 7);
 #endif
 }
+inline void zip_doubles(F a, F b, F& first, F& second) {
+#if FASTBERT_WIDTH == 16
+  first = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+  second =
+      __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+#elif FASTBERT_WIDTH == 8
+  first = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+  second = __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+#else
+  first = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+  second = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+#endif
+}
+#if FASTBERT_WIDTH > 4
+inline void zip_fours(F a, F b, F& first, F& second) {
+#if FASTBERT_WIDTH == 16
+  first = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  second =
+      __builtin_shufflevector(a, b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+#else
+  first = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
+  second = __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+#endif
+}
+#endif
 
-// --- products of bf16 pairs: lane i of a and b holds two bf16, acc[i] += a0 * b0 + a1 * b1 ---
+// --- products ---
 
 #if FASTBERT_DOT_BF16
+// lane i of a and b holds two bf16: acc[i] += a0 * b0 + a1 * b1
 inline F dot_pairs(F acc, U a, U b) {
 #if FASTBERT_X86 == 512
   return bits_as<F>(
@@ -261,6 +290,42 @@ inline F dot_pairs(F acc, U a, U b) {
 #endif
 }
 #endif
+
+// low += x b0 and high += x b1, where every lane of x is *a; of bf16 pairs if kPairs. These are
+// three instructions in assembly: in an unrolled loop GCC 12 would give the sums other registers at
+// every step, and keep one of them in memory.
+template <bool kPairs>
+FASTBERT_INLINE void multiply_add(F& low, F& high, const float* a, F b0, F b1) {
+#if FASTBERT_X86 >= 256
+#define FASTBERT_MULTIPLY(instruction)                                                 \
+  asm("vbroadcastss %[a], %[x]\n\t" instruction " %[b0], %[x], %[low]\n\t" instruction \
+      " %[b1], %[x], %[high]"                                                          \
+      : [low] "+v"(low), [high] "+v"(high), [x] "=&v"(x)                               \
+      : [a] "m"(*a), [b0] "v"(b0), [b1] "v"(b1))
+  F x;
+#if FASTBERT_DOT_BF16
+  if (kPairs) {
+    FASTBERT_MULTIPLY("vdpbf16ps");
+    return;
+  }
+#endif
+  static_assert(FASTBERT_DOT_BF16 || !kPairs, "pairs need their instruction");
+  FASTBERT_MULTIPLY("vfmadd231ps");
+#undef FASTBERT_MULTIPLY
+#else
+  // as an integer: a pair of bf16 may be a signalling NaN, which a float copy may change
+  const U x = set1(bits_as<uint32_t>(*a));
+#if FASTBERT_DOT_BF16
+  if (kPairs) {
+    low = dot_pairs(low, x, bits_as<U>(b0));
+    high = dot_pairs(high, x, bits_as<U>(b1));
+    return;
+  }
+#endif
+  low += bits_as<F>(x) * b0;
+  high += bits_as<F>(x) * b1;
+#endif
+}
 
 }  // namespace FASTBERT_ISA
 }  // namespace fastbert
