@@ -50,7 +50,7 @@ ISAS = {
         "-mprefer-vector-width=512 -Wno-maybe-uninitialized -Wno-uninitialized",
     ],
     "avx512_bf16": [
-        "-mavx2 -mfma -mbmi2 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16",
+        "-mavx2 -mfma -mbmi2 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mavx512vnni",
         "-mprefer-vector-width=512 -Wno-maybe-uninitialized -Wno-uninitialized",
     ],
 }

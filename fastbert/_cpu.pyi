@@ -204,6 +204,7 @@ def embed_bwd(
 ) -> None: ...
 def encoder_infer(
     dtype: int,
+    levels: int,
     x: int,
     cu_seqlens: int,
     layers: int,
@@ -342,6 +343,25 @@ def linear_pack(
     K: int,
     threads: int,
     /,
+) -> None: ...
+def linear_int8_fwd(
+    x_dtype: int,
+    x: int,
+    w: int,
+    packed: int,
+    scale: int,
+    bias: int,
+    y: int,
+    M: int,
+    N: int,
+    K: int,
+    levels: int,
+    threads: int,
+    /,
+) -> None: ...
+def linear_int8_packed_size(N: int, K: int, /) -> int: ...
+def linear_int8_pack(
+    w: int, scale: int, packed: int, N: int, K: int, threads: int, /
 ) -> None: ...
 def fma_peak(threads: int, /) -> float: ...
 def dot_peak(threads: int, /) -> float: ...

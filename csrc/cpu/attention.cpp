@@ -62,8 +62,7 @@ inline void product(int64_t rows, int64_t N, int64_t K, const float* a, Layout a
                     int64_t steps, float* c, int64_t ldc, bool add) {
   for (int64_t j = 0; j < N; j += kNR)
     for (int64_t r = 0; r < rows; r += kMR)
-      micro<false>(imin(kMR, rows - r), K, a + r * at.row, at, b + j * steps, c + r * ldc + j, ldc,
-                   add);
+      micro(imin(kMR, rows - r), K, a + r * at.row, at, b + j * steps, c + r * ldc + j, ldc, add);
 }
 
 // c (rows, N) = a b with a packed as panels of kMR rows
@@ -71,7 +70,7 @@ inline void product_packed(int64_t rows, int64_t N, int64_t K, const float* a, c
                            float* c, int64_t ldc) {
   for (int64_t j = 0; j < N; j += kNR)
     for (int64_t r = 0; r < rows; r += kMR)
-      micro_panel<false>(kMR, K, a + r * K, b + j * K, c + r * ldc + j, ldc, false);
+      micro_panel<kFloats>(kMR, K, a + r * K, b + j * K, c + r * ldc + j, ldc, false);
 }
 
 struct Softmax {

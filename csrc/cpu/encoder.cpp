@@ -6,6 +6,7 @@
 #include "dropout_add_layer_norm.h"
 #include "feed_forward.h"
 #include "linear.h"
+#include "linear_int8.h"
 #include "scratch.h"
 
 namespace fastbert {
@@ -44,16 +45,19 @@ template <typename T>
 class Encoder {
  public:
   // `room` rows of `wide` and of `narrow` elements fit into the buffers
-  Encoder(int dtype, int64_t T_, int64_t room, int64_t B, int64_t C, int64_t wide, int64_t narrow,
-          int threads)
+  Encoder(int dtype, int levels, int64_t T_, int64_t room, int64_t B, int64_t C, int64_t wide,
+          int64_t narrow, int threads)
       : dtype_(dtype),
+        levels_(levels),
         tokens_(T_),
         B_(B),
         C_(C),
         threads_(threads),
         wide_(1, floats(room * wide)),
         narrow_(5, floats(room * narrow)),
-        stats_(2, room) {}
+        stats_(2, room),
+        quantised_(1, levels ? quantised_floats(room, imax(wide, narrow)) : 0),
+        scales_(1, levels ? room : 0) {}
 
   void run(const T* x, const int32_t* cu, const Layer* layers, const int64_t* sizes,
            const float* numbers, int64_t n, const int64_t* rows, int64_t R, T* y) const {
@@ -76,7 +80,23 @@ class Encoder {
 
   void linear(const T* x, const float* w, const float* b, T* y, int64_t M, int64_t N,
               int64_t K) const {
-    linear_fwd(dtype_, kFloat32, x, nullptr, nullptr, nullptr, 1, w, b, y, M, N, K, threads_);
+    if (levels_)
+      linear_int8(x, w, b, kIdentity, y, M, N, K);
+    else
+      linear_fwd(dtype_, kFloat32, x, nullptr, nullptr, nullptr, 1, w, b, y, M, N, K, threads_);
+  }
+  void up(const T* x, const Layer& w, const Settings& s, T* h, int64_t M) const {
+    if (levels_)
+      linear_int8(x, w.up, w.up_bias, s.tanh ? kGeluTanh : kGelu, h, M, s.F, C_);
+    else
+      feed_forward_up(dtype_, kFloat32, s.tanh, x, nullptr, w.up, w.up_bias, nullptr, h, M, s.F, C_,
+                      threads_);
+  }
+  void linear_int8(const T* x, const float* w, const float* b, Activation activation, T* y,
+                   int64_t M, int64_t N, int64_t K) const {
+    float *q = quantised_[0], *a = scales_[0];
+    quantise(dtype_, x, M, K, levels_, q, a, threads_);
+    quantised_linear(dtype_, q, a, w, b, activation, y, M, N, K, threads_);
   }
   void add_norm(const T* x, const T* residual, const float* w, const float* b, float eps, T* y,
                 int64_t M) const {
@@ -105,23 +125,23 @@ class Encoder {
     }
     linear(context, w.out, w.out_bias, y, M, C_, A);
     add_norm(y, residual, w.attention_norm, w.attention_norm_bias, s.attention_eps, middle, M);
-    feed_forward_up(dtype_, kFloat32, s.tanh, middle, nullptr, w.up, w.up_bias, nullptr, wide, M,
-                    s.F, C_, threads_);
+    up(middle, w, s, wide, M);
     linear(wide, w.down, w.down_bias, y, M, C_, s.F);
     add_norm(y, middle, w.output_norm, w.output_norm_bias, s.output_eps, out, M);
   }
 
-  int dtype_;
+  int dtype_, levels_;
   int64_t tokens_, B_, C_;
   int threads_;
-  Scratch wide_, narrow_, stats_;
+  Scratch wide_, narrow_, stats_, quantised_, scales_;
 };
 
 }  // namespace
 
-void encoder_infer(int dtype, const void* x, const int32_t* cu_seqlens, const int64_t* layers,
-                   const int64_t* sizes, const float* numbers, int64_t n, const int64_t* rows,
-                   int64_t R, void* y, int64_t T, int64_t B, int64_t C, int threads) {
+void encoder_infer(int dtype, int levels, const void* x, const int32_t* cu_seqlens,
+                   const int64_t* layers, const int64_t* sizes, const float* numbers, int64_t n,
+                   const int64_t* rows, int64_t R, void* y, int64_t T, int64_t B, int64_t C,
+                   int threads) {
   int64_t wide = 0, narrow = C;
   for (int64_t i = 0; i < n; ++i) {
     const Settings s(sizes + i * kLayerSizes, numbers + i * kLayerNumbers);
@@ -130,7 +150,7 @@ void encoder_infer(int dtype, const void* x, const int32_t* cu_seqlens, const in
   }
   with_type(dtype, [&](auto t) {
     using E = decltype(t);
-    const Encoder<E> encoder(dtype, T, imax(T, R), B, C, wide, narrow, threads);
+    const Encoder<E> encoder(dtype, levels, T, imax(T, R), B, C, wide, narrow, threads);
     encoder.run(static_cast<const E*>(x), cu_seqlens, reinterpret_cast<const Layer*>(layers), sizes,
                 numbers, n, rows, R, static_cast<E*>(y));
   });

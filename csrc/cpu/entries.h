@@ -10,4 +10,5 @@
 #include "feed_forward.h"
 #include "layer_norm.h"
 #include "linear.h"
+#include "linear_int8.h"
 #include "peak.h"

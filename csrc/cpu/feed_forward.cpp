@@ -89,11 +89,11 @@ void feed_forward_up(int x_dtype, int w_dtype, bool tanh, const void* x, const v
     with_tanh(tanh, [&](auto flag) {
       const WriteUp<T, decltype(flag)::value> write = {b1, static_cast<T*>(u), static_cast<T*>(h),
                                                        F_};
-      if (packed) return gemm<kPaired<T>>(M, F_, C, a, Packed{packed}, threads, write);
+      if (packed) return gemm<kKindOf<T>>(M, F_, C, a, Packed<kKindOf<T>>{packed}, threads, write);
       with_type(w_dtype, [&](auto w) {
         using TW = decltype(w);
         const Operand<TW> b = {matrix(static_cast<const TW*>(w1), C, 1), F_, false};
-        gemm<kPaired<T>>(M, F_, C, a, b, threads, write);
+        gemm<kKindOf<T>>(M, F_, C, a, b, threads, write);
       });
     });
   });
@@ -111,7 +111,7 @@ void feed_forward_down_bwd(int x_dtype, int w_dtype, bool tanh, const void* dy, 
       with_type(w_dtype, [&](auto w) {
         using TW = decltype(w);
         const Operand<TW> b = {matrix(static_cast<const TW*>(w2), F_, 1), F_, true};
-        gemm<kPaired<T>>(M, F_, C, a, b, threads, write);
+        gemm<kKindOf<T>>(M, F_, C, a, b, threads, write);
       });
     });
   });

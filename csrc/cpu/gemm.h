@@ -61,64 +61,65 @@ struct Columns {
 // R rows of a tile of C in registers. They are members, not an array, and every use is inlined: GCC
 // keeps an array in memory where a branch follows the loop that fills it, and an object whose
 // address a call takes.
-template <int R>
+template <int R, Kind kKind>
 struct Sums {
-  F low = {}, high = {};
-  Sums<R - 1> rest;
+  using Sum = typename Units<kKind>::Sum;
+  Sum low = {}, high = {};
+  Sums<R - 1, kKind> rest;
 
-  template <bool kPairs>
   FASTBERT_INLINE void step(const float* a, int64_t row, F b0, F b1) {
-    multiply_add<kPairs>(low, high, a, b0, b1);
-    if constexpr (R > 1) rest.template step<kPairs>(a + row, row, b0, b1);
+    multiply_add<kKind>(low, high, a, b0, b1);
+    if constexpr (R > 1) rest.step(a + row, row, b0, b1);
   }
   template <bool kAdd>
   FASTBERT_INLINE void put(float* c, int64_t ldc) const {
-    store(c, kAdd ? load(c) + low : low);
-    store(c + W, kAdd ? load(c + W) + high : high);
+    store(c, bits_as<F>(kAdd ? bits_as<Sum>(load(c)) + low : low));
+    store(c + W, bits_as<F>(kAdd ? bits_as<Sum>(load(c + W)) + high : high));
     if constexpr (R > 1) rest.template put<kAdd>(c + ldc, ldc);
   }
 };
-template <>
-struct Sums<0> {};
+template <Kind kKind>
+struct Sums<0, kKind> {};
 
 // c (R, kNR) = or += a (R, K) b (K, kNR). The loop holds the loads of b, and per row a broadcast
-// and two multiply-adds: nothing else, since one instruction more per step costs 3 to 5 % where
+// and the multiply-adds: nothing else, since one instruction more per step costs 3 to 5 % where
 // another thread shares the core (tests/cpu/test_cpu_machine_code.py counts them).
-template <int R, bool kPairs, typename Layout>
-__attribute__((noinline)) void micro_kernel(int64_t K, const float* a, Layout at, const float* b,
-                                            float* c, int64_t ldc, bool add) {
-  Sums<R> sums;
+template <int R, Kind kKind, typename Layout>
+__attribute__((noinline)) void micro_kernel(int64_t K, const float* a, Layout at,
+                                            const typename Units<kKind>::B* b, float* c,
+                                            int64_t ldc, bool add) {
+  using U = Units<kKind>;
+  Sums<R, kKind> sums;
   for (; K >= kUnroll; K -= kUnroll, a += kUnroll * at.step, b += kUnroll * kNR) {
 #pragma GCC unroll 8
     for (int u = 0; u < kUnroll; ++u) {
-      const float* line = b + u * kNR;
-      sums.template step<kPairs>(a + u * at.step, at.row, load(line), load(line + W));
+      const auto* line = b + u * kNR;
+      sums.step(a + u * at.step, at.row, U::load_b(line), U::load_b(line + W));
     }
   }
-  for (; K > 0; --K, a += at.step, b += kNR)
-    sums.template step<kPairs>(a, at.row, load(b), load(b + W));
+  for (; K > 0; --K, a += at.step, b += kNR) sums.step(a, at.row, U::load_b(b), U::load_b(b + W));
   if (add)
     sums.template put<true>(c, ldc);
   else
     sums.template put<false>(c, ldc);
 }
 
-// the micro kernel for `rows` <= kMR
-template <bool kPairs, typename Layout, int R = kMR>
+// the micro kernel of fp32 for `rows` <= kMR
+template <typename Layout, int R = kMR>
 inline void micro(int64_t rows, int64_t K, const float* a, Layout at, const float* b, float* c,
                   int64_t ldc, bool add) {
   if constexpr (R > 1)
-    if (rows < R) return micro<kPairs, Layout, R - 1>(rows, K, a, at, b, c, ldc, add);
-  micro_kernel<R, kPairs>(K, a, at, b, c, ldc, add);
+    if (rows < R) return micro<Layout, R - 1>(rows, K, a, at, b, c, ldc, add);
+  micro_kernel<R, kFloats>(K, a, at, b, c, ldc, add);
 }
 
-// the same for a panel of `height` <= kMR rows
-template <bool kPairs, int R = kMR>
-inline void micro_panel(int64_t height, int64_t K, const float* a, const float* b, float* c,
-                        int64_t ldc, bool add) {
+// the micro kernel for a panel of `height` <= kMR rows
+template <Kind kKind, int R = kMR>
+inline void micro_panel(int64_t height, int64_t K, const float* a,
+                        const typename Units<kKind>::B* b, float* c, int64_t ldc, bool add) {
   if constexpr (R > 1)
-    if (height < R) return micro_panel<kPairs, R - 1>(height, K, a, b, c, ldc, add);
-  micro_kernel<R, kPairs>(K, a, Panel<R>{}, b, c, ldc, add);
+    if (height < R) return micro_panel<kKind, R - 1>(height, K, a, b, c, ldc, add);
+  micro_kernel<R, kKind>(K, a, Panel<R>{}, b, c, ldc, add);
 }
 
 // the size of equal pieces of `total` that are at most `limit`
@@ -141,9 +142,14 @@ inline void pack_slices(const Operand<T>& operand, int64_t p0, int64_t p1, int64
 }
 
 // B that is already packed: [slice][N / kNR][kc][kNR]
+template <Kind kKind>
 struct Packed {
-  const float* p;
+  const typename Units<kKind>::B* p;
 };
+template <typename B>
+constexpr bool kPrepacked = false;
+template <Kind kKind>
+constexpr bool kPrepacked<Packed<kKind>> = true;
 
 inline int64_t packed_size(int64_t N, int64_t K, bool pairs) {
   return round_up(N, kNR) * units(K, pairs);
@@ -158,7 +164,7 @@ struct Shape {
   int64_t M, N, K, h;
 };
 
-template <bool kPairs, typename TA, typename B, typename Epilogue>
+template <Kind kKind, typename TA, typename B, typename Epilogue>
 class Gemm {
  public:
   Gemm(const Operand<TA>& a, const B& b, const Epilogue& epilogue, Shape shape)
@@ -184,10 +190,13 @@ class Gemm {
   }
 
  private:
+  static constexpr bool kPairs = kKind == kHalves;
+  using UnitB = typename Units<kKind>::B;
+
   int64_t packed_a(const Part& part) const {
     return round_up(imin(ma_, part.m1 - part.m0) * depth_ * s_.h + W, 16);
   }
-  int64_t packed_b() const { return kPrepacked ? 0 : round_up(nc_ * depth_ * kNR, 16); }
+  int64_t packed_b() const { return kPrepacked<B> ? 0 : round_up(nc_ * depth_ * kNR, 16); }
   bool deep() const { return count_ > depth_; }
   // floats of one block of C or, if K takes several passes, of a strip of rows
   int64_t tile(const Part& part) const {
@@ -196,8 +205,8 @@ class Gemm {
   }
 
   // the start of slice u of panels [n, n1) of B; b holds these panels from unit k on
-  const float* slice(int64_t u, int64_t n, int64_t n1, int64_t k, const float* b) const {
-    if constexpr (kPrepacked)
+  const UnitB* slice(int64_t u, int64_t n, int64_t n1, int64_t k, const float* b) const {
+    if constexpr (kPrepacked<B>)
       return b_.p + (u * ceil_div(s_.N, kNR) + imin(kc_, count_ - u) * n) * kNR;
     else
       return b + (u - k) * (n1 - n) * kNR;
@@ -210,7 +219,7 @@ class Gemm {
     pack_slices<kPairs>(a_, m, m1, s_.h, k, to, kc_, s_.K, a);
     for (int64_t n = part.n0; n < part.n1; n += nc_) {
       const int64_t n1 = imin(n + nc_, part.n1);
-      if constexpr (!kPrepacked) pack_slices<kPairs>(b_, n, n1, kNR, k, to, kc_, s_.K, b);
+      if constexpr (!kPrepacked<B>) pack_slices<kPairs>(b_, n, n1, kNR, k, to, kc_, s_.K, b);
       const int64_t ld = (deep() ? part.n1 - part.n0 : n1 - n) * kNR;
       for (int64_t i = m; i < m1; i += mc_) {
         const int64_t i1 = imin(i + mc_, m1);
@@ -219,7 +228,7 @@ class Gemm {
         for (int64_t u = k; u < to || u == 0; u += kc_) {
           const int64_t steps = imin(kc_, to - u);
           const float* rows = a + ((u - k) * (m1 - m) + steps * (i - m)) * s_.h;
-          const float* columns = slice(u, n, n1, k, b);
+          const UnitB* columns = slice(u, n, n1, k, b);
           block(i1 - i, n1 - n, steps, rows, columns, tile, ld, u > 0);
         }
         if (to == count_)
@@ -230,15 +239,14 @@ class Gemm {
   }
 
   // `rows` x `columns` panels of C from one slice
-  void block(int64_t rows, int64_t columns, int64_t steps, const float* a, const float* b,
+  void block(int64_t rows, int64_t columns, int64_t steps, const float* a, const UnitB* b,
              float* tile, int64_t ld, bool add) const {
     for (int64_t q = 0; q < columns; ++q)
       for (int64_t p = 0; p < rows; ++p)
-        micro_panel<kPairs>(s_.h, steps, a + p * steps * s_.h, b + q * steps * kNR,
-                            tile + p * s_.h * ld + q * kNR, ld, add);
+        micro_panel<kKind>(s_.h, steps, a + p * steps * s_.h, b + q * steps * kNR,
+                           tile + p * s_.h * ld + q * kNR, ld, add);
   }
 
-  static constexpr bool kPrepacked = __is_same(B, Packed);
   const Operand<TA>& a_;
   const B& b_;
   const Epilogue& epilogue_;
@@ -270,17 +278,17 @@ inline int64_t panel_height(int64_t M) {
 
 // epilogue(i, rows, j, cols, tile, ld) gets C[i + r, j + c] = tile[r * ld + c], each element
 // once; several threads call it
-template <bool kPairs, typename TA, typename B, typename Epilogue>
+template <Kind kKind, typename TA, typename B, typename Epilogue>
 inline void gemm(int64_t M, int64_t N, int64_t K, const Operand<TA>& a, const B& b, int threads,
                  const Epilogue& epilogue) {
   if (M == 0 || N == 0) return;
   const int64_t h = panel_height(M);
   const int64_t m_panels = ceil_div(M, h), n_panels = ceil_div(N, kNR);
-  const Gemm<kPairs, TA, B, Epilogue> work(a, b, epilogue, {M, N, K, h});
+  const Gemm<kKind, TA, B, Epilogue> work(a, b, epilogue, {M, N, K, h});
   const int team = team_size(M * N * imax(K, 1), kGemmGrain, m_panels * n_panels, threads);
   // a grid of parts, tm x tn: each thread packs its rows of A, and packs or reads its columns of B.
   // Reading takes about a quarter of packing
-  constexpr int64_t kColumn = __is_same(B, Packed) ? 1 : 4;
+  constexpr int64_t kColumn = kPrepacked<B> ? 1 : 4;
   int tm = 1;
   int64_t least = INT64_MAX;
   for (int t = 1; t <= team; ++t) {

@@ -56,7 +56,11 @@ const Isa kIsas[] = {
     {"avx512", has_avx512},
 #endif
 #ifdef FASTBERT_HAS_avx512_bf16
-    {"avx512_bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16") != 0; }},
+    {"avx512_bf16",
+     [] {
+       return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+              __builtin_cpu_supports("avx512vnni");
+     }},
 #endif
 #if defined(FASTBERT_HAS_emulated) && defined(FASTBERT_HAS_avx2)
     {"emulated", has_avx2},  // setup.py builds it with AVX2 if the compiler has that

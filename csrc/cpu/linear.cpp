@@ -46,11 +46,11 @@ void linear_fwd(int x_dtype, int w_dtype, const void* x, const void* w0, const v
     using T = decltype(t);
     const Operand<T> a = {matrix(static_cast<const T*>(x), K, 1), M, false};
     const Write<T> write = {static_cast<T*>(y), N, bias, 1.0f};
-    if (packed) return gemm<kPaired<T>>(M, N, K, a, Packed{packed}, threads, write);
+    if (packed) return gemm<kKindOf<T>>(M, N, K, a, Packed<kKindOf<T>>{packed}, threads, write);
     with_type(w_dtype, [&](auto w) {
       using TW = decltype(w);
       const Operand<TW> b = {pieces<TW>(w0, w1, w2, each, K), N, false};
-      gemm<kPaired<T>>(M, N, K, a, b, threads, write);
+      gemm<kKindOf<T>>(M, N, K, a, b, threads, write);
     });
   });
 }
@@ -65,7 +65,7 @@ void linear_bwd_dx(int x_dtype, int w_dtype, const void* dy, const void* w0, con
     with_type(w_dtype, [&](auto w) {
       using TW = decltype(w);
       const Operand<TW> b = {pieces<TW>(w0, w1, w2, each, K), K, true};
-      gemm<kPaired<T>>(M, K, N, a, b, threads, write);
+      gemm<kKindOf<T>>(M, K, N, a, b, threads, write);
     });
   });
 }
@@ -79,7 +79,7 @@ void linear_bwd_dw(int x_dtype, int w_dtype, const void* dy, const void* x, floa
     with_type(w_dtype, [&](auto w) {
       using TW = decltype(w);
       const Write<TW> write = {static_cast<TW*>(dweight), K, nullptr, alpha};
-      gemm<kPaired<T>>(N, K, M, a, b, threads, write);
+      gemm<kKindOf<T>>(N, K, M, a, b, threads, write);
     });
   });
 }

@@ -30,6 +30,8 @@ inline Matrix<T> matrix(const T* p, int64_t row, int64_t col) {
 // whether products of this type use bf16 pairs
 template <typename T>
 constexpr bool kPaired = FASTBERT_DOT_BF16 && __is_same(T, bf16);
+template <typename T>
+constexpr Kind kKindOf = kPaired<T> ? kHalves : kFloats;
 
 // 32-bit units along k
 inline int64_t units(int64_t K, bool pairs) { return pairs ? (K + 1) / 2 : K; }

@@ -276,6 +276,34 @@ inline void zip_fours(F a, F b, F& first, F& second) {
 }
 #endif
 
+// the nearest int16 of 2 W floats below 2^15, low ones first
+inline F words(F low, F high) {
+#if FASTBERT_X86 == 512
+  const __m256i a = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(bits_as<__m512>(low)));
+  const __m256i b = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(bits_as<__m512>(high)));
+  return bits_as<F>(_mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
+#elif FASTBERT_X86 == 256
+  const __m256i pairs = _mm256_packs_epi32(_mm256_cvtps_epi32(bits_as<__m256>(low)),
+                                           _mm256_cvtps_epi32(bits_as<__m256>(high)));
+  return bits_as<F>(_mm256_permute4x64_epi64(pairs, 0xD8));
+#elif FASTBERT_X86 == 128
+  return bits_as<F>(_mm_packs_epi32(_mm_cvtps_epi32(bits_as<__m128>(low)),
+                                    _mm_cvtps_epi32(bits_as<__m128>(high))));
+#else
+  typedef int16_t Half __attribute__((vector_size(2 * W)));
+  // adding 1.5 * 2^23 rounds to an integer, ties to even
+  const auto rounded = [](F x) {
+    const F up = x + 12582912.0f;
+    return __builtin_convertvector(__builtin_convertvector(up - 12582912.0f, I), Half);
+  };
+  const Half halves[2] = {rounded(low), rounded(high)};
+  F whole;
+  __builtin_memcpy(&whole, halves, sizeof(whole));
+  return whole;
+#endif
+}
+inline F to_float(I x) { return __builtin_convertvector(x, F); }
+
 // --- products ---
 
 #if FASTBERT_DOT_BF16
@@ -291,39 +319,103 @@ inline F dot_pairs(F acc, U a, U b) {
 }
 #endif
 
-// low += x b0 and high += x b1, where every lane of x is *a; of bf16 pairs if kPairs. These are
-// three instructions in assembly: in an unrolled loop GCC 12 would give the sums other registers at
-// every step, and keep one of them in memory.
-template <bool kPairs>
-FASTBERT_INLINE void multiply_add(F& low, F& high, const float* a, F b0, F b1) {
+// lane i of a and b holds two int16: acc[i] += a0 * b0 + a1 * b1, exact in int32
+inline I dot_words(I acc, I a, I b) {
+#if FASTBERT_X86 == 512
+  return acc + bits_as<I>(_mm512_madd_epi16(bits_as<__m512i>(a), bits_as<__m512i>(b)));
+#elif FASTBERT_X86 == 256
+  return acc + bits_as<I>(_mm256_madd_epi16(bits_as<__m256i>(a), bits_as<__m256i>(b)));
+#elif FASTBERT_X86 == 128
+  return acc + bits_as<I>(_mm_madd_epi16(bits_as<__m128i>(a), bits_as<__m128i>(b)));
+#else
+  const I low = (bits_as<I>(bits_as<U>(a) << 16) >> 16) * (bits_as<I>(bits_as<U>(b) << 16) >> 16);
+  return acc + low + (a >> 16) * (b >> 16);
+#endif
+}
+
+// What a product multiplies: the 32-bit units of its operands.
+enum Kind {
+  kFloats,  // one fp32
+  kHalves,  // two bf16 of neighbouring k, summed in fp32
+  kWords,   // two int16 of neighbouring k, summed in int32; B is kept in int8
+};
+template <Kind kKind>
+struct Units {
+  using Sum = F;    // W sums
+  using B = float;  // a unit of B in memory
+  static FASTBERT_INLINE F load_b(const B* p) { return load(p); }
+};
+struct Bytes {
+  int8_t of[2];
+};
+template <>
+struct Units<kWords> {
+  using Sum = I;
+  using B = Bytes;
+  // W pairs of int8, widened
+  static FASTBERT_INLINE F load_b(const B* p) {
+    typedef int8_t V __attribute__((vector_size(2 * W)));
+    V bytes;
+    __builtin_memcpy(&bytes, p, sizeof(bytes));
+#if FASTBERT_X86 == 512
+    return bits_as<F>(_mm512_cvtepi8_epi16(bits_as<__m256i>(bytes)));
+#elif FASTBERT_X86 == 256
+    return bits_as<F>(_mm256_cvtepi8_epi16(bits_as<__m128i>(bytes)));
+#else
+    typedef int16_t Words __attribute__((vector_size(4 * W)));
+    return bits_as<F>(__builtin_convertvector(bytes, Words));
+#endif
+  }
+};
+
+// low += x b0 and high += x b1, where every lane of x is *a. These are three or five instructions
+// in assembly: in an unrolled loop GCC 12 would give the sums other registers at every step, and
+// keep one of them in memory.
+template <Kind kKind, typename Sum>
+FASTBERT_INLINE void multiply_add(Sum& low, Sum& high, const float* a, F b0, F b1) {
+  static_assert(FASTBERT_DOT_BF16 || kKind != kHalves, "pairs of bf16 need their instruction");
 #if FASTBERT_X86 >= 256
-#define FASTBERT_MULTIPLY(instruction)                                                 \
-  asm("vbroadcastss %[a], %[x]\n\t" instruction " %[b0], %[x], %[low]\n\t" instruction \
-      " %[b1], %[x], %[high]"                                                          \
-      : [low] "+v"(low), [high] "+v"(high), [x] "=&v"(x)                               \
+#define FASTBERT_MULTIPLY(broadcast, instruction)                                    \
+  asm(broadcast " %[a], %[x]\n\t" instruction " %[b0], %[x], %[low]\n\t" instruction \
+                " %[b1], %[x], %[high]"                                              \
+      : [low] "+v"(low), [high] "+v"(high), [x] "=&v"(x)                             \
       : [a] "m"(*a), [b0] "v"(b0), [b1] "v"(b1))
   F x;
+  if constexpr (kKind == kFloats) FASTBERT_MULTIPLY("vbroadcastss", "vfmadd231ps");
 #if FASTBERT_DOT_BF16
-  if (kPairs) {
-    FASTBERT_MULTIPLY("vdpbf16ps");
-    return;
-  }
+  if constexpr (kKind == kHalves) FASTBERT_MULTIPLY("vbroadcastss", "vdpbf16ps");
 #endif
-  static_assert(FASTBERT_DOT_BF16 || !kPairs, "pairs need their instruction");
-  FASTBERT_MULTIPLY("vfmadd231ps");
+#ifdef __AVX512VNNI__
+  if constexpr (kKind == kWords) FASTBERT_MULTIPLY("vpbroadcastd", "vpdpwssd");
+#else
+  F y;
+  if constexpr (kKind == kWords)
+    asm("vpbroadcastd %[a], %[x]\n\t"
+        "vpmaddwd %[b0], %[x], %[y]\n\t"
+        "vpmaddwd %[b1], %[x], %[x]\n\t"
+        "vpaddd %[y], %[low], %[low]\n\t"
+        "vpaddd %[x], %[high], %[high]"
+        : [low] "+v"(low), [high] "+v"(high), [x] "=&v"(x), [y] "=&v"(y)
+        : [a] "m"(*a), [b0] "v"(b0), [b1] "v"(b1));
+#endif
 #undef FASTBERT_MULTIPLY
 #else
-  // as an integer: a pair of bf16 may be a signalling NaN, which a float copy may change
+  // as an integer: a pair may be a signalling NaN, which a float copy may change
   const U x = set1(bits_as<uint32_t>(*a));
+  if constexpr (kKind == kFloats) {
+    low += bits_as<F>(x) * b0;
+    high += bits_as<F>(x) * b1;
+  }
 #if FASTBERT_DOT_BF16
-  if (kPairs) {
+  if constexpr (kKind == kHalves) {
     low = dot_pairs(low, x, bits_as<U>(b0));
     high = dot_pairs(high, x, bits_as<U>(b1));
-    return;
   }
 #endif
-  low += bits_as<F>(x) * b0;
-  high += bits_as<F>(x) * b1;
+  if constexpr (kKind == kWords) {
+    low = dot_words(low, bits_as<I>(x), bits_as<I>(b0));
+    high = dot_words(high, bits_as<I>(x), bits_as<I>(b1));
+  }
 #endif
 }
 

@@ -1,0 +1,154 @@
+// x weight^T + bias in integers. A unit of K is two neighbouring k: int16 in q, int8 in the weight.
+//
+//   a = max |x| / levels,  q = round(x / a),  y = (sum_k q w) a scale + bias
+#include "linear_int8.h"
+
+#include "gemm.h"
+#include "math.h"
+
+namespace fastbert {
+namespace FASTBERT_ISA {
+namespace {
+
+// rows below this count as zeros: levels / max would overflow
+constexpr float kTiny = 0x1p-100f;
+// elements per thread: fewer do not pay for starting one
+constexpr int64_t kQuantiseGrain = int64_t{1} << 14;
+
+int64_t row_units(int64_t K) { return (K + 1) / 2; }
+// the distance of two rows of q: whole vectors
+int64_t row_floats(int64_t K) { return round_up(row_units(K), W); }
+
+// writes q, zeros up to row_floats(K), and returns a
+template <typename T>
+float quantise_row(const T* x, int64_t K, float levels, float* q) {
+  F most = zero(), odd = zero();
+  for (int64_t k = 0; k < K; k += W) {
+    const F v = load(x + k, K - k);
+    most = max(most, abs(v));
+    odd += v - v;  // NaN if v is NaN or infinite
+  }
+  const float m = max(most), bad = sum(odd);
+  const bool usable = bad == 0 && m >= kTiny;
+  const F factor = set1(usable ? levels / m : 0.0f);
+  for (int64_t u = 0; u < row_floats(K); u += W) {
+    const int64_t left = K - 2 * u;
+    const F low = load(x + 2 * u, imin(imax(left, 0), W));
+    const F high = left > W ? load(x + 2 * u + W, left - W) : zero();
+    store(q + u, usable ? words(low * factor, high * factor) : zero());
+  }
+  return usable ? m / levels : bad == 0 ? 0.0f : __builtin_nanf("");
+}
+
+template <typename T, Activation kActivation>
+struct WriteInt8 {
+  const float* a;
+  const float* scale;
+  const float* bias;
+  T* y;
+  int64_t ld;
+
+  void operator()(int64_t i, int64_t rows, int64_t j, int64_t cols, const float* tile,
+                  int64_t tile_ld) const {
+    T* out = y + i * ld + j;
+    const float *as = a + i, *scales = scale + j, *b = bias ? bias + j : nullptr;
+    tile_vectors(rows, cols, [=, stride = ld](int64_t r, int64_t c, int64_t n) {
+      const F sums = to_float(bits_as<I>(load(tile + r * tile_ld + c)));
+      F value = sums * as[r] * load(scales + c, n);
+      if (b) value += load(b + c, n);
+      if constexpr (kActivation != kIdentity) value = gelu<kActivation == kGeluTanh>(value).value;
+      store(out + r * stride + c, value, n);
+    });
+  }
+};
+
+// a packed weight: the scales, then the panels of B
+int64_t scales_bytes(int64_t N) { return round_up(N, 16) * static_cast<int64_t>(sizeof(float)); }
+const Bytes* panels_of(const void* packed, int64_t N) {
+  return reinterpret_cast<const Bytes*>(static_cast<const char*>(packed) + scales_bytes(N));
+}
+
+// panel q of the weight for units [u, to)
+void pack_panel(const int8_t* w, int64_t q, int64_t u, int64_t to, int64_t N, int64_t K,
+                Bytes* out) {
+  for (int64_t j = 0; j < kNR; ++j) {
+    const int64_t line = q * kNR + j;
+    const int8_t* p = w + imin(line, N - 1) * K;
+    for (int64_t s = u; s < to; ++s) {
+      const bool there = line < N, second = there && 2 * s + 1 < K;
+      out[(s - u) * kNR + j] = {{there ? p[2 * s] : int8_t{0}, second ? p[2 * s + 1] : int8_t{0}}};
+    }
+  }
+}
+
+}  // namespace
+
+int64_t quantised_floats(int64_t M, int64_t K) { return M * row_floats(K); }
+
+void quantise(int x_dtype, const void* x, int64_t M, int64_t K, int levels, float* q, float* a,
+              int threads) {
+  const int team = team_size(M * K, kQuantiseGrain, M, threads);
+  with_type(x_dtype, [&](auto t) {
+    const auto* rows = static_cast<const decltype(t)*>(x);
+#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
+    for (int64_t i = 0; i < M; ++i)
+      a[i] = quantise_row(rows + i * K, K, static_cast<float>(levels), q + i * row_floats(K));
+  });
+}
+
+void quantised_linear(int y_dtype, const float* q, const float* a, const void* packed,
+                      const float* bias, Activation activation, void* y, int64_t M, int64_t N,
+                      int64_t K, int threads) {
+  const Operand<float> rows = {matrix(q, row_floats(K), 1), M, false};
+  const Packed<kWords> weight = {panels_of(packed, N)};
+  const float* scale = static_cast<const float*>(packed);
+  with_type(y_dtype, [&](auto t) {
+    using T = decltype(t);
+    const auto run = [&](const auto& write) {
+      gemm<kWords>(M, N, row_units(K), rows, weight, threads, write);
+    };
+    T* out = static_cast<T*>(y);
+    if (activation == kIdentity)
+      run(WriteInt8<T, kIdentity>{a, scale, bias, out, N});
+    else if (activation == kGelu)
+      run(WriteInt8<T, kGelu>{a, scale, bias, out, N});
+    else
+      run(WriteInt8<T, kGeluTanh>{a, scale, bias, out, N});
+  });
+}
+
+void linear_int8_fwd(int x_dtype, const void* x, const void* w, const void* packed,
+                     const float* scale, const float* bias, void* y, int64_t M, int64_t N,
+                     int64_t K, int levels, int threads) {
+  const int64_t bytes = packed ? 0 : linear_int8_packed_size(N, K);
+  const Scratch own(1, ceil_div(bytes, 4)), q(1, quantised_floats(M, K)), a(1, M);
+  if (!packed) {
+    linear_int8_pack(w, scale, own[0], N, K, threads);
+    packed = own[0];
+  }
+  quantise(x_dtype, x, M, K, levels, q[0], a[0], threads);
+  quantised_linear(x_dtype, q[0], a[0], packed, bias, kIdentity, y, M, N, K, threads);
+}
+
+int64_t linear_int8_packed_size(int64_t N, int64_t K) {
+  return scales_bytes(N) +
+         packed_size(N, row_units(K), false) * static_cast<int64_t>(sizeof(Bytes));
+}
+
+void linear_int8_pack(const void* w, const float* scale, void* packed, int64_t N, int64_t K,
+                      int threads) {
+  const int64_t panels = ceil_div(N, kNR), count = row_units(K), kc = slice_units(count);
+  const auto* weight = static_cast<const int8_t*>(w);
+  auto* out = reinterpret_cast<Bytes*>(static_cast<char*>(packed) + scales_bytes(N));
+  if (N > 0) __builtin_memcpy(packed, scale, static_cast<size_t>(N) * sizeof(float));
+  const int team = team_size(N * K, int64_t{1} << 16, panels, threads);
+#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
+  for (int64_t p = 0; p < panels; ++p)
+    for (int64_t u = 0; u < count; u += kc) {
+      const int64_t to = imin(u + kc, count);
+      pack_panel(weight, p, u, to, N, K, out + (u * panels + (to - u) * p) * kNR);
+    }
+}
+
+}  // namespace FASTBERT_ISA
+}  // namespace fastbert
