@@ -8,6 +8,7 @@ from fastbert.ops.embed import embed
 from fastbert.ops.feed_forward import feed_forward
 from fastbert.ops.layer_norm import layer_norm
 from fastbert.ops.linear import linear
+from fastbert.ops.linear_int8 import linear_int8
 from fastbert.ops.mlm_loss import mlm_loss
 from fastbert.ops.qkv_proj import qkv_proj
 
@@ -20,6 +21,7 @@ __all__ = [
     "feed_forward",
     "layer_norm",
     "linear",
+    "linear_int8",
     "mlm_loss",
     "qkv_proj",
 ]

@@ -18,7 +18,7 @@ from fastbert.kernels._math import gelu_and_derivative
 
 
 @triton.jit
-def _tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+def tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
     """First row and column of an output tile; GROUP rows of tiles reuse the columns of w while they are in L2."""
     height = tl.cdiv(M, BLOCK_M)
     group = GROUP * tl.cdiv(N, BLOCK_N)
@@ -52,7 +52,7 @@ def _linear_fwd_kernel(
     # y = x w^T + bias,  h = gelu(y); each tile lies within one weight
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        m0, n0 = _tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
+        m0, n0 = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
         w_ptr, b_ptr, local = w0_ptr, b0_ptr, n0
         if w1_ptr is not None:
             piece = n0 // PIECE

@@ -41,6 +41,7 @@ WHY_NOT_FORCED = (
 SLUGS = (
     "embed",
     "linear",
+    "linear_int8",
     "qkv_proj",
     "attention",
     "layer_norm",
