@@ -133,7 +133,8 @@ def _linear_int8_gemm(M: int, N: int, bits: int, arch: _launch.Arch) -> Int8Gemm
     if M <= 64:
         return Int8Gemm(_tiles.tile(M, 64), 32, 128, 8, 4, stages)
     if M * N <= 1024 * 1024 or bits == 12:
-        return Int8Gemm(64, 128, 64, 8, 4, stages)
+        # on Ampere two sums in four warps leave no register free
+        return Int8Gemm(64, 128, 64, 8, 8 if arch == 80 and bits == 12 else 4, stages)
     return Int8Gemm(128, 128, 64, 8, 8, stages)
 
 

@@ -31,7 +31,7 @@ SHARED = {80: 166_912, 90: 232_448, 100: 232_448, "gfx942": 65_536}
 REGISTERS, THREADS = 65_536, 2_048
 # names of instructions: products of matrices on Ampere's, Hopper's and Blackwell's tensor cores and CDNA's matrix
 # cores; accesses of 16 bytes a lane
-MATRIX = r"(HMMA|HGMMA|UTC\w*MMA)\b.*|v_mfma_.*"
+MATRIX = r"([HI]G?MMA|UTC\w*MMA)\b.*|v_mfma_.*"
 WIDE = r"(LDG|STG)\.E\.128.*|(global|buffer)_(load|store)_dwordx4"
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

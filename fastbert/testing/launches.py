@@ -20,6 +20,7 @@ from fastbert.kernels import (
     feed_forward,
     layer_norm,
     linear,
+    linear_int8,
     loss_width,
     mlm_loss,
     qkv_proj,
@@ -113,6 +114,11 @@ def _optional(dtype: torch.dtype) -> Iterator[Call]:
     few, w1, w2 = _meta(64, 768, dtype=dtype), _stats(3072, 768), _stats(768, 3072)
     unsaved = partial(feed_forward.forward, few, w1, None, w2, None, "none", False)
     yield "feed_forward fwd few unsaved", unsaved
+    integers = _meta(3072, 768, dtype=torch.int8)
+    yield (
+        "linear_int8 fwd 8 bits no bias",
+        partial(linear_int8.forward, few, integers, _stats(3072), None, 8),
+    )
     qkv, cu = _meta(_T, 3, 12, 64, dtype=dtype), _ids(9, dtype=torch.int32)
     yield (
         "attention fwd unsaved",
@@ -165,6 +171,10 @@ def _products(dtype: torch.dtype, rows: tuple[int, ...], full: bool) -> Iterator
         yield f"qkv_proj fwd T{T}", partial(qkv_proj.forward, x, weights, biases, 12)
         needs = [True] * 3
         yield f"linear bwd T{T}", partial(linear.backward, x, x, weights[0], needs, dtype)
+        integers, scale = _meta(3072, 768, dtype=torch.int8), _stats(3072)
+        for bits in (12, 8) if full else (12,):
+            label = f"linear_int8 fwd T{T} {bits} bits"
+            yield label, partial(linear_int8.forward, x, integers, scale, b1, bits)
         if not full:
             continue
         yield f"linear fwd T{T}", partial(linear.forward, x, weights[0], biases[0])

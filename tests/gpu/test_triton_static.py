@@ -22,7 +22,7 @@ if kernels.INTERPRETED:
     pytest.skip("under TRITON_INTERPRET=1 nothing is compiled", allow_module_level=True)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MATRIX = r"_(attention_(fwd|bwd|bwd_dkdv|bwd_dq)|linear_fwd)_kernel"
+MATRIX = r"_(attention_(fwd|bwd|bwd_dkdv|bwd_dq)|linear_fwd|linear_int8_fwd)_kernel"
 KERNELS = {
     "_attention_fwd_kernel",
     "_attention_bwd_kernel",
@@ -42,17 +42,21 @@ KERNELS = {
     "_embed_bwd_segments_kernel",
     "_embed_bwd_crossing_kernel",
     "_linear_fwd_kernel",
+    "_linear_int8_fwd_kernel",
+    "_linear_int8_rows_kernel",
     "_mlm_loss_bwd_scale_kernel",
     "_sum_partials_kernel",
     "_sum_rows_kernel",
 }
 # kernels limited by memory bandwidth, and the accesses of less than 4 bytes a lane on NVIDIA
-MEMORY = r"_(layer_norm|dropout_add_layer_norm|bias_gelu|embed|cross_entropy)_(fwd|bwd)_kernel"
+MEMORY = (
+    r"_((layer_norm|dropout_add_layer_norm|bias_gelu|embed|cross_entropy)_(fwd|bwd)|linear_int8_rows)_kernel"
+)
 NARROW = r"(LDG|STG)\.E\.[US](8|16)\b.*"
 
 
 # tiles of 64 rows and more use the tensor-core instructions of these architectures
-GENERATION = {90: r"HGMMA\b.*", 100: r"UTC\w*MMA\b.*"}
+GENERATION = {90: r"[HI]GMMA\b.*", 100: r"UTC\w*MMA\b.*"}
 
 
 # (kernel, architecture) -> bytes that may be spilled: measured faster so than any tile without (docs/triton.md)
@@ -71,7 +75,7 @@ def problems(kernel: aot.Kernel, aligned: bool) -> list[str]:
         found.append(f"{kernel.spilled} bytes spilled")
     if kernel.shared > aot.SHARED[kernel.arch]:
         found.append(f"{kernel.shared} bytes of shared memory, of {aot.SHARED[kernel.arch]}")
-    if re.fullmatch(MATRIX, kernel.name) and kernel.dtype != "fp32":
+    if re.fullmatch(MATRIX, kernel.name) and (kernel.dtype != "fp32" or "int8" in kernel.name):
         large = kernel.constants["BLOCK_M"] >= 64 and kernel.arch in GENERATION
         if not kernel.count(GENERATION[kernel.arch] if large else aot.MATRIX):
             found.append("no tensor-core instruction")

@@ -35,6 +35,8 @@ SMALL = {
         "triton": "linear_fwd sum_rows",
         "cuda": "linear_bwd_db sum_partials",
     },
+    ("linear_int8", "T7-K13-N5"): {"triton": "linear_int8_rows linear_int8_fwd sum_rows"},
+    ("linear_int8", "rows"): {},
     ("attention", "S33-17-H3-D64-drop"): {"cuda": "attention_fwd attention_bwd"},
     ("attention", "S129-7-H1-D8-drop"): {
         "triton": "attention_fwd attention_bwd_delta attention_bwd_dkdv attention_bwd_dq",

@@ -19,7 +19,7 @@ from fastbert.backend.reference.layer_norm import widen
 from fastbert.backend.reference.samples import Cost, Draw, Sample, low_precision, nbytes
 
 # the largest integer of a row of x, by bits
-_LEVELS = {12: 2047, 8: 127}
+LEVELS = {12: 2047, 8: 127}
 _LARGEST_WEIGHT = 127
 # rows below it count as zeros: L / m stays finite
 _SMALLEST = 2.0**-100
@@ -38,7 +38,7 @@ def quantize_rows(
     x = x.detach().to(torch.float32)
     m = x.abs().amax(1)
     # a tensor: PyTorch multiplies by the reciprocal where a number divides
-    levels = torch.full_like(m, _LEVELS[bits])
+    levels = torch.full_like(m, LEVELS[bits])
     finite, small = m.isfinite(), m < _SMALLEST
     live = (finite & ~small)[:, None]
     r = (levels / m)[:, None]
@@ -70,7 +70,7 @@ def quantize_weight(
 
 def most_columns(bits: int) -> int:
     """The largest K whose sums fit into an int32."""
-    return (2**31 - 1) // (_LEVELS[bits] * _LARGEST_WEIGHT)
+    return (2**31 - 1) // (LEVELS[bits] * _LARGEST_WEIGHT)
 
 
 def forward(
