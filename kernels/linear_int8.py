@@ -114,7 +114,7 @@ def _linear_int8_fwd_kernel(
 
 # Multiply-adds are not fused: x r is rounded before it is rounded to an integer, and results are those of a CPU.
 @dataclass(frozen=True)
-class Int8Gemm:
+class _Tiles:
     """Output tiles of BLOCK_M x BLOCK_N in steps of BLOCK_K; GROUP rows of tiles share the columns of w in L2."""
 
     BLOCK_M: int
@@ -127,15 +127,15 @@ class Int8Gemm:
 
 
 @configured()
-def _linear_int8_gemm(M: int, N: int, bits: int, arch: _launch.Arch) -> Int8Gemm:
+def _linear_int8_gemm(M: int, N: int, bits: int, arch: _launch.Arch) -> _Tiles:
     """Large tiles if they are enough to fill the device, small ones for few tokens; 12 bits keep two sums."""
     stages = 2 if isinstance(arch, str) else 3
     if M <= 64:
-        return Int8Gemm(_tiles.tile(M, 64), 32, 128, 8, 4, stages)
+        return _Tiles(_tiles.tile(M, 64), 32, 128, 8, 4, stages)
     if M * N <= 1024 * 1024 or bits == 12:
         # on Ampere two sums in four warps leave no register free
-        return Int8Gemm(64, 128, 64, 8, 8 if arch == 80 and bits == 12 else 4, stages)
-    return Int8Gemm(128, 128, 64, 8, 8, stages)
+        return _Tiles(64, 128, 64, 8, 8 if arch == 80 and bits == 12 else 4, stages)
+    return _Tiles(128, 128, 64, 8, 8, stages)
 
 
 @configured()

@@ -41,6 +41,11 @@ SHARED_HELPERS = {
     "kernels/bias_gelu.py": {"gradients"},
     "kernels/cross_entropy.py": {"row_losses"},
     "fastbert/backend/reference/layer_norm.py": {"rebuilt", "widen"},
+    "fastbert/backend/reference/linear_int8.py": {
+        "most_columns",
+        "quantize_rows",
+        "quantize_weight",
+    },
     "fastbert/backend/stock/attention.py": {"padded"},
     "fastbert/backend/stock/linear.py": {"cast"},
 }

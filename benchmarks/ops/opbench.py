@@ -92,7 +92,7 @@ def grid(
 
 
 def pair(op: Callable[..., Any], args: dict[str, Any]) -> tuple[Callable, Callable]:
-    """(forward, backward) of the op; every float input requires a gradient."""
+    """(forward, backward) of the op; every float input requires a gradient, and backward returns those that exist."""
     args = detached(args)
     leaves = [leaf for _, leaf in leaves_of(args)]
     upstream: list[Tensor] = []
@@ -100,7 +100,8 @@ def pair(op: Callable[..., Any], args: dict[str, Any]) -> tuple[Callable, Callab
     def backward(y: Tensor) -> tuple[Tensor, ...]:
         if not upstream:
             upstream.append(torch.randn_like(y))
-        return torch.autograd.grad(y, leaves, upstream[0])
+        grads = torch.autograd.grad(y, leaves, upstream[0], allow_unused=True)
+        return tuple(g for g in grads if g is not None)
 
     return lambda: op(**args), backward
 

@@ -106,7 +106,7 @@ def linear_int8(
     row with NaN or inf gives NaN.
 
     To autograd the rounding is the identity: dx = (dy scale) weight. weight and scale get no gradient. Saves both for
-    backward. Refuses shapes that don't fit, a weight of another dtype, and K above 8258 (12 bits) or 133152 (8 bits),
+    backward. Refuses shapes that don't fit, a weight of another dtype, and K above 8260 (12 bits) or 133144 (8 bits),
     where a sum could leave 32 bits.
     """
     _check.floating(x=x, bias=bias)

@@ -14,6 +14,7 @@ import torch
 from fastbert import functional
 from fastbert.backend import chooser, cpu
 from fastbert.backend.names import SLUGS
+from fastbert.backend.reference.linear_int8 import quantize_weight
 from fastbert.backend.reference.samples import Draw
 from fastbert.testing import parity
 
@@ -35,12 +36,14 @@ def calls(dtype: torch.dtype) -> dict[str, dict]:
     ids = {"ids": draw.ids(V, T), "positions": torch.arange(T), "types": draw.ids(2, T)}
     decoder = {"weight": draw.normal(V, C, scale=0.1), "bias": draw.normal(V)}
     up, down = draw.normal(F, C, scale=0.1), draw.normal(C, F, scale=0.1)
+    integers, scale = quantize_weight(up)
     ffn = {"w1": up, "b1": draw.normal(F), "w2": down, "b2": draw.normal(C)}
     qkv = {"qkv": draw.normal(T, 3, H, D), "cu_seqlens": draw.cu_seqlens(170, 1, 0, 100)}
     projections = {"weights": [draw.normal(C, C) for _ in range(3)], "biases": None, "num_heads": H}
     made = {
         "embed": {**ids, **tables, **norm, **drop},
         "linear": {"x": x, "weight": up, "bias": draw.normal(F)},
+        "linear_int8": {"x": x, "weight": integers, "scale": scale, "bias": draw.normal(F)},
         "qkv_proj": {"x": x, **projections},
         "attention": {**qkv, "max_seqlen": 170, **drop},
         "layer_norm": {"x": x, **norm},

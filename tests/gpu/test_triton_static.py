@@ -49,9 +49,7 @@ KERNELS = {
     "_sum_rows_kernel",
 }
 # kernels limited by memory bandwidth, and the accesses of less than 4 bytes a lane on NVIDIA
-MEMORY = (
-    r"_((layer_norm|dropout_add_layer_norm|bias_gelu|embed|cross_entropy)_(fwd|bwd)|linear_int8_rows)_kernel"
-)
+MEMORY = r"_((layer_norm|dropout_add_layer_norm|bias_gelu|embed|cross_entropy)_(fwd|bwd)|linear_int8_rows)_kernel"
 NARROW = r"(LDG|STG)\.E\.[US](8|16)\b.*"
 
 

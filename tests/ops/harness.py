@@ -23,12 +23,23 @@ def short(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
+def forms(name: str) -> list[str]:
+    """The backend's name; of cpu, cpu/<set> for each instruction set."""
+    return [f"cpu/{isa}" for isa in cpu.native.isas()] if name == "cpu" and cpu.native else [name]
+
+
+def backends(slug: str) -> list[str]:
+    """The backends that have the op's kernel and a device to run it on, cpu per instruction set."""
+    there = [name for name, reason in chooser.matrix()[slug].items() if reason is None]
+    return [form for name in there if chooser.device_of(name) for form in forms(name)]
+
+
 def parametrize(slug: str) -> pytest.MarkDecorator:
     """Every (backend, sample, dtype) of the op, with ids such as torch-T63-C768-bf16; cpu per instruction set."""
     rows = [
-        (f"{name}/{isa}" if isa else name, sample, dtype)
+        (form, sample, dtype)
         for name, sample, dtype in parity.cases(slug, DTYPES)
-        for isa in (cpu.native.isas() if name == "cpu" and cpu.native else [""])
+        for form in forms(name)
     ]
     ids = [f"{name}-{sample}-{short(dtype)}" for name, sample, dtype in rows]
     return pytest.mark.parametrize(("name", "sample", "dtype"), rows, ids=ids)

@@ -9,6 +9,7 @@ from fastbert.testing import parity
 
 X, W, B = torch.randn(6, 8), torch.randn(8), torch.randn(8)
 LONG = torch.zeros(6, dtype=torch.int64)
+I8 = torch.ones(3, 8, dtype=torch.int8)
 QKV = torch.randn(6, 3, 2, 4)
 CU = torch.tensor([0, 4, 6], dtype=torch.int32)
 WORD, POS, TYPE = torch.randn(5, 8), torch.randn(7, 8), torch.randn(2, 8)
@@ -86,6 +87,23 @@ CASES = [
     ),
     (lambda: F.linear(X, torch.randn(3, 8), torch.randn(4)), ValueError, r"bias has shape \(4,\)"),
     (lambda: F.linear(torch.tensor(1.0), X), ValueError, "x has no dimension"),
+    # linear_int8
+    (
+        lambda: F.linear_int8(X, torch.randn(3, 8), W[:3]),
+        TypeError,
+        "weight is torch.float32: pass torch.int8",
+    ),
+    (lambda: F.linear_int8(LONG, I8, W[:3]), TypeError, "x is torch.int64"),
+    (lambda: F.linear_int8(X, I8, W[:3].half()), TypeError, "scale is torch.float16: pass float32"),
+    (lambda: F.linear_int8(X, I8, W), ValueError, r"scale has shape \(8,\), expected \(3,\)"),
+    (lambda: F.linear_int8(X, I8[:, :7], W[:3]), ValueError, r"weight has shape \(3, 7\)"),
+    (lambda: F.linear_int8(X, I8, W[:3], W), ValueError, r"bias has shape \(8,\)"),
+    (lambda: F.linear_int8(X, I8, W[:3], bits=16), ValueError, "bits is 16: choose 12 or 8"),
+    (
+        lambda: F.linear_int8(torch.ones(2, 8261), I8[:, :1].expand(3, 8261), W[:3]),
+        ValueError,
+        "x has 8261 columns: .* up to 8260, use 8 bits, up to 133144, or linear",
+    ),
     # qkv_proj
     (lambda: F.qkv_proj(X, [W[:, None]] * 2, None, 2), ValueError, "weights holds 2 tensors"),
     (lambda: F.qkv_proj(X, [torch.randn(8, 8)] * 3, None, 3), ValueError, "3 heads do not divide"),
