@@ -102,8 +102,8 @@ def linear_int8(
     """x (weight scale)^T + bias -> (..., N) in x's dtype, or autocast's, from exact sums of integers.
 
     Each row of x is rounded to integers of 12 bits (8 with bits=8) times a factor, so that its largest element is 2047
-    (127). The result of a row depends on the row alone: not on the batch, padding, threads or the instruction set. A
-    row with NaN or inf gives NaN.
+    (127). The result of a row depends on the row alone: not on the batch, padding or threads. The sums are the same
+    integers on every instruction set and device. A row with NaN or inf gives NaN.
 
     To autograd the rounding is the identity: dx = (dy scale) weight. weight and scale get no gradient. Saves both for
     backward. Refuses shapes that don't fit, a weight of another dtype, and K above 8260 (12 bits) or 133144 (8 bits),

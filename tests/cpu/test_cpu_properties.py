@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastbert import functional
 from fastbert.backend import chooser, cpu
+from fastbert.backend.reference.linear_int8 import quantize_weight
 from fastbert.backend.reference.samples import Draw
 from fastbert.testing import parity, poison
 from fastbert.testing.budget import excess
@@ -160,6 +161,18 @@ FLAT = 2
 def test_linear(d: Drawn, T: int, K: int, N: int, bias: bool) -> None:
     kwargs = {"x": d.x(T, K), "weight": d.w(N, K, scale=K**-0.5), "bias": d.vector(bias, N)}
     check("linear", kwargs, d)
+
+
+@EXAMPLES
+@given(DRAWN, ROWS, SIZES, SIZES, st.booleans(), st.sampled_from([12, 8]))
+# K just beyond one piece of the GEMM, in pairs, and several blocks
+@example(FIRST, 29, 1537, 3, True, 12)
+@example(PAIRS, 3, 6145, 5, False, 12)
+@example(FIRST, 101, 9, 197, True, 8)
+def test_linear_int8(d: Drawn, T: int, K: int, N: int, bias: bool, bits: int) -> None:
+    weight, scale = quantize_weight(d.w(N, K, scale=K**-0.5))
+    kwargs = {"x": d.x(T, K), "weight": weight, "scale": scale, "bias": d.vector(bias, N)}
+    check("linear_int8", {**kwargs, "bits": bits}, d)
 
 
 @EXAMPLES

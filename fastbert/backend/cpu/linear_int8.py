@@ -19,8 +19,6 @@ def unsupported(
     bits: int,
 ) -> str | None:
     """Why this call can't run here, from metadata only; None if it can."""
-    if not hasattr(native, "linear_int8_fwd"):
-        return "the native module has no linear_int8 kernel: build it again"
     return unsupported_dtype("x", x)
 
 
