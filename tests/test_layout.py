@@ -166,9 +166,8 @@ def test_the_measure_sees_native_functions():
 
 @pytest.mark.parametrize("slug", SLUGS)
 def test_one_slug_is_spelled_the_same_everywhere(slug):
-    expected = [
-        f"fastbert/{folder}/{slug}.py" for folder in ("ops", "backend/reference", "backend/stock")
-    ]
+    folders = ("ops", "backend/reference", "backend/stock")
+    expected = [f"fastbert/{folder}/{slug}.py" for folder in folders]
     expected.append(f"tests/ops/test_{slug}.py")
     missing = [path for path in expected if not (ROOT / path).is_file()]
     assert not missing, f"{slug} has no {', '.join(missing)}"
@@ -200,9 +199,8 @@ def test_backend_modules_have_the_same_functions(folder):
 def test_shared_helpers_are_shared():
     for path, names in SHARED_HELPERS.items():
         stem = Path(path).stem
-        others = "\n".join(
-            text(p) for p in files(".py", under=("fastbert", "kernels")) if p != path
-        )
+        sources = [p for p in files(".py", under=("fastbert", "kernels")) if p != path]
+        others = "\n".join(map(text, sources))
         for name in names:
             used = rf"from \S*\.{stem} import [^\n]*\b{name}\b|\b{stem}\.{name}\b"
             assert re.search(used, others), f"{path}:{name} is used nowhere else: make it private"
@@ -306,9 +304,8 @@ def test_native_code_has_no_torch_in_it():
 
 
 def test_every_package_has_an_init():
-    folders = {(ROOT / path).parent for path in files(".py", under=("fastbert", "kernels"))} - {
-        ROOT
-    }
+    sources = files(".py", under=("fastbert", "kernels"))
+    folders = {(ROOT / path).parent for path in sources} - {ROOT}
     assert not [str(folder) for folder in folders if not (folder / "__init__.py").is_file()]
 
 
@@ -334,9 +331,7 @@ def test_readme_links_and_table():
     # every row has a result of ours, and the README's table is up to date
     assert results["rows"]
     assert all("fastbert" in row["results"] for row in results["rows"])
-    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0, (
-        "python -m benchmarks.report.readme"
-    )
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0, command
 
 
 def test_readme_is_short_and_its_map_is_true():
