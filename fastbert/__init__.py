@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastbert.backend.chooser import debug, use
     from fastbert.integrations.accelerate import accelerate, restore
     from fastbert.integrations.validate import validate
-    from fastbert.runners.freeze import freeze, frozen_bytes, unfreeze
+    from fastbert.runners.freeze import freeze, frozen_bytes, quantize, unfreeze
     from fastbert.tuning.explain import explain
     from fastbert.tuning.measure import tune
 
@@ -27,6 +27,7 @@ __all__ = [
     "explain",
     "freeze",
     "frozen_bytes",
+    "quantize",
     "restore",
     "tune",
     "unfreeze",
@@ -40,6 +41,7 @@ _NAMES = {
     "explain": "fastbert.tuning.explain",
     "freeze": "fastbert.runners.freeze",
     "frozen_bytes": "fastbert.runners.freeze",
+    "quantize": "fastbert.runners.freeze",
     "restore": "fastbert.integrations.accelerate",
     "tune": "fastbert.tuning.measure",
     "unfreeze": "fastbert.runners.freeze",

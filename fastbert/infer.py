@@ -18,6 +18,7 @@ from fastbert.integrations.sentence_transformers import SentenceModel, pool
 from fastbert.models.checkpoint import check_whole
 from fastbert.models.encoder import BertModel
 from fastbert.models.heads import BertForMaskedLM
+from fastbert.runners.freeze import quantize
 
 
 def packed(encodings: Sequence[Any]) -> dict[str, Any]:
@@ -32,10 +33,12 @@ def packed(encodings: Sequence[Any]) -> dict[str, Any]:
 
 
 class Filler:
-    """Fills masks with the model in a folder."""
+    """Fills masks with the model in a folder; `int8` quantises its encoder (fastbert.quantize)."""
 
-    def __init__(self, model: str | Path) -> None:
+    def __init__(self, model: str | Path, int8: bool = False) -> None:
         self.model = BertForMaskedLM.from_pretrained(model).eval()
+        if int8:
+            quantize(self.model)
         check_whole(self.model, model)
         self.tokenizer: Any = load_tokenizer(model)
         self.mask = SpecialIds.of(self.tokenizer).mask
@@ -78,6 +81,7 @@ class Embedder:
     A folder of sentence-transformers gives the vectors that sentence-transformers gives, with its pooling, length
     limit, layers and prompts; another gives the mean of a text's tokens. `pooling`, mean or cls, replaces the folder's
     own. `prompt` names the prompt that is put before every text: None is the folder's default, if any, and "" is none.
+    `int8` quantises the encoder (fastbert.quantize).
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class Embedder:
         pooling: str | None = None,
         normalize: bool = False,
         prompt: str | None = None,
+        int8: bool = False,
     ) -> None:
         if pooling not in ("mean", "cls", None):
             raise ValueError(f"pooling is {quoted(pooling)}: choose mean or cls")
@@ -93,6 +98,8 @@ class Embedder:
         self.prompt = self.about.prompt(prompt)
         # the pooled output is not used, and many checkpoints have none
         self.model = BertModel.from_pretrained(self.about.encoder, add_pooler=False).eval()
+        if int8:
+            quantize(self.model)
         self.tokenizer: Any = load_tokenizer(self.about.encoder)
         if self.about.lower_case:
             _lower(self.tokenizer)

@@ -46,7 +46,7 @@ class Encoder {
  public:
   // `room` rows of `wide` and of `narrow` elements fit into the buffers
   Encoder(int dtype, int levels, int64_t T_, int64_t room, int64_t B, int64_t C, int64_t wide,
-          int64_t narrow, int threads)
+          int64_t narrow, int64_t columns, int threads)
       : dtype_(dtype),
         levels_(levels),
         tokens_(T_),
@@ -56,7 +56,7 @@ class Encoder {
         wide_(1, floats(room * wide)),
         narrow_(5, floats(room * narrow)),
         stats_(2, room),
-        quantised_(1, levels ? quantised_floats(room, imax(wide, narrow)) : 0),
+        quantised_(1, levels ? quantised_floats(room, columns) : 0),
         scales_(1, levels ? room : 0) {}
 
   void run(const T* x, const int32_t* cu, const Layer* layers, const int64_t* sizes,
@@ -95,8 +95,8 @@ class Encoder {
   void linear_int8(const T* x, const float* w, const float* b, Activation activation, T* y,
                    int64_t M, int64_t N, int64_t K) const {
     float *q = quantised_[0], *a = scales_[0];
-    quantise(dtype_, x, M, K, levels_, q, a, threads_);
-    quantised_linear(dtype_, q, a, w, b, activation, y, M, N, K, threads_);
+    quantise(dtype_, x, w, M, K, levels_, q, a, threads_);
+    quantised_linear(dtype_, q, a, w, b, activation, y, M, N, threads_);
   }
   void add_norm(const T* x, const T* residual, const float* w, const float* b, float eps, T* y,
                 int64_t M) const {
@@ -142,17 +142,21 @@ void encoder_infer(int dtype, int levels, const void* x, const int32_t* cu_seqle
                    const int64_t* layers, const int64_t* sizes, const float* numbers, int64_t n,
                    const int64_t* rows, int64_t R, void* y, int64_t T, int64_t B, int64_t C,
                    int threads) {
-  int64_t wide = 0, narrow = C;
+  int64_t wide = 0, narrow = C, columns = 0;
+  const auto* table = reinterpret_cast<const Layer*>(layers);
   for (int64_t i = 0; i < n; ++i) {
     const Settings s(sizes + i * kLayerSizes, numbers + i * kLayerNumbers);
     wide = imax(wide, imax(3 * s.H * s.D, s.F));
     narrow = imax(narrow, s.H * s.D);
+    const float* weights[] = {table[i].qkv, table[i].out, table[i].up, table[i].down};
+    for (const float* w : weights)
+      if (levels) columns = imax(columns, columns_of(w));
   }
   with_type(dtype, [&](auto t) {
     using E = decltype(t);
-    const Encoder<E> encoder(dtype, levels, T, imax(T, R), B, C, wide, narrow, threads);
-    encoder.run(static_cast<const E*>(x), cu_seqlens, reinterpret_cast<const Layer*>(layers), sizes,
-                numbers, n, rows, R, static_cast<E*>(y));
+    const Encoder<E> encoder(dtype, levels, T, imax(T, R), B, C, wide, narrow, columns, threads);
+    encoder.run(static_cast<const E*>(x), cu_seqlens, table, sizes, numbers, n, rows, R,
+                static_cast<E*>(y));
   });
 }
 

@@ -19,9 +19,36 @@ int64_t row_units(int64_t K) { return (K + 1) / 2; }
 // the distance of two rows of q: whole vectors
 int64_t row_floats(int64_t K) { return round_up(row_units(K), W); }
 
-// writes q, zeros up to row_floats(K), and returns a
+// A packed weight: the header, the columns of x that the extra ones read, the scales of the rows,
+// and the panels of B.
+struct Header {
+  int64_t K, extra;
+};
+constexpr int64_t kHeader = 64;
+int64_t sources_bytes(int64_t extra) { return round_up(extra, 16) * 4; }
+int64_t scales_bytes(int64_t N) { return round_up(N, 16) * 4; }
+struct View {
+  Header header;
+  const int32_t* sources;
+  const float* scale;
+  const Bytes* panels;
+
+  View(const void* packed, int64_t N) {
+    const char* p = static_cast<const char*>(packed);
+    __builtin_memcpy(&header, p, sizeof(header));
+    sources = reinterpret_cast<const int32_t*>(p + kHeader);
+    const char* scales = p + kHeader + sources_bytes(header.extra);
+    scale = reinterpret_cast<const float*>(scales);
+    panels = reinterpret_cast<const Bytes*>(scales + scales_bytes(N));
+  }
+  int64_t columns() const { return header.K + header.extra; }
+};
+
+// writes the integers of x, then those of `extra` of its columns again, and zeros to the end of the
+// row; returns a
 template <typename T>
-float quantise_row(const T* x, int64_t K, float levels, float* q) {
+float quantise_row(const T* x, int64_t K, const int32_t* sources, int64_t extra, float levels,
+                   float* q) {
   F most = zero(), odd = zero();
   for (int64_t k = 0; k < K; k += W) {
     const F v = load(x + k, K - k);
@@ -31,12 +58,14 @@ float quantise_row(const T* x, int64_t K, float levels, float* q) {
   const float m = max(most), bad = sum(odd);
   const bool usable = bad == 0 && m >= kTiny;
   const F factor = set1(usable ? levels / m : 0.0f);
-  for (int64_t u = 0; u < row_floats(K); u += W) {
+  for (int64_t u = 0; u < row_floats(K + extra); u += W) {
     const int64_t left = K - 2 * u;
     const F low = load(x + 2 * u, imin(imax(left, 0), W));
     const F high = left > W ? load(x + 2 * u + W, left - W) : zero();
     store(q + u, usable ? words(low * factor, high * factor) : zero());
   }
+  int16_t* whole = reinterpret_cast<int16_t*>(q);
+  for (int64_t i = 0; i < extra; ++i) whole[K + i] = whole[sources[i]];
   return usable ? m / levels : bad == 0 ? 0.0f : __builtin_nanf("");
 }
 
@@ -62,12 +91,6 @@ struct WriteInt8 {
   }
 };
 
-// a packed weight: the scales, then the panels of B
-int64_t scales_bytes(int64_t N) { return round_up(N, 16) * static_cast<int64_t>(sizeof(float)); }
-const Bytes* panels_of(const void* packed, int64_t N) {
-  return reinterpret_cast<const Bytes*>(static_cast<const char*>(packed) + scales_bytes(N));
-}
-
 // panel q of the weight for units [u, to)
 void pack_panel(const int8_t* w, int64_t q, int64_t u, int64_t to, int64_t N, int64_t K,
                 Bytes* out) {
@@ -83,70 +106,83 @@ void pack_panel(const int8_t* w, int64_t q, int64_t u, int64_t to, int64_t N, in
 
 }  // namespace
 
-int64_t quantised_floats(int64_t M, int64_t K) { return M * row_floats(K); }
+int64_t quantised_floats(int64_t M, int64_t columns) { return M * row_floats(columns); }
 
-void quantise(int x_dtype, const void* x, int64_t M, int64_t K, int levels, float* q, float* a,
-              int threads) {
+int64_t columns_of(const void* packed) { return View(packed, 0).columns(); }
+
+void quantise(int x_dtype, const void* x, const void* packed, int64_t M, int64_t K, int levels,
+              float* q, float* a, int threads) {
+  const View w(packed, 0);
+  const int64_t stride = row_floats(w.columns());
   const int team = team_size(M * K, kQuantiseGrain, M, threads);
   with_type(x_dtype, [&](auto t) {
     const auto* rows = static_cast<const decltype(t)*>(x);
 #pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
     for (int64_t i = 0; i < M; ++i)
-      a[i] = quantise_row(rows + i * K, K, static_cast<float>(levels), q + i * row_floats(K));
+      a[i] = quantise_row(rows + i * K, K, w.sources, w.header.extra, static_cast<float>(levels),
+                          q + i * stride);
   });
 }
 
 void quantised_linear(int y_dtype, const float* q, const float* a, const void* packed,
                       const float* bias, Activation activation, void* y, int64_t M, int64_t N,
-                      int64_t K, int threads) {
-  const Operand<float> rows = {matrix(q, row_floats(K), 1), M, false};
-  const Packed<kWords> weight = {panels_of(packed, N)};
-  const float* scale = static_cast<const float*>(packed);
+                      int threads) {
+  const View w(packed, N);
+  const Operand<float> rows = {matrix(q, row_floats(w.columns()), 1), M, false};
+  const Packed<kWords> weight = {w.panels};
   with_type(y_dtype, [&](auto t) {
     using T = decltype(t);
     const auto run = [&](const auto& write) {
-      gemm<kWords>(M, N, row_units(K), rows, weight, threads, write);
+      gemm<kWords>(M, N, row_units(w.columns()), rows, weight, threads, write);
     };
     T* out = static_cast<T*>(y);
     if (activation == kIdentity)
-      run(WriteInt8<T, kIdentity>{a, scale, bias, out, N});
+      run(WriteInt8<T, kIdentity>{a, w.scale, bias, out, N});
     else if (activation == kGelu)
-      run(WriteInt8<T, kGelu>{a, scale, bias, out, N});
+      run(WriteInt8<T, kGelu>{a, w.scale, bias, out, N});
     else
-      run(WriteInt8<T, kGeluTanh>{a, scale, bias, out, N});
+      run(WriteInt8<T, kGeluTanh>{a, w.scale, bias, out, N});
   });
 }
 
 void linear_int8_fwd(int x_dtype, const void* x, const void* w, const void* packed,
                      const float* scale, const float* bias, void* y, int64_t M, int64_t N,
                      int64_t K, int levels, int threads) {
-  const int64_t bytes = packed ? 0 : linear_int8_packed_size(N, K);
-  const Scratch own(1, ceil_div(bytes, 4)), q(1, quantised_floats(M, K)), a(1, M);
+  const Scratch own(1, packed ? 0 : ceil_div(linear_int8_packed_size(N, K, 0), 4));
   if (!packed) {
-    linear_int8_pack(w, scale, own[0], N, K, threads);
+    linear_int8_pack(w, scale, nullptr, own[0], N, K, 0, threads);
     packed = own[0];
   }
-  quantise(x_dtype, x, M, K, levels, q[0], a[0], threads);
-  quantised_linear(x_dtype, q[0], a[0], packed, bias, kIdentity, y, M, N, K, threads);
+  const Scratch q(1, quantised_floats(M, columns_of(packed))), a(1, M);
+  quantise(x_dtype, x, packed, M, K, levels, q[0], a[0], threads);
+  quantised_linear(x_dtype, q[0], a[0], packed, bias, kIdentity, y, M, N, threads);
 }
 
-int64_t linear_int8_packed_size(int64_t N, int64_t K) {
-  return scales_bytes(N) +
-         packed_size(N, row_units(K), false) * static_cast<int64_t>(sizeof(Bytes));
+int64_t linear_int8_packed_size(int64_t N, int64_t K, int64_t extra) {
+  const int64_t panels = packed_size(N, row_units(K + extra), false);
+  return kHeader + sources_bytes(extra) + scales_bytes(N) +
+         panels * static_cast<int64_t>(sizeof(Bytes));
 }
 
-void linear_int8_pack(const void* w, const float* scale, void* packed, int64_t N, int64_t K,
-                      int threads) {
-  const int64_t panels = ceil_div(N, kNR), count = row_units(K), kc = slice_units(count);
+void linear_int8_pack(const void* w, const float* scale, const int32_t* sources, void* packed,
+                      int64_t N, int64_t K, int64_t extra, int threads) {
+  const Header header = {K, extra};
+  __builtin_memcpy(packed, &header, sizeof(header));
+  const View view(packed, N);
+  const auto copy = [](const void* from, const void* to, int64_t count) {
+    if (count) __builtin_memcpy(const_cast<void*>(to), from, static_cast<size_t>(count) * 4);
+  };
+  copy(sources, view.sources, extra);
+  copy(scale, view.scale, N);
+  const int64_t panels = ceil_div(N, kNR), count = row_units(K + extra), kc = slice_units(count);
   const auto* weight = static_cast<const int8_t*>(w);
-  auto* out = reinterpret_cast<Bytes*>(static_cast<char*>(packed) + scales_bytes(N));
-  if (N > 0) __builtin_memcpy(packed, scale, static_cast<size_t>(N) * sizeof(float));
+  auto* out = const_cast<Bytes*>(view.panels);
   const int team = team_size(N * K, int64_t{1} << 16, panels, threads);
 #pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
   for (int64_t p = 0; p < panels; ++p)
     for (int64_t u = 0; u < count; u += kc) {
       const int64_t to = imin(u + kc, count);
-      pack_panel(weight, p, u, to, N, K, out + (u * panels + (to - u) * p) * kNR);
+      pack_panel(weight, p, u, to, N, K + extra, out + (u * panels + (to - u) * p) * kNR);
     }
 }
 

@@ -24,21 +24,26 @@ void linear_int8_fwd(int x_dtype,
                      void* y,             // (M, N) of x_dtype
                      int64_t M, int64_t N, int64_t K, int levels, int threads);
 
-// bytes of a packed weight and its scales
-int64_t linear_int8_packed_size(int64_t N, int64_t K);
-void linear_int8_pack(const void* w,       // (N, K) int8
-                      const float* scale,  // (N,)
-                      void* packed, int64_t N, int64_t K, int threads);
+// A packed weight has the columns of w, and `extra` more whose factors are those of the columns
+// `sources` of x: a column whose numbers do not fit into int8 is the sum of two or more.
+int64_t linear_int8_packed_size(int64_t N, int64_t K, int64_t extra);  // bytes
+void linear_int8_pack(const void* w,                                   // (N, K + extra) int8
+                      const float* scale,                              // (N,)
+                      const int32_t* sources,                          // (extra,), each below K
+                      void* packed, int64_t N, int64_t K, int64_t extra, int threads);
 
 // The two halves of linear_int8_fwd, for callers with memory of their own: q has
-// quantised_floats(M, K) floats. A row of zeros has a[t] = 0, a row with a NaN or an infinity NaN.
-int64_t quantised_floats(int64_t M, int64_t K);
-void quantise(int x_dtype, const void* x, int64_t M, int64_t K, int levels, float* q,
+// quantised_floats(M, K + extra) floats. A row of zeros has a[t] = 0, a row with a NaN or an
+// infinity NaN.
+int64_t quantised_floats(int64_t M, int64_t columns);
+int64_t columns_of(const void* packed);  // K + extra
+void quantise(int x_dtype, const void* x, const void* packed, int64_t M, int64_t K, int levels,
+              float* q,
               float* a,  // (M,)
               int threads);
 void quantised_linear(int y_dtype, const float* q, const float* a, const void* packed,
                       const float* bias, Activation activation, void* y, int64_t M, int64_t N,
-                      int64_t K, int threads);
+                      int threads);
 
 }  // namespace FASTBERT_ISA
 }  // namespace fastbert

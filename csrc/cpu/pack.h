@@ -2,8 +2,8 @@
 // all lines for one k are adjacent.
 #pragma once
 
+#include "product.h"
 #include "scratch.h"
-#include "vec.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {

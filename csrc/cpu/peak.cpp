@@ -1,8 +1,8 @@
 // The peak rate of one instruction set's arithmetic units: an upper bound for any GEMM.
 #include "peak.h"
 
+#include "product.h"
 #include "runtime.h"
-#include "vec.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {

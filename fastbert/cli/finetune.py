@@ -12,7 +12,7 @@ import typer
 
 from fastbert import files
 from fastbert.cli.settings import ready, say, signature
-from fastbert.cli.text import read_lines
+from fastbert.cli.text import Int8, read_lines
 from fastbert.files import RECORDS, existing, quoted
 from fastbert.finetune.config import FinetuneConfig, trained_model
 from fastbert.models.config import BertConfig
@@ -70,6 +70,7 @@ def predict(
         Path | None, typer.Option(help=".jsonl, .csv or .conll (tags); default JSON lines printed")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="sequences at once")] = 32,
+    int8: Int8 = False,
 ) -> None:
     """Print a fine-tuned model's predictions, a line of JSON per text or record, in their order.
 
@@ -89,7 +90,7 @@ def predict(
     ready()
     from fastbert.finetune.predict import Predictor
 
-    predictor = Predictor(model, batch_size)
+    predictor = Predictor(model, batch_size, int8)
     if out is not None and out.suffix == ".conll" and predictor.options.task != "tag":
         raise ValueError(
             f"--out {out} is for tags, which {model} does not give: choose .jsonl or .csv"
@@ -99,9 +100,7 @@ def predict(
         predictions, metrics = predictor.records(file)
     else:
         lines = read_lines(texts)
-        seconds, contexts = (
-            None if value is None else [value] * len(lines) for value in (pair, context)
-        )
+        seconds, contexts = ([v] * len(lines) if v is not None else None for v in (pair, context))
         predictions = predictor.texts(lines, seconds, contexts)
     if predictor.cut:
         say(f"{predictor.cut} texts were cut to {predictor.options.max_length} tokens")

@@ -17,6 +17,7 @@ from fastbert.finetune.records import read_records
 from fastbert.finetune.tag import Words
 from fastbert.models.checkpoint import check_whole
 from fastbert.models.config import BertConfig
+from fastbert.runners.freeze import quantize
 
 # the last part of an architecture's name in config.json
 _HEADS = {
@@ -29,10 +30,11 @@ _HEADS = {
 class Predictor:
     """Predicts with the model in a folder: of a run of `fastbert finetune`, or one with a head that transformers saved.
 
-    Raises FileNotFoundError or ValueError for a folder without such a model.
+    `int8` quantises its encoder (fastbert.quantize). Raises FileNotFoundError or ValueError for a folder without such a
+    model.
     """
 
-    def __init__(self, folder: str | Path, batch_size: int = 32) -> None:
+    def __init__(self, folder: str | Path, batch_size: int = 32, int8: bool = False) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
         folder = trained_model(folder)
@@ -49,6 +51,8 @@ class Predictor:
                 )
         self.model = self.task.kind.from_pretrained(folder)
         check_whole(self.model, folder)
+        if int8:
+            quantize(self.model)
         self.tokenizer = load_tokenizer(folder)
         # the number of examples in the last call that were longer than the model takes
         self.cut = 0

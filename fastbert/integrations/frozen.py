@@ -28,8 +28,8 @@ def served(encoder: nn.Module, x: Tensor, call: layers.Call) -> Tensor | None:
 class FrozenLayers(Copies):
     """The copies of an accelerated encoder's layers."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, bits: int | None = None) -> None:
+        super().__init__(bits)
         self._sources: list[Tensor] = []
         self._state: tuple[object, ...] = ()
 
@@ -58,7 +58,7 @@ class FrozenLayers(Copies):
         x = autocast(x)
         settings = [layers.settings(m) for m in parts]
         fields = [parameters(layers.weights(m)) for m in parts]
-        reason = cpu.unsupported_dtype("x", x) or _why_not_native(fields, settings, x)
+        reason = cpu.unsupported_dtype("x", x) or _why_not_native(fields, settings, x, self.bits)
         if reason is not None:
             log_once(f"the frozen encoder runs its layers one by one: {reason}")
             return None
@@ -95,13 +95,16 @@ def _trains(m: Parts) -> bool:
 
 
 def _why_not_native(
-    fields: Sequence[Fields | None], settings: Sequence[LayerSettings], x: Tensor
+    fields: Sequence[Fields | None],
+    settings: Sequence[LayerSettings],
+    x: Tensor,
+    bits: int | None,
 ) -> str | None:
     """Why the layers have to run one by one on inputs like x (T, C), None if one native call can run them."""
     if torch.is_grad_enabled() and x.requires_grad:
         return RECORDED
     for layer, s in zip(fields, settings, strict=True):
-        if reason := why_not_prepacked(layer, s):
+        if reason := why_not_prepacked(layer, s, bits):
             return reason
         assert layer is not None
         if layer[0][0].shape[1] != x.shape[1]:

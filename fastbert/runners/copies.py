@@ -13,9 +13,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastbert.backend import cpu
 from fastbert.backend.cpu import _gemm
+from fastbert.backend.reference.linear_int8 import LEVELS
 from fastbert.nn.layer import GELUS, LayerSettings, LayerWeights
 from fastbert.nn.packing import Packing
 from fastbert.ops._check import cu_seqlens_valid
+from fastbert.runners import int8
 
 # a layer's parameters by the fields of LayerWeights; the tensors of a field lie one below the other in its copy
 Fields = Sequence[Sequence[Tensor]]
@@ -43,9 +45,13 @@ if cpu.native is not None and LayerWeights._fields != _FIELDS:
 
 
 class Copies:
-    """An encoder's prepacked weights for each dtype of the activations, and what they were made from."""
+    """An encoder's prepacked weights for each dtype of the activations, and what they were made from.
 
-    def __init__(self) -> None:
+    With `bits` the weights are int8, and activations are quantised to so many bits.
+    """
+
+    def __init__(self, bits: int | None = None) -> None:
+        self.bits = bits
         # {dtype: (addresses (n, 12), copies)}
         self._packs: dict[torch.dtype, tuple[Tensor, list[Tensor]]] = {}
         # (n, 4) int64 and (n, 3) fp32 in the order of csrc/cpu/encoder.h
@@ -55,10 +61,10 @@ class Copies:
         self._calls = 0
 
     def __deepcopy__(self, memo: Any) -> Copies:
-        return type(self)()
+        return type(self)(self.bits)
 
     def __reduce__(self) -> Any:
-        return type(self), ()
+        return type(self), (self.bits,)
 
     def nbytes(self) -> int:
         """Bytes of the copies, of every dtype."""
@@ -103,7 +109,7 @@ class Copies:
         kept: list[Tensor] = []
         rows: list[list[int]] = []
         for fields in layers:
-            packed = [_packed(f, dtype) if f[0].dim() == 2 else _joined(f) for f in fields]
+            packed = [self._packed(f, dtype) if f[0].dim() == 2 else _joined(f) for f in fields]
             rows.append([cpu.address(t) for t in packed])
             # fp32 biases and norms are read where they are
             kept += [t for t, f in zip(packed, fields, strict=True) if t is not f[0]]
@@ -112,6 +118,11 @@ class Copies:
         # not in `freeze`: deep copies and unpickled models are packed without a call of it
         _live.add(self)
         _watch_optimizers()
+
+    def _packed(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        if self.bits is None:
+            return _packed(weights, dtype)
+        return int8.pack(torch.cat([w.detach() for w in weights]))
 
     def run(
         self,
@@ -130,6 +141,7 @@ class Copies:
         cu_seqlens_valid(cu_seqlens, T, packing.max_seqlen)
         cpu.native.encoder_infer(
             cpu.DTYPES[x.dtype],
+            0 if self.bits is None else LEVELS[self.bits],
             x.data_ptr(),
             cu_seqlens.data_ptr(),
             table.data_ptr(),
@@ -161,8 +173,13 @@ def _checksum(blocks: Tensor, first: int = 0, step: int = 0) -> int:
     return cpu.native.checksum(blocks.data_ptr(), blocks.shape[0], first, step, threads)
 
 
-def why_not_prepacked(fields: Fields | None, settings: LayerSettings) -> str | None:
-    """Why the native call can't run a layer of these parameters and settings, None if it can."""
+def why_not_prepacked(
+    fields: Fields | None, settings: LayerSettings, bits: int | None = None
+) -> str | None:
+    """Why the native call can't run a layer of these parameters and settings, None if it can.
+
+    `bits` are those of quantised activations, None for floating-point products.
+    """
     if settings.activation not in GELUS:
         return "the activation is not GELU"
     if fields is None:
@@ -184,7 +201,9 @@ def why_not_prepacked(fields: Fields | None, settings: LayerSettings) -> str | N
         for t in field:
             if tuple(t.shape) != size:
                 return f"its {name} has shape {tuple(t.shape)}, not {size}"
-    return f"{A} columns are not {settings.heads} heads" if A % settings.heads else None
+    if A % settings.heads:
+        return f"{A} columns are not {settings.heads} heads"
+    return None if bits is None else int8.why_not(max(C, A, F), bits)
 
 
 def _settings_tables(

@@ -83,8 +83,8 @@ class Origin:
 class Frozen(Copies):
     """The copies of a fastbert.bert encoder."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, bits: int | None = None) -> None:
+        super().__init__(bits)
         self._origin: Origin | None = None
         self._width = 0
 
@@ -144,7 +144,7 @@ class Frozen(Copies):
             fields = [[own[name]] for name in PARAMETERS if name in own]
             s = _settings(layer)  # type: ignore[arg-type]
             whole = own.keys() == set(PARAMETERS)
-            if reason := why_not_prepacked(fields if whole else None, s):
+            if reason := why_not_prepacked(fields if whole else None, s, self.bits):
                 return reason
             layers.append(fields)
             settings.append(s)

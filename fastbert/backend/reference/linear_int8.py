@@ -20,7 +20,7 @@ from fastbert.backend.reference.samples import Cost, Draw, Sample, low_precision
 
 # the largest integer of a row of x, by bits
 LEVELS = {12: 2047, 8: 127}
-_LARGEST_WEIGHT = 127
+LARGEST_WEIGHT = 127
 # rows below it count as zeros: L / m stays finite
 _SMALLEST = 2.0**-100
 
@@ -61,16 +61,16 @@ def quantize_weight(
         raise ValueError(
             f"row {row} of the weight has a number that is not finite: quantise a weight without inf and NaN"
         )
-    scale = largest / torch.full_like(largest, _LARGEST_WEIGHT)
+    scale = largest / torch.full_like(largest, LARGEST_WEIGHT)
     q = torch.where(scale[:, None] > 0, torch.round(w / scale[:, None]), 0.0)
     # the scale of subnormal rows is off by up to one half
-    q = q.clamp(-_LARGEST_WEIGHT, _LARGEST_WEIGHT)
+    q = q.clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT)
     return q.to(torch.int8), scale
 
 
 def most_columns(bits: int) -> int:
     """The largest K whose sums fit into an int32."""
-    return (2**31 - 1) // (LEVELS[bits] * _LARGEST_WEIGHT)
+    return (2**31 - 1) // (LEVELS[bits] * LARGEST_WEIGHT)
 
 
 def forward(
