@@ -1,6 +1,7 @@
 """linear_int8 in Triton: rows of x rounded to integers, then a product of int8 on tensor cores, summed in int32.
 
-12 bits are two int8 products: q = 16 high + low with high in [-128, 127] and low in [0, 15].
+12 bits are two int8 products: q = 16 high + low with high in [-128, 127] and low in [0, 15]. Rows of integers are
+padded to 16 bytes: else threads load single bytes, and the product needs more registers than there are.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ _INFINITY = tl.constexpr(0x7F800000)
 @triton.jit(do_not_specialize=["M"])
 def _linear_int8_rows_kernel(
     x_ptr,  # (M, K)
-    high_ptr,  # (M, K) int8: q of 8 bits, or q >> 4
-    low_ptr,  # (M, K) int8: q & 15; None with 8 bits
+    high_ptr,  # (M, WIDTH) int8: q of 8 bits, or q >> 4; 0 from K on
+    low_ptr,  # (M, WIDTH) int8: q & 15; None with 8 bits
     a_ptr,  # (M,) fp32
     M,
     K,
+    WIDTH,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -53,17 +55,18 @@ def _linear_int8_rows_kernel(
     r = tl.where(finite & live, r, 0.0)
     a = tl.where(live, tl.div_rn(m, levels), 0.0)
     tl.store(a_ptr + rows, tl.where(finite, a, float("nan")), mask=rows < M)
-    for first in range(0, K, BLOCK_C):
+    to = rows.to(tl.int64)[:, None] * WIDTH
+    for first in range(0, WIDTH, BLOCK_C):
         cols = first + tl.arange(0, BLOCK_C)[None, :]
-        inside = (rows < M)[:, None] & (cols < K)
-        x = tl.load(x_ptr + start + cols, mask=inside, other=0.0).to(tl.float32)
+        inside = (rows < M)[:, None] & (cols < WIDTH)
+        x = tl.load(x_ptr + start + cols, mask=inside & (cols < K), other=0.0).to(tl.float32)
         x = tl.where(finite[:, None], x, 0.0)
         q = ((x * r[:, None] + _ROUNDING) - _ROUNDING).to(tl.int32)
         if low_ptr is None:
-            tl.store(high_ptr + start + cols, q.to(tl.int8), mask=inside)
+            tl.store(high_ptr + to + cols, q.to(tl.int8), mask=inside)
         else:
-            tl.store(high_ptr + start + cols, (q >> 4).to(tl.int8), mask=inside)
-            tl.store(low_ptr + start + cols, (q & 15).to(tl.int8), mask=inside)
+            tl.store(high_ptr + to + cols, (q >> 4).to(tl.int8), mask=inside)
+            tl.store(low_ptr + to + cols, (q & 15).to(tl.int8), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -128,13 +131,14 @@ class _Tiles:
 
 @configured()
 def _linear_int8_gemm(M: int, N: int, bits: int, arch: _launch.Arch) -> _Tiles:
-    """Large tiles if they are enough to fill the device, small ones for few tokens; 12 bits keep two sums."""
+    """Large tiles if they are enough to fill the device, else small ones; 12 bits keep two sums."""
     stages = 2 if isinstance(arch, str) else 3
-    if M <= 64:
+    if min(M, N) <= 64:
         return _Tiles(_tiles.tile(M, 64), 32, 128, 8, 4, stages)
     if M * N <= 1024 * 1024 or bits == 12:
-        # on Ampere two sums in four warps leave no register free
-        return _Tiles(64, 128, 64, 8, 8 if arch == 80 and bits == 12 else 4, stages)
+        # two sums in four warps leave no register free there
+        full = bits == 12 and arch in (80, 100)
+        return _Tiles(64, 128, 64, 8, 8 if full else 4, stages)
     return _Tiles(128, 128, 64, 8, 8, stages)
 
 
@@ -168,24 +172,28 @@ def forward(
     y = x.new_empty(T, N)
     if y.numel() == 0:
         return y
-    high = torch.empty_like(x, dtype=torch.int8)
+    width = 16 * triton.cdiv(K, 16)
+    padded = weight if width == K else torch.nn.functional.pad(weight, (0, width - K))
+    high = x.new_empty(T, width, dtype=torch.int8)
     low = torch.empty_like(high) if bits == 12 else None
     a = x.new_empty(T, dtype=torch.float32)
     rows = _linear_int8_rows(K, arch)
-    _linear_int8_rows_kernel[(triton.cdiv(T, rows.ROWS),)](x, high, low, a, T, K, **vars(rows))
+    _linear_int8_rows_kernel[(triton.cdiv(T, rows.ROWS),)](
+        x, high, low, a, T, K, width, **vars(rows)
+    )
     config = _linear_int8_gemm(_tiles.tile(T, 8192), N, bits, arch)
     tiles = triton.cdiv(T, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
     _linear_int8_fwd_kernel[(min(tiles, _launch.multiprocessors(x.device)),)](
         high,
         low,
         a,
-        dense(weight),
+        dense(padded),
         dense(scale),
         dense(bias),
         y,
         T,
         N,
-        K,
+        width,
         **vars(config),
     )
     return y

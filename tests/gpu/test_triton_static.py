@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("triton", reason="the Triton backend needs the package triton")
 
 from fastbert import kernels
-from fastbert.kernels import _launch, _tiles
+from fastbert.kernels import _launch, _tiles, linear_int8
 from fastbert.testing import aot
 from fastbert.testing.launches import calls
 
@@ -131,6 +131,22 @@ def test_configurations(arch, dtype):
     if dtype != "fp32" and arch != "gfx942":
         assert _tiles.attention_bwd(128, 64, DTYPES[dtype], arch, False) is not None
         assert _tiles.attention_bwd(65, 128, DTYPES[dtype], arch, False) is None
+
+
+@pytest.mark.parametrize("arch", aot.ARCHS)
+@pytest.mark.parametrize("bits", [12, 8])
+def test_int8_configurations(arch, bits):
+    """Tiles fit matrix instructions of int8, 32 steps of K; no multiply-add is fused, as on a CPU."""
+    for M in (16, 64, 512, 8192):
+        for N in (1, 64, 65, 768, 30522):
+            config = linear_int8._linear_int8_gemm(M, N, bits, arch)
+            assert config.BLOCK_M >= 16
+            assert config.BLOCK_K >= 32
+            assert not config.enable_fp_fusion
+    for K in (1, 768, 4096, 133144):
+        rows = linear_int8._linear_int8_rows(K, arch)
+        assert not rows.enable_fp_fusion
+        assert 1024 * rows.num_warps >= rows.BLOCK_C
 
 
 @pytest.mark.parametrize("arch", aot.ARCHS)
