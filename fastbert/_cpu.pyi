@@ -348,7 +348,6 @@ def linear_int8_fwd(
     x_dtype: int,
     x: int,
     w: int,
-    packed: int,
     scale: int,
     bias: int,
     y: int,

@@ -44,7 +44,7 @@ void gather(const T* from, const int64_t* rows, int64_t R, int64_t C, T* to) {
 template <typename T>
 class Encoder {
  public:
-  // `room` rows of `wide` and of `narrow` elements fit into the buffers
+  // `room` rows of `wide` and of `narrow` elements, and of `columns` integers, fit into the buffers
   Encoder(int dtype, int levels, int64_t T_, int64_t room, int64_t B, int64_t C, int64_t wide,
           int64_t narrow, int64_t columns, int threads)
       : dtype_(dtype),
@@ -148,9 +148,9 @@ void encoder_infer(int dtype, int levels, const void* x, const int32_t* cu_seqle
     const Settings s(sizes + i * kLayerSizes, numbers + i * kLayerNumbers);
     wide = imax(wide, imax(3 * s.H * s.D, s.F));
     narrow = imax(narrow, s.H * s.D);
+    if (!levels) continue;
     const float* weights[] = {table[i].qkv, table[i].out, table[i].up, table[i].down};
-    for (const float* w : weights)
-      if (levels) columns = imax(columns, columns_of(w));
+    for (const float* w : weights) columns = imax(columns, columns_of(w));
   }
   with_type(dtype, [&](auto t) {
     using E = decltype(t);

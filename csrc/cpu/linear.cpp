@@ -116,21 +116,15 @@ int64_t linear_packed_size(int x_dtype, int64_t N, int64_t K) {
 
 void linear_pack(int x_dtype, int w_dtype, const void* w0, const void* w1, const void* w2,
                  int64_t each, float* packed, int64_t N, int64_t K, int threads) {
-  const int64_t panels = ceil_div(N, kNR);
-  const int team = team_size(N * K, int64_t{1} << 16, panels, threads);
   with_type(x_dtype, [&](auto t) {
     constexpr bool kPairs = kPaired<decltype(t)>;
-    const int64_t count = units(K, kPairs), kc = slice_units(count);
+    const int64_t count = units(K, kPairs);
     with_type(w_dtype, [&](auto w) {
       using TW = decltype(w);
       const Operand<TW> b = {pieces<TW>(w0, w1, w2, each, K), N, false};
-#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
-      for (int64_t q = 0; q < panels; ++q)
-        for (int64_t u = 0; u < count; u += kc) {
-          const int64_t to = imin(u + kc, count);
-          pack_slices<kPairs>(b, q, q + 1, kNR, u, to, kc, K,
-                              packed + (u * panels + (to - u) * q) * kNR);
-        }
+      each_slice(N, K, count, threads, [&](int64_t q, int64_t u, int64_t to, int64_t at) {
+        pack_slices<kPairs>(b, q, q + 1, kNR, u, to, to - u, K, packed + at);
+      });
     });
   });
 }

@@ -19,14 +19,14 @@ int64_t row_units(int64_t K) { return (K + 1) / 2; }
 // the distance of two rows of q: whole vectors
 int64_t row_floats(int64_t K) { return round_up(row_units(K), W); }
 
-// A packed weight: the header, the columns of x that the extra ones read, the scales of the rows,
-// and the panels of B.
+// A packed weight: the header, the columns of x that the extra columns read, the scales of the
+// rows, and the panels of B, each from a multiple of 64 bytes on.
 struct Header {
   int64_t K, extra;
 };
-constexpr int64_t kHeader = 64;
-int64_t sources_bytes(int64_t extra) { return round_up(extra, 16) * 4; }
-int64_t scales_bytes(int64_t N) { return round_up(N, 16) * 4; }
+constexpr int64_t kSources = 64;
+int64_t scales_at(int64_t extra) { return kSources + round_up(extra, 16) * 4; }
+int64_t panels_at(int64_t N, int64_t extra) { return scales_at(extra) + round_up(N, 16) * 4; }
 struct View {
   Header header;
   const int32_t* sources;
@@ -36,10 +36,9 @@ struct View {
   View(const void* packed, int64_t N) {
     const char* p = static_cast<const char*>(packed);
     __builtin_memcpy(&header, p, sizeof(header));
-    sources = reinterpret_cast<const int32_t*>(p + kHeader);
-    const char* scales = p + kHeader + sources_bytes(header.extra);
-    scale = reinterpret_cast<const float*>(scales);
-    panels = reinterpret_cast<const Bytes*>(scales + scales_bytes(N));
+    sources = reinterpret_cast<const int32_t*>(p + kSources);
+    scale = reinterpret_cast<const float*>(p + scales_at(header.extra));
+    panels = reinterpret_cast<const Bytes*>(p + panels_at(N, header.extra));
   }
   int64_t columns() const { return header.K + header.extra; }
 };
@@ -145,45 +144,37 @@ void quantised_linear(int y_dtype, const float* q, const float* a, const void* p
   });
 }
 
-void linear_int8_fwd(int x_dtype, const void* x, const void* w, const void* packed,
-                     const float* scale, const float* bias, void* y, int64_t M, int64_t N,
-                     int64_t K, int levels, int threads) {
-  const Scratch own(1, packed ? 0 : ceil_div(linear_int8_packed_size(N, K, 0), 4));
-  if (!packed) {
-    linear_int8_pack(w, scale, nullptr, own[0], N, K, 0, threads);
-    packed = own[0];
-  }
-  const Scratch q(1, quantised_floats(M, columns_of(packed))), a(1, M);
-  quantise(x_dtype, x, packed, M, K, levels, q[0], a[0], threads);
-  quantised_linear(x_dtype, q[0], a[0], packed, bias, kIdentity, y, M, N, threads);
+void linear_int8_fwd(int x_dtype, const void* x, const void* w, const float* scale,
+                     const float* bias, void* y, int64_t M, int64_t N, int64_t K, int levels,
+                     int threads) {
+  const Scratch packed(1, ceil_div(linear_int8_packed_size(N, K, 0), 4));
+  const Scratch q(1, quantised_floats(M, K)), a(1, M);
+  linear_int8_pack(w, scale, nullptr, packed[0], N, K, 0, threads);
+  quantise(x_dtype, x, packed[0], M, K, levels, q[0], a[0], threads);
+  quantised_linear(x_dtype, q[0], a[0], packed[0], bias, kIdentity, y, M, N, threads);
 }
 
 int64_t linear_int8_packed_size(int64_t N, int64_t K, int64_t extra) {
   const int64_t panels = packed_size(N, row_units(K + extra), false);
-  return kHeader + sources_bytes(extra) + scales_bytes(N) +
-         panels * static_cast<int64_t>(sizeof(Bytes));
+  return panels_at(N, extra) + panels * static_cast<int64_t>(sizeof(Bytes));
 }
 
 void linear_int8_pack(const void* w, const float* scale, const int32_t* sources, void* packed,
                       int64_t N, int64_t K, int64_t extra, int threads) {
-  const Header header = {K, extra};
-  __builtin_memcpy(packed, &header, sizeof(header));
-  const View view(packed, N);
-  const auto copy = [](const void* from, const void* to, int64_t count) {
-    if (count) __builtin_memcpy(const_cast<void*>(to), from, static_cast<size_t>(count) * 4);
+  char* p = static_cast<char*>(packed);
+  const auto write = [p](int64_t at, const void* from, int64_t bytes) {
+    if (bytes) __builtin_memcpy(p + at, from, static_cast<size_t>(bytes));
   };
-  copy(sources, view.sources, extra);
-  copy(scale, view.scale, N);
-  const int64_t panels = ceil_div(N, kNR), count = row_units(K + extra), kc = slice_units(count);
+  const Header header = {K, extra};
+  write(0, &header, sizeof(header));
+  write(kSources, sources, extra * 4);
+  write(scales_at(extra), scale, N * 4);
   const auto* weight = static_cast<const int8_t*>(w);
-  auto* out = const_cast<Bytes*>(view.panels);
-  const int team = team_size(N * K, int64_t{1} << 16, panels, threads);
-#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
-  for (int64_t p = 0; p < panels; ++p)
-    for (int64_t u = 0; u < count; u += kc) {
-      const int64_t to = imin(u + kc, count);
-      pack_panel(weight, p, u, to, N, K + extra, out + (u * panels + (to - u) * p) * kNR);
-    }
+  auto* panels = reinterpret_cast<Bytes*>(p + panels_at(N, extra));
+  each_slice(N, K, row_units(K + extra), threads,
+             [&](int64_t q, int64_t u, int64_t to, int64_t at) {
+               pack_panel(weight, q, u, to, N, K + extra, panels + at);
+             });
 }
 
 }  // namespace FASTBERT_ISA

@@ -143,7 +143,7 @@ def once_differentiable(
 
 
 class _Read:
-    """A Function's context whose saved tensors are read once: activation checkpointing gives them out once only."""
+    """A Function's context that reads the saved tensors once: activation checkpointing returns them only once."""
 
     def __init__(self, ctx: Any) -> None:
         self._ctx = ctx

@@ -109,7 +109,7 @@ class Copies:
         kept: list[Tensor] = []
         rows: list[list[int]] = []
         for fields in layers:
-            packed = [self._packed(f, dtype) if f[0].dim() == 2 else _joined(f) for f in fields]
+            packed = [self._prepacked(f, dtype) if f[0].dim() == 2 else _joined(f) for f in fields]
             rows.append([cpu.address(t) for t in packed])
             # fp32 biases and norms are read where they are
             kept += [t for t, f in zip(packed, fields, strict=True) if t is not f[0]]
@@ -119,7 +119,7 @@ class Copies:
         _live.add(self)
         _watch_optimizers()
 
-    def _packed(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    def _prepacked(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         if self.bits is None:
             return _packed(weights, dtype)
         return int8.pack(torch.cat([w.detach() for w in weights]))
@@ -203,7 +203,7 @@ def why_not_prepacked(
                 return f"its {name} has shape {tuple(t.shape)}, not {size}"
     if A % settings.heads:
         return f"{A} columns are not {settings.heads} heads"
-    return None if bits is None else int8.why_not(max(C, A, F), bits)
+    return None if bits is None else int8.why_not_exact(max(C, A, F), bits)
 
 
 def _settings_tables(

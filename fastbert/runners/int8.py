@@ -1,4 +1,4 @@
-"""Weights as int8: rows with one scale each, and columns whose numbers are too large for the others held twice."""
+"""Int8 copies of weights. Each row has one scale. A column of outliers is the sum of several int8 columns."""
 
 from __future__ import annotations
 
@@ -25,27 +25,26 @@ def split(
     """
     w = weight.detach().float()
     q, scale = quantize_weight(w)
-    none = torch.empty(0, dtype=torch.int32)
-    best, error = (q, scale, none), _error(w, q, scale)
-    wanted = _GAIN * error
+    best = q, scale, torch.empty(0, dtype=torch.int32)
+    wanted = _GAIN * _error(w, *best)
+    most = int(w.shape[1] * _MOST)
     # columns by their largest number, in units of their row's spread
     spread = w.square().mean(1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     order = (w / spread).abs().amax(0).argsort(descending=True)
     count = 1
-    while count <= w.shape[1] * _MOST:
-        found = _without(w, order[:count])
-        if found is None:
-            break
-        count *= 2
-        if found[2].numel() > w.shape[1] * _MOST:
-            continue
-        if (smaller := _error(w, found[0], found[1], found[2])) <= wanted:
+    while count <= most:
+        found = _without(w, order[:count], most)
+        if found is not None and (smaller := _error(w, *found)) <= wanted:
             best, wanted = found, _MORE * smaller
+        count *= 2
     return best
 
 
-def _without(w: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The weight with the scales of its other columns; None where a row has no others."""
+def _without(w: Tensor, columns: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """`split` with scales from all columns but these.
+
+    None where a row has zeros in all others, and where more than `most` columns would be added.
+    """
     kept = torch.ones(w.shape[1], dtype=torch.bool)
     kept[columns] = False
     scale = w[:, kept].abs().amax(1) / LARGEST_WEIGHT
@@ -54,23 +53,22 @@ def _without(w: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor] | None
     left = torch.round(w / scale[:, None])
     parts, sources = [left.clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT)], []
     left = left[:, columns] - parts[0][:, columns]
-    while left.numel() and bool(left.any()):
+    while bool(left.any()):
         wide = left.any(0)
         columns, left = columns[wide], left[:, wide]
         parts.append(left.clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT))
         sources.append(columns)
         left = left - parts[-1]
-        if sum(s.numel() for s in sources) > w.shape[1]:
+        if sum(s.numel() for s in sources) > most:
             return None
     repeated = torch.cat(sources) if sources else columns[:0]
     return torch.cat(parts, 1).to(torch.int8), scale, repeated.to(torch.int32)
 
 
-def _error(w: Tensor, q: Tensor, scale: Tensor, sources: Tensor | None = None) -> float:
+def _error(w: Tensor, q: Tensor, scale: Tensor, sources: Tensor) -> float:
     """The root mean square of the weight's rounding."""
-    whole = q[:, : w.shape[1]].float()
-    if sources is not None:
-        whole = whole.index_add(1, sources.long(), q[:, w.shape[1] :].float())
+    K = w.shape[1]
+    whole = q[:, :K].float().index_add(1, sources.long(), q[:, K:].float())
     return float((whole * scale[:, None] - w).square().mean().sqrt())
 
 
@@ -93,7 +91,7 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def why_not(columns: int, bits: int) -> str | None:
+def why_not_exact(columns: int, bits: int) -> str | None:
     """Why a weight of so many columns can't be multiplied exactly, None if it can."""
     most = int(most_columns(bits) / (1 + _MOST))
     if columns <= most:

@@ -31,6 +31,9 @@ from fastbert.train.settings import (
 )
 from fastbert.train.world import World, joined
 
+# the name of the ops' backends in a run's identity
+BACKENDS = "the backend of each op"
+
 Config = TypeVar("Config", bound=TrainingSettings)
 
 
@@ -163,7 +166,7 @@ class Session(Generic[Config]):
     def identity(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """What must be the same when the run is resumed: its settings, its `data` and the backend of each op."""
         settings = {k: v for k, v in self.config.to_dict().items() if k not in FREE}
-        return {**settings, **data, "the backend of each op": backends(self.device)}
+        return {**settings, **data, BACKENDS: backends(self.device)}
 
     @property
     def device(self) -> str:

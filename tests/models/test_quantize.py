@@ -218,9 +218,9 @@ def test_weights_without_outliers_are_held_once(shape, value):
 
 
 def test_sums_that_would_overflow_are_not_quantised():
-    assert int8.why_not(8192, 8) is None
-    assert int8.why_not(4096, 12) is None
-    assert "8192 columns, and 12 bits allow 8009" in str(int8.why_not(8192, 12))
+    assert int8.why_not_exact(8192, 8) is None
+    assert int8.why_not_exact(4096, 12) is None
+    assert "8192 columns, and 12 bits allow 8009" in str(int8.why_not_exact(8192, 12))
 
 
 @pytest.mark.parametrize("bits", [0, 4, 16, "12", None])

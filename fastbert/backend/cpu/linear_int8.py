@@ -37,7 +37,6 @@ def forward(
         DTYPES[x.dtype],
         x.data_ptr(),
         weight.data_ptr(),
-        0,
         scale.data_ptr(),
         address(bias),
         y.data_ptr(),

@@ -69,7 +69,7 @@ def quantize_weight(
 
 
 def most_columns(bits: int) -> int:
-    """The largest K whose sums fit into an int32."""
+    """The most columns of a weight with which every sum fits into int32."""
     return (2**31 - 1) // (LEVELS[bits] * LARGEST_WEIGHT)
 
 

@@ -1,4 +1,4 @@
-"""linear_int8 by torch's fp64 GEMM, whose sums of these integers are exact."""
+"""linear_int8 in stock PyTorch: the fp64 GEMM adds these integers without rounding."""
 
 from __future__ import annotations
 
