@@ -161,7 +161,11 @@ def test_user_errors_are_one_sentence_in_a_real_process(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "choices"),
-    [("FASTBERT_BACKEND", "cpu, triton"), ("FASTBERT_CPU_ISA", "instruction set|native module")],
+    [
+        ("FASTBERT_BACKEND", "cpu, triton"),
+        ("FASTBERT_CPU_ISA", "instruction set|native module"),
+        ("FASTBERT_KEEP_MEMORY", "0 or 1"),
+    ],
 )
 def test_a_variable_that_asks_for_what_is_not_there(name, choices):
     """`info` ends with one sentence, and no op runs on another backend instead; help still works."""

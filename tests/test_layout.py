@@ -52,7 +52,7 @@ SHARED_HELPERS = {
 SYNCS = {"fastbert/ops/_check.py": "values are read only where checks_values says so"}
 ENVIRONMENT = {
     "fastbert/backend/names.py": "FASTBERT_BACKEND, once, at import",
-    "fastbert/backend/cpu/__init__.py": "FASTBERT_CPU_ISA, once, at import",
+    "fastbert/backend/cpu/__init__.py": "FASTBERT_CPU_ISA and FASTBERT_KEEP_MEMORY, once, at import",
     "fastbert/cli/app.py": "FASTBERT_DEBUG, where an error is reported",
     "fastbert/files.py": "FASTBERT_CACHE, where fetched data and what fastbert.tune() found are kept",
 }

@@ -85,6 +85,7 @@ PYBIND11_MODULE(_cpu, m) {
       "large_pages",
       [](uintptr_t memory, size_t bytes) { large_pages(reinterpret_cast<void*>(memory), bytes); },
       "Ask for large pages behind memory that has not been written yet.");
+  m.def("keep_memory", &keep_memory, "Whether malloc keeps memory once large_pages was called.");
   m.def("build_info", &build_info, "How this module was built.");
   FASTBERT_DEFINE(attention_fwd);
   FASTBERT_DEFINE(attention_bwd);

@@ -1,5 +1,6 @@
 #include "runtime.h"
 
+#include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <new>
@@ -10,6 +11,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #endif
@@ -18,6 +22,8 @@ namespace fastbert {
 namespace {
 
 bool forked = false;
+// whether malloc still has to be set
+std::atomic<bool> keeps{true};
 
 #if defined(__unix__) || defined(__APPLE__)
 // runs in the child right after the fork
@@ -45,7 +51,15 @@ void guard(void* memory, size_t bytes) {
 #endif
 }
 
+void keep_memory(bool keep) { keeps = keep; }
+
 void large_pages(void* memory, size_t bytes) {
+#if defined(__GLIBC__)
+  if (keeps.exchange(false)) {
+    mallopt(M_MMAP_MAX, 0);
+    mallopt(M_TRIM_THRESHOLD, -1);
+  }
+#endif
 #if defined(__linux__)
   // only pages that are entirely inside; a failure does no harm
   constexpr uintptr_t kPage = uintptr_t{2} << 20;

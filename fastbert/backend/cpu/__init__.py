@@ -1,7 +1,7 @@
 """The native CPU backend: adapters from torch tensors to the raw-pointer kernels in csrc/cpu.
 
 `native` is the native module; where there is none, `unavailable` says why, else it is None. The instruction set is the
-best one of the machine, or FASTBERT_CPU_ISA; `misset` says why that variable cannot be met.
+best one of the machine, or FASTBERT_CPU_ISA; `misset` says why that variable or FASTBERT_KEEP_MEMORY cannot be met.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def _share_openmp() -> None:
 
 
 _isa = os.environ.get("FASTBERT_CPU_ISA")
+_keep = os.environ.get("FASTBERT_KEEP_MEMORY", "1")
 
 
 def _loaded() -> tuple[Any, str | None]:
@@ -60,6 +61,7 @@ def _loaded() -> tuple[Any, str | None]:
     try:
         _share_openmp()
         module = import_module("fastbert._cpu")
+        module.keep_memory(_keep != "0")
         if _isa:
             module.use_isa(_isa)
     except (ImportError, OSError) as error:
@@ -80,13 +82,15 @@ if TYPE_CHECKING:
 else:
     native, unavailable = _loaded()
 misset = f"FASTBERT_CPU_ISA is {quoted(_isa)}: {unavailable}" if _isa and unavailable else None
+if _keep not in ("0", "1"):
+    misset = f"FASTBERT_KEEP_MEMORY is {quoted(_keep)}: set 0 or 1"
 
 
 def fresh(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """Memory for a result, in the dtype of `like` or this one.
 
-    Large memory gets 2 MB pages: malloc maps it anew each time, and 25,000 page faults of 4 KB cost 100 ms in a virtual
-    machine. That is a third of the time of the feed-forward's GEMM, which writes these 100 MB.
+    Large memory gets 2 MB pages where it is new to the process, since page faults of 4 KB take longer than the kernel
+    that writes it; and malloc keeps it from then on (docs/cpu.md, Memory).
     """
     made = like.new_empty(shape, dtype=dtype)
     if made.nbytes >= native.LARGE:
