@@ -29,6 +29,28 @@ struct Write {
   }
 };
 
+// Writes alpha tile to memory that nothing reads soon: a store that goes through the caches would
+// first read what it overwrites.
+struct Stream {
+  float* y;
+  int64_t ld;
+  float alpha;
+
+  static bool takes(const float* y, int64_t rows, int64_t ld) {
+    return ld % W == 0 && reinterpret_cast<uintptr_t>(y) % sizeof(F) == 0 &&
+           static_cast<size_t>(rows * ld) * sizeof(float) >= kLarge;
+  }
+
+  void operator()(int64_t i, int64_t rows, int64_t j, int64_t cols, const float* tile,
+                  int64_t tile_ld) const {
+    float* out = y + i * ld + j;
+    tile_vectors(rows, cols, [=, stride = ld, factor = alpha](int64_t r, int64_t c, int64_t) {
+      stream(out + r * stride + c, load(tile + r * tile_ld + c) * factor);
+    });
+    stream_end();
+  }
+};
+
 template <typename TW>
 Matrix<TW> pieces(const void* w0, const void* w1, const void* w2, int64_t each, int64_t K) {
   return {{static_cast<const TW*>(w0), static_cast<const TW*>(w1), static_cast<const TW*>(w2)},
@@ -78,7 +100,11 @@ void linear_bwd_dw(int x_dtype, int w_dtype, const void* dy, const void* x, floa
     const Operand<T> b = {matrix(static_cast<const T*>(x), K, 1), K, true};
     with_type(w_dtype, [&](auto w) {
       using TW = decltype(w);
-      const Write<TW> write = {static_cast<TW*>(dweight), K, nullptr, alpha};
+      TW* out = static_cast<TW*>(dweight);
+      if constexpr (__is_same(TW, float))
+        if (Stream::takes(out, N, K))
+          return gemm<kKindOf<T>>(N, K, M, a, b, threads, Stream{out, K, alpha});
+      const Write<TW> write = {out, K, nullptr, alpha};
       gemm<kKindOf<T>>(N, K, M, a, b, threads, write);
     });
   });

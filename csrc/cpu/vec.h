@@ -132,6 +132,25 @@ inline H narrow(F x) {
 inline void store(float* p, F v) { *reinterpret_cast<F_mem*>(p) = v; }
 inline void store(bf16* p, F v) { *reinterpret_cast<H_mem*>(p) = narrow(v); }
 
+// To memory, past the caches; p is aligned to a vector. `stream_end` makes it visible to other
+// threads.
+inline void stream(float* p, F v) {
+#if FASTBERT_X86 == 512
+  _mm512_stream_ps(p, bits_as<__m512>(v));
+#elif FASTBERT_X86 == 256
+  _mm256_stream_ps(p, bits_as<__m256>(v));
+#elif FASTBERT_X86 == 128
+  _mm_stream_ps(p, bits_as<__m128>(v));
+#else
+  store(p, v);
+#endif
+}
+inline void stream_end() {
+#if FASTBERT_X86
+  _mm_sfence();
+#endif
+}
+
 inline void store(float* p, F v, int64_t n) {
   if (n >= W) return store(p, v);
   __builtin_memcpy(p, &v, static_cast<size_t>(n) * sizeof(float));

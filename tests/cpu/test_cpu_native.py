@@ -12,8 +12,8 @@ from fastbert.backend.reference import philox
 if cpu.native is None:
     pytest.skip(str(cpu.unavailable), allow_module_level=True)
 
+from fastbert.backend.cpu import _gemm, embed, layer_norm
 from fastbert.backend.cpu import dropout_add_layer_norm as op
-from fastbert.backend.cpu import embed, layer_norm
 
 WORDS = 64  # in one call of native_words
 
@@ -152,6 +152,21 @@ def test_results_do_not_depend_on_the_thread_count(name, dtype):
     for other in outputs[1:]:
         for first, second in zip(outputs[0], other, strict=True):
             assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("isa", cpu.native.isas())
+@pytest.mark.parametrize(("N", "K"), [(1024, 1040), (1030, 1031), (30, 48)])
+def test_weight_gradients_of_any_size(isa, N, K):
+    """Large ones with rows of whole vectors bypass the caches; 1031 columns and small ones do not."""
+    dy, x = torch.randn(5, N), torch.randn(5, K)
+    before = cpu.native.isa()
+    cpu.native.use_isa(isa)
+    try:
+        _, dweight, _ = _gemm.gradients(dy, x, [torch.zeros(N, K)], [False, True, False])
+    finally:
+        cpu.native.use_isa(before)
+    expected = dy.double().T @ x.double()
+    torch.testing.assert_close(dweight.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_of_tables_without_a_token_and_padding_get_zeros():
