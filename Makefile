@@ -11,6 +11,7 @@
 #   make test-ptx       runs every sample of every op, forward and backward, with the GPU backends on the PTX machine
 #   make bench          runs the benchmarks that need no other environment
 #   make bench-peers    runs the end-to-end benchmark against all peers, each in an environment of its own
+#   make bench-step     lists where a training step's time goes, alone and beside a busy process; 5 minutes
 #   make bench-scaling  measures the cost against the number of tokens and the sequence length; 4 to 6 minutes
 #   make bench-scripts  times users' scripts (Trainer, sentence-transformers) as they are and accelerated; two hours
 #   make gpu            on a machine with a GPU: parity, memory and race checks and timings, into docs/gpu.md
@@ -42,7 +43,7 @@ NATIVE := $(filter csrc/%,$(SOURCES))
 GPU = $(findstring GPU,$(shell nvidia-smi -L 2>/dev/null))
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-slow test-transformers4 test-gpu-static test-ptx fuzz gpu gpu-report sanitize bench bench-peers bench-scaling bench-scripts lint
+.PHONY: install demo test test-slow test-transformers4 test-gpu-static test-ptx fuzz gpu gpu-report sanitize bench bench-peers bench-step bench-scaling bench-scripts lint
 
 install: $(INSTALLED)
 
@@ -126,6 +127,10 @@ bench-peers: $(INSTALLED)
 	$(PY) benchmarks/peers/install.py --pip-args="$(PIP_ARGS)"
 	$(PY) -m benchmarks.models.bench_bert $(BENCH_ARGS)
 	$(PY) -m benchmarks.report.readme
+
+bench-step: $(INSTALLED)
+	for fill in real full; do $(PY) -m benchmarks.models.account --fill $$fill || exit 1; done
+	$(PY) -m benchmarks.models.account --busy
 
 bench-scaling: $(INSTALLED)
 	$(PY) -m benchmarks.models.scaling $(BENCH_ARGS)

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.models.works import OURS, PEERS, STOCK, Work, flops
+from benchmarks.models.works import OUR_FP32, OURS, PEERS, STOCK, Work, flops
 from benchmarks.peers.driver import Outcome
 
-COSINE = 0.9999
+# the least cosine that counts; peers in int8 round activations to 8 bits
+COSINE = {"fp32": 0.9999, "bf16": 0.9999, "int8": 0.9}
 # relative difference of the loss without dropout
 LOSS = {"fp32": 1e-4, "bf16": 1e-2}
 
@@ -60,16 +61,20 @@ def agreement(check: dict[str, Any], inputs: Path) -> dict[str, float]:
 def agrees(result: dict[str, Any], precision: str) -> bool:
     """Whether a result is close enough to count; NaN never is."""
     if "cosine" in result:
-        return result["cosine"] >= COSINE
+        return result["cosine"] >= COSINE[precision]
     return result["loss_difference"] <= LOSS[precision]
 
 
-def best_peer(results: dict[str, dict[str, Any]], precision: str) -> str | None:
-    """The fastest peer that counts and agrees."""
+def best_peer(
+    results: dict[str, dict[str, Any]], precision: str, padded: bool = False
+) -> str | None:
+    """The fastest peer that counts and agrees; with `padded` of those that compute padding."""
+    packing = {peer.name for peer in PEERS if peer.packs}
     fit = [
         name
         for name, result in results.items()
         if name != OURS
+        and not (padded and name in packing)
         and "seconds" in result
         and result["counted"]
         and agrees(result["agreement"], precision)
@@ -82,11 +87,17 @@ def ratio(peer: list[float], ours: list[float]) -> dict[str, float]:
     return percentiles(np.array(peer) / np.array(ours))
 
 
-def gemm_peak(results: dict[str, Any], peaks: dict[str, Any], precision: str) -> float | None:
-    """GFLOP/s that shares refer to: the most of the GEMMs before and after the row and of the row's own rounds."""
-    measured = [found[f"gflops_{precision}"] for found in peaks.values()]
-    reached = [result["best_gflops"] for result in results.values() if "best_gflops" in result]
-    return max(measured + reached, default=None)
+def fma_peak(peaks: dict[str, Any], precision: str) -> float | None:
+    """GFLOP/s that shares refer to: multiply-adds on registers, the faster of before and after the row.
+
+    In bf16 on a CPU without such instructions it is that of fp32. None for int8, and without the native module.
+    """
+    rates = [
+        found.get(f"fma_gflops_{precision}", found.get("fma_gflops_fp32"))
+        for found in peaks.values()
+    ]
+    known = [rate for rate in rates if rate is not None]
+    return None if precision == "int8" else max(known, default=None)
 
 
 def result_of(outcome: Outcome, work: Work, peer: Any, inputs: Path) -> dict[str, Any]:
@@ -102,10 +113,10 @@ def result_of(outcome: Outcome, work: Work, peer: Any, inputs: Path) -> dict[str
     if outcome.memory:
         result["memory"] = outcome.memory
     # the rate of a wrong result, or of another precision, would be meaningless
-    if work.kind == "infer" and not peer.int8 and agrees(result["agreement"], work.precision):
+    counts = agrees(result["agreement"], work.precision)
+    if work.kind == "infer" and work.precision != "int8" and counts:
         done = flops(list(work.lengths), peer.packs) / 1e9
         result["gflops"] = done / result["seconds"]["median"]
-        result["best_gflops"] = done / min(outcome.samples)
     return result
 
 
@@ -120,9 +131,9 @@ def row(
     results = {
         name: result_of(outcome, work, peers[name], inputs) for name, outcome in outcomes.items()
     }
-    peak = gemm_peak(results, facts["peaks"], work.precision)
+    peak = fma_peak(facts["peaks"], work.precision)
     for result in results.values():
-        if "gflops" in result:
+        if "gflops" in result and peak:
             result["of_peak"] = result["gflops"] / peak
     keys = ("kind", "fill", "precision", "title")
     made = {"work": work.name, **{key: getattr(work, key) for key in keys}, **facts}
@@ -135,13 +146,16 @@ def row(
 
 def goals(work: Work, results: dict[str, Any], found: dict[str, Any]) -> list[dict[str, Any]]:
     """The work's goals: {"what", "goal", "value", "met"}; value is None where there is nothing to compare."""
-    speed, memory = found["ratio"], found["memory_ratio"]
+    speed, padded, fp32 = (found[name] for name in ("ratio", "padded_ratio", "fp32_ratio"))
+    memory = found["memory_ratio"]
     share = results.get(OURS, {}).get("of_peak")
     made = []
     for what, goal, value in (
         ("speed", work.goal, speed and speed["median"]),
+        ("of padded", work.padded_goal, padded and padded["median"]),
+        ("of fp32", work.fp32_goal, fp32 and fp32["median"]),
         ("of peak", work.peak_goal, share),
-        ("memory", work.memory_goal, memory and memory["peak"]),
+        ("memory", work.memory_goal, memory and memory["added"]),
         ("saved", work.saved_goal, found["saved_ratio"]),
     ):
         if goal is not None:
@@ -152,14 +166,17 @@ def goals(work: Work, results: dict[str, Any], found: dict[str, Any]) -> list[di
 
 
 def compared(results: dict[str, dict[str, Any]], precision: str) -> dict[str, Any]:
-    """Best peer, ratio and memory against stock; a wrong result of ours is compared with nothing."""
+    """Best peer, ratios and memory against stock; a wrong result of ours is compared with nothing."""
     ours = results.get(OURS, {})
     best = best_peer(results, precision)
-    made: dict[str, Any] = {"best_peer": best, "ratio": None, "memory_ratio": None}
+    names = {"ratio": best, "padded_ratio": best_peer(results, precision, padded=True)}
+    names["fp32_ratio"] = OUR_FP32 if "seconds" in results.get(OUR_FP32, {}) else None
+    made: dict[str, Any] = {"best_peer": best, **dict.fromkeys(names), "memory_ratio": None}
     if "seconds" not in ours or not agrees(ours["agreement"], precision):
         return made
-    if best is not None:
-        made["ratio"] = ratio(results[best]["samples"], ours["samples"])
+    for name, peer in names.items():
+        if peer is not None:
+            made[name] = ratio(results[peer]["samples"], ours["samples"])
     stock = results.get(STOCK, {})
     if "memory" in ours and "memory" in stock:
         mine, theirs = ours["memory"], stock["memory"]

@@ -27,7 +27,7 @@ class Job:
     """The work and its surroundings, as the driver sends them."""
 
     kind: str  # "infer", "pretrain" or "finetune"
-    precision: str  # "fp32" or "bf16"
+    precision: str  # "fp32", "bf16" or "int8"
     folder: Path  # holds model/, classifier/ and the peers' converted models
     inputs: Path  # holds batch0.npz, ...
     threads: int
@@ -48,11 +48,6 @@ class Job:
         import torch
 
         return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16")
-
-    def only(self, precision: str, why: str) -> None:
-        """Raise Unsupported unless the work has this precision."""
-        if self.precision != precision:
-            raise Unsupported(why)
 
 
 # --- models in torch ---
@@ -146,8 +141,11 @@ def autocast(job: Job) -> Call:
     return cast
 
 
-def fastbert(job: Job, freeze: bool = True) -> Any:
-    """This project; `freeze` prepacks the weights for inference, as other engines do. In bf16 weights are cast."""
+def fastbert(job: Job, freeze: bool = True, quantize: bool = True) -> Any:
+    """This project; `freeze` prepacks the weights for inference, as other engines do. In bf16 weights are cast.
+
+    In int8 work `quantize` takes the place of `freeze`.
+    """
     import torch
 
     import fastbert
@@ -163,9 +161,20 @@ def fastbert(job: Job, freeze: bool = True) -> Any:
     if job.kind != "infer":
         return Step(model, job)
     model = model.to(torch.bfloat16 if job.precision == "bf16" else torch.float32).eval()
-    if freeze:
+    if job.precision == "int8" and quantize:
+        fastbert.quantize(model)
+    elif freeze:
         fastbert.freeze(model)
     return infer(model, job, torch.inference_mode)
+
+
+def dynamic(job: Job) -> Call:
+    """torch's dynamic quantisation of every Linear."""
+    import torch
+
+    model = transformers_model(job)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
+    return infer(quantized, job, torch.inference_mode)
 
 
 def zentorch(job: Job) -> Call:
@@ -231,8 +240,8 @@ def optimize_onnx(source: Path, target: Path) -> None:
     model.save_model_to_file(str(target))
 
 
-def quantize_onnx(source: Path, target: Path) -> None:
-    """Weights in int8; activations are quantised at run time."""
+def quantize_onnx(source: Path, target: Path, reduced: bool) -> None:
+    """Weights in int8, or `reduced` to 7 bits, whose sums do not saturate; activations are quantised at run time."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -243,19 +252,22 @@ def quantize_onnx(source: Path, target: Path) -> None:
         str(target),
         weight_type=QuantType.QInt8,
         per_channel=True,
+        reduce_range=reduced,
         extra_options=extra,
     )
 
 
-def onnxruntime(job: Job, int8: bool = False) -> Call:
-    """The CPU provider on the fused graph."""
-    job.only("fp32", "onnxruntime has no bf16 kernels for the CPU")
+def onnxruntime(job: Job, reduced: bool = False) -> Call:
+    """The CPU provider on the fused graph; `reduced` as in quantize_onnx."""
+    if job.precision == "bf16":
+        raise Unsupported("onnxruntime has no bf16 kernels for the CPU")
     import onnxruntime
 
     plain = once(job.folder / "bert.onnx", partial(export_onnx, job))
     file = once(job.folder / "bert-fused.onnx", partial(optimize_onnx, plain))
-    if int8:
-        file = once(job.folder / "bert-int8.onnx", partial(quantize_onnx, file))
+    if job.precision == "int8":
+        name = f"bert-int8{'-reduced' if reduced else ''}.onnx"
+        file = once(job.folder / name, partial(quantize_onnx, file, reduced=reduced))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = job.threads
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
@@ -303,13 +315,14 @@ def convert_ctranslate2(job: Job, target: Path) -> None:
     TransformersConverter(str(encoder)).convert(str(target))
 
 
-def ctranslate2(job: Job, int8: bool = False) -> Call:
+def ctranslate2(job: Job) -> Call:
     """CTranslate2's encoder, which removes padding on CPUs too."""
-    job.only("fp32", "ctranslate2 computes bf16 on GPUs only")
+    if job.precision == "bf16":
+        raise Unsupported("ctranslate2 computes bf16 on GPUs only")
     import ctranslate2
 
     source = once(job.folder / "ctranslate2", partial(convert_ctranslate2, job))
-    kind = "int8_float32" if int8 else "float32"
+    kind = "int8_float32" if job.precision == "int8" else "float32"
     encoder = ctranslate2.Encoder(
         str(source), "cpu", compute_type=kind, inter_threads=1, intra_threads=job.threads
     )
@@ -324,6 +337,7 @@ def ctranslate2(job: Job, int8: bool = False) -> Call:
 
 PEERS: dict[str, Callable[[Job], Any]] = {
     "fastbert": fastbert,
+    "fastbert-fp32": partial(fastbert, quantize=False),
     "fastbert-unfrozen": partial(fastbert, freeze=False),
     "eager": partial(stock, attention="eager"),
     "sdpa": stock,
@@ -334,6 +348,8 @@ PEERS: dict[str, Callable[[Job], Any]] = {
     "openvino": openvino,
     "zentorch": zentorch,
     "ctranslate2": ctranslate2,
-    "onnxruntime-int8": partial(onnxruntime, int8=True),
-    "ctranslate2-int8": partial(ctranslate2, int8=True),
+    "dynamic-int8": dynamic,
+    "onnxruntime-int8": onnxruntime,
+    "onnxruntime-int8-reduced": partial(onnxruntime, reduced=True),
+    "ctranslate2-int8": ctranslate2,
 }
