@@ -154,8 +154,10 @@ def account(fill: str, steps: int) -> dict[str, Any]:
     threads = torch.get_num_threads()
     peak, copied = cpu.native.fma_peak(threads), copy_bandwidth()
     rows = measure(phases, steps)
+    after = cpu.native.fma_peak(threads)
     typical = {name: median(row[name] for row in rows) for name in rows[0]}
-    limits = {name: 2e-9 * typical[f"{name}, products"] / peak for name in PRODUCTS}
+    best = max(peak, after)
+    limits = {name: 2e-9 * typical[f"{name}, products"] / best for name in PRODUCTS}
     # AdamW reads p, g, m and v and writes p, m and v
     limits["AdamW"] = 7 * 4 * parameters / copied
     return {
@@ -163,7 +165,7 @@ def account(fill: str, steps: int) -> dict[str, Any]:
         "steps": steps,
         "seconds": {k: v for k, v in typical.items() if not k.endswith(", products")},
         "limits": limits,
-        "peak": (peak, cpu.native.fma_peak(threads)),
+        "peak": (peak, after),
         "copy_gb_per_s": copied / 1e9,
     }
 
