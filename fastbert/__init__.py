@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastbert.backend.chooser import debug, use
     from fastbert.integrations.accelerate import accelerate, restore
     from fastbert.integrations.validate import validate
-    from fastbert.runners.freeze import freeze, frozen_bytes, quantize, unfreeze
+    from fastbert.runners.freeze import freeze, frozen_bytes, quantize, unfreeze, weight_bytes
     from fastbert.tuning.explain import explain
     from fastbert.tuning.measure import tune
 
@@ -33,6 +33,7 @@ __all__ = [
     "unfreeze",
     "use",
     "validate",
+    "weight_bytes",
 ]
 
 _NAMES = {
@@ -47,6 +48,7 @@ _NAMES = {
     "unfreeze": "fastbert.runners.freeze",
     "use": "fastbert.backend.chooser",
     "validate": "fastbert.integrations.validate",
+    "weight_bytes": "fastbert.runners.freeze",
 }
 __getattr__ = lazy(__name__, _NAMES)
 find_moved()

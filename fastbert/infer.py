@@ -38,7 +38,7 @@ class Filler:
     def __init__(self, model: str | Path, int8: bool = False) -> None:
         self.model = BertForMaskedLM.from_pretrained(model).eval()
         if int8:
-            quantize(self.model)
+            quantize(self.model, self.model.config.int8_bits or 12)
         check_whole(self.model, model)
         self.tokenizer: Any = load_tokenizer(model)
         self.mask = SpecialIds.of(self.tokenizer).mask
@@ -99,7 +99,7 @@ class Embedder:
         # the pooled output is not used, and many checkpoints have none
         self.model = BertModel.from_pretrained(self.about.encoder, add_pooler=False).eval()
         if int8:
-            quantize(self.model)
+            quantize(self.model, self.model.config.int8_bits or 12)
         self.tokenizer: Any = load_tokenizer(self.about.encoder)
         if self.about.lower_case:
             _lower(self.tokenizer)

@@ -20,6 +20,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fastbert.backend", "fastbert.kernels"),
     ("fastbert.ops", "fastbert.functional"),
     ("fastbert.nn",),
+    # the copies of its layers' weights that an encoder runs on
+    ("fastbert.runners.copies", "fastbert.runners.frozen"),
     ("fastbert.models", "fastbert.bert"),
     ("fastbert.runners",),
     # imports no model; below integrations, whose converters read tokenizers

@@ -114,6 +114,7 @@ PYBIND11_MODULE(_cpu, m) {
   FASTBERT_DEFINE(linear_int8_fwd);
   FASTBERT_DEFINE(linear_int8_packed_size);
   FASTBERT_DEFINE(linear_int8_pack);
+  FASTBERT_DEFINE(linear_int8_unpack);
   FASTBERT_DEFINE(fma_peak);
   FASTBERT_DEFINE(dot_peak);
 }

@@ -103,6 +103,17 @@ void pack_panel(const int8_t* w, int64_t q, int64_t u, int64_t to, int64_t N, in
   }
 }
 
+// the inverse of pack_panel
+void unpack_panel(const Bytes* panel, int64_t q, int64_t u, int64_t to, int64_t N, int64_t K,
+                  int8_t* w) {
+  for (int64_t j = 0; j < imin(kNR, N - q * kNR); ++j) {
+    int8_t* p = w + (q * kNR + j) * K;
+    for (int64_t s = u; s < to; ++s)
+      for (int64_t k = 2 * s; k < imin(2 * s + 2, K); ++k)
+        p[k] = panel[(s - u) * kNR + j].of[k - 2 * s];
+  }
+}
+
 }  // namespace
 
 int64_t quantised_floats(int64_t M, int64_t columns) { return M * row_floats(columns); }
@@ -175,6 +186,15 @@ void linear_int8_pack(const void* w, const float* scale, const int32_t* sources,
              [&](int64_t q, int64_t u, int64_t to, int64_t at) {
                pack_panel(weight, q, u, to, N, K + extra, panels + at);
              });
+}
+
+void linear_int8_unpack(const void* packed, void* w, int64_t N, int threads) {
+  const View view(packed, N);
+  const int64_t K = view.columns();
+  auto* weight = static_cast<int8_t*>(w);
+  each_slice(N, K, row_units(K), threads, [&](int64_t q, int64_t u, int64_t to, int64_t at) {
+    unpack_panel(view.panels + at, q, u, to, N, K, weight);
+  });
 }
 
 }  // namespace FASTBERT_ISA

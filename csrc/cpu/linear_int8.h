@@ -30,6 +30,10 @@ void linear_int8_pack(const void* w,                                   // (N, K 
                       const float* scale,                              // (N,)
                       const int32_t* sources,                          // (extra,), each below K
                       void* packed, int64_t N, int64_t K, int64_t extra, int threads);
+// the integers of a weight that linear_int8_pack packed on the same instruction set
+void linear_int8_unpack(const void* packed,
+                        void* w,  // (N, K + extra) int8
+                        int64_t N, int threads);
 
 // The two steps of a product with a packed weight, for callers with memory of their own: q has
 // quantised_floats(M, K + extra) floats. a[t] is 0 for a row of zeros, and NaN for a row that holds

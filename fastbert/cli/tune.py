@@ -45,7 +45,9 @@ def tune(
         raise ValueError(
             f"--length {length} is more than the model's {config.max_position_embeddings} positions"
         )
-    config = dataclasses.replace(config, num_hidden_layers=layers)
+    config = dataclasses.replace(
+        config, num_hidden_layers=layers, int8_bits=None, int8_embeddings=False
+    )
     ready()
     from fastbert.backend import tuned
     from fastbert.tuning.measure import tune as measure

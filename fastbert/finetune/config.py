@@ -183,6 +183,8 @@ class FinetuneConfig(TrainingSettings):
         assert self.model is not None
         assert self.max_length is not None
         base = BertConfig.from_file(model_folder(self.model))
+        if reason := base.why_not_trained:
+            raise ValueError(f"the model in {self.model} {reason}")
         if self.max_length > base.max_length:
             raise ValueError(
                 f"max_length is {self.max_length} and the model in {self.model} has {base.max_length} positions: "

@@ -52,7 +52,7 @@ class Predictor:
         self.model = self.task.kind.from_pretrained(folder)
         check_whole(self.model, folder)
         if int8:
-            quantize(self.model)
+            quantize(self.model, self.model.config.int8_bits or 12)
         self.tokenizer = load_tokenizer(folder)
         # the number of examples in the last call that were longer than the model takes
         self.cut = 0

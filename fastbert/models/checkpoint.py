@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastbert.files import folder_or_new, listed, parse_json, read_text, replacing
 from fastbert.models.config import BertConfig, model_folder
+from fastbert.models.int8_files import hold, int8_keys, int8_modules, is_int8, parts_of
 from fastbert.models.names import Names, hf_keys, names_of
 
 State = dict[str, Tensor]
@@ -115,11 +116,9 @@ def class_name(cls: type) -> str:
 
 def to_hf(model: nn.Module, names: Names) -> State:
     """The model's weights under Hugging Face's names, on the CPU; a bare BertModel's without prefix."""
-    bare = not _is_head(model)
-    state: State = {}
-    for key, value in model.state_dict().items():
-        keys = hf_keys(f"bert.{key}" if bare else key, names)
-        for name, part in zip(keys, value.chunk(len(keys)), strict=True):
+    bare, state, values = not _is_head(model), State(), model.state_dict()
+    for key, keys in _file_keys(model, values, names).items():
+        for name, part in zip(keys, parts_of(values[key], keys), strict=True):
             state[name.split(".", 1)[1] if bare else name] = part.detach().cpu().contiguous()
     decoder = names.get("mlm_head.decoder")
     if f"{decoder}.weight" in state and f"{names['mlm_head']}.bias" in state:
@@ -135,17 +134,28 @@ def fill(model: nn.Module, state: State, names: Names, source: str) -> list[str]
     Nothing is copied unless all of it fits. Raises ValueError naming encoder weights that are missing, and shapes or
     dtypes that do not fit.
     """
-    bare = not _is_head(model)
-    wanted = {key: hf_keys(f"bert.{key}" if bare else key, names) for key in model.state_dict()}
+    values = model.state_dict()
+    wanted = _file_keys(model, values, names)
     missing = {key: [k for k in keys if k not in state] for key, keys in wanted.items()}
-    _check_missing(model, missing, bare, state, source)
-    fitting = {key: keys for key, keys in wanted.items() if not missing[key]}
-    _check_shapes(model, fitting, state, names, source)
-    for key, value in model.state_dict().items():
-        if key in fitting:
-            for part, name in zip(value.chunk(len(fitting[key])), fitting[key], strict=True):
-                part.copy_(state[name])
+    _check_missing(model, missing, not _is_head(model), state, source)
+    fitting = {k: keys for k, keys in wanted.items() if not missing[k] and not is_int8(keys)}
+    _check_shapes(model, values, fitting, state, source)
+    hold(int8_modules(model), wanted, state, source)
+    for key, keys in fitting.items():
+        for part, name in zip(values[key].chunk(len(keys)), keys, strict=True):
+            part.copy_(state[name])
     return sorted(state.keys() - {k for keys in wanted.values() for k in keys})
+
+
+def _file_keys(model: nn.Module, values: State, names: Names) -> dict[str, list[str]]:
+    """{key of the model: the keys in a file whose tensors, stacked, it is}."""
+    bare, integers = not _is_head(model), int8_modules(model)
+    found = {}
+    for key in values:
+        keys = hf_keys(f"bert.{key}" if bare else key, names)
+        path, _, leaf = key.rpartition(".")
+        found[key] = int8_keys(keys) if path in integers and leaf != "bias" else keys
+    return found
 
 
 def _is_head(model: nn.Module) -> bool:
@@ -177,9 +187,8 @@ def _check_missing(
 
 
 def _check_shapes(
-    model: nn.Module, fitting: dict[str, list[str]], state: State, names: Names, source: str
+    model: nn.Module, values: State, fitting: dict[str, list[str]], state: State, source: str
 ) -> None:
-    values = model.state_dict()
     for key, keys in fitting.items():
         for part, name in zip(values[key].chunk(len(keys)), keys, strict=True):
             found = state[name]

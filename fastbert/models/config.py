@@ -71,7 +71,12 @@ _SPECIAL = (
     "label2id",
     "problem_type",
     "position_embedding_type",
+    "int8_bits",
+    "int8_embeddings",
 )
+# the value of quantization_config, a key that every loader of Hugging Face directories looks at, for int8 weights;
+# bits and embeddings are added
+_INT8 = {"quant_method": "fastbert", "layout": 1}
 
 
 def check_types(settings: Any) -> None:
@@ -134,6 +139,11 @@ class BertConfig:
     # DistilBERT's own dropouts: before the sequence classifier and before the span classifier
     seq_classif_dropout: float = 0.2
     qa_dropout: float = 0.1
+    # the encoder's weights are int8, and its activations are rounded to so many bits, 12 or 8; fastbert.quantize and
+    # from_pretrained set it, a fresh model has no use for it
+    int8_bits: int | None = None
+    # whether the word embeddings are int8 too
+    int8_embeddings: bool = False
     # keys of a config.json that no model here uses; to_dict writes them back
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -215,6 +225,10 @@ class BertConfig:
             raise ValueError(
                 f"problem_type is {quoted(self.problem_type)}: choose one of {PROBLEM_TYPES}"
             )
+        if self.int8_bits not in (None, 12, 8):
+            raise ValueError(f"int8_bits is {quoted(self.int8_bits)}: it must be 12 or 8")
+        if self.int8_embeddings and self.int8_bits is None:
+            raise ValueError("int8_embeddings is true without int8_bits: set both")
         if self.extra.get("quantization_config"):
             raise ValueError(
                 "quantization_config is set: convert the weights back to floating point"
@@ -235,6 +249,13 @@ class BertConfig:
                 f"id2label has the numbers {str(sorted(names))[:100]}: name each of 0 to {count - 1}"
             )
         return [names[i] for i in range(count)]
+
+    @property
+    def why_not_trained(self) -> str | None:
+        """Why the model can't be trained, as the end of a sentence; None where it can."""
+        if self.int8_bits is None:
+            return None
+        return "has int8 weights, which can't be trained: use the model that was quantised"
 
     @property
     def head_size(self) -> int:
@@ -279,6 +300,7 @@ class BertConfig:
         for key, value in values.items():
             name = names.get(key, key)
             (ours if name in known else extra)[name] = value
+        ours |= _int8(extra)
         if family == "distilbert" and extra.pop("sinusoidal_pos_embds", False):
             ours["position_embedding_type"] = "sinusoidal"
         return cls(**ours, extra=extra)
@@ -298,6 +320,9 @@ class BertConfig:
             values["sinusoidal_pos_embds"] = self.position_embedding_type == "sinusoidal"
         elif self.position_embedding_type != "absolute":
             values["position_embedding_type"] = self.position_embedding_type
+        if self.int8_bits is not None:
+            about = {"bits": self.int8_bits, "embeddings": self.int8_embeddings}
+            values["quantization_config"] = _INT8 | about
         if self.problem_type is not None:
             values["problem_type"] = self.problem_type
         # Hugging Face keeps the number of labels only as the length of id2label
@@ -323,6 +348,20 @@ class BertConfig:
             return cls.from_dict(values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from error
+
+
+def _int8(extra: dict[str, Any]) -> dict[str, Any]:
+    """The fields that a quantization_config of fastbert stands for; it is taken out, one of another library stays."""
+    found = extra.get("quantization_config")
+    if not isinstance(found, dict) or found.get("quant_method") != "fastbert":
+        return {}
+    if found.get("layout") != _INT8["layout"]:
+        raise ValueError(
+            f"quantization_config has the layout {quoted(found.get('layout'))} and this version of fastbert reads "
+            f"{_INT8['layout']}: quantise the floating-point model again, or update fastbert"
+        )
+    del extra["quantization_config"]
+    return {"int8_bits": found.get("bits") or 0, "int8_embeddings": found.get("embeddings", False)}
 
 
 def model_folder(path: str | Path) -> Path:

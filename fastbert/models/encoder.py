@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +18,11 @@ from fastbert.models.inputs import Inputs, prepare
 from fastbert.models.output import Output
 from fastbert.nn.blocks import Embeddings, EncoderLayer, Linear, QKVProjection
 from fastbert.nn.exports import fx_leaf, refuse_script
+from fastbert.nn.int8 import Int8Embedding, Int8Linear, replace_matrices
 from fastbert.nn.packing import Packing
 from fastbert.nn.watch import log_once
 from fastbert.ops.context import seed_for
-
-
-class Prepacked(Protocol):
-    """Prepacked copies of an encoder's weights, for inference (fastbert.runners.frozen)."""
-
-    def serves(self, encoder: BertModel, x: Tensor) -> bool:
-        """Whether a forward on embeddings x (T, C) can run on the copies."""
-
-    def encode(
-        self, encoder: BertModel, x: Tensor, packing: Packing, rows: Tensor | None
-    ) -> Tensor:
-        """The last layer's output (T, C), or (R, C) at `rows`."""
+from fastbert.runners.frozen import Frozen
 
 
 class Encoded(NamedTuple):
@@ -151,35 +142,57 @@ class BertModel(Pretrained):
         super().__init__(config)
         c, width = config, config.hidden_size
         roberta = c.model_type == "roberta"
-        self.embeddings = Embeddings(
-            c.vocab_size,
-            width,
-            c.max_position_embeddings,
-            c.type_vocab_size or 0,
-            eps=c.layer_norm_eps,
-            p=c.hidden_dropout_prob,
-            padding_idx=c.pad_token_id,
-            position_padding_idx=c.pad_token_id if roberta else None,
-            sinusoidal=c.position_embedding_type == "sinusoidal",
-        )
-        self.layers = nn.ModuleList(
-            EncoderLayer(
+        # an int8 model's floating-point weights take no memory at any time
+        with nullcontext() if c.int8_bits is None else torch.device("meta"):
+            self.embeddings = Embeddings(
+                c.vocab_size,
                 width,
-                c.num_attention_heads,
-                c.intermediate_size,
-                approximate=c.approximate,
+                c.max_position_embeddings,
+                c.type_vocab_size or 0,
                 eps=c.layer_norm_eps,
                 p=c.hidden_dropout_prob,
-                attention_p=c.attention_probs_dropout_prob,
+                padding_idx=c.pad_token_id,
+                position_padding_idx=c.pad_token_id if roberta else None,
+                sinusoidal=c.position_embedding_type == "sinusoidal",
             )
-            for _ in range(c.num_hidden_layers)
-        )
+            self.layers = nn.ModuleList(
+                EncoderLayer(
+                    width,
+                    c.num_attention_heads,
+                    c.intermediate_size,
+                    approximate=c.approximate,
+                    eps=c.layer_norm_eps,
+                    p=c.hidden_dropout_prob,
+                    attention_p=c.attention_probs_dropout_prob,
+                )
+                for _ in range(c.num_hidden_layers)
+            )
         wanted = c.add_pooler if add_pooler is None else add_pooler
         self.pooler = Linear(width, width) if wanted else None
         self.gradient_checkpointing = False
-        # prepacked copies of the weights, which only fastbert.freeze makes
-        self.frozen: Prepacked | None = None
+        # prepacked copies of the weights, which fastbert.freeze and quantize make
+        self.frozen: Frozen | None = None
+        if c.int8_bits is not None:
+            self._empty_int8(c.int8_bits)
         self.init_weights()
+
+    def _empty_int8(self, bits: int) -> None:
+        """Put int8 modules of zeros in the place of weights that have no memory, for a checkpoint to fill."""
+        for layer in self.layers:
+            replace_matrices(layer, lambda m: Int8Linear.like(m, bits))
+        if self.config.int8_embeddings:
+            self.embeddings.word = Int8Embedding.like(self.embeddings.word, bits)  # type: ignore[arg-type]
+        for m in (*self.embeddings.modules(), *self.layers.modules()):
+            if any(p.is_meta for p in m.parameters(recurse=False)):
+                m.to_empty(device=torch.get_default_device(), recurse=False)
+                m.reset_parameters()  # type: ignore[operator]
+        self.for_inference(bits)
+
+    def for_inference(self, bits: int) -> None:
+        """Let the layers run in the native call where they can, and no weight of the encoder require a gradient."""
+        self.embeddings.requires_grad_(False)
+        self.layers.requires_grad_(False)
+        self.frozen = Frozen(bits)
 
     @property
     def bert(self) -> BertModel:  # type: ignore[override]

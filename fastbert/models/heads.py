@@ -14,6 +14,7 @@ from fastbert.models.losses import class_loss, position_loss, sequence_loss
 from fastbert.models.output import Output, SequenceOutput
 from fastbert.nn.blocks import Linear, MLMHead, NSPHead
 from fastbert.nn.exports import fx_leaf
+from fastbert.nn.int8 import Int8Embedding
 
 
 class _Head(Pretrained):
@@ -71,7 +72,8 @@ class _MaskedLM(_Head):
             rows = torch.cat([rows, inputs.packing.starts(inputs.positions.shape[0])])
         e = self.bert.encode(inputs, None if return_logits else rows)
         x = e.x.index_select(0, rows) if return_logits else e.x
-        word = self.bert.embeddings.word.weight
+        table = self.bert.embeddings.word
+        word = table if isinstance(table, Int8Embedding) else table.weight
         loss = logits = None
         if labels is not None:
             reduction = "mean" if items is None else "sum"

@@ -17,6 +17,7 @@ from fastbert.nn.blocks import (
     sinusoidal_positions,
 )
 from fastbert.nn.drop_in import GELU, CrossEntropyLoss, LayerNorm
+from fastbert.nn.int8 import Int8Embedding, Int8Linear
 from fastbert.nn.packing import Packing
 from fastbert.nn.transformer import (
     MultiheadAttention,
@@ -31,6 +32,8 @@ __all__ = [
     "EncoderLayer",
     "FeedForward",
     "InferenceRunner",
+    "Int8Embedding",
+    "Int8Linear",
     "LayerNorm",
     "Linear",
     "MLMHead",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastbert import functional as F
 from fastbert.nn.exports import refuse_script, replaces
+from fastbert.nn.int8 import Int8Embedding
 from fastbert.nn.layer import (
     LayerCall,
     LayerSettings,
@@ -67,6 +68,7 @@ class Embeddings(Block):
         sinusoidal: bool = False,
     ) -> None:
         super().__init__()
+        self.word: nn.Embedding | Int8Embedding
         self.word = nn.Embedding(vocab_size, hidden_size, padding_idx)
         self.position = nn.Embedding(max_positions, hidden_size, position_padding_idx)
         self.token_type = nn.Embedding(types, hidden_size) if types else None
@@ -93,6 +95,8 @@ class Embeddings(Block):
             types = None
         elif types is None:
             types = torch.zeros_like(positions)
+        if isinstance(self.word, Int8Embedding) and not ids.is_floating_point():
+            ids = self.word(ids).to(self.position.weight.dtype)
         return F.embed(
             ids,
             positions,
@@ -268,7 +272,7 @@ PARAMETERS = LayerWeights(
 class MLMHead(Block):
     """The masked-LM head: dense, activation, LayerNorm, decoder to the vocabulary; tied unless `tied` is False.
 
-    `word` is the word embedding (V, C), the decoder's weight where it is tied.
+    `word` is the word embedding (V, C), the decoder's weight where it is tied, or the module of its int8 rows.
     """
 
     def __init__(
@@ -295,28 +299,35 @@ class MLMHead(Block):
             y = F.bias_gelu(F.linear(x, self.dense.weight), self.dense.bias, self.approximate)
         return F.layer_norm(y, self.norm.weight, self.norm.bias, self.norm.eps)
 
-    def forward(self, x: Tensor, word: Tensor) -> Tensor:
+    def forward(self, x: Tensor, word: Tensor | Int8Embedding) -> Tensor:
         """(T, C) -> logits (T, V)."""
-        return F.linear(self.transform(x), self._weight(word), self.bias)
+        weight = self._weight(word)
+        if isinstance(weight, Int8Embedding):
+            return weight.scores(self.transform(x), self.bias)
+        return F.linear(self.transform(x), weight, self.bias)
 
     def loss(
         self,
         x: Tensor,  # (R, C), the labelled rows
         labels: Tensor,  # (R,) int64
-        word: Tensor,
+        word: Tensor | Int8Embedding,
         reduction: str = "mean",
     ) -> Tensor:
         """The masked-LM loss of labelled rows; 0, connected to the graph, where there is none."""
+        weight = self._weight(word)
+        if isinstance(weight, Int8Embedding):
+            total = F.cross_entropy(self(x, word), labels, reduction="sum")
+            return total / max(labels.shape[0], 1) if reduction == "mean" else total
         return F.mlm_loss(
             self.transform(x),
-            self._weight(word),
+            weight,
             self.bias,
             labels,
             compacted=True,
             reduction=reduction,
         )
 
-    def _weight(self, word: Tensor) -> Tensor:
+    def _weight(self, word: Tensor | Int8Embedding) -> Tensor | Int8Embedding:
         return word if self.decoder is None else self.decoder.weight
 
 

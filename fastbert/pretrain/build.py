@@ -80,6 +80,8 @@ def model_config(config: PretrainConfig, vocab_size: int, pad: int) -> BertConfi
 
 def _check_loaded(loaded: BertConfig, config: PretrainConfig, vocabulary: int) -> None:
     """Raise ValueError where the model in `init_from` does not fit the settings and the size of the vocabulary."""
+    if reason := loaded.why_not_trained:
+        raise ValueError(f"the model in {config.init_from} {reason}")
     if vocabulary > loaded.vocab_size:
         raise ValueError(
             f"the tokenizer has {vocabulary} tokens and the model in {config.init_from} {loaded.vocab_size}: "

@@ -14,13 +14,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from fastbert.backend import cpu
 from fastbert.backend.cpu import _gemm
 from fastbert.backend.reference.linear_int8 import LEVELS
+from fastbert.nn import int8
+from fastbert.nn.int8 import Int8Linear
 from fastbert.nn.layer import GELUS, LayerSettings, LayerWeights
 from fastbert.nn.packing import Packing
 from fastbert.ops._check import cu_seqlens_valid
-from fastbert.runners import int8
 
-# a layer's parameters by the fields of LayerWeights; the tensors of a field lie one below the other in its copy
-Fields = Sequence[Sequence[Tensor]]
+# a layer's parameters by the fields of LayerWeights; the tensors of a field lie one below the other in its copy. An
+# int8 weight is alone in its field
+Fields = Sequence[Sequence[Tensor | Int8Linear]]
 
 # why the layers have to run one by one
 RECORDED = "gradients are recorded, call it under torch.no_grad() or torch.inference_mode()"
@@ -109,20 +111,28 @@ class Copies:
         kept: list[Tensor] = []
         rows: list[list[int]] = []
         for fields in layers:
-            packed = [self._prepacked(f, dtype) if f[0].dim() == 2 else _joined(f) for f in fields]
+            packed = [
+                self._prepacked(f, dtype) if len(f[0].shape) == 2 else _joined(f) for f in fields
+            ]
             rows.append([cpu.address(t) for t in packed])
-            # fp32 biases and norms are read where they are
-            kept += [t for t, f in zip(packed, fields, strict=True) if t is not f[0]]
+            # fp32 biases and norms are read where they are, and int8 modules pack their own weights
+            kept += [
+                t
+                for t, f in zip(packed, fields, strict=True)
+                if t is not f[0] and not isinstance(f[0], Int8Linear)
+            ]
         self._packs[dtype] = torch.tensor(rows, dtype=torch.int64), kept
         self._settings = _settings_tables(layers, settings)
         # not in `freeze`: deep copies and unpickled models are packed without a call of it
         _live.add(self)
         _watch_optimizers()
 
-    def _prepacked(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    def _prepacked(self, weights: Sequence[Any], dtype: torch.dtype) -> Tensor:
+        if isinstance(weights[0], Int8Linear):
+            return weights[0].packed()
         if self.bits is None:
             return _packed(weights, dtype)
-        return int8.pack(torch.cat([w.detach() for w in weights]))
+        return int8.pack(*int8.split(torch.cat([w.detach() for w in weights])))
 
     def run(
         self,
@@ -187,7 +197,10 @@ def why_not_prepacked(
     for name, field in zip(LayerWeights._fields, fields, strict=True):
         label = name if name.endswith("bias") else f"{name}.weight"
         for t in field:
-            if reason := cpu.unsupported_parameter(label, t):
+            if isinstance(t, Int8Linear):
+                if reason := _why_not_these_integers(label, t, bits):
+                    return reason
+            elif reason := cpu.unsupported_parameter(label, t):
                 return reason
     sizes = LayerWeights(*(tuple(f[0].shape) for f in fields))
     pieces = len(fields[0])
@@ -204,6 +217,12 @@ def why_not_prepacked(
     if A % settings.heads:
         return f"{A} columns are not {settings.heads} heads"
     return None if bits is None else int8.why_not_exact(max(C, A, F), bits)
+
+
+def _why_not_these_integers(label: str, m: Int8Linear, bits: int | None) -> str | None:
+    if bits is None:
+        return f"{label} is int8, call fastbert.quantize"
+    return f"{label} is on {m.scale.device}" if m.scale.device.type != "cpu" else None
 
 
 def _settings_tables(
@@ -239,7 +258,7 @@ def _packed(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return packed
 
 
-def _joined(vectors: Sequence[Tensor]) -> Tensor:
+def _joined(vectors: Sequence[Any]) -> Tensor:
     """Biases side by side in fp32; a single one that is fp32 itself."""
     whole = vectors[0] if len(vectors) == 1 else torch.cat([v.detach().float() for v in vectors])
     return cpu.fp32(whole)

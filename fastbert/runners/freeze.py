@@ -12,9 +12,11 @@ from torch import nn
 from fastbert.backend.reference.linear_int8 import LEVELS
 from fastbert.files import quoted
 from fastbert.models.encoder import BertModel
+from fastbert.nn.int8 import Int8Embedding, Int8Linear
 from fastbert.nn.watch import log_once
 from fastbert.runners.copies import WHOLE_FROM, Copies
 from fastbert.runners.frozen import Frozen
+from fastbert.runners.replace import is_replaced, replace_weights
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -29,10 +31,14 @@ def freeze(model: nn.Module) -> nn.Module:
     change whole rows, and in the next call of at least 1,024 tokens if they change single numbers. Call `freeze` again
     after a write to rows or numbers.
     """
+    if is_replaced(model):
+        raise ValueError("the encoder's weights are int8: call quantize, which packs those")
     return _set_copies(model, None)
 
 
-def quantize(model: nn.Module, bits: int = 12) -> nn.Module:
+def quantize(
+    model: nn.Module, bits: int = 12, *, replace: bool = False, embeddings: bool = False
+) -> nn.Module:
     """Compute the encoder's products in integers in inference (CPU, no gradient); returns the model in eval mode.
 
     No calibration data: weights become int8 with one scale per row, activations integers of `bits` bits with one scale
@@ -43,10 +49,20 @@ def quantize(model: nn.Module, bits: int = 12) -> nn.Module:
 
     Takes the models that `freeze` takes, replaces its copies, and keeps to the same rules: the int8 copies are made at
     the first forward without gradients, in addition to the weights, and again when a weight changes; `frozen_bytes` is
-    their size, a quarter of that of freeze's, and `unfreeze` drops them. Raises ValueError for other `bits`.
+    their size, a quarter of that of freeze's, and `unfreeze` drops them.
+
+    With `replace` the encoder's weights themselves become int8, with the same results, and their memory is released:
+    for good, and for fastbert.bert's models only. The encoder can't be trained then, save_pretrained writes int8, and
+    from_pretrained reads it. With `embeddings` too the word embeddings become int8 rows, which changes results; a
+    masked-LM decoder that is tied to them computes from the same integers. A model that is int8 already takes other
+    `bits`. Raises ValueError for other `bits`, for layers that can't be replaced, and for weights that are not finite.
     """
     if bits not in LEVELS:
         raise ValueError(f"bits is {quoted(bits)}: pass 12 or 8")
+    if embeddings and not replace:
+        raise ValueError("embeddings=True replaces the word embeddings: pass replace=True too")
+    if replace or is_replaced(model):
+        return replace_weights(model, bits, embeddings).eval()
     return _set_copies(model, bits)
 
 
@@ -68,8 +84,13 @@ def _set_copies(model: nn.Module, bits: int | None) -> nn.Module:
 
 
 def unfreeze(model: nn.Module) -> nn.Module:
-    """Drop the prepacked copies that `freeze` or `quantize` made; returns the model."""
+    """Drop the prepacked copies that `freeze` or `quantize` made; returns the model.
+
+    Int8 weights stay int8, and the layers run one by one.
+    """
     for m in model.modules():
+        if isinstance(m, Int8Linear):
+            m.unpack()
         if vars(m).get("frozen") is not None:
             m.frozen = None  # type: ignore[assignment]
     return model
@@ -79,6 +100,21 @@ def frozen_bytes(model: nn.Module) -> int:
     """Bytes of all prepacked copies in the model, over and above its weights."""
     found = (vars(m).get("frozen") for m in model.modules())
     return sum(copies.nbytes() for copies in found if isinstance(copies, Copies))
+
+
+def weight_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes that a model holds: "int8" of int8 weights with their scales, "copies", as `frozen_bytes`, "others".
+
+    The others are floating-point weights and buffers. A weight that is shared is counted once.
+    """
+    modules = [m for m in model.modules() if isinstance(m, (Int8Linear, Int8Embedding))]
+    integers = {id(b): b.nbytes for m in modules for b in m.buffers(recurse=False)}
+    tensors = (*model.parameters(), *model.buffers())
+    return {
+        "int8": sum(integers.values()),
+        "copies": frozen_bytes(model),
+        "others": sum(t.nbytes for t in tensors if id(t) not in integers),
+    }
 
 
 def _copies_of(m: nn.Module, bits: int | None) -> Copies | None:

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastbert.backend import chooser, cpu
 from fastbert.backend.torch_private import exporting
-from fastbert.models.encoder import BertModel
 from fastbert.nn.blocks import PARAMETERS, EncoderLayer, FeedForward, QKVProjection, SelfAttention
 from fastbert.nn.blocks import Linear as BlockLinear
+from fastbert.nn.int8 import Int8Linear
 from fastbert.nn.layer import LayerSettings, activation_name
 from fastbert.nn.packing import Packing
 from fastbert.nn.watch import log_once
 from fastbert.runners.copies import RECORDED, Copies, why_not_prepacked
 
-# the class that each part of a layer must have for its parameters to be read
-PARTS: dict[str, type[nn.Module]] = {
-    "": EncoderLayer,
-    "attention": SelfAttention,
-    "attention.qkv": QKVProjection,
-    "attention.out": BlockLinear,
-    "attention_norm": nn.LayerNorm,
-    "feed_forward": FeedForward,
-    "feed_forward.up": BlockLinear,
-    "feed_forward.down": BlockLinear,
-    "output_norm": nn.LayerNorm,
+# the classes that each part of a layer may have for its parameters to be read
+PARTS: dict[str, tuple[type[nn.Module], ...]] = {
+    "": (EncoderLayer,),
+    "attention": (SelfAttention,),
+    "attention.qkv": (QKVProjection, Int8Linear),
+    "attention.out": (BlockLinear, Int8Linear),
+    "attention_norm": (nn.LayerNorm,),
+    "feed_forward": (FeedForward,),
+    "feed_forward.up": (BlockLinear, Int8Linear),
+    "feed_forward.down": (BlockLinear, Int8Linear),
+    "output_norm": (nn.LayerNorm,),
 }
 
 
@@ -35,8 +36,16 @@ PARTS: dict[str, type[nn.Module]] = {
 SETTINGS: dict[type[nn.Module], str] = {
     nn.LayerNorm: "eps",
     QKVProjection: "num_heads",
+    Int8Linear: "num_heads",
     FeedForward: "approximate",
 }
+
+
+class Encoder(Protocol):
+    """What is read of a fastbert.bert encoder."""
+
+    layers: nn.ModuleList
+    training: bool
 
 
 class Origin:
@@ -45,19 +54,22 @@ class Origin:
     They are held: an id or an address that is compared later can't have gone to another object.
     """
 
-    def __init__(self, encoder: BertModel) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         self.layers = encoder.layers
         self.parts = [m for layer in self.layers for m in layer.modules()]
         self.parameters = [p for layer in self.layers for p in layer.parameters()]
         self.memory = [p.detach() for p in self.parameters]
+        # of int8 modules, which have packed their weights
+        self.buffers = [b for layer in self.layers for b in layer.buffers()]
         self.inside = [vars(m) for m in self.parts]
-        # the dicts in which a forward looks up its parts and parameters
-        places = [d[kind] for d in self.inside for kind in ("_modules", "_parameters")]
+        # the dicts in which a forward looks up its parts, parameters and buffers
+        kinds = ("_modules", "_parameters", "_buffers")
+        places = [d[kind] for d in self.inside for kind in kinds]
         self.places = [(place, name) for place in places for name in place]
         self.settings = [(vars(m), SETTINGS[type(m)]) for m in self.parts if type(m) in SETTINGS]
         self.state = self.look()
 
-    def unchanged(self, encoder: BertModel) -> bool:
+    def unchanged(self, encoder: Encoder) -> bool:
         """Whether the encoder's layers still consist of what was packed, and run the same code."""
         return encoder.layers is self.layers and self.look() == self.state
 
@@ -97,7 +109,7 @@ class Frozen(Copies):
         """The parameters that were packed."""
         return () if self._origin is None else self._origin.parameters
 
-    def serves(self, encoder: BertModel, x: Tensor) -> bool:
+    def serves(self, encoder: Encoder, x: Tensor) -> bool:
         """Whether a forward on embeddings x (T, C) can run on the copies; makes them if they are missing."""
         if torch.compiler.is_compiling() or exporting() or encoder.training:
             return False
@@ -121,7 +133,7 @@ class Frozen(Copies):
             log_once(f"the frozen encoder runs its layers one by one: {reason}")
         return reason is None
 
-    def _recorded(self, encoder: BertModel, x: Tensor) -> str | None:
+    def _recorded(self, encoder: Encoder, x: Tensor) -> str | None:
         """Why the layers are needed for gradients, or None."""
         if not torch.is_grad_enabled():
             return None
@@ -132,7 +144,7 @@ class Frozen(Copies):
             return RECORDED
         return None
 
-    def _pack(self, encoder: BertModel, dtype: torch.dtype) -> str | None:
+    def _pack(self, encoder: Encoder, dtype: torch.dtype) -> str | None:
         """Pack the weights for activations of this dtype, or say why the layers can't be read instead of called."""
         if type(encoder.layers) is not nn.ModuleList or len(encoder.layers) == 0:
             return "it has no list of layers, or an empty one"
@@ -140,7 +152,12 @@ class Frozen(Copies):
         for layer in encoder.layers:
             if reason := why_not_read(layer):
                 return reason
-            own = dict(layer.named_parameters(remove_duplicate=False))
+            own: dict[str, Any] = dict(layer.named_parameters(remove_duplicate=False))
+            own |= {
+                f"{path}.weight": m
+                for path, m in layer.named_modules(remove_duplicate=False)
+                if isinstance(m, Int8Linear)
+            }
             fields = [[own[name]] for name in PARAMETERS if name in own]
             s = _settings(layer)  # type: ignore[arg-type]
             whole = own.keys() == set(PARAMETERS)
@@ -150,6 +167,10 @@ class Frozen(Copies):
             settings.append(s)
         if len({fields[0][0].shape[1] for fields in layers}) > 1:
             return "its layers differ in width"
+        for part in (f[0] for fields in layers for f in fields):
+            if isinstance(part, Int8Linear):
+                # its weight moves, which is no change of the encoder
+                part.packed()
         if self._origin is None:
             self._origin = Origin(encoder)
         self._width = layers[0][0][0].shape[1]
@@ -158,7 +179,7 @@ class Frozen(Copies):
 
     def encode(
         self,
-        encoder: BertModel,
+        encoder: Encoder,
         x: Tensor,  # (T, C)
         packing: Packing,
         rows: Tensor | None,  # (R,) int64
@@ -171,7 +192,7 @@ def why_not_read(layer: nn.Module) -> str | None:
     """Why a layer's parts must be called, None if their parameters say everything about them."""
     for path, m in layer.named_modules(remove_duplicate=False):
         kind = type(m).__name__
-        if type(m) is not PARTS.get(path):
+        if type(m) not in PARTS.get(path, ()):
             return f"a part of a layer is a {kind}"
         if m._forward_hooks or m._forward_pre_hooks:
             return f"hooks are attached to a {kind}"

@@ -10,8 +10,8 @@ import fastbert
 from fastbert import functional as F
 from fastbert.backend import cpu
 from fastbert.bert import BertConfig, BertForMaskedLM, BertModel
+from fastbert.nn import int8
 from fastbert.nn.packing import Packing
-from fastbert.runners import int8
 
 if cpu.native is None:
     pytest.skip(str(cpu.unavailable), allow_module_level=True)
