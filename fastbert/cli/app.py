@@ -1,4 +1,4 @@
-"""The `fastbert` command: pretrain, finetune, predict, fill-mask, embed, tune, info; help needs no torch."""
+"""The `fastbert` command: pretrain, finetune, predict, fill-mask, embed, quantize, tune, info; no torch for help."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 
 from fastbert.cli.finetune import finetune, predict
 from fastbert.cli.pretrain import pretrain
+from fastbert.cli.quantize import quantize
 from fastbert.cli.settings import ready
 from fastbert.cli.text import embed, fill_mask
 from fastbert.cli.tune import tune
@@ -43,6 +44,7 @@ _command("finetune", finetune)
 _command("predict", predict)
 _command("fill-mask", fill_mask)
 _command("embed", embed)
+_command("quantize", quantize)
 _command("tune", tune, bare=True)
 
 
