@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,7 @@ class FrozenLayers(Copies):
         self, fields: Sequence[Fields], settings: Sequence[LayerSettings], tokens: int
     ) -> None:
         """Drop the copies unless they are of these very tensors and settings and nothing was written since."""
-        sources = [t for layer in fields for field in layer for t in field]
+        sources: list[Any] = [t for layer in fields for field in layer for t in field]
         state = (
             cpu.native.isa(),
             settings,

@@ -74,9 +74,9 @@ _SPECIAL = (
     "int8_bits",
     "int8_embeddings",
 )
-# the value of quantization_config, a key that every loader of Hugging Face directories looks at, for int8 weights;
-# bits and embeddings are added
-_INT8 = {"quant_method": "fastbert", "layout": 1}
+# the value of quantization_config for int8 weights; bits and embeddings are added. It has no quant_method: transformers
+# refuses the folder then, while it would draw the weights anew under a method that it does not know
+_INT8 = {"library": "fastbert", "layout": 1}
 
 
 def check_types(settings: Any) -> None:
@@ -353,7 +353,7 @@ class BertConfig:
 def _int8(extra: dict[str, Any]) -> dict[str, Any]:
     """The fields that a quantization_config of fastbert stands for; it is taken out, one of another library stays."""
     found = extra.get("quantization_config")
-    if not isinstance(found, dict) or found.get("quant_method") != "fastbert":
+    if not isinstance(found, dict) or found.get("library") != "fastbert":
         return {}
     if found.get("layout") != _INT8["layout"]:
         raise ValueError(

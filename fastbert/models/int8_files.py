@@ -56,7 +56,7 @@ def hold(
     """
     found: list[tuple[Int8Linear | Int8Embedding, dict[str, Tensor]]] = []
     for path, m in modules.items():
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for leaf in ("sources", "weight", "scale"):
             if (names := wanted.get(f"{path}.{leaf}")) is None:
                 continue

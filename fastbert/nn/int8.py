@@ -113,7 +113,7 @@ def pack(
 
 def why_not_integers(weight: Tensor, bits: int) -> str | None:
     """Why sums with these integers, extra columns included, could leave int32; the end of a sentence, or None."""
-    if bool((weight < -LARGEST_WEIGHT).any()):
+    if weight.numel() and int(weight.amin()) < -LARGEST_WEIGHT:
         return f"has the integer -128, and the least is -{LARGEST_WEIGHT}"
     if (columns := weight.shape[1]) > (most := most_columns(bits)):
         return f"has {columns} columns, and {bits} bits allow {most}"
@@ -132,7 +132,6 @@ class _Int8(nn.Module):
     """What the modules have in common: `weight` int8, `scale` fp32, one number for each of its rows."""
 
     __prepare_scriptable__ = refuse_script
-    weight: Tensor | None
     scale: Tensor
     bits: int
 
@@ -165,6 +164,10 @@ class Int8Linear(_Int8):
     The encoder's native call reads the integers in another order. They are held once: in `weight`, which is None while
     they are in `panels`. `rows` returns them in both cases, and state dicts, copies and pickles have them as `weight`.
     """
+
+    weight: Tensor | None
+    sources: Tensor
+    panels: Tensor | None
 
     def __init__(
         self,
@@ -214,8 +217,9 @@ class Int8Linear(_Int8):
         weight = self.weight
         if weight is not None:
             return weight
+        assert self.panels is not None
         columns = self.in_features + self.sources.numel()
-        weight = torch.empty(self.out_features, columns, dtype=torch.int8)
+        weight = torch.empty(self.out_features, columns, dtype=torch.int8, device="cpu")
         isa = cpu.native.isa()
         # panels have the order of the instruction set that packed them
         cpu.native.use_isa(self._isa)
@@ -237,6 +241,7 @@ class Int8Linear(_Int8):
             if self.weight is not None or self._isa != isa:
                 self.panels = pack(self.rows(), self.scale, self.sources)
                 self._isa, self.weight = isa, None
+            assert self.panels is not None
             return self.panels
 
     def unpack(self) -> None:
@@ -281,6 +286,8 @@ class Int8Embedding(_Int8):
     A masked-LM decoder that is tied to the table computes from the same integers, on rows of `bits` bits.
     """
 
+    weight: Tensor
+
     def __init__(
         self,
         num_embeddings: int,
@@ -296,7 +303,8 @@ class Int8Embedding(_Int8):
     @classmethod
     def like(cls, m: nn.Embedding, bits: int) -> Int8Embedding:
         """A table of zeros in the shape of an embedding."""
-        return cls(*m.weight.shape, m.padding_idx, bits)
+        V, C = m.weight.shape
+        return cls(V, C, m.padding_idx, bits)
 
     @classmethod
     def of(cls, m: nn.Embedding, bits: int) -> Int8Embedding:
@@ -312,18 +320,18 @@ class Int8Embedding(_Int8):
     @property
     def shape(self) -> torch.Size:
         """(V, C)."""
-        return self.weight.shape  # type: ignore[union-attr]
+        return self.weight.shape
 
     def forward(self, ids: Tensor) -> Tensor:  # (...) -> (..., C) fp32
         self._refuse_training()
         if ids.device.type == "cpu" and not (torch.compiler.is_compiling() or exporting()):
             remedy = "check that the tokenizer belongs to the model (vocab_size)"
             _check.ids_in_range("ids", ids, self.shape[0], remedy)
-        return self.weight[ids].float() * self.scale[ids].unsqueeze(-1)  # type: ignore[index]
+        return self.weight[ids].float() * self.scale[ids].unsqueeze(-1)
 
     def scores(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x weight^T + bias: (..., C) -> (..., V)."""
-        return F.linear_int8(x, self.weight, self.scale, bias, self.bits)  # type: ignore[arg-type]
+        return F.linear_int8(x, self.weight, self.scale, bias, self.bits)
 
 
 # the parts of an EncoderLayer that multiply by a weight

@@ -158,7 +158,7 @@ def changed(folder, **settings):
         ({"embeddings": True}, r"lacks 2 weights .*word_embeddings\.int8_weight"),
         ({"layout": 2}, "has the layout 2 and this version of fastbert reads 1"),
         ({"layout": None}, "has the layout None"),
-        ({"quant_method": "gptq"}, "quantization_config is set: convert the weights back"),
+        ({"library": "gptq"}, "quantization_config is set: convert the weights back"),
     ],
 )
 def test_other_settings_are_refused(settings, sentence, tmp_path):
@@ -209,10 +209,11 @@ def test_training_from_an_int8_folder_is_refused(tmp_path):
         config.check_readable()
 
 
-def test_what_transformers_does(tmp_path, caplog):
-    """It does not know the method, says so, and lists the weights that it misses; it never reads int8 as numbers."""
+def test_transformers_refuses_the_folder(tmp_path):
+    """It would draw new weights in the place of those that it misses."""
     transformers = pytest.importorskip("transformers")
     made().save_pretrained(tmp_path)
-    _, info = transformers.BertModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert f"{QUERY}.weight" in info["missing_keys"]
-    assert f"{QUERY}.int8_weight" in info["unexpected_keys"]
+    for kind in (transformers.BertModel, transformers.AutoModel):
+        with pytest.raises(ValueError, match="quantization config"):
+            kind.from_pretrained(tmp_path)
+    assert transformers.AutoConfig.from_pretrained(tmp_path).hidden_size == SIZES["hidden_size"]
