@@ -252,6 +252,28 @@ def feed_forward_down_bwd(
     threads: int,
     /,
 ) -> None: ...
+def lamb_moments(
+    tensors: int,
+    corrections: int,
+    squares: int,
+    n: int,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    threads: int,
+    /,
+) -> None: ...
+def lamb_update(
+    tensors: int,
+    corrections: int,
+    rates: int,
+    n: int,
+    eps: float,
+    weight_decay: float,
+    threads: int,
+    /,
+) -> None: ...
 def layer_norm_fwd(
     dtype: int,
     x: int,

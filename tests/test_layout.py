@@ -30,6 +30,7 @@ NOT_SLUGS = {
     "csrc/cuda/bindings.cpp": "the module's entry, for all slugs",
     "csrc/cpu/peak.cpp": "what the arithmetic units can do, which percentages refer to",
     "csrc/cpu/checksum.cpp": "finds writes to packed weights that PyTorch does not count",
+    "csrc/cpu/lamb.cpp": "an optimiser's step, behind fastbert/train/lamb.py",
     "csrc/cpu/encoder.cpp": "whole layers for inference, made of the slugs' kernels",
     "csrc/cpu/runtime.cpp": "memory and threads, compiled once for all instruction sets",
 }
@@ -137,10 +138,8 @@ def table() -> str:
     """The longest files and functions, and the medians."""
     lengths = sorted(file_lengths().items(), key=lambda item: -item[1])
     sized = sorted(functions(), key=lambda row: -row[1])
-    lines = [f"{len(lengths)} files, {len(sized)} functions"]
-    lines.append(
-        f"median file {lengths[len(lengths) // 2][1]}, function {sized[len(sized) // 2][1]}"
-    )
+    medians = [rows[len(rows) // 2][1] for rows in (lengths, sized)]
+    lines = [f"{len(lengths)} files, {len(sized)} functions, median lines {medians}"]
     lines += [f"{count:5} / {MAX_FILE}  {path}" for path, count in lengths[:10]]
     lines += [f"{count:5} / {limit}  {name}" for name, count, limit in sized[:15]]
     return "\n".join(lines)

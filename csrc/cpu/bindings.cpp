@@ -102,6 +102,8 @@ PYBIND11_MODULE(_cpu, m) {
   FASTBERT_DEFINE(encoder_infer);
   FASTBERT_DEFINE(feed_forward_up);
   FASTBERT_DEFINE(feed_forward_down_bwd);
+  FASTBERT_DEFINE(lamb_moments);
+  FASTBERT_DEFINE(lamb_update);
   FASTBERT_DEFINE(layer_norm_fwd);
   FASTBERT_DEFINE(layer_norm_bwd);
   FASTBERT_DEFINE(philox_row);

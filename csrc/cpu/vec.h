@@ -52,6 +52,7 @@ typedef int32_t I __attribute__((vector_size(4 * W)));  // masks: -1 where true
 typedef uint32_t U __attribute__((vector_size(4 * W)));
 typedef uint64_t D __attribute__((vector_size(4 * W)));  // W / 2 lanes
 typedef uint16_t H __attribute__((vector_size(2 * W)));  // bf16 bits
+typedef double E __attribute__((vector_size(4 * W)));    // W / 2 lanes
 // the same types in memory, aligned to one element only
 typedef F F_mem __attribute__((aligned(4), may_alias));
 typedef U U_mem __attribute__((aligned(4), may_alias));
@@ -192,6 +193,37 @@ inline F min(F a, F b) {
   return bits_as<F>(_mm_min_ps(bits_as<__m128>(a), bits_as<__m128>(b)));
 #else
   return a < b ? a : b;
+#endif
+}
+inline F sqrt(F x) {
+#if FASTBERT_X86 == 512
+  return bits_as<F>(_mm512_sqrt_ps(bits_as<__m512>(x)));
+#elif FASTBERT_X86 == 256
+  return bits_as<F>(_mm256_sqrt_ps(bits_as<__m256>(x)));
+#elif FASTBERT_X86 == 128
+  return bits_as<F>(_mm_sqrt_ps(bits_as<__m128>(x)));
+#else
+  F root;
+  for (int i = 0; i < W; ++i) root[i] = __builtin_sqrtf(x[i]);
+  return root;
+#endif
+}
+// the first and the second half of the lanes in fp64
+inline void widen(F x, E& low, E& high) {
+#if FASTBERT_X86 == 512
+  const __m512 v = bits_as<__m512>(x);
+  low = bits_as<E>(_mm512_cvtps_pd(_mm512_castps512_ps256(v)));
+  high = bits_as<E>(_mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)));
+#elif FASTBERT_X86 == 256
+  const __m256 v = bits_as<__m256>(x);
+  low = bits_as<E>(_mm256_cvtps_pd(_mm256_castps256_ps128(v)));
+  high = bits_as<E>(_mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
+#else
+  typedef float Half __attribute__((vector_size(2 * W)));
+  Half halves[2];
+  __builtin_memcpy(halves, &x, sizeof(x));
+  low = __builtin_convertvector(halves[0], E);
+  high = __builtin_convertvector(halves[1], E);
 #endif
 }
 inline F abs(F x) { return bits_as<F>(bits_as<U>(x) & 0x7FFFFFFFu); }

@@ -130,7 +130,7 @@ class FinetuneConfig(TrainingSettings):
 
     epochs: float | None = setting(None, BATCH, "passes over the training data; default 3")
     batch_size: int = setting(32, BATCH, "sequences in a batch")
-    lr: float = setting(5e-5, OPTIMISER, "peak learning rate of AdamW")
+    lr: float = setting(5e-5, OPTIMISER, "peak learning rate")
     metric: str | None = setting(
         None,
         RUN,

@@ -5,11 +5,12 @@ In version 0.1 pretraining was here too: its names are lent from fastbert.pretra
 
 from fastbert._lazy import lazy
 
-__all__ = ["PretrainConfig", "Result", "pretrain"]
+__all__ = ["LAMB", "PretrainConfig", "Result", "pretrain"]
 
 __getattr__ = lazy(
     __name__,
     {
+        "LAMB": "fastbert.train.lamb",
         "PretrainConfig": "fastbert.pretrain.config",
         "Result": "fastbert.pretrain.run",
         "pretrain": "fastbert.pretrain.run",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import signal
 import threading
@@ -218,7 +219,9 @@ class Run:
         state = self.checkpoints.load()
         if state is None:
             return 0
-        check_identity(state["identity"], self.identity)
+        # a setting that is newer than the run had its default then
+        defaults = {f.name: f.default for f in dataclasses.fields(self.trainer.config)}
+        check_identity(defaults | state["identity"], self.identity)
         if state["torch"] != str(torch.__version__):
             _log.warning(
                 "this run was started with torch %s and goes on with %s: losses may differ in their last digits",

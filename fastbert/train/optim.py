@@ -1,4 +1,4 @@
-"""BERT's optimiser: AdamW without decay on biases and LayerNorm, linear warm-up and linear decay to zero."""
+"""BERT's optimisers, AdamW and LAMB without decay on biases and LayerNorm; linear warm-up and decay to zero."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastbert.train.lamb import LAMB
 from fastbert.train.settings import TrainingSettings
 
 
@@ -35,15 +36,21 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def make_optimiser(model: nn.Module, config: TrainingSettings) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov and Hutter 2019) on the two groups of `parameter_groups`."""
-    groups = [
+def make_optimiser(model: nn.Module, config: TrainingSettings) -> torch.optim.Optimizer:
+    """Fused AdamW (Loshchilov and Hutter 2019) or LAMB (You et al. 2020) on the two groups of `parameter_groups`."""
+    decayed, kept = (
         {"params": g["params"], "weight_decay": g["weight_decay"]}
         for g in parameter_groups(model, config.weight_decay)
-    ]
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True
     )
+    common: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.epsilon,
+    }
+    if config.optimiser == "lamb":
+        # also where weight_decay is 0
+        return LAMB([{**decayed, "always_adapt": True}, kept], **common)
+    return torch.optim.AdamW([decayed, kept], fused=True, **common)
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:

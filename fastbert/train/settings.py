@@ -18,6 +18,7 @@ from fastbert.files import quoted, read_lines, shortened, why_not_unicode
 
 # settings that may differ between a run and its resumption: they change no loss
 FREE = ("checkpoint_every", "keep_last")
+OPTIMISERS = ("adamw", "lamb")
 # one of these gives the length of a training; a run records the steps that follow from it
 LENGTHS = ("steps", "epochs", "minutes")
 
@@ -146,14 +147,15 @@ class TrainingSettings(Settings):
     epochs: float | None = setting(None, BATCH, "passes over the training data")
     accumulate: int = setting(1, BATCH, "batches whose gradients make one step")
 
-    lr: float = setting(1e-4, OPTIMISER, "peak learning rate of AdamW")
+    optimiser: str = setting("adamw", OPTIMISER, "adamw, or lamb for large batches")
+    lr: float = setting(1e-4, OPTIMISER, "peak learning rate")
     warmup: float = setting(
         0.1, OPTIMISER, "steps of linear warm-up, as a part of all steps, or as a number from 1 on"
     )
     weight_decay: float = setting(0.01, OPTIMISER, "not applied to biases and LayerNorm")
-    beta1: float = setting(0.9, OPTIMISER, "decay of AdamW's first moment")
-    beta2: float = setting(0.999, OPTIMISER, "decay of AdamW's second moment")
-    epsilon: float = setting(1e-6, OPTIMISER, "AdamW's epsilon")
+    beta1: float = setting(0.9, OPTIMISER, "decay of the first moment")
+    beta2: float = setting(0.999, OPTIMISER, "decay of the second moment")
+    epsilon: float = setting(1e-6, OPTIMISER, "added to the root of the second moment")
     clip: float = setting(1.0, OPTIMISER, "largest norm of the gradient, 0 for no limit")
 
     precision: str = setting("fp32", RUN, "fp32, or bf16 autocast with fp32 weights")
@@ -173,7 +175,9 @@ class TrainingSettings(Settings):
     def _check(self) -> None:
         from fastbert.backend.names import BACKENDS
 
-        self._check_choices({"precision": ("fp32", "bf16"), "backend": (*BACKENDS, None)})
+        backends = (*BACKENDS, None)
+        choices = {"optimiser": OPTIMISERS, "precision": ("fp32", "bf16"), "backend": backends}
+        self._check_choices(choices)
         self._check_shares("beta1", "beta2")
         least = ("weight_decay", "clip", "warmup", "seed", "split_seed", "eval_every")
         self._check_least(0, *least, "checkpoint_every")

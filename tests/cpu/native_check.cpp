@@ -2,91 +2,17 @@
 // machine has. There is no Python in it: tests/cpu/test_cross_build.py builds it for
 // other processors and runs it in an emulator. embed, feed_forward and encoder_infer are left out:
 // they are made of the same parts.
+#include "native_check.h"
+
 #include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <random>
-#include <string>
-#include <vector>
-
-#include "../../csrc/cpu/isas.h"
-#include "../../csrc/cpu/runtime.h"
-
-using namespace fastbert;
-using i64 = int64_t;
-using Doubles = std::vector<double>;
 
 namespace {
 
 constexpr int kThreads = 2;
 constexpr double kEps = 1e-12;
-// relative to the largest value expected; measured 1.2e-6 and 3.6e-3 (2026-11-25, x86 and ARM)
-constexpr double kBound[] = {1e-5, 1.0 / 128};
-const char* const kNames[] = {"fp32", "bf16"};
 constexpr i64 kSeed = 0x123456789ABCDEF;
 constexpr uint32_t kSite = 7, kThreshold = uint32_t{1} << 30;  // a quarter is dropped
 constexpr double kKeep = 4.0 / 3.0;
-
-double worst[2] = {};
-bool good = true;
-
-// --- arrays of either dtype: outputs start as NaN, inputs are random ---
-
-struct Array {
-  int dtype;
-  std::vector<float> wide;
-  std::vector<uint16_t> narrow;
-
-  Array(int dtype, i64 size)
-      : dtype(dtype), wide(dtype == kFloat32 ? size : 0), narrow(dtype == kFloat32 ? 0 : size) {
-    for (i64 i = 0; i < size; ++i) set(i, NAN);
-  }
-  void* data() { return dtype == kFloat32 ? static_cast<void*>(wide.data()) : narrow.data(); }
-  float* floats() { return wide.data(); }
-  i64 size() const { return static_cast<i64>(wide.size() + narrow.size()); }
-  double operator[](i64 i) const {
-    if (dtype == kFloat32) return wide[i];
-    const uint32_t bits = uint32_t{narrow[i]} << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof(value));
-    return value;
-  }
-  void set(i64 i, double value) {
-    const float rounded = static_cast<float>(value);
-    if (dtype == kFloat32) {
-      wide[i] = rounded;
-      return;
-    }
-    uint32_t bits;
-    std::memcpy(&bits, &rounded, sizeof(bits));
-    narrow[i] = static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-  }
-};
-
-std::mt19937 generator(1);
-
-Array drawn(int dtype, i64 size, double scale = 1.0) {
-  std::normal_distribution<double> normal(0.0, scale);
-  Array made(dtype, size);
-  for (i64 i = 0; i < size; ++i) made.set(i, normal(generator));
-  return made;
-}
-
-// the bound is that of the dtype which the kernel wrote
-void check(const std::string& name, int dtype, const Array& found, const Doubles& expected) {
-  double error = 0, largest = 0;
-  for (double e : expected) largest = std::fmax(largest, std::fabs(e));
-  for (size_t i = 0; i < expected.size(); ++i) {
-    const double off = std::fabs(found[static_cast<i64>(i)] - expected[i]) / largest;
-    error = std::isnan(off) ? HUGE_VAL : std::fmax(error, off);
-  }
-  const bool fine = error <= kBound[dtype] && found.size() == static_cast<i64>(expected.size());
-  if (!fine) std::printf("WRONG: ");
-  std::printf("%s %s %s %.1e\n", kIsas[current].name, name.c_str(), kNames[dtype], error);
-  worst[dtype] = std::fmax(worst[dtype], error);
-  good = good && fine;
-}
 
 // --- dropout: one word of Philox4x32-10, as philox.h defines it ---
 
@@ -374,6 +300,39 @@ void check_cross_entropy(int t, i64 N, i64 V) {
   check("cross_entropy_inplace loss", kFloat32, loss, losses);
 }
 
+// --- LAMB: a step from drawn moments ---
+
+void check_lamb(i64 size) {
+  constexpr double kBeta1 = 0.9, kBeta2 = 0.98, kEpsilon = 1e-6, kDecay = 0.01, kRate = 0.03;
+  const double corrections[] = {1.5, 2.5};
+  Array p = drawn(kFloat32, size, 0.1), g = drawn(kFloat32, size);
+  Array m = drawn(kFloat32, size), v = drawn(kFloat32, size);
+  Doubles next(size), first(size), second(size), squares(2);
+  for (i64 i = 0; i < size; ++i) {
+    v.set(i, v[i] * v[i]);
+    first[i] = kBeta1 * m[i] + (1 - kBeta1) * g[i];
+    second[i] = kBeta2 * v[i] + (1 - kBeta2) * g[i] * g[i];
+    const double root = std::sqrt(second[i]) * corrections[1];
+    const double update = first[i] * corrections[0] / (root + kEpsilon) + kDecay * p[i];
+    next[i] = p[i] - kRate * update;
+    squares[0] += p[i] * p[i], squares[1] += update * update;
+  }
+  const auto address = [](Array& array) { return reinterpret_cast<i64>(array.data()); };
+  const i64 row[] = {address(p), address(g), address(m), address(v), size};
+  double sums[2];
+  FASTBERT_ENTRY(lamb_moments)
+  (row, corrections, sums, 1, kBeta1, kBeta2, kEpsilon, kDecay, kThreads);
+  FASTBERT_ENTRY(lamb_update)(row, corrections, &kRate, 1, kEpsilon, kDecay, kThreads);
+  check("lamb p", kFloat32, p, next);
+  check("lamb m", kFloat32, m, first);
+  check("lamb v", kFloat32, v, second);
+  for (int i : {0, 1}) {
+    Array sum(kFloat32, 1);
+    sum.set(0, sums[i]);
+    check("lamb squares", kFloat32, sum, {squares[i]});
+  }
+}
+
 // sizes with work for two threads that are no multiples of a vector, and the smallest sizes
 void check_all(int t) {
   check_linear(t, 151, 131, 117), check_linear(t, 1, 2, 3), check_linear(t, 5, 37, 3200);
@@ -393,6 +352,7 @@ int main(int count, char** words) {
     const Isa& isa = kIsas[current];
     if (named.empty() ? !isa.runs() : !std::count(named.begin(), named.end(), isa.name)) continue;
     check_philox();
+    check_lamb(70001), check_lamb(7);
     for (int t : {kFloat32, kBFloat16}) check_all(t);
   }
   std::printf("worst: fp32 %.1e, bf16 %.1e\n", worst[0], worst[1]);

@@ -180,6 +180,17 @@ def test_other_settings_are_refused(corpus, finished, tmp_path):
     assert "lr is 0.003 there and 0.001 here; seed is 0 there and 5 here" in text
 
 
+def test_another_optimiser_is_refused(corpus, finished, tmp_path):
+    """Also where the run is older than the setting, which config.toml and the checkpoint then lack: it had AdamW."""
+    out = copied(finished, tmp_path)
+    recorded = (out / "config.toml").read_text()
+    assert 'optimiser = "adamw"\n' in recorded
+    (out / "config.toml").write_text(recorded.replace('optimiser = "adamw"\n', ""))
+    config = PretrainConfig(**tiny_run.tiny_settings(corpus, optimiser="lamb"))
+    text = refuse(ValueError, "other settings", config=config, out=out, resume=True)
+    assert "optimiser is 'adamw' there and 'lamb' here" in text
+
+
 def test_edited_settings_are_refused(finished, tmp_path):
     out = copied(finished, tmp_path)
     edited = (out / "config.toml").read_text().replace("weight_decay = 0.01", "weight_decay = 0.1")

@@ -60,6 +60,16 @@ def test_two_processes_have_the_losses_of_one(corpus, expected, tmp_path, strate
     assert one.evaluation["mlm_loss"] == pytest.approx(expected[12, "eval"], rel=1e-4)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_lamb_takes_the_norms_of_whole_tensors(corpus, tmp_path, strategy):
+    """FSDP2 gives a process rows of each weight, also none of them; a norm is a sum over the processes."""
+    given = settings(corpus, strategy=strategy, optimiser="lamb", lr=0.02, checkpoint_every=0)
+    codes, errors = ranks.run(2, ranks.train, given, tmp_path / "two", errors=tmp_path / "errors")
+    assert (codes, errors) == ([0, 0], {})
+    pretrain(PretrainConfig(**given), tmp_path / "one", quiet=True)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
 def test_a_doubled_batch_on_one_process(corpus, expected, tmp_path):
     """Without parts the examples are the same until the first epoch ends; there a run with parts leaves some out."""
     given = settings(corpus, batch_size=8, shards=1, eval_every=0)
