@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,8 +80,13 @@ class LAMB(torch.optim.Optimizer):
             state["step"] += 1
             t = float(state["step"])
             corrections.append((1.0 / (1.0 - beta1**t), (1.0 - beta2**t) ** -0.5))
-        kinds = (params, [p.grad for p in params], *_moments(states))
-        parts = _Parts(*([_local(t) for t in kind] for kind in kinds), corrections)
+        parts = _Parts(
+            [_local(p) for p in params],
+            [_local(p.grad) for p in params],
+            [_local(state["exp_avg"]) for state in states],
+            [_local(state["exp_avg_sq"]) for state in states],
+            corrections,
+        )
         passes = (_Native if _is_native(parts) else _Plain)(parts, group)
         squares = passes.moments()
         rate = float(group["lr"])
@@ -136,12 +141,14 @@ class _Native:
     def moments(self) -> Tensor:
         """Move the moments; returns the squares of the norms of each parameter and of its update, (n, 2) fp64."""
         squares = torch.empty_like(self.corrections)
+        beta1, beta2 = self.group["betas"]
         cpu.native.lamb_moments(
             self.tensors.data_ptr(),
             self.corrections.data_ptr(),
             squares.data_ptr(),
             len(squares),
-            *self.group["betas"],
+            beta1,
+            beta2,
             self.group["eps"],
             self.group["weight_decay"],
             torch.get_num_threads(),
@@ -202,11 +209,6 @@ class _Plain:
     def _narrow(self, kept: list[Tensor], wide: list[Tensor]) -> None:
         if kept[0].dtype != self.wide:
             aten._foreach_copy_(kept, wide)
-
-
-def _moments(states: Iterable[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
-    m, v = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
-    return m, v
 
 
 def _local(t: Any) -> Tensor:
