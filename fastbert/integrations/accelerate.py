@@ -28,7 +28,7 @@ _TORCH: dict[type[nn.Module], type[nn.Module]] = {
 # the attribute that holds a changed module's original class
 _STOCK = "_fastbert_stock"
 # the attribute of encoders that says what their outputs at padding are, and its values
-_AT_PADDING = "fastbert_at_padding"
+AT_PADDING_ATTRIBUTE = "fastbert_at_padding"
 AT_PADDING = ("auto", "zeros", "stock")
 
 
@@ -87,7 +87,7 @@ def restore(model: M) -> M:
             )
     for m in changed:
         m.__class__ = m.__dict__.pop(_STOCK)
-        for name in ("frozen", _AT_PADDING):
+        for name in ("frozen", AT_PADDING_ATTRIBUTE):
             m.__dict__.pop(name, None)
     return model
 
@@ -107,8 +107,10 @@ def _check(model: object) -> None:
 
 def _chosen(model: nn.Module) -> str:
     """The at_padding of an earlier call, where all of its encoders have the same; "auto" otherwise."""
-    changed = [m for m in model.modules() if _STOCK in m.__dict__ and hasattr(m, _AT_PADDING)]
-    found = {getattr(m, _AT_PADDING) for m in changed}
+    changed = [
+        m for m in model.modules() if _STOCK in m.__dict__ and hasattr(m, AT_PADDING_ATTRIBUTE)
+    ]
+    found = {getattr(m, AT_PADDING_ATTRIBUTE) for m in changed}
     return found.pop() if len(found) == 1 else "auto"
 
 
@@ -117,9 +119,9 @@ def _set_at_padding(model: nn.Module, chosen: str) -> None:
     # a decoder attends to its encoder's outputs at padding, unless a mask that it is given hides them
     decodes = any(isinstance(m, nn.TransformerDecoderLayer) for m in model.modules())
     for m in model.modules():
-        if _STOCK in m.__dict__ and hasattr(type(m), _AT_PADDING):
+        if _STOCK in m.__dict__ and hasattr(type(m), AT_PADDING_ATTRIBUTE):
             read = decodes and chosen == "auto" and type(m) in _TORCH.values()
-            setattr(m, _AT_PADDING, "stock" if read else chosen)
+            setattr(m, AT_PADDING_ATTRIBUTE, "stock" if read else chosen)
 
 
 def _check_order(model: nn.Module) -> None:

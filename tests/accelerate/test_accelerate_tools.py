@@ -1,4 +1,4 @@
-"""accelerate() under PEFT, Trainer, sentence-transformers, DDP and FSDP2; validate()."""
+"""accelerate() under PEFT, Trainer, sentence-transformers, DDP and FSDP2."""
 
 import copy
 import subprocess
@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from hf_models import MASK, V, accelerated, at_tokens, batch, build, transformers, without_dropout
+from hf_models import V, accelerated, at_tokens, batch, build, transformers, without_dropout
 from torch import nn
 
 import fastbert
@@ -271,53 +271,3 @@ def test_what_opacus_has_hooked_already_is_refused():
     fastbert.accelerate(model)
     model[0].register_forward_hook(capture)
     assert is_accelerated(fastbert.accelerate(model))
-
-
-# --- validate ---
-
-
-def test_validate_agrees_and_leaves_no_trace(capsys):
-    model, given = build("Bert", "ForMaskedLM").train(), batch("Bert", "ForMaskedLM")
-    state = copy.deepcopy(model.state_dict())
-    model.bert.embeddings.word_embeddings.weight.grad = mark = torch.ones(V, 32)
-    drawn = torch.random.get_rng_state()
-    report = fastbert.validate(model, given, rounds=1)
-    assert report.agrees
-    assert [r.what for r in report.rows] == [
-        "logits",
-        "loss",
-        "gradients",
-        "kept for backward",
-        "inference, median",
-        "training, median",
-    ]
-    assert str(report) in capsys.readouterr().out
-    assert model.training
-    assert type(model) is transformers.BertForMaskedLM
-    assert model.bert.embeddings.dropout.p == 0.1
-    assert model.bert.embeddings.word_embeddings.weight.grad is mark
-    assert model.bert.pooler is None or model.bert.pooler.dense.weight.grad is None
-    assert torch.equal(drawn, torch.random.get_rng_state())
-    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
-
-
-def test_validate_sees_a_difference(monkeypatch):
-    from fastbert.integrations import layers
-
-    run = layers.run
-    monkeypatch.setattr(layers, "run", lambda *args: run(*args) * 1.5)
-    report = fastbert.validate(accelerated(build("Bert")), {"input_ids": MASK + 4}, rounds=1)
-    assert not report.agrees
-    assert "DIFFERS" in str(report)
-
-
-def test_validate_takes_any_model_and_refuses_others():
-    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
-    assert fastbert.validate(layer, torch.randn(2, 5, 32), rounds=1).agrees
-    assert fastbert.validate(layer, (torch.randn(2, 5, 32),), rounds=1).agrees
-    with pytest.raises(ValueError, match="nothing to compare"):
-        fastbert.validate(nn.Linear(2, 2), torch.randn(2, 2))
-    with pytest.raises(TypeError, match="batch is a int"):
-        fastbert.validate(layer, 3)
-    with pytest.raises(ValueError, match="rounds is 0"):
-        fastbert.validate(layer, torch.randn(2, 5, 32), rounds=0)
