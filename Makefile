@@ -14,6 +14,8 @@
 #   make bench-step     lists where a training step's time goes, alone and beside a busy process; 5 minutes
 #   make bench-scaling  measures the cost against the number of tokens and the sequence length; 4 to 6 minutes
 #   make bench-scripts  times users' scripts (Trainer, sentence-transformers) as they are and accelerated; two hours
+#   make bench-int8-accuracy  measures what quantize costs in accuracy, also of two models that it trains; an hour.
+#                       BENCH_ARGS="--sentences FILE --reactions FILE" adds rows of your files
 #   make gpu            on a machine with a GPU: parity, memory and race checks and timings, into docs/gpu.md
 #   make gpu-report     writes docs/gpu_report.md: figures of the kernels that need no GPU
 #   make sanitize       runs the native tests under AddressSanitizer and UBSan: every op on every instruction set (on one
@@ -43,7 +45,7 @@ NATIVE := $(filter csrc/%,$(SOURCES))
 GPU = $(findstring GPU,$(shell nvidia-smi -L 2>/dev/null))
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-slow test-transformers4 test-gpu-static test-ptx fuzz gpu gpu-report sanitize bench bench-peers bench-step bench-scaling bench-scripts lint
+.PHONY: install demo test test-slow test-transformers4 test-gpu-static test-ptx fuzz gpu gpu-report sanitize bench bench-peers bench-step bench-scaling bench-scripts bench-int8-accuracy lint
 
 install: $(INSTALLED)
 
@@ -137,6 +139,9 @@ bench-scaling: $(INSTALLED)
 
 bench-scripts: $(INSTALLED)
 	$(PY) -m benchmarks.models.scripts $(BENCH_ARGS)
+
+bench-int8-accuracy: $(INSTALLED)
+	$(PY) -m benchmarks.models.int8_accuracy $(BENCH_ARGS)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -106,18 +106,42 @@ def english(directory: Path) -> list[Example]:
     return [example(e.ids, e.type_ids, mask, i % 2) for i, e in enumerate(encoded)]
 
 
-def reactions(directory: Path) -> list[Example]:
-    """Chemical reactions, split into the longest pieces of the vocabulary; the products are the second sentence."""
+@dataclass(frozen=True)
+class Reaction:
+    """An encoded reaction: its tokens' numbers, and types that are all 0, as rxnfp passes them."""
+
+    ids: list[int]
+
+    @property
+    def type_ids(self) -> list[int]:
+        """A 0 for every token."""
+        return [0] * len(self.ids)
+
+
+def reaction_encoder(directory: Path) -> Callable[[str], Reaction]:
+    """Encodes chemical reactions (SMILES), split into the longest pieces of rxnfp's vocabulary."""
     vocabulary = (directory / "vocab.txt").read_text(encoding="utf-8").split("\n")
     ids = {token: i for i, token in enumerate(vocabulary)}
     pieces = sorted((t for t in vocabulary if t and t[0] + t[-1] != "[]"), key=len, reverse=True)
     split = re.compile(r"\[[^\]]+\]|" + "|".join(map(re.escape, pieces)))
+
+    def encode(text: str) -> Reaction:
+        tokens = ["[CLS]", *split.findall(text), "[SEP]"]
+        return Reaction([ids.get(t, ids["[UNK]"]) for t in tokens])
+
+    return encode
+
+
+def reactions(directory: Path) -> list[Example]:
+    """Chemical reactions; the products are the second sentence."""
+    vocabulary = (directory / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    arrow, mask = vocabulary.index(">>"), vocabulary.index("[MASK]")
+    encode = reaction_encoder(directory)
     found = []
     for i, text in enumerate(REACTIONS):
-        tokens = ["[CLS]", *split.findall(text), "[SEP]"]
-        first = tokens.index(">>")
-        types = [int(j > first) for j in range(len(tokens))]
-        found.append(example([ids[t] for t in tokens], types, ids["[MASK]"], i % 2))
+        ids = encode(text).ids
+        first = ids.index(arrow)
+        found.append(example(ids, [int(j > first) for j in range(len(ids))], mask, i % 2))
     return found
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import ROOT
-from benchmarks.models import bench_bert, scaling, scripts
+from benchmarks.models import bench_bert, int8_accuracy, scaling, scripts
 from benchmarks.peers.driver import Outcome, Race
 from benchmarks.report import readme, tables
 
@@ -216,3 +217,30 @@ def test_tables_without_results_says_who_makes_them(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["tables.py"])
     with pytest.raises(SystemExit, match=r"pytest benchmarks/ops --benchmark-only` writes it$"):
         tables.main()
+
+
+def test_accuracy_of_int8_reads_tables_and_states_its_goals(tmp_path):
+    table = tmp_path / "sts.tsv"
+    heading = "split\tscore\tsentence1\tsentence2"
+    table.write_text(f'{heading}\ntrain\t1.0\ta\tb\ntest\t2.5\tb\tsays "c\n', encoding="utf-8")
+    pairs = [("b", 'says "c', 2.5)]
+    assert int8_accuracy.read_pairs(table) == (["a", "b", 'says "c'], pairs)
+    table.write_text("b\na\n\nb\n", encoding="utf-8")
+    assert int8_accuracy.read_pairs(table) == (["b", "a"], [])
+    table.write_text("n\trxn_class\trxn\n0\t1.2\tC>>C\n", encoding="utf-8")
+    assert int8_accuracy.read_reactions(table) == (["C>>C"], ["1.2"])
+    table.write_text("rxn\nC>>C\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="has no rxn_class"):
+        int8_accuracy.read_reactions(table)
+    assert int8_accuracy.right(["1.2.4", "10.1.1", "2.1.1"], ["1.2", "1", "2.1.1"]) == 2 / 3
+    x, y = torch.tensor([1.0, 2, 2, 5, 0]), torch.tensor([3.0, 1, 1, 9, 2])
+    # by scipy.stats.spearmanr
+    assert int8_accuracy.spearman(x, y) == pytest.approx(0.15789473684210528)
+    values = {"fp32": 0.9, "12 bits": 0.8975, "8 bits": 0.91}
+    shares = {"fp32": 1.0, "12 bits": 0.9985, "8 bits": 0.95}
+    rows = {"movies": {"examples": 2000, "values": values, "decisions": 2000, "same": shares}}
+    rows["movies"]["date"] = "2026-01-02"
+    machine = {**MACHINE, "versions": {"torch": "2", "fastbert": "0"}}
+    lines = int8_accuracy.table({"machine": machine, "rows": rows}).splitlines()
+    assert "| 90.00 | 89.75 (-0.25) | 91.00 (+1.00) | **missed** |" in lines[2]
+    assert "| 100.00% | 99.85% | 95.00% | met |" in lines[3]
