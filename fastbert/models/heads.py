@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastbert.models.config import BertConfig
 from fastbert.models.encoder import BertModel, Encoded, Pretrained
@@ -14,8 +14,8 @@ from fastbert.models.losses import class_loss, position_loss, sequence_loss
 from fastbert.models.output import Output, SequenceOutput
 from fastbert.nn.blocks import Linear, MLMHead, NSPHead
 from fastbert.nn.exports import fx_leaf
-from fastbert.nn.tied import tied
 from fastbert.nn.int8 import Int8Embedding
+from fastbert.nn.tied import tied
 
 
 class _Head(Pretrained):
@@ -73,11 +73,11 @@ class _MaskedLM(_Head):
             rows = torch.cat([rows, inputs.packing.starts(inputs.positions.shape[0])])
         table = self.bert.embeddings.word
         word = table if isinstance(table, Int8Embedding) else table.weight
-        if labels is not None and self.mlm_head.decoder is None and isinstance(table, nn.Embedding):
-            # without a loss nothing uses the decoder's gradient
-            if (pair := tied(table, inputs.ids)) is not None:
-                word, embedded = pair
-                inputs = inputs._replace(ids=embedded)
+        # without a loss the decoder gets no gradient
+        scored = labels is not None and self.mlm_head.decoder is None
+        if scored and (pair := tied(table, inputs.ids)) is not None:
+            word, embedded = pair
+            inputs = inputs._replace(ids=embedded)
         e = self.bert.encode(inputs, None if return_logits else rows)
         x = e.x.index_select(0, rows) if return_logits else e.x
         loss = logits = None

@@ -37,7 +37,7 @@ class _Tied(torch.autograd.Function):
 
 
 def tied(
-    word: nn.Embedding,
+    word: nn.Module,  # Embedding, or another table
     ids: Tensor,  # (T,) int64
 ) -> tuple[Tensor, Tensor] | None:
     """The table (V, C) for the decoder and its rows (T, C) for the encoder; None where both are to read `word.weight`.
@@ -45,6 +45,8 @@ def tied(
     Autograd sums the gradients of the two uses. That of the encoder has few rows that are not zero, and takes as much
     memory as the table. With this pair, which serves training on a CPU, the rows are added to the decoder's gradient.
     """
+    if not isinstance(word, nn.Embedding):
+        return None
     table = word.weight
     recorded = torch.is_grad_enabled() and table.requires_grad and ids.dtype == torch.int64
     special = torch.compiler.is_compiling() or exporting() or functorch_active()
