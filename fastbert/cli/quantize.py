@@ -94,7 +94,8 @@ def _copy_files(folder: Path, encoder: Path, new: Path) -> None:
     if (folder / "modules.json").is_file():
         modules = parse_json(read_text(folder / "modules.json"))
         parts |= {folder / entry.get("path", "") for entry in modules}
-    for part in sorted(parts):
+    # a module without settings may have no folder
+    for part in sorted(filter(Path.is_dir, parts)):
         (new / part.relative_to(folder)).mkdir(parents=True, exist_ok=True)
         for path in part.iterdir():
             weights = part in (folder, encoder) and path.name.endswith(_WEIGHTS)

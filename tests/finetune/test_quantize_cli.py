@@ -1,6 +1,7 @@
 """`fastbert quantize`: folders of every kind become int8, and the other commands read them."""
 
 import json
+import shutil
 
 import pytest
 import tiny_tasks
@@ -115,8 +116,10 @@ def test_sentence_transformers(base, tmp_path):
     models = pytest.importorskip("sentence_transformers.models")
     width = BertConfig.from_file(base).hidden_size
     parts = [models.Transformer(str(base)), models.Pooling(width), models.Dense(width, 8)]
+    parts.append(models.Normalize())
     model = tmp_path / "model"
     st.SentenceTransformer(modules=parts, device="cpu").save(str(model))
+    shutil.rmtree(model / "3_Normalize", ignore_errors=True)
     (model / "onnx").mkdir()
     (model / "onnx" / "model.onnx").write_bytes(b"large")
     run("quantize", model, tmp_path / "out")
