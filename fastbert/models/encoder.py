@@ -142,19 +142,21 @@ class BertModel(Pretrained):
         super().__init__(config)
         c, width = config, config.hidden_size
         roberta = c.model_type == "roberta"
+        # int8 rows take the place of the table before it is read
+        words = (c.pad_token_id or 0) + 1 if c.int8_embeddings else c.vocab_size
+        self.embeddings = Embeddings(
+            words,
+            width,
+            c.max_position_embeddings,
+            c.type_vocab_size or 0,
+            eps=c.layer_norm_eps,
+            p=c.hidden_dropout_prob,
+            padding_idx=c.pad_token_id,
+            position_padding_idx=c.pad_token_id if roberta else None,
+            sinusoidal=c.position_embedding_type == "sinusoidal",
+        )
         # an int8 model's floating-point weights take no memory at any time
         with nullcontext() if c.int8_bits is None else torch.device("meta"):
-            self.embeddings = Embeddings(
-                c.vocab_size,
-                width,
-                c.max_position_embeddings,
-                c.type_vocab_size or 0,
-                eps=c.layer_norm_eps,
-                p=c.hidden_dropout_prob,
-                padding_idx=c.pad_token_id,
-                position_padding_idx=c.pad_token_id if roberta else None,
-                sinusoidal=c.position_embedding_type == "sinusoidal",
-            )
             self.layers = nn.ModuleList(
                 EncoderLayer(
                     width,
@@ -178,14 +180,14 @@ class BertModel(Pretrained):
 
     def _empty_int8(self, bits: int) -> None:
         """Put int8 modules of zeros in the place of weights that have no memory, for a checkpoint to fill."""
+        c = self.config
         for layer in self.layers:
             replace_matrices(layer, lambda m: Int8Linear.like(m, bits))
-        if self.config.int8_embeddings:
-            self.embeddings.word = Int8Embedding.like(self.embeddings.word, bits)  # type: ignore[arg-type]
-        for m in (*self.embeddings.modules(), *self.layers.modules()):
-            if any(p.is_meta for p in m.parameters(recurse=False)):
-                m.to_empty(device=torch.get_default_device(), recurse=False)
-                m.reset_parameters()  # type: ignore[operator]
+            for name in ("attention_norm", "output_norm"):
+                setattr(layer, name, nn.LayerNorm(c.hidden_size, c.layer_norm_eps))
+        if c.int8_embeddings:
+            rows = Int8Embedding(c.vocab_size, c.hidden_size, c.pad_token_id, bits)
+            self.embeddings.word = rows
         self.for_inference(bits)
 
     def for_inference(self, bits: int) -> None:

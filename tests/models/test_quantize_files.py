@@ -1,6 +1,8 @@
 """Int8 models in folders: saved, loaded with the same bits, and refused where a file does not fit."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -72,6 +74,17 @@ def test_round_trip(family, name, bits, embeddings, tmp_path):
     assert not [k for k, v in layers.items() if v.dtype == torch.float32 and v.dim() == 2]
     assert max(v.numel() for k, v in layers.items() if k.endswith("int8_sources")) > 0
     assert embeddings == any("word_embeddings.int8_weight" in k for k in stored)
+
+
+def test_loading_imports_nothing_large(tmp_path):
+    """torch's Python operators take seconds and 150 MB; normal_ on the meta device imports them."""
+    made("ForMaskedLM", embeddings=True).save_pretrained(tmp_path)
+    code = (
+        "import sys; from fastbert.bert import BertForMaskedLM; before = set(sys.modules); "
+        "BertForMaskedLM.from_pretrained(sys.argv[1]); print(len(set(sys.modules) - before))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) < 60
 
 
 def test_other_classes_and_settings(tmp_path):
