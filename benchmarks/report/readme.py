@@ -47,7 +47,7 @@ def speedup(row: dict[str, Any]) -> str:
     ours = row["results"].get("fastbert", {"reason": "not measured"})
     if "reason" in ours:
         return ours["reason"]
-    if any(r.get("reason") == NO_BF16 for r in row["results"].values()):
+    if incomparable(row):
         return NO_BF16
     slow = [f"{n}: {r['reason']}" for n, r in row["results"].items() if _slow(r)]
     if row["best_peer"] is None:
@@ -59,19 +59,28 @@ def _slow(result: dict[str, Any]) -> bool:
     return result.get("reason", "").startswith("left out")
 
 
+def incomparable(row: dict[str, Any]) -> bool:
+    """Whether the row is in bf16 and the CPU has no bf16 instructions."""
+    return any(r.get("reason") == NO_BF16 for r in row["results"].values())
+
+
 def in_order(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows; those in bf16 come last on a CPU without bf16 instructions."""
-    reasons = lambda row: [r.get("reason") for r in row["results"].values()]  # noqa: E731
-    return sorted(results["rows"], key=lambda row: NO_BF16 in reasons(row))
+    """The rows; those that can't be compared come last."""
+    return sorted(results["rows"], key=incomparable)
 
 
 def short_table(results: dict[str, Any]) -> str:
-    """The table of the README: one line per work, with the best peer and the goal; then memory, machine and date."""
+    """The table of the README: a line per work, with the best peer and the goal; then memory, machine and date.
+
+    Rows that can't be compared are in docs/benchmarks.md only.
+    """
     lines = [
         "| BERT-base | | fastbert | best peer | speed-up | goal |",
         "|---|---|---|---|---|---|",
     ]
-    for row in in_order(results):
+    for row in results["rows"]:
+        if incomparable(row):
+            continue
         seconds = {
             n: duration(r["seconds"]["median"]) for n, r in row["results"].items() if "seconds" in r
         }
@@ -125,7 +134,7 @@ def footnote(results: dict[str, Any]) -> str:
     counts = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
     return (
         f"{span}, {m['cpu']} ({m['instructions']}), {m['threads']} threads, torch {v['torch']}, transformers "
-        f"{v['transformers']}. Medians of {counts} interleaved rounds, in brackets p20 to p80. All peers: "
+        f"{v['transformers']}. Medians of {counts} interleaved rounds, in brackets p20 to p80. All peers, bf16: "
         "[docs/benchmarks.md](docs/benchmarks.md)."
     )
 
