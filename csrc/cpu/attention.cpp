@@ -70,7 +70,7 @@ inline void product_packed(int64_t rows, int64_t N, int64_t K, const float* a, c
                            float* c, int64_t ldc) {
   for (int64_t j = 0; j < N; j += kNR)
     for (int64_t r = 0; r < rows; r += kMR)
-      micro_panel<kFloats>(kMR, K, a + r * K, b + j * K, c + r * ldc + j, ldc, false);
+      micro_panel<kFloats, false>(kMR, K, a + r * K, b + j * K, c + r * ldc + j, ldc, false);
 }
 
 struct Softmax {

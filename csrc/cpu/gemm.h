@@ -44,6 +44,10 @@ constexpr int64_t kPackedB = int64_t{1} << 20;
 // multiply-adds per thread: fewer do not pay for starting one
 constexpr int64_t kGemmGrain = int64_t{1} << 20;
 
+// A B in memory is fetched while its last panel is multiplied, by so many calls with a share each:
+// a product of few rows waits for memory otherwise.
+constexpr int64_t kShares = 4;
+
 // How the elements of a lie: (r, k) is a[r * row + k * step].
 template <int kHeight>
 struct Panel {  // a packed panel of kHeight rows
@@ -83,14 +87,23 @@ struct Sums<0, kKind> {};
 
 // c (R, kNR) = or += a (R, K) b (K, kNR). The loop holds the loads of b, and per row a broadcast
 // and the multiply-adds: nothing else, since one instruction more per step costs 3 to 5 % where
-// another thread shares the core (tests/cpu/test_cpu_machine_code.py counts them).
-template <int R, Kind kKind, typename Layout>
+// another thread shares the core (tests/cpu/test_cpu_machine_code.py counts them). With kAhead it
+// also fetches the share of a panel of B that starts at `ahead` into the second-level cache.
+template <int R, Kind kKind, typename Layout, bool kAhead = false>
 __attribute__((noinline)) void micro_kernel(int64_t K, const float* a, Layout at,
                                             const typename Units<kKind>::B* b, float* c,
-                                            int64_t ldc, bool add) {
+                                            int64_t ldc, bool add, const char* ahead = nullptr) {
   using U = Units<kKind>;
+  // of what a turn reads of b, as many lines as are a share of it
+  constexpr int64_t kLine = 64, kRead = kUnroll * kNR * sizeof(*b);
+  constexpr int64_t kLines = kRead > kShares * kLine ? kRead / (kShares * kLine) : 1;
   Sums<R, kKind> sums;
   for (; K >= kUnroll; K -= kUnroll, a += kUnroll * at.step, b += kUnroll * kNR) {
+    if constexpr (kAhead) {
+#pragma GCC unroll 8
+      for (int64_t line = 0; line < kLines; ++line) __builtin_prefetch(ahead + line * kLine, 0, 2);
+      ahead += kLines * kLine;
+    }
 #pragma GCC unroll 8
     for (int u = 0; u < kUnroll; ++u) {
       const auto* line = b + u * kNR;
@@ -114,12 +127,13 @@ inline void micro(int64_t rows, int64_t K, const float* a, Layout at, const floa
 }
 
 // the micro kernel for a panel of `height` <= kMR rows
-template <Kind kKind, int R = kMR>
+template <Kind kKind, bool kAhead, int R = kMR>
 inline void micro_panel(int64_t height, int64_t K, const float* a,
-                        const typename Units<kKind>::B* b, float* c, int64_t ldc, bool add) {
+                        const typename Units<kKind>::B* b, float* c, int64_t ldc, bool add,
+                        const char* ahead = nullptr) {
   if constexpr (R > 1)
-    if (height < R) return micro_panel<kKind, R - 1>(height, K, a, b, c, ldc, add);
-  micro_kernel<R, kKind>(K, a, Panel<R>{}, b, c, ldc, add);
+    if (height < R) return micro_panel<kKind, kAhead, R - 1>(height, K, a, b, c, ldc, add, ahead);
+  micro_kernel<R, kKind, Panel<R>, kAhead>(K, a, Panel<R>{}, b, c, ldc, add, ahead);
 }
 
 // the size of equal pieces of `total` that are at most `limit`
@@ -243,7 +257,11 @@ class Gemm {
           const int64_t steps = imin(kc_, to - u);
           const float* rows = a + ((u - k) * (m1 - m) + steps * (i - m)) * s_.h;
           const UnitB* columns = slice(u, n, n1, k, b);
-          block(i1 - i, n1 - n, steps, rows, columns, tile, ld, u > 0);
+          const UnitB* next = nullptr;
+          // the first rows fetch the columns that follow; for the others they are in cache
+          if (kPrepacked<B> && i == m && (u + kc_ < to || n1 < part.n1))
+            next = u + kc_ < to ? slice(u + kc_, n, n1, k, b) : slice(k, n1, n1, k, b);
+          block(i1 - i, n1 - n, steps, rows, columns, tile, ld, u > 0, i == m, next);
         }
         if (to == count_)
           epilogue_(i * s_.h, imin(i1 * s_.h, s_.M) - i * s_.h, n * kNR,
@@ -252,13 +270,26 @@ class Gemm {
     }
   }
 
-  // `rows` x `columns` panels of C from one slice
+  // `rows` x `columns` panels of C from one slice. With `fetch` the first rows fetch the next panel
+  // of a B in memory; the panel after the last is `next`.
   void block(int64_t rows, int64_t columns, int64_t steps, const float* a, const UnitB* b,
-             float* tile, int64_t ld, bool add) const {
-    for (int64_t q = 0; q < columns; ++q)
-      for (int64_t p = 0; p < rows; ++p)
-        micro_panel<kKind>(s_.h, steps, a + p * steps * s_.h, b + q * steps * kNR,
-                           tile + p * s_.h * ld + q * kNR, ld, add);
+             float* tile, int64_t ld, bool add, [[maybe_unused]] bool fetch,
+             [[maybe_unused]] const UnitB* next) const {
+    for (int64_t q = 0; q < columns; ++q) {
+      const UnitB* panel = b + q * steps * kNR;
+      [[maybe_unused]] const UnitB* ahead = q + 1 < columns ? panel + steps * kNR : next;
+      for (int64_t p = 0; p < rows; ++p) {
+        const float* row = a + p * steps * s_.h;
+        float* c = tile + p * s_.h * ld + q * kNR;
+        if constexpr (kPrepacked<B>)
+          if (fetch && p < kShares && ahead) {
+            const auto* share = reinterpret_cast<const char*>(ahead + p * steps * kNR / kShares);
+            micro_panel<kKind, true>(s_.h, steps, row, panel, c, ld, add, share);
+            continue;
+          }
+        micro_panel<kKind, false>(s_.h, steps, row, panel, c, ld, add);
+      }
+    }
   }
 
   const Operand<TA>& a_;
