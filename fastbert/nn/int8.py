@@ -258,7 +258,9 @@ class Int8Linear(_Int8):
         if self.sources.numel():
             x = torch.cat([x, x.index_select(-1, self.sources)], -1)
         y = F.linear_int8(x, self.rows(), self.scale, self.bias, self.bits)
-        return y if self.num_heads is None else y.view(x.shape[0], 3, self.num_heads, -1)
+        if self.num_heads is None:
+            return y
+        return y.view(x.shape[0], 3, self.num_heads, self.out_features // (3 * self.num_heads))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"

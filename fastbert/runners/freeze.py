@@ -57,7 +57,7 @@ def quantize(
     masked-LM decoder that is tied to them computes from the same integers. A model that is int8 already takes other
     `bits`. Raises ValueError for other `bits`, for layers that can't be replaced, and for weights that are not finite.
     """
-    if bits not in LEVELS:
+    if not isinstance(bits, int) or bits not in LEVELS:
         raise ValueError(f"bits is {quoted(bits)}: pass 12 or 8")
     if embeddings and not replace:
         raise ValueError("embeddings=True replaces the word embeddings: pass replace=True too")

@@ -276,6 +276,25 @@ class Adapter(torch.nn.Linear):
     pass
 
 
+@torch.no_grad()
+def test_a_batch_without_tokens():
+    """The layers run one by one: the native call takes no empty batch."""
+    model = fastbert.quantize(made(), replace=True)
+    output = model(input_ids=torch.zeros(0, 8, dtype=torch.long))
+    assert output.last_hidden_state.shape == (0, 8, SIZES["hidden_size"])
+
+
+@pytest.mark.parametrize("bits", [12.0, [12], "12", True])
+def test_bits_that_are_no_whole_number_are_refused(bits):
+    model = made()
+    with pytest.raises(ValueError, match="pass 12 or 8"):
+        fastbert.quantize(model, bits, replace=True)
+    assert model.config.int8_bits is None
+    x, scale = torch.randn(2, 4), torch.ones(3)
+    with pytest.raises(ValueError, match="choose 12 or 8"):
+        F.linear_int8(x, torch.ones(3, 4, dtype=torch.int8), scale, None, bits)
+
+
 def test_refusals_change_nothing():
     with pytest.raises(ValueError, match="pass replace=True too"):
         fastbert.quantize(made(), embeddings=True)
