@@ -175,7 +175,9 @@ class _Rows:
         mean = self.total / self.count
         difference = f"max {self.largest:.1e}, cosine mean {mean:.6f}, least {self.least:.6f}"
         figures = pair(*(f"max {p:.3g}" for p in self.peaks))
-        return Row(name, *figures, difference, None if decided else mean >= COSINE)
+        # NaN never agrees, and argmax would make a decision of it
+        agrees = None if decided and mean == mean else mean >= COSINE
+        return Row(name, *figures, difference, agrees)
 
 
 @dataclass

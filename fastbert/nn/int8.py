@@ -94,6 +94,10 @@ def pack(
         raise ValueError(f"the int8 weight {reason}: quantise again")
     N, extra = weight.shape[0], sources.numel()
     K = weight.shape[1] - extra
+    if bool(((sources < 0) | (sources >= K)).any()):
+        raise ValueError(
+            f"the int8 weight repeats a column outside [0, {K}): load the state dict of a quantised model"
+        )
     size = cpu.native.linear_int8_packed_size(N, K, extra)
     packed = cpu.fresh(weight, size, dtype=torch.uint8)
     # held until the call is over

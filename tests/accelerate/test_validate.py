@@ -269,3 +269,15 @@ def test_bad_use_of_bits_is_one_sentence(tmp_path):
     refused(ValueError, "weights of this BertModel are int8", given, model=integers)
     assert not is_accelerated(model)
     assert fastbert.frozen_bytes(model) == 0
+
+
+@needs_cpu
+def test_nan_never_agrees():
+    """argmax takes the first NaN of both models as their decision."""
+    sizes = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = bert.BertForSequenceClassification(bert.BertConfig(intermediate_size=64, **sizes))
+    given = {"input_ids": MASK + 4, "attention_mask": MASK}
+    assert fastbert.validate(model, given, rounds=1, bits=12).agrees
+    with torch.no_grad():
+        model.bert.layers[0].output_norm.weight[0] = torch.nan
+    assert not fastbert.validate(model, given, rounds=1, bits=12).agrees

@@ -295,6 +295,16 @@ def test_bits_that_are_no_whole_number_are_refused(bits):
         F.linear_int8(x, torch.ones(3, 4, dtype=torch.int8), scale, None, bits)
 
 
+@torch.no_grad()
+def test_a_repeated_column_outside_the_weight_is_refused():
+    made_int8 = int8.Int8Linear(8, 4)
+    made_int8.hold(
+        torch.ones(4, 9, dtype=torch.int8), torch.ones(4), torch.tensor([8], dtype=torch.int32)
+    )
+    with pytest.raises(ValueError, match=r"a column outside \[0, 8\)"):
+        made_int8.packed()
+
+
 def test_refusals_change_nothing():
     with pytest.raises(ValueError, match="pass replace=True too"):
         fastbert.quantize(made(), embeddings=True)
