@@ -44,8 +44,8 @@ constexpr int64_t kPackedB = int64_t{1} << 20;
 // multiply-adds per thread: fewer do not pay for starting one
 constexpr int64_t kGemmGrain = int64_t{1} << 20;
 
-// A B in memory is fetched while its last panel is multiplied, by so many calls with a share each:
-// a product of few rows waits for memory otherwise.
+// While the first kShares panels of rows multiply a panel of packed columns, each of them fetches a
+// share of the next panel of columns. A product of few rows would wait for memory otherwise.
 constexpr int64_t kShares = 4;
 
 // How the elements of a lie: (r, k) is a[r * row + k * step].
@@ -94,7 +94,7 @@ __attribute__((noinline)) void micro_kernel(int64_t K, const float* a, Layout at
                                             const typename Units<kKind>::B* b, float* c,
                                             int64_t ldc, bool add, const char* ahead = nullptr) {
   using U = Units<kKind>;
-  // of what a turn reads of b, as many lines as are a share of it
+  // cache lines to fetch in a turn: a share of what the turn reads of b, or one
   constexpr int64_t kLine = 64, kRead = kUnroll * kNR * sizeof(*b);
   constexpr int64_t kLines = kRead > kShares * kLine ? kRead / (kShares * kLine) : 1;
   Sums<R, kKind> sums;
@@ -257,10 +257,13 @@ class Gemm {
           const int64_t steps = imin(kc_, to - u);
           const float* rows = a + ((u - k) * (m1 - m) + steps * (i - m)) * s_.h;
           const UnitB* columns = slice(u, n, n1, k, b);
+          // the columns that follow: those of the next slice, or of the next block
           const UnitB* next = nullptr;
-          // the first rows fetch the columns that follow; for the others they are in cache
-          if (kPrepacked<B> && i == m && (u + kc_ < to || n1 < part.n1))
-            next = u + kc_ < to ? slice(u + kc_, n, n1, k, b) : slice(k, n1, n1, k, b);
+          if (u + kc_ < to)
+            next = slice(u + kc_, n, n1, k, b);
+          else if (n1 < part.n1)
+            next = slice(k, n1, n1, k, b);
+          // only the first rows fetch them: for the others they are in cache
           block(i1 - i, n1 - n, steps, rows, columns, tile, ld, u > 0, i == m, next);
         }
         if (to == count_)

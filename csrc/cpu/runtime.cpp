@@ -22,7 +22,7 @@ namespace fastbert {
 namespace {
 
 bool forked = false;
-// whether malloc still has to be set
+// whether the next call of large_pages sets malloc
 std::atomic<bool> keeps{true};
 
 #if defined(__unix__) || defined(__APPLE__)

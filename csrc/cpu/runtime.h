@@ -28,8 +28,8 @@ constexpr size_t kLarge = size_t{4} << 20;
 // Asks for large pages behind memory that is about to be written for the first time: page faults
 // are most of the cost of a fresh gradient of 94 MB.
 void large_pages(void* memory, size_t bytes);
-// Whether glibc's malloc is to keep what the process frees, from the first call of `large_pages`
-// on. Otherwise it returns large memory to the system and asks for it again at every training step.
+// With `keep`, the first call of `large_pages` sets glibc's malloc to keep what the process frees.
+// By default malloc returns large memory to the system, and every training step asks for it again.
 void keep_memory(bool keep);
 // The time of a monotonic clock.
 double seconds();

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastbert.nn.int8 import Int8Embedding, Int8Linear, why_not_integers
+from fastbert.nn.int8 import Int8Embedding, Int8Linear, why_not_integers, why_not_sources
 
 # the first letters of an entry's name, and the dtypes of the three
 _PREFIX = "int8_"
@@ -27,7 +27,7 @@ def int8_modules(model: nn.Module) -> dict[str, Int8Linear | Int8Embedding]:
 
 
 def int8_keys(keys: Sequence[str]) -> list[str]:
-    """The names in a file of an int8 module's tensor, from those that another module's would have."""
+    """The file's names of an int8 module's tensor, made from the names that a floating-point module's would have."""
     split = [key.rpartition(".") for key in keys]
     return [f"{path}.{_PREFIX}{leaf}" for path, _, leaf in split]
 
@@ -90,6 +90,4 @@ def _why_not(
         return why_not_integers(t, m.bits)
     if leaf == "scale" and not bool((t.isfinite() & (t >= 0)).all()):
         return "has a number that is negative or not finite"
-    if leaf == "sources" and bool(((t < 0) | (t >= K)).any()):
-        return f"names a column outside [0, {K})"
-    return None
+    return why_not_sources(t, K) if leaf == "sources" else None

@@ -94,10 +94,8 @@ def pack(
         raise ValueError(f"the int8 weight {reason}: quantise again")
     N, extra = weight.shape[0], sources.numel()
     K = weight.shape[1] - extra
-    if bool(((sources < 0) | (sources >= K)).any()):
-        raise ValueError(
-            f"the int8 weight repeats a column outside [0, {K}): load the state dict of a quantised model"
-        )
+    if reason := why_not_sources(sources, K):
+        raise ValueError(f"the tensor of repeated columns {reason}: quantise again")
     size = cpu.native.linear_int8_packed_size(N, K, extra)
     packed = cpu.fresh(weight, size, dtype=torch.uint8)
     # held until the call is over
@@ -122,6 +120,12 @@ def why_not_integers(weight: Tensor, bits: int) -> str | None:
     if (columns := weight.shape[1]) > (most := most_columns(bits)):
         return f"has {columns} columns, and {bits} bits allow {most}"
     return None
+
+
+def why_not_sources(sources: Tensor, columns: int) -> str | None:
+    """Why a weight of so many columns can't repeat these columns; the end of a sentence, or None."""
+    outside = bool(((sources < 0) | (sources >= columns)).any())
+    return f"names a column outside [0, {columns})" if outside else None
 
 
 def why_not_exact(columns: int, bits: int) -> str | None:
@@ -331,8 +335,7 @@ class Int8Embedding(_Int8):
     def forward(self, ids: Tensor) -> Tensor:  # (...) -> (..., C) fp32
         self._refuse_training()
         if ids.device.type == "cpu" and not (torch.compiler.is_compiling() or exporting()):
-            remedy = "check that the tokenizer belongs to the model (vocab_size)"
-            _check.ids_in_range("ids", ids, self.shape[0], remedy)
+            _check.word_ids(ids, self.shape[0])
         return self.weight[ids].float() * self.scale[ids].unsqueeze(-1)
 
     def scores(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""A word table that is the masked-LM decoder's weight too: one gradient takes what both uses add."""
+"""A word table that is also the masked-LM decoder's weight, with one gradient for both uses."""
 
 from __future__ import annotations
 
@@ -52,6 +52,5 @@ def tied(
     special = torch.compiler.is_compiling() or exporting() or functorch_active()
     if not recorded or special or table.device.type != "cpu" or ids.device.type != "cpu":
         return None
-    remedy = "check that the tokenizer belongs to the model (vocab_size)"
-    _check.ids_in_range("ids", ids, table.shape[0], remedy)
+    _check.word_ids(ids, table.shape[0])
     return _Tied.apply(table, ids, word.padding_idx)

@@ -110,6 +110,11 @@ def ids_in_range(name: str, ids: Tensor, size: int, remedy: str) -> None:
         raise IndexError(f"{name}[{where}] is {bad}, outside [0, {size}): {remedy}")
 
 
+def word_ids(ids: Tensor, size: int) -> None:
+    """Refuse ids that a table of `size` words does not have."""
+    ids_in_range("ids", ids, size, "check that the tokenizer belongs to the model (vocab_size)")
+
+
 def _inside(ids: Tensor, size: int) -> bool:
     low, high = torch.aminmax(ids)
     return low.item() >= 0 and high.item() < size

@@ -32,8 +32,7 @@ def _fwd_check(
     *_: Any,
 ) -> None:
     if word is not None:
-        remedy = "check that the tokenizer belongs to the model (vocab_size)"
-        _check.ids_in_range("ids", ids, word.shape[0], remedy)
+        _check.word_ids(ids, word.shape[0])
     remedy = "shorten the input or enlarge max_position_embeddings"
     _check.ids_in_range("positions", positions, position.shape[0], remedy)
     if types is not None and type_ is not None:
