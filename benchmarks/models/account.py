@@ -27,6 +27,7 @@ from fastbert.backend import cpu
 from fastbert.bert import BertConfig, BertForMaskedLM
 from fastbert.files import write_text
 from fastbert.machine import machine_info
+from fastbert.testing.peaks import peaks
 from fastbert.train.optim import parameter_groups
 
 # the rows of the table: native entry points by what they compute
@@ -136,37 +137,23 @@ def measure(phases: list[Callable[[], object]], steps: int) -> list[dict[str, fl
     return found
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second of a copy, read and written."""
-    source = torch.ones(2**26)
-    target, seconds = torch.empty_like(source), []
-    for _ in range(7):
-        started = time.perf_counter()
-        target.copy_(source)
-        seconds.append(time.perf_counter() - started)
-    return 2 * source.nbytes / median(seconds[1:])
-
-
 def account(fill: str, steps: int) -> dict[str, Any]:
     """The median step: {"step", "system" and each row of the table in seconds, "limits", "peak"}."""
     lengths = FULL if fill == "full" else REAL
     phases, parameters = step_of(lengths)
-    threads = torch.get_num_threads()
-    peak, copied = cpu.native.fma_peak(threads), copy_bandwidth()
-    rows = measure(phases, steps)
-    after = cpu.native.fma_peak(threads)
+    before, rows, after = peaks(2.0), measure(phases, steps), peaks(2.0)
     typical = {name: median(row[name] for row in rows) for name in rows[0]}
-    best = max(peak, after)
-    limits = {name: 2e-9 * typical[f"{name}, products"] / best for name in PRODUCTS}
+    peak, copied = (max(before[k], after[k]) for k in ("fma_gflops_fp32", "copy_gb_per_s"))
+    limits = {name: 2e-9 * typical[f"{name}, products"] / peak for name in PRODUCTS}
     # AdamW reads p, g, m and v and writes p, m and v
-    limits["AdamW"] = 7 * 4 * parameters / copied
+    limits["AdamW"] = 7e-9 * 4 * parameters / copied
     return {
         "fill": fill,
         "steps": steps,
         "seconds": {k: v for k, v in typical.items() if not k.endswith(", products")},
         "limits": limits,
-        "peak": (peak, after),
-        "copy_gb_per_s": copied / 1e9,
+        "peak": (before["fma_gflops_fp32"], after["fma_gflops_fp32"]),
+        "copy_gb_per_s": copied,
     }
 
 

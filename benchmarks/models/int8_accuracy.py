@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 
 import fastbert
@@ -110,13 +111,7 @@ def cosine_figures(cosines: Tensor) -> dict[str, float]:
 
 def spearman(x: Tensor, y: Tensor) -> float:
     """The correlation of the ranks; equal numbers share the mean of theirs."""
-
-    def ranks(t: Tensor) -> Tensor:
-        _, numbers, counts = t.unique(return_inverse=True, return_counts=True)
-        ends = counts.cumsum(0).double()
-        return (ends - (counts - 1) / 2)[numbers]
-
-    return float(torch.corrcoef(torch.stack([ranks(x), ranks(y)]))[0, 1])
+    return float(spearmanr(x, y).statistic)
 
 
 # --- fine-tuned models ---

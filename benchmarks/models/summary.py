@@ -68,7 +68,7 @@ def agrees(result: dict[str, Any], precision: str) -> bool:
 def best_peer(
     results: dict[str, dict[str, Any]], precision: str, padded: bool = False
 ) -> str | None:
-    """The fastest peer that counts and agrees; with `padded` of those that compute padding."""
+    """The fastest peer that counts and agrees. `padded` leaves out the peers that remove padding."""
     packing = {peer.name for peer in PEERS if peer.packs}
     fit = [
         name

@@ -46,12 +46,8 @@ class Work:
 
 
 def _both(kind: str, fill: str, title: str, **facts: Any) -> list[Work]:
-    """The work in fp32, and in bf16 with fewer rounds: without bf16 instructions stock's step takes minutes."""
-    slow = {"rounds": 5} if kind == "infer" else {"rounds": 3, "limit": 120}
-    return [
-        Work(kind, fill, "fp32", title, **facts),
-        Work(kind, fill, "bf16", title, **{**facts, **slow}),
-    ]
+    """The work in fp32 and in bf16."""
+    return [Work(kind, fill, precision, title, **facts) for precision in ("fp32", "bf16")]
 
 
 FULL = (128,) * 8

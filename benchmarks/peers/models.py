@@ -241,7 +241,10 @@ def optimize_onnx(source: Path, target: Path) -> None:
 
 
 def quantize_onnx(source: Path, target: Path, reduced: bool) -> None:
-    """Weights in int8, or `reduced` to 7 bits, whose sums do not saturate; activations are quantised at run time."""
+    """Quantise a graph's weights to int8, or to 7 bits if `reduced`: sums of 7-bit weights can't saturate on AVX2.
+
+    onnxruntime quantises the activations at run time.
+    """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 

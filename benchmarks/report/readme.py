@@ -65,7 +65,7 @@ def incomparable(row: dict[str, Any]) -> bool:
 
 
 def in_order(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows; those that can't be compared come last."""
+    """The rows, first those that have peers to compare with."""
     return sorted(results["rows"], key=incomparable)
 
 
