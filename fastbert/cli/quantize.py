@@ -31,10 +31,10 @@ def quantize(
         bool, typer.Option("--embeddings", help="word embeddings in int8 too: less exact")
     ] = False,
 ) -> None:
-    """Write a copy of a model whose encoder's weights are int8, a quarter of their size, and its tokenizer.
+    """Write a copy of a model folder with the encoder's weights as int8, a quarter of their size.
 
-    embed, predict and fill-mask read it as any other folder, and give the vectors and answers that --int8 gives. It
-    can't be trained, and transformers can't read it. Example: fastbert quantize runs/a out/ --embeddings
+    embed, predict and fill-mask read the copy as any other folder, and give the vectors and answers that --int8 gives.
+    The copy can't be trained, and transformers can't read it. Example: fastbert quantize runs/a out/ --embeddings
     """
     if bits not in (12, 8):
         raise ValueError(f"--bits {bits}: choose 12 or 8")

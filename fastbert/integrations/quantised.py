@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +38,7 @@ _LABELS = {
     "start_logits": "start_positions",
     "end_logits": "end_positions",
 }
-# scores of places in a text, whose softmax runs over the text's tokens
+# logits that score each token of a text as the start or the end of an answer
 _PLACES = ("start_logits", "end_logits")
 
 Outputs = dict[str, Tensor]
@@ -176,7 +177,7 @@ class _Rows:
         difference = f"max {self.largest:.1e}, cosine mean {mean:.6f}, least {self.least:.6f}"
         figures = pair(*(f"max {p:.3g}" for p in self.peaks))
         # NaN never agrees, and argmax would make a decision of it
-        agrees = None if decided and mean == mean else mean >= COSINE
+        agrees = None if decided and not math.isnan(mean) else mean >= COSINE
         return Row(name, *figures, difference, agrees)
 
 
@@ -190,7 +191,7 @@ class _Decisions:
     right: list[int] = field(default_factory=lambda: [0, 0])
 
     def add(self, x: Tensor, y: Tensor, labels: Tensor | None) -> None:
-        """Count one batch's decisions (N,), and those that equal the labels; -100 is no label."""
+        """Count the decisions x and y (N,) of one batch, and how many of each are right; a label below 0 is none."""
         self.count += x.numel()
         self.same += int((x == y).sum())
         if labels is not None:
