@@ -11,6 +11,7 @@ from torch import Tensor
 from fastbert.backend.chooser import choose
 from fastbert.backend.reference.linear_int8 import LEVELS, eager, most_columns
 from fastbert.backend.tuned import TunedBy
+from fastbert.files import quoted
 from fastbert.ops import _check
 from fastbert.ops._register import (
     as_rows,
@@ -83,7 +84,7 @@ def _check_integers(weight: Tensor, scale: Tensor, bits: int, columns: int) -> N
     if scale.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"scale is {scale.dtype}: pass float32, one number for each row of weight")
     if not isinstance(bits, int) or bits not in LEVELS:
-        raise ValueError(f"bits is {bits!r}: choose 12 or 8")
+        raise ValueError(f"bits is {quoted(bits)}: choose 12 or 8")
     if columns > (most := most_columns(bits)):
         remedy = f"use 8 bits, up to {most_columns(8)}, or linear" if bits == 12 else "use linear"
         raise ValueError(
