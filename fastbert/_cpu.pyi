@@ -205,7 +205,7 @@ def embed_bwd(
 ) -> None: ...
 def encoder_infer(
     dtype: int,
-    levels: int,
+    int8: bool,
     x: int,
     cu_seqlens: int,
     layers: int,
@@ -381,7 +381,7 @@ def linear_int8_fwd(
     threads: int,
     /,
 ) -> None: ...
-def linear_int8_packed_size(N: int, K: int, extra: int, /) -> int: ...
+def linear_int8_packed_size(N: int, K: int, extra: int, levels: int, /) -> int: ...
 def linear_int8_pack(
     w: int,
     scale: int,
@@ -390,6 +390,7 @@ def linear_int8_pack(
     N: int,
     K: int,
     extra: int,
+    levels: int,
     threads: int,
     /,
 ) -> None: ...

@@ -45,10 +45,10 @@ template <typename T>
 class Encoder {
  public:
   // `room` rows of `wide` and of `narrow` elements, and of `columns` integers, fit into the buffers
-  Encoder(int dtype, int levels, int64_t T_, int64_t room, int64_t B, int64_t C, int64_t wide,
+  Encoder(int dtype, bool int8, int64_t T_, int64_t room, int64_t B, int64_t C, int64_t wide,
           int64_t narrow, int64_t columns, int threads)
       : dtype_(dtype),
-        levels_(levels),
+        int8_(int8),
         tokens_(T_),
         B_(B),
         C_(C),
@@ -56,8 +56,8 @@ class Encoder {
         wide_(1, floats(room * wide)),
         narrow_(5, floats(room * narrow)),
         stats_(2, room),
-        quantised_(1, levels ? quantised_floats(room, columns) : 0),
-        scales_(1, levels ? room : 0) {}
+        quantised_(1, int8 ? quantised_floats(room, columns) : 0),
+        scales_(1, int8 ? room : 0) {}
 
   void run(const T* x, const int32_t* cu, const Layer* layers, const int64_t* sizes,
            const float* numbers, int64_t n, const int64_t* rows, int64_t R, T* y) const {
@@ -80,13 +80,13 @@ class Encoder {
 
   void linear(const T* x, const float* w, const float* b, T* y, int64_t M, int64_t N,
               int64_t K) const {
-    if (levels_)
+    if (int8_)
       linear_int8(x, w, b, kIdentity, y, M, N, K);
     else
       linear_fwd(dtype_, kFloat32, x, nullptr, nullptr, nullptr, 1, w, b, y, M, N, K, threads_);
   }
   void up(const T* x, const Layer& w, const Settings& s, T* h, int64_t M) const {
-    if (levels_)
+    if (int8_)
       linear_int8(x, w.up, w.up_bias, s.tanh ? kGeluTanh : kGelu, h, M, s.F, C_);
     else
       feed_forward_up(dtype_, kFloat32, s.tanh, x, nullptr, w.up, w.up_bias, nullptr, h, M, s.F, C_,
@@ -95,7 +95,7 @@ class Encoder {
   void linear_int8(const T* x, const float* w, const float* b, Activation activation, T* y,
                    int64_t M, int64_t N, int64_t K) const {
     float *q = quantised_[0], *a = scales_[0];
-    quantise(dtype_, x, w, M, K, levels_, q, a, threads_);
+    quantise(dtype_, x, w, M, K, q, a, threads_);
     quantised_linear(dtype_, q, a, w, b, activation, y, M, N, threads_);
   }
   void add_norm(const T* x, const T* residual, const float* w, const float* b, float eps, T* y,
@@ -130,7 +130,8 @@ class Encoder {
     add_norm(y, middle, w.output_norm, w.output_norm_bias, s.output_eps, out, M);
   }
 
-  int dtype_, levels_;
+  int dtype_;
+  bool int8_;
   int64_t tokens_, B_, C_;
   int threads_;
   Scratch wide_, narrow_, stats_, quantised_, scales_;
@@ -138,7 +139,7 @@ class Encoder {
 
 }  // namespace
 
-void encoder_infer(int dtype, int levels, const void* x, const int32_t* cu_seqlens,
+void encoder_infer(int dtype, bool int8, const void* x, const int32_t* cu_seqlens,
                    const int64_t* layers, const int64_t* sizes, const float* numbers, int64_t n,
                    const int64_t* rows, int64_t R, void* y, int64_t T, int64_t B, int64_t C,
                    int threads) {
@@ -148,13 +149,13 @@ void encoder_infer(int dtype, int levels, const void* x, const int32_t* cu_seqle
     const Settings s(sizes + i * kLayerSizes, numbers + i * kLayerNumbers);
     wide = imax(wide, imax(3 * s.H * s.D, s.F));
     narrow = imax(narrow, s.H * s.D);
-    if (!levels) continue;
+    if (!int8) continue;
     const float* weights[] = {table[i].qkv, table[i].out, table[i].up, table[i].down};
     for (const float* w : weights) columns = imax(columns, columns_of(w));
   }
   with_type(dtype, [&](auto t) {
     using E = decltype(t);
-    const Encoder<E> encoder(dtype, levels, T, imax(T, R), B, C, wide, narrow, columns, threads);
+    const Encoder<E> encoder(dtype, int8, T, imax(T, R), B, C, wide, narrow, columns, threads);
     encoder.run(static_cast<const E*>(x), cu_seqlens, table, sizes, numbers, n, rows, R,
                 static_cast<E*>(y));
   });

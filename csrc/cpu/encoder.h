@@ -29,10 +29,9 @@ namespace FASTBERT_ISA {
 
 // n post-norm encoder layers for inference, in one call: x, y and everything between are of
 // `dtype`. `layers` holds the addresses of each layer's FASTBERT_LAYER_FIELDS: weights packed by
-// linear_pack or, if `levels` is not 0, by linear_int8_pack; biases and norms in fp32. Activations
-// are then quantised to integers of at most `levels`. With `rows` the last layer's second half runs
-// for these rows.
-void encoder_infer(int dtype, int levels,
+// linear_pack or, with `int8`, by linear_int8_pack; biases and norms in fp32. With `rows` the last
+// layer's second half runs for these rows.
+void encoder_infer(int dtype, bool int8,
                    const void* x,              // (T, C)
                    const int32_t* cu_seqlens,  // (B + 1,)
                    const int64_t* layers,      // (n, 12)

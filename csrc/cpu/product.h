@@ -1,5 +1,5 @@
-// The multiply-adds of matrix products, in the instructions of each set: fp32, pairs of bf16, and
-// pairs of int16.
+// The multiply-adds of matrix products, in the instructions of each set: fp32, pairs of bf16, pairs
+// of int16, and fours of 8 bits.
 #pragma once
 
 #include "vec.h"
@@ -34,11 +34,22 @@ inline I dot_words(I acc, I a, I b) {
 #endif
 }
 
+#if FASTBERT_DOT_BYTES && !FASTBERT_X86
+// lane i of a holds four uint8, of b four int8: acc[i] += a0 * b0 + .. + a3 * b3, modulo 2^32
+inline I dot_bytes(I acc, U a, I b) {
+  U total = bits_as<U>(acc);
+  for (int shift = 0; shift < 32; shift += 8)
+    total += (a >> shift & 0xFFu) * bits_as<U>((bits_as<I>(bits_as<U>(b) << (24 - shift))) >> 24);
+  return bits_as<I>(total);
+}
+#endif
+
 // What a product multiplies: the 32-bit units of its operands.
 enum Kind {
   kFloats,  // one fp32
   kHalves,  // two bf16 of neighbouring k, summed in fp32
   kWords,   // two int16 of neighbouring k, summed in int32; B is kept in int8
+  kBytes,   // four k: uint8 of A, int8 of B, summed in int32 modulo 2^32
 };
 template <Kind kKind>
 struct Units {
@@ -46,13 +57,14 @@ struct Units {
   using B = float;  // a unit of B in memory
   static FASTBERT_INLINE F load_b(const B* p) { return load(p); }
 };
+template <int kCount>
 struct Bytes {
-  int8_t of[2];
+  int8_t of[kCount];
 };
 template <>
 struct Units<kWords> {
   using Sum = I;
-  using B = Bytes;
+  using B = Bytes<2>;
   // W pairs of int8, widened
   static FASTBERT_INLINE F load_b(const B* p) {
     typedef int8_t V __attribute__((vector_size(2 * W)));
@@ -68,6 +80,12 @@ struct Units<kWords> {
 #endif
   }
 };
+template <>
+struct Units<kBytes> {
+  using Sum = I;
+  using B = Bytes<4>;
+  static FASTBERT_INLINE F load_b(const B* p) { return load(reinterpret_cast<const float*>(p)); }
+};
 
 // low += x b0 and high += x b1, where every lane of x is *a. These are three or five instructions
 // in assembly: in an unrolled loop GCC 12 would give the sums other registers at every step, and
@@ -75,6 +93,7 @@ struct Units<kWords> {
 template <Kind kKind, typename Sum>
 FASTBERT_INLINE void multiply_add(Sum& low, Sum& high, const float* a, F b0, F b1) {
   static_assert(FASTBERT_DOT_BF16 || kKind != kHalves, "pairs of bf16 need their instruction");
+  static_assert(FASTBERT_DOT_BYTES || kKind != kBytes, "fours of 8 bits need their instruction");
 #if FASTBERT_X86 >= 256
 #define FASTBERT_MULTIPLY(broadcast, instruction)                                    \
   asm(broadcast " %[a], %[x]\n\t" instruction " %[b0], %[x], %[low]\n\t" instruction \
@@ -88,6 +107,7 @@ FASTBERT_INLINE void multiply_add(Sum& low, Sum& high, const float* a, F b0, F b
 #endif
 #ifdef __AVX512VNNI__
   if constexpr (kKind == kWords) FASTBERT_MULTIPLY("vpbroadcastd", "vpdpwssd");
+  if constexpr (kKind == kBytes) FASTBERT_MULTIPLY("vpbroadcastd", "vpdpbusd");
 #else
   F y;
   if constexpr (kKind == kWords)
@@ -117,6 +137,12 @@ FASTBERT_INLINE void multiply_add(Sum& low, Sum& high, const float* a, F b0, F b
     low = dot_words(low, bits_as<I>(x), bits_as<I>(b0));
     high = dot_words(high, bits_as<I>(x), bits_as<I>(b1));
   }
+#if FASTBERT_DOT_BYTES
+  if constexpr (kKind == kBytes) {
+    low = dot_bytes(low, x, bits_as<I>(b0));
+    high = dot_bytes(high, x, bits_as<I>(b1));
+  }
+#endif
 #endif
 }
 

@@ -27,6 +27,11 @@
 #else
 #define FASTBERT_DOT_BF16 0
 #endif
+#if defined(FASTBERT_EMULATE) || defined(__AVX512VNNI__)
+#define FASTBERT_DOT_BYTES 1
+#else
+#define FASTBERT_DOT_BYTES 0
+#endif
 // bits of the x86 vectors that the intrinsics below use, 0 without them and under emulation
 #if !defined(FASTBERT_EMULATE) && defined(__x86_64__)
 #if defined(__AVX512F__)
@@ -353,6 +358,26 @@ inline F words(F low, F high) {
   return whole;
 #endif
 }
+#if FASTBERT_DOT_BYTES
+// the nearest int8 of 4 W floats below 2^7, plus 128 each, low ones first
+inline F bytes(const F x[4]) {
+#if FASTBERT_X86 == 512
+  __m128i quarters[4];
+  for (int i = 0; i < 4; ++i)
+    quarters[i] = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(bits_as<__m512>(x[i])));
+#else
+  typedef uint8_t Quarter __attribute__((vector_size(W)));
+  Quarter quarters[4];
+  for (int i = 0; i < 4; ++i)
+    // adding 1.5 * 2^23 rounds to an integer, ties to even
+    quarters[i] = __builtin_convertvector(
+        __builtin_convertvector(x[i] + 12582912.0f - 12582912.0f, I), Quarter);
+#endif
+  U whole;
+  __builtin_memcpy(&whole, quarters, sizeof(whole));
+  return bits_as<F>(whole ^ 0x80808080u);
+}
+#endif
 inline F to_float(I x) { return __builtin_convertvector(x, F); }
 
 }  // namespace FASTBERT_ISA

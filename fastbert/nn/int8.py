@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastbert import functional as F
 from fastbert.backend import cpu
-from fastbert.backend.reference.linear_int8 import LARGEST_WEIGHT, most_columns, quantize_weight
+from fastbert.backend.reference.linear_int8 import LARGEST_WEIGHT, LEVELS, most_columns, quantize_weight
 from fastbert.backend.torch_private import exporting
 from fastbert.nn.exports import refuse_script
 from fastbert.ops import _check
@@ -87,16 +87,17 @@ def pack(
     weight: Tensor,  # (N, K + E) int8
     scale: Tensor,  # (N,) fp32
     sources: Tensor,  # (E,) int32
+    bits: int,
 ) -> Tensor:
-    """The result of `split` in one tensor, in the GEMM's own order: csrc/cpu/linear_int8.h."""
-    # the caller has checked the number of columns for its own bits
-    if reason := why_not_integers(weight, 8):
+    """The result of `split` in one tensor, in the GEMM's own order for such activations: csrc/cpu/linear_int8.h."""
+    if reason := why_not_integers(weight, bits):
         raise ValueError(f"the int8 weight {reason}: quantise again")
     N, extra = weight.shape[0], sources.numel()
     K = weight.shape[1] - extra
     if reason := why_not_sources(sources, K):
         raise ValueError(f"the tensor of repeated columns {reason}: quantise again")
-    size = cpu.native.linear_int8_packed_size(N, K, extra)
+    levels = LEVELS[bits]
+    size = cpu.native.linear_int8_packed_size(N, K, extra, levels)
     packed = cpu.fresh(weight, size, dtype=torch.uint8)
     # held until the call is over
     weight, scale, sources = weight.contiguous(), scale.contiguous(), sources.contiguous()
@@ -108,6 +109,7 @@ def pack(
         N,
         K,
         extra,
+        levels,
         torch.get_num_threads(),
     )
     return packed
@@ -193,7 +195,8 @@ class Int8Linear(_Int8):
         self.register_buffer("sources", torch.zeros(0, dtype=torch.int32))
         self.register_buffer("panels", None, persistent=False)
         self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
-        self._isa = ""
+        # the instruction set and the bits that `panels` were packed for
+        self._packed_for = "", 0
 
     @classmethod
     def like(cls, m: Any, bits: int) -> Int8Linear:
@@ -230,7 +233,7 @@ class Int8Linear(_Int8):
         weight = torch.empty(self.out_features, columns, dtype=torch.int8, device="cpu")
         isa = cpu.native.isa()
         # panels have the order of the instruction set that packed them
-        cpu.native.use_isa(self._isa)
+        cpu.native.use_isa(self._packed_for[0])
         try:
             cpu.native.linear_int8_unpack(
                 self.panels.data_ptr(),
@@ -245,10 +248,10 @@ class Int8Linear(_Int8):
     def packed(self) -> Tensor:
         """The integers and scales in the order of the native call (CPU only); they leave `weight`."""
         with _PACKING:
-            isa = cpu.native.isa()
-            if self.weight is not None or self._isa != isa:
-                self.panels = pack(self.rows(), self.scale, self.sources)
-                self._isa, self.weight = isa, None
+            wanted = cpu.native.isa(), self.bits
+            if self.weight is not None or self._packed_for != wanted:
+                self.panels = pack(self.rows(), self.scale, self.sources, self.bits)
+                self._packed_for, self.weight = wanted, None
             assert self.panels is not None
             return self.panels
 

@@ -13,7 +13,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastbert.backend import cpu
 from fastbert.backend.cpu import _gemm
-from fastbert.backend.reference.linear_int8 import LEVELS
 from fastbert.nn import int8
 from fastbert.nn.int8 import Int8Linear
 from fastbert.nn.layer import GELUS, LayerSettings, LayerWeights
@@ -132,7 +131,7 @@ class Copies:
             return weights[0].packed()
         if self.bits is None:
             return _packed(weights, dtype)
-        return int8.pack(*int8.split(torch.cat([w.detach() for w in weights])))
+        return int8.pack(*int8.split(torch.cat([w.detach() for w in weights])), self.bits)
 
     def run(
         self,
@@ -151,7 +150,7 @@ class Copies:
         cu_seqlens_valid(cu_seqlens, T, packing.max_seqlen)
         cpu.native.encoder_infer(
             cpu.DTYPES[x.dtype],
-            0 if self.bits is None else LEVELS[self.bits],
+            self.bits is not None,
             x.data_ptr(),
             cu_seqlens.data_ptr(),
             table.data_ptr(),

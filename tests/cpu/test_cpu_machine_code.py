@@ -15,8 +15,8 @@ from fastbert.backend import cpu
 # instruction set -> rows of its tile, steps of k per turn of the loop
 TILES = {"avx2": (6, 8), "avx512": (14, 2), "avx512_bf16": (14, 2)}
 # the number of the kind in csrc/cpu/product.h -> the instruction of a product
-FLOATS, HALVES, WORDS = 0, 1, 2
-PRODUCTS = {FLOATS: "vfmadd", HALVES: "vdpbf16ps", WORDS: "vpmaddwd"}
+FLOATS, HALVES, WORDS, BYTES = 0, 1, 2, 3
+PRODUCTS = {FLOATS: "vfmadd", HALVES: "vdpbf16ps", WORDS: "vpmaddwd", BYTES: "vpdpbusd"}
 KERNEL = re.compile(
     r"fastbert::(?P<isa>\w+)::micro_kernel<(?P<rows>\d+), \(fastbert::\w+::Kind\)(?P<kind>\d), "
     r"fastbert::\w+::Panel<\d+>, (?P<ahead>true|false)>"
@@ -81,7 +81,7 @@ def test_inner_loop(isa: str, ahead: bool, listing, inner_loops):
         )
     rows, turn = TILES[isa]
     for height in range(1, rows + 1):
-        for kind in (FLOATS, HALVES, WORDS) if isa == "avx512_bf16" else (FLOATS, WORDS):
+        for kind in (FLOATS, HALVES, WORDS, BYTES) if isa == "avx512_bf16" else (FLOATS, WORDS):
             name = product(isa, kind)
             # without VNNI every product of words needs an addition
             per_row = 5 if name == "vpmaddwd" else 3
