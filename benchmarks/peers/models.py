@@ -162,7 +162,8 @@ def fastbert(job: Job, freeze: bool = True, quantize: bool = True) -> Any:
         return Step(model, job)
     model = model.to(torch.bfloat16 if job.precision == "bf16" else torch.float32).eval()
     if job.precision == "int8" and quantize:
-        fastbert.quantize(model)
+        # as the folders that `fastbert quantize` writes
+        fastbert.quantize(model, replace=True)
     elif freeze:
         fastbert.freeze(model)
     return infer(model, job, torch.inference_mode)

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 
 from fastbert import functional as F
 from fastbert.backend import cpu
-from fastbert.backend.reference.linear_int8 import LARGEST_WEIGHT, LEVELS, most_columns, quantize_weight
+from fastbert.backend.reference.linear_int8 import (
+    LARGEST_WEIGHT,
+    LEVELS,
+    most_columns,
+    quantize_weight,
+)
 from fastbert.backend.torch_private import exporting
 from fastbert.nn.exports import refuse_script
 from fastbert.ops import _check
