@@ -18,7 +18,7 @@ from fastbert.integrations.sentence_transformers import SentenceModel, pool
 from fastbert.models.checkpoint import check_whole
 from fastbert.models.encoder import BertModel
 from fastbert.models.heads import BertForMaskedLM
-from fastbert.runners.freeze import quantize
+from fastbert.runners.freeze import quantize_loaded
 
 
 def packed(encodings: Sequence[Any]) -> dict[str, Any]:
@@ -38,7 +38,7 @@ class Filler:
     def __init__(self, model: str | Path, int8: bool = False) -> None:
         self.model = BertForMaskedLM.from_pretrained(model).eval()
         if int8:
-            quantize(self.model, self.model.config.int8_bits or 12)
+            quantize_loaded(self.model)
         check_whole(self.model, model)
         self.tokenizer: Any = load_tokenizer(model)
         self.mask = SpecialIds.of(self.tokenizer).mask
@@ -99,7 +99,7 @@ class Embedder:
         # the pooled output is not used, and many checkpoints have none
         self.model = BertModel.from_pretrained(self.about.encoder, add_pooler=False).eval()
         if int8:
-            quantize(self.model, self.model.config.int8_bits or 12)
+            quantize_loaded(self.model)
         self.tokenizer: Any = load_tokenizer(self.about.encoder)
         if self.about.lower_case:
             _lower(self.tokenizer)

@@ -2,11 +2,14 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from fastbert.backend import cpu, cuda
+from fastbert.backend import _common, cpu, cuda
 
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE = {"_cpu": ("csrc/cpu/bindings.cpp", cpu), "_cuda": ("csrc/cuda/bindings.cpp", cuda)}
@@ -62,3 +65,43 @@ def test_a_stub_has_the_names_of_the_built_module(name):
     for function, (arguments, _) in stub(name).items():
         taken = re.findall(r"\barg\d+:", getattr(backend.native, function).__doc__)
         assert len(taken) == len(arguments), function
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["lacking", "arguments"])
+def test_a_module_that_was_built_from_other_sources_is_refused(name, kind):
+    """One sentence at import, whichever function has changed since it was built."""
+    _, backend = NATIVE[name]
+    if backend.native is None:
+        pytest.skip(backend.unavailable)
+    names = {n: getattr(backend.native, n) for n in dir(backend.native)}
+    _common.check_current(SimpleNamespace(**names))
+    changed = {n: v for n, v in names.items() if not n.startswith("__")}
+    for n in changed:
+        other = names.copy()
+        if kind == "lacking":
+            del other[n]
+            sentence = f"it has no {n}: build it again, `pip install .`"
+        elif callable(names[n]):
+            taken = ", ".join(f"arg{i}: int" for i in range(99))
+            other[n] = SimpleNamespace(__doc__=f"{n}({taken}) -> None")
+            sentence = rf"its {n} takes 99 arguments, not \d+: build it again"
+        else:
+            continue
+        with pytest.raises(
+            ImportError, match=rf"^the native module \S+{name}\S+ was .*, {sentence}"
+        ):
+            _common.check_current(SimpleNamespace(**other))
+
+
+def test_a_command_says_that_the_module_is_of_other_sources():
+    code = (
+        "import sys, types; old = types.ModuleType('fastbert._cpu'); old.__file__ = 'old.so'; "
+        "sys.modules['fastbert._cpu'] = old; from fastbert.cli.app import main; main(['info'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    sentence = (
+        r"error: the native module old\.so was built .* it has no LARGE: build it again, .*\n"
+    )
+    assert re.fullmatch(sentence, done.stderr)

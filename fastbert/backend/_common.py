@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import re
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from fastbert.backend.names import StaleModuleError
 
 # a tensor or None, and the same for the result
 Given = TypeVar("Given", Tensor, Tensor | None)
 # elements in the widest row that a GPU kernel holds in registers
 MAX_WIDTH = 8192
+
+
+def stale(module: Any, why: str) -> StaleModuleError:
+    """The error for a native module that does not belong to this version of fastbert."""
+    return StaleModuleError(
+        f"the native module {module.__file__} was built from other sources than this version of fastbert, {why}: build "
+        "it again, `pip install .` in the checkout"
+    )
+
+
+def check_current(module: Any) -> None:
+    """Refuse a native module that lacks a name of its stub, or whose functions take another number of arguments."""
+    name = module.__name__.rpartition(".")[2]
+    file = Path(__file__).parents[1] / f"{name}.pyi"
+    # programs that bundle packages leave stubs out
+    stub = file.read_text(encoding="utf-8") if file.is_file() else ""
+    for constant in re.findall(r"^(\w+): ", stub, re.M):
+        if not hasattr(module, constant):
+            raise stale(module, f"it has no {constant}")
+    for function, arguments in re.findall(r"^def (\w+)\(([^)]*)\)", stub, re.M):
+        if not hasattr(module, function):
+            raise stale(module, f"it has no {function}")
+        wanted = arguments.count(":")
+        # pybind11 writes the signature there
+        taken = len(re.findall(r"\barg\d+:", getattr(module, function).__doc__ or ""))
+        if taken != wanted:
+            raise stale(module, f"its {function} takes {taken} arguments, not {wanted}")
 
 
 def unsupported_dropout(backend: str, p: float) -> str | None:

@@ -8,6 +8,10 @@ from typing import NamedTuple
 from fastbert.files import quoted
 
 
+class StaleModuleError(ImportError):
+    """A native module does not belong to this version of fastbert; the message has the remedy."""
+
+
 class Backend(NamedTuple):
     """Where a backend is, and which calls try it."""
 

@@ -37,6 +37,8 @@ raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 sleep = torch.cuda._sleep
 # sets every tensor of a list to zero
 zero_all = torch._foreach_zero_
+# how many references C++ has to a tensor
+use_count = torch.Tensor._use_count
 # the shared library that holds torch's C++ code
 LIBRARY = torch._C.__file__
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastbert.backend.names import StaleModuleError
 from fastbert.cli.finetune import finetune, predict
 from fastbert.cli.pretrain import pretrain
 from fastbert.cli.quantize import quantize
@@ -144,7 +145,7 @@ def run_app(app: typer.Typer, arguments: list[str], name: str) -> None:
 
 def _is_expected(error: Exception) -> bool:
     """Whether the message is a sentence for the user; anything else is a bug, and its traceback is wanted."""
-    if isinstance(error, (ValueError, TypeError, IndexError, OSError)):
+    if isinstance(error, (ValueError, TypeError, IndexError, OSError, StaleModuleError)):
         return True
     # the modules of these exceptions import torch
     from fastbert.backend.chooser import Unsupported

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fastbert.cli.settings import ready
-from fastbert.files import UNFINISHED, folder_or_new, parse_json, read_text
+from fastbert.files import UNFINISHED, folder_or_new, parse_json, read_text, shortened
 from fastbert.finetune.config import trained_model
 from fastbert.models.config import BertConfig
 
@@ -48,6 +48,7 @@ def quantize(
     from fastbert.train.store import write_folder
 
     encoder = SentenceModel.read(folder).encoder
+    parts = _parts(folder, encoder)
     if BertConfig.from_file(encoder).int8_bits is not None:
         raise ValueError(f"the weights in {encoder} are int8 already: pass the model before it")
     found = _load(encoder)
@@ -55,7 +56,7 @@ def quantize(
     fastbert.quantize(found, bits, replace=True, embeddings=embeddings)
 
     def fill(new: Path) -> None:
-        _copy_files(folder, encoder, new)
+        _copy_files(folder, encoder, parts, new)
         found.save_pretrained(new / encoder.relative_to(folder))
 
     write_folder(out, fill)
@@ -88,14 +89,25 @@ def _load(folder: Path) -> Any:
     return found
 
 
-def _copy_files(folder: Path, encoder: Path, new: Path) -> None:
-    """Copy a model folder, with the folders that its modules.json names, but not the encoder's weights."""
+def _parts(folder: Path, encoder: Path) -> list[Path]:
+    """A model folder and the folders that its modules.json names; refuses a name that leads out of it."""
     parts = {folder, encoder}
     if (folder / "modules.json").is_file():
         modules = parse_json(read_text(folder / "modules.json"))
         parts |= {folder / entry.get("path", "") for entry in modules}
+    for part in parts:
+        if ".." in part.parts[len(folder.parts) :] or not part.is_relative_to(folder):
+            raise ValueError(
+                f"modules.json in {folder} names {shortened(str(part))}, which is outside of it: copy that folder "
+                "into it"
+            )
     # a module without settings may have no folder
-    for part in sorted(filter(Path.is_dir, parts)):
+    return sorted(filter(Path.is_dir, parts))
+
+
+def _copy_files(folder: Path, encoder: Path, parts: list[Path], new: Path) -> None:
+    """Copy the files of these parts of a model folder, but not the encoder's weights."""
+    for part in parts:
         (new / part.relative_to(folder)).mkdir(parents=True, exist_ok=True)
         for path in part.iterdir():
             weights = part in (folder, encoder) and path.name.endswith(_WEIGHTS)

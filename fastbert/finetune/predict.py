@@ -17,7 +17,7 @@ from fastbert.finetune.records import read_records
 from fastbert.finetune.tag import Words
 from fastbert.models.checkpoint import check_whole
 from fastbert.models.config import BertConfig
-from fastbert.runners.freeze import quantize
+from fastbert.runners.freeze import quantize_loaded
 
 # the last part of an architecture's name in config.json
 _HEADS = {
@@ -52,7 +52,7 @@ class Predictor:
         self.model = self.task.kind.from_pretrained(folder)
         check_whole(self.model, folder)
         if int8:
-            quantize(self.model, self.model.config.int8_bits or 12)
+            quantize_loaded(self.model)
         self.tokenizer = load_tokenizer(folder)
         # the number of examples in the last call that were longer than the model takes
         self.cut = 0

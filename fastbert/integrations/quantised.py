@@ -16,6 +16,7 @@ from fastbert.integrations.report import (
     Report,
     Row,
     at_tokens,
+    check_tokens,
     kept,
     mask_of,
     medians,
@@ -54,7 +55,8 @@ def compare_quantised(model: nn.Module, batches: Any, rounds: int, bits: int) ->
         try:
             forms = _Forms(model, bits)
             agreement, first = _Agreement(), None
-            for batch in _each(batches):
+            for number, batch in enumerate(_each(batches), 1):
+                check_tokens(batch, f"batch {number}")
                 first = batch if first is None else first
                 agreement.add(batch, *(dict(named(forms.run(i, batch))) for i in (0, 1)))
             if first is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +65,22 @@ def run(model: nn.Module, batch: Any) -> Any:
     raise TypeError(
         f"batch is a {type(batch).__name__}: pass the forward's arguments as a dict, a tuple or a tensor"
     )
+
+
+def check_tokens(batch: Any, name: str) -> None:
+    """Refuse a batch without a token: there is nothing to compare."""
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    values = values if isinstance(values, Iterable) and not isinstance(values, Tensor) else [values]
+    empty = next((t for t in values if isinstance(t, Tensor) and not t.numel()), None)
+    if empty is not None:
+        raise ValueError(
+            f"{name} has a tensor of shape {tuple(empty.shape)}: pass a token at least"
+        )
+    mask = mask_of(batch)
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.any()):
+        raise ValueError(
+            f"{name} has no token, its attention_mask is 0 everywhere: pass one at least"
+        )
 
 
 def mask_of(batch: Any) -> Tensor | None:

@@ -23,6 +23,7 @@ from fastbert.integrations.report import (
     Report,
     Row,
     at_tokens,
+    check_tokens,
     kept,
     mask_of,
     medians,
@@ -58,10 +59,14 @@ def validate(
 
     Afterwards weights, gradients, buffers, modes, random states and copies of `freeze` or `quantize` are as before, and
     the model is accelerated only if it was before. Raises TypeError for a batch of another kind, ValueError for rounds
-    below 1, other bits, no batches, and a model without a layer that could be compared.
+    below 1, other bits, no batches, a batch without a token, and a model without a layer that could be compared.
     """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}: it must be at least 1")
+    if any(t.is_meta for t in model.parameters()):
+        raise ValueError(
+            f"the {type(model).__name__} is on the meta device, which holds no numbers: load the weights first"
+        )
     if bits is not None:
         report = compare_quantised(model, batch, rounds, bits)
     else:
@@ -74,6 +79,7 @@ def _compare_accelerated(model: nn.Module, batch: Any, rounds: int) -> Report:
     was = is_accelerated(model)
     if isinstance(batch, Sequence) and any(isinstance(b, Mapping) for b in batch):
         raise TypeError("batch is a list of batches: pass one of them, or bits=12 for all")
+    check_tokens(batch, "the batch")
     report = Report()
     with kept(model):
         switch = _switcher(model)

@@ -61,7 +61,9 @@ def load(cls: type, directory: str | Path, **overrides: Any) -> Any:
     fit config.json or the class.
     """
     folder = model_folder(directory)
-    config = _override(BertConfig.from_file(folder), overrides)
+    own = BertConfig.from_file(folder)
+    config = _override(own, overrides)
+    _check_integers(own, config, folder)
     state = _standard(read_weights(folder), config.model_type)
     names = names_of(config.model_type, class_name(cls))
     config = share_decoder(config, state, names)
@@ -94,7 +96,10 @@ def save(model: nn.Module, directory: str | Path) -> None:
     weights, settings = folder / "model.safetensors", folder / "config.json"
     # both are on the disk before either is renamed
     with replacing(weights) as new_weights, replacing(settings) as new_settings:
-        save_file(state, new_weights, metadata={"format": "pt"})
+        try:
+            save_file(state, new_weights, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{weights} can't be written ({error}): save in another place") from error
         new_settings.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
@@ -253,6 +258,21 @@ def _override(config: BertConfig, overrides: dict[str, Any]) -> BertConfig:
         # otherwise the file's num_labels would override the number of new names
         overrides = {"num_labels": None, "label2id": None, **overrides}
     return dataclasses.replace(config, **overrides)
+
+
+def _check_integers(own: BertConfig, config: BertConfig, folder: Path) -> None:
+    """Refuse settings that ask for int8 weights where the folder has others, or the other way round."""
+    held, wanted = own.int8_bits is not None, config.int8_bits is not None
+    if held and not wanted:
+        raise ValueError(
+            f"the weights in {folder} are int8 and int8_bits=None was passed: leave it out, or load the model that was "
+            "quantised"
+        )
+    if (held, own.int8_embeddings) != (wanted, config.int8_embeddings):
+        raise ValueError(
+            f"int8_bits={config.int8_bits}, int8_embeddings={config.int8_embeddings} was passed and the weights in "
+            f"{folder} are others: leave both out, and call fastbert.quantize with replace=True on the model"
+        )
 
 
 def _standard(raw: Mapping[str, Tensor], family: str) -> State:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +13,10 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from fastbert.backend import torch_private
 from fastbert.backend.reference.philox import dropout
+from fastbert.files import listed
 from fastbert.models.config import BertConfig
 from fastbert.models.inputs import Inputs, prepare
+from fastbert.models.int8_files import check_state
 from fastbert.models.output import Output
 from fastbert.nn.blocks import Embeddings, EncoderLayer, Linear, QKVProjection
 from fastbert.nn.exports import fx_leaf, refuse_script
@@ -61,6 +63,29 @@ class Pretrained(nn.Module):
         from fastbert.models import checkpoint
 
         return checkpoint.load(cls, directory, **overrides)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """nn.Module's, with a short message for a state dict that does not fit."""
+        try:
+            found = super().load_state_dict(state_dict, False, assign)
+        except RuntimeError as error:
+            lines = str(error).splitlines()
+            rest = [f"and {len(lines) - 4} more"] if len(lines) > 4 else []
+            raise RuntimeError("\n".join(lines[:4] + rest)) from None
+        places = {"is missing": found.missing_keys, "is not of this model": found.unexpected_keys}
+        if strict and any(places.values()):
+            wrong = "; ".join(f"{listed(keys, 3)} {why}" for why, keys in places.items() if keys)
+            raise RuntimeError(
+                f"the state dict does not fit this {type(self).__name__}: {wrong}. Load one of the same class and "
+                "configuration, or pass strict=False"
+            )
+        return found
+
+    def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        check_state(self, state, prefix)
+        super()._load_from_state_dict(state, prefix, *args)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a directory that transformers and from_pretrained load."""

@@ -1,4 +1,4 @@
-"""Int8 modules in a model.safetensors.
+"""Int8 modules in a model.safetensors, and in state dicts.
 
 A module's weight, scale and sources are int8_weight, int8_scale and int8_sources there, in the place of the weight that
 transformers reads. Queries, keys and values are three parts, as in every checkpoint, and each has all sources.
@@ -7,15 +7,16 @@ transformers reads. Queries, keys and values are three parts, as in every checkp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastbert.nn.int8 import Int8Embedding, Int8Linear, why_not_integers, why_not_sources
+from fastbert.nn.int8 import Int8Embedding, Int8Linear
+from fastbert.nn.int8_checks import why_not_part, why_not_state
 
-# the first letters of an entry's name, and the dtypes of the three
+# the first letters of an entry's name
 _PREFIX = "int8_"
-_DTYPES = {"weight": torch.int8, "scale": torch.float32, "sources": torch.int32}
 _SOURCES = f".{_PREFIX}sources"
 
 
@@ -57,12 +58,12 @@ def hold(
     found: list[tuple[Int8Linear | Int8Embedding, dict[str, Tensor]]] = []
     for path, m in modules.items():
         tensors: dict[str, Tensor] = {}
-        for leaf in ("sources", "weight", "scale"):
+        for leaf in m.leaves:
             if (names := wanted.get(f"{path}.{leaf}")) is None:
                 continue
             extra = tensors["sources"].numel() if "sources" in tensors else 0
             for name in names:
-                if reason := _why_not(m, leaf, state[name], len(names), extra):
+                if reason := why_not_part(m, leaf, state[name], len(names), extra):
                     raise ValueError(
                         f"{name} in {source} {reason}: run fastbert quantize again, or copy the folder again"
                     )
@@ -76,18 +77,18 @@ def hold(
         m.hold(**tensors)
 
 
-def _why_not(
-    m: Int8Linear | Int8Embedding, leaf: str, t: Tensor, count: int, extra: int
-) -> str | None:
-    """Why a tensor can't be one of `count` parts, as the end of a sentence; the weight has `extra` more columns."""
-    N, K = m.shape
-    if t.dtype != _DTYPES[leaf]:
-        return f"is {t.dtype} and not {_DTYPES[leaf]}"
-    shapes = {"weight": (N // count, K + extra), "scale": (N // count,), "sources": (t.numel(),)}
-    if t.shape != shapes[leaf]:
-        return f"has shape {tuple(t.shape)} and not {shapes[leaf]}"
-    if leaf == "weight":
-        return why_not_integers(t, m.bits)
-    if leaf == "scale" and not bool((t.isfinite() & (t >= 0)).all()):
-        return "has a number that is negative or not finite"
-    return why_not_sources(t, K) if leaf == "sources" else None
+def check_state(model: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
+    """Refuse a state dict with integers for floating-point weights, or the other way round, before any of it is loaded.
+
+    Raises RuntimeError, as load_state_dict does, with one sentence.
+    """
+    for path, m in int8_modules(model).items():
+        if reason := why_not_state(m, state, f"{prefix}{path}."):
+            raise RuntimeError(reason)
+    for name, p in model.named_parameters(remove_duplicate=False):
+        t = state.get(prefix + name)
+        if isinstance(t, Tensor) and t.dtype == torch.int8:
+            raise RuntimeError(
+                f"{prefix}{name} is int8 in the state dict and {p.dtype} in the model: call "
+                "fastbert.quantize(model, replace=True) first, or load the folder with from_pretrained"
+            )

@@ -6,7 +6,7 @@ Each row has one scale. A column of outliers is the sum of several int8 columns.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,36 +14,34 @@ from torch import Tensor, nn
 
 from fastbert import functional as F
 from fastbert.backend import cpu
-from fastbert.backend.reference.linear_int8 import (
-    LARGEST_WEIGHT,
-    LEVELS,
-    most_columns,
-    quantize_weight,
-)
+from fastbert.backend.reference.linear_int8 import LARGEST_WEIGHT, LEVELS, quantize_weight
 from fastbert.backend.torch_private import exporting
 from fastbert.nn.exports import refuse_script
+from fastbert.nn.int8_checks import MOST, why_not_integers, why_not_sources, why_not_state
 from fastbert.ops import _check
 
-# extra columns: at most this share of the weight's own. The first of them must lower the error to _GAIN of what it is
-# without them, and twice as many to _MORE of what it is with them
-_MOST, _GAIN, _MORE = 1 / 32, 0.8, 0.95
+# the first extra columns must lower the error to _GAIN of what it is without them, and twice as many to _MORE of what
+# it is with them
+_GAIN, _MORE = 0.8, 0.95
 
 
 def split(
     weight: Tensor,  # (N, K)
+    name: str = "the weight",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """int8 (N, K + E), the scale of each row (N,) fp32, and the columns (E,) int32 that the last E columns repeat.
 
     The largest number of a row sets its scale. Trained feed-forward weights have a few columns with numbers several
     times as large as the rest, which make the steps of all others coarse. The scale is taken without such columns; each
     of them is the sum of as many columns of int8 as its numbers need, and its activation is multiplied by all of them.
-    The number of such columns is chosen by the weight's rounding error. Sums stay exact.
+    The number of such columns is chosen by the weight's rounding error. Sums stay exact. Refuses numbers that are not
+    finite, with the weight's `name`.
     """
     w = weight.detach().float()
-    q, scale = quantize_weight(w)
+    q, scale = quantize_weight(w, name)
     best = q, scale, torch.empty(0, dtype=torch.int32)
     wanted = _GAIN * _error(w, *best)
-    most = int(w.shape[1] * _MOST)
+    most = int(w.shape[1] * MOST)
     # columns by their largest number, in units of their row's spread
     spread = w.square().mean(1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     order = (w / spread).abs().amax(0).argsort(descending=True)
@@ -120,35 +118,14 @@ def pack(
     return packed
 
 
-def why_not_integers(weight: Tensor, bits: int) -> str | None:
-    """Why sums with these integers, extra columns included, could leave int32; the end of a sentence, or None."""
-    if weight.numel() and int(weight.amin()) < -LARGEST_WEIGHT:
-        return f"has the integer -128, and the least is -{LARGEST_WEIGHT}"
-    if (columns := weight.shape[1]) > (most := most_columns(bits)):
-        return f"has {columns} columns, and {bits} bits allow {most}"
-    return None
-
-
-def why_not_sources(sources: Tensor, columns: int) -> str | None:
-    """Why a weight of so many columns can't repeat these columns; the end of a sentence, or None."""
-    outside = bool(((sources < 0) | (sources >= columns)).any())
-    return f"names a column outside [0, {columns})" if outside else None
-
-
-def why_not_exact(columns: int, bits: int) -> str | None:
-    """Why a weight of so many columns can't be multiplied exactly, None if it can."""
-    most = int(most_columns(bits) / (1 + _MOST))
-    if columns <= most:
-        return None
-    return f"a weight has {columns} columns, and {bits} bits allow {most} for exact sums"
-
-
 class _Int8(nn.Module):
     """What the modules have in common: `weight` int8, `scale` fp32, one number for each of its rows."""
 
     __prepare_scriptable__ = refuse_script
     scale: Tensor
     bits: int
+    # the tensors of a state dict that belong together
+    leaves: tuple[str, ...] = ("weight", "scale")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         scale = self.scale
@@ -157,6 +134,15 @@ class _Int8(nn.Module):
             # the model was cast: scales stay as exact as they were
             self.scale = scale.to(self.scale.device)
         return self
+
+    def _make_room(self, state: Mapping[str, Any], prefix: str) -> None:
+        """Let a state dict that fits be copied into the buffers."""
+
+    def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if reason := why_not_state(self, state, prefix):
+            raise RuntimeError(reason)
+        self._make_room(state, prefix)
+        super()._load_from_state_dict(state, prefix, *args)
 
     def _refuse_training(self) -> None:
         if self.training:
@@ -180,6 +166,7 @@ class Int8Linear(_Int8):
     they are in `panels`. `rows` returns them in both cases, and state dicts, copies and pickles have them as `weight`.
     """
 
+    leaves = ("sources", "weight", "scale")
     weight: Tensor | None
     sources: Tensor
     panels: Tensor | None
@@ -289,9 +276,15 @@ class Int8Linear(_Int8):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = self.rows()
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _make_room(self, state: Mapping[str, Any], prefix: str) -> None:
         self.unpack()
-        super()._load_from_state_dict(*args)
+        sources = state.get(f"{prefix}sources")
+        # the other model may repeat another number of columns
+        if sources is not None and sources.shape != self.sources.shape:
+            columns = self.in_features + sources.numel()
+            size = self.out_features, columns
+            self.weight = torch.empty(size, dtype=torch.int8, device=self.scale.device)
+            self.sources = self.sources.new_empty(sources.shape)
 
     def __getstate__(self) -> dict[str, Any]:
         buffers = {**self._buffers, "weight": self.rows(), "panels": None}

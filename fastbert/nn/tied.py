@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastbert.backend.torch_private import exporting, functorch_active, legacy_batched
+from fastbert.backend.torch_private import exporting, functorch_active, legacy_batched, use_count
 from fastbert.ops import _check
 
 
@@ -28,12 +30,41 @@ class _Tied(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         if ctx.padding is not None and bool((padding := ids == ctx.padding).any()):
             rows = rows.masked_fill(padding[:, None], 0)
+        # a hook may have kept the decoder's gradient
+        own = table is None or _references(table) == _alone()
         if table is None:
             table = rows.new_zeros(ctx.size, rows.shape[1])
         # in a recorded or batched backward the gradient stays as it is
-        own = not (torch.is_grad_enabled() or legacy_batched(table) or legacy_batched(rows))
+        own = own and not (torch.is_grad_enabled() or legacy_batched(table) or legacy_batched(rows))
         add = table.index_add_ if own else table.index_add
         return add(0, ids, rows), None, None
+
+
+class _Probe(torch.autograd.Function):
+    """Counts the references to a gradient in a backward, where nothing but autograd has it."""
+
+    found: tuple[int, int]
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        _Probe.found = _references(grad)
+        return grad
+
+
+def _references(t: Tensor) -> tuple[int, int]:
+    return sys.getrefcount(t), use_count(t)
+
+
+@functools.cache
+def _alone() -> tuple[int, int]:
+    with torch.enable_grad():
+        x = torch.zeros(1, requires_grad=True)
+        torch.autograd.grad(2 * _Probe.apply(x), x)
+    return _Probe.found
 
 
 def tied(
@@ -53,4 +84,5 @@ def tied(
     if not recorded or special or table.device.type != "cpu" or ids.device.type != "cpu":
         return None
     _check.word_ids(ids, table.shape[0])
+    _alone()
     return _Tied.apply(table, ids, word.padding_idx)

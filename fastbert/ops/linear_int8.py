@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.chooser import choose
-from fastbert.backend.reference.linear_int8 import LEVELS, eager, most_columns
+from fastbert.backend.reference.linear_int8 import LARGEST_WEIGHT, LEVELS, eager, most_columns
 from fastbert.backend.tuned import TunedBy
 from fastbert.files import quoted
 from fastbert.ops import _check
@@ -22,6 +22,15 @@ from fastbert.ops._register import (
     wants_grad,
 )
 from fastbert.ops.context import autocast, exported_as
+
+
+def _fwd_check(x: Tensor, weight: Tensor, scale: Tensor, bias: Any, bits: int) -> None:
+    most = most_columns(bits, LARGEST_WEIGHT + 1)
+    if x.shape[1] > most and weight.numel() and int(weight.amin()) < -LARGEST_WEIGHT:
+        raise ValueError(
+            f"weight has the integer -128 and {x.shape[1]} columns: sums of {bits}-bit numbers could leave 32 bits, "
+            f"pass -{LARGEST_WEIGHT} to {LARGEST_WEIGHT}, or up to {most} columns"
+        )
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, *_: Any) -> Any:
@@ -39,6 +48,7 @@ _fwd = register(
     "forward",
     "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int bits) -> Tensor",
     _fwd_fake,
+    _fwd_check,
     tuned_by=TunedBy(dtype="x", sizes="weight", rows="x"),
 )
 _bwd = register(
@@ -95,7 +105,7 @@ def _check_integers(weight: Tensor, scale: Tensor, bits: int, columns: int) -> N
 @exported_as(eager)
 def linear_int8(
     x: Tensor,  # (..., K)
-    weight: Tensor,  # (N, K) int8, in [-127, 127]
+    weight: Tensor,  # (N, K) int8
     scale: Tensor,  # (N,) fp32
     bias: Tensor | None = None,  # (N,)
     bits: int = 12,
@@ -108,8 +118,9 @@ def linear_int8(
 
     To autograd the rounding is the identity: dx = (dy scale) weight. weight and scale get no gradient. Saves both for
     backward. Refuses shapes that don't fit, a weight of another dtype, and K above 8260 (12 bits) or 133144 (8 bits),
-    where a sum could leave 32 bits.
+    where a sum could leave 32 bits; on the CPU K above 8195 or 132104 too, where the weight has -128.
     """
+    _check.given(x=x, weight=weight, scale=scale)
     _check.floating(x=x, bias=bias)
     _check.has_rows(x)
     _check_integers(weight, scale, bits, x.shape[-1])

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastbert.backend import cpu
+from fastbert.backend._common import stale
 from fastbert.backend.cpu import _gemm
 from fastbert.nn import int8
 from fastbert.nn.int8 import Int8Linear
+from fastbert.nn.int8_checks import why_not_exact
 from fastbert.nn.layer import GELUS, LayerSettings, LayerWeights
 from fastbert.nn.packing import Packing
 from fastbert.ops._check import cu_seqlens_valid
@@ -36,13 +38,8 @@ WHOLE_FROM = 1024
 # all Copies that hold a copy
 _live: weakref.WeakSet[Copies] = weakref.WeakSet()
 
-# empty for a module that was built from older sources
-_FIELDS: tuple[str, ...] = getattr(cpu.native, "LAYER_FIELDS", ())
-if cpu.native is not None and LayerWeights._fields != _FIELDS:
-    raise ImportError(
-        f"the native module {cpu.native.__file__} reads a layer's parameters in another order than this version of "
-        "fastbert: build it again, `pip install .` in the checkout"
-    )
+if cpu.native is not None and LayerWeights._fields != cpu.native.LAYER_FIELDS:
+    raise stale(cpu.native, "it reads a layer's parameters in another order")
 
 
 class Copies:
@@ -109,9 +106,12 @@ class Copies:
             self._seal = blocks, _checksum(blocks), sampled
         kept: list[Tensor] = []
         rows: list[list[int]] = []
-        for fields in layers:
+        for i, fields in enumerate(layers):
             packed = [
-                self._prepacked(f, dtype) if len(f[0].shape) == 2 else _joined(f) for f in fields
+                self._prepacked(f, dtype, f"the weight {name} of layer {i}")
+                if len(f[0].shape) == 2
+                else _joined(f)
+                for name, f in zip(LayerWeights._fields, fields, strict=True)
             ]
             rows.append([cpu.address(t) for t in packed])
             # fp32 biases and norms are read where they are, and int8 modules pack their own weights
@@ -126,12 +126,12 @@ class Copies:
         _live.add(self)
         _watch_optimizers()
 
-    def _prepacked(self, weights: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    def _prepacked(self, weights: Sequence[Any], dtype: torch.dtype, name: str) -> Tensor:
         if isinstance(weights[0], Int8Linear):
             return weights[0].packed()
         if self.bits is None:
             return _packed(weights, dtype)
-        return int8.pack(*int8.split(torch.cat([w.detach() for w in weights])), self.bits)
+        return int8.pack(*int8.split(torch.cat([w.detach() for w in weights]), name), self.bits)
 
     def run(
         self,
@@ -215,7 +215,7 @@ def why_not_prepacked(
                 return f"its {name} has shape {tuple(t.shape)}, not {size}"
     if A % settings.heads:
         return f"{A} columns are not {settings.heads} heads"
-    return None if bits is None else int8.why_not_exact(max(C, A, F), bits)
+    return None if bits is None else why_not_exact(max(C, A, F), bits)
 
 
 def _why_not_these_integers(label: str, m: Int8Linear, bits: int | None) -> str | None:

@@ -7,16 +7,19 @@ step, an in-place write that increments the version counter, and another checksu
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from fastbert.backend.reference.linear_int8 import LEVELS
 from fastbert.files import quoted
 from fastbert.models.encoder import BertModel
 from fastbert.nn.int8 import Int8Embedding, Int8Linear
+from fastbert.nn.int8_checks import why_not_numbers
 from fastbert.nn.watch import log_once
 from fastbert.runners.copies import WHOLE_FROM, Copies
 from fastbert.runners.frozen import Frozen
-from fastbert.runners.replace import is_replaced, replace_weights
+from fastbert.runners.replace import is_replaced, replace_weights, set_bits
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -61,9 +64,31 @@ def quantize(
         raise ValueError(f"bits is {quoted(bits)}: pass 12 or 8")
     if embeddings and not replace:
         raise ValueError("embeddings=True replaces the word embeddings: pass replace=True too")
-    if replace or is_replaced(model):
-        return replace_weights(model, bits, embeddings).eval()
+    if replace:
+        replace_weights(model, bits, embeddings)
+        return model.eval()
+    if reason := _why_not_quantised(model):
+        raise ValueError(f"the model can't be quantised: {reason}")
+    set_bits(model, bits)
     return _set_copies(model, bits)
+
+
+def quantize_loaded(model: Any) -> nn.Module:
+    """Quantise a model of fastbert.bert, with the bits of its own int8 weights or with 12."""
+    return quantize(model, model.config.int8_bits or 12)
+
+
+def _why_not_quantised(model: nn.Module) -> str | None:
+    """Why a matrix of the encoders' layers can't become integers, None if all can."""
+    for path, m in model.named_modules():
+        if _copies_of(m, None) is None:
+            continue
+        inside = "layers" if isinstance(m, BertModel) else ""
+        prefix = ".".join(filter(None, (path, inside)))
+        for name, p in m.get_submodule(inside).named_parameters(prefix):
+            if p.dim() == 2 and (reason := why_not_numbers(p)):
+                return f"{name} {reason}"
+    return None
 
 
 def _set_copies(model: nn.Module, bits: int | None) -> nn.Module:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from fastbert.models.encoder import BertModel, Pretrained
-from fastbert.nn.int8 import (
-    MATRICES,
-    Int8Embedding,
-    Int8Linear,
-    replace_matrices,
-    why_not_exact,
-)
+from fastbert.nn.int8 import MATRICES, Int8Embedding, Int8Linear, replace_matrices
+from fastbert.nn.int8_checks import why_not_exact, why_not_numbers
 from fastbert.runners.frozen import PARTS
 
 
@@ -23,7 +19,7 @@ def is_replaced(model: nn.Module) -> bool:
     return any(isinstance(m, Int8Linear) for m in model.modules())
 
 
-def replace_weights(model: nn.Module, bits: int, embeddings: bool) -> nn.Module:
+def replace_weights(model: nn.Module, bits: int, embeddings: bool) -> None:
     """Hold the weights of the model's encoders as int8; one that does so already gets the `bits`.
 
     Raises TypeError for a model without an encoder of fastbert.bert, and ValueError, before anything is changed, for
@@ -35,17 +31,28 @@ def replace_weights(model: nn.Module, bits: int, embeddings: bool) -> nn.Module:
             f"{type(model).__name__} has no encoder of fastbert.bert, whose weights replace=True replaces: save the "
             "model and load the folder with fastbert.bert"
         )
+    _replace_all(model, encoders, bits, embeddings)
+
+
+def set_bits(model: nn.Module, bits: int) -> None:
+    """Let the encoders whose weights are int8 compute with these `bits`; others stay as they are."""
+    encoders = [m for m in model.modules() if isinstance(m, BertModel) and is_replaced(m)]
+    _replace_all(model, encoders, bits, False)
+
+
+def _replace_all(
+    model: nn.Module, encoders: Sequence[BertModel], bits: int, embeddings: bool
+) -> None:
     for encoder in encoders:
         if reason := _why_not(encoder, bits, embeddings):
             raise ValueError(f"the weights can't be replaced by int8: {reason}")
     for encoder in encoders:
         _replace(encoder, bits, embeddings)
     for m in model.modules():
-        if isinstance(m, Pretrained):
+        if isinstance(m, Pretrained) and m.bert in encoders:
             rows = isinstance(m.bert.embeddings.word, Int8Embedding)
             # another model may have the same configuration
             m.config = dataclasses.replace(m.config, int8_bits=bits, int8_embeddings=rows)
-    return model
 
 
 def _why_not(encoder: BertModel, bits: int, embeddings: bool) -> str | None:
@@ -62,10 +69,10 @@ def _why_not(encoder: BertModel, bits: int, embeddings: bool) -> str | None:
         if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m):
             return f"{name} has hooks or another forward"
         integers = isinstance(m, (Int8Linear, Int8Embedding))
+        if not integers and (reason := why_not_numbers(m.weight)):
+            return f"{name} {reason}"
         if reason := why_not_exact((m if integers else m.weight).shape[1], bits):
             return f"{name}: {reason}"
-        if not integers and not bool(m.weight.isfinite().all()):
-            return f"{name} has a number that is not finite"
     return None
 
 

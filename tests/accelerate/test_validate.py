@@ -89,6 +89,24 @@ def test_several_batches_need_bits():
         fastbert.validate(build("Bert"), [batch("Bert")])
 
 
+@pytest.mark.parametrize("bits", [None, pytest.param(12, marks=needs_cpu)])
+def test_a_batch_without_a_token_is_refused(bits):
+    model, full = build("Bert"), batch("Bert")
+    empty = {k: v[:0] for k, v in full.items()}
+    padding = {**full, "attention_mask": torch.zeros_like(MASK)}
+    for given, sentence in (
+        (empty, r"^(the batch|batch 1) has a tensor of shape \(0, \d+\): pass a token"),
+        (empty["input_ids"], r"has a tensor of shape \(0, \d+\)"),
+        (padding, "has no token, its attention_mask is 0 everywhere"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            fastbert.validate(model, given, rounds=1, bits=bits)
+    if bits is not None:
+        with pytest.raises(ValueError, match=r"^batch 2 has a tensor of shape"):
+            fastbert.validate(model, [full, empty], rounds=1, bits=bits)
+    assert not is_accelerated(model)
+
+
 # --- bits ---
 
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import tiny_tasks
 import torch
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from fastbert.backend import cpu
@@ -13,6 +14,7 @@ from fastbert.bert import BertConfig, BertForMaskedLM, BertForSequenceClassifica
 from fastbert.cli.app import app, main
 from fastbert.data import load_tokenizer, save_tokenizer
 from fastbert.finetune.config import Options
+from fastbert.models import checkpoint
 
 if cpu.native is None:
     pytest.skip(str(cpu.unavailable), allow_module_level=True)
@@ -151,6 +153,37 @@ def test_an_interruption_leaves_nothing(base, tmp_path, monkeypatch, stop):
     monkeypatch.setattr(BertModel, "save_pretrained", save)
     CliRunner().invoke(app, ["quantize", str(base), str(tmp_path / "out")])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_room(base, tmp_path, monkeypatch, capsys):
+    """safetensors has an exception of its own for it."""
+
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    error = fails(capsys, "quantize", base, tmp_path / "out")
+    assert "model.safetensors can't be written (I/O error: No space left on device" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["../other", "1_Pooling/../../other", "/other"])
+def test_modules_outside_of_the_folder_are_refused(base, tmp_path, capsys, path):
+    model, other = tmp_path / "model", tmp_path / "other"
+    shutil.copytree(base, model)
+    for folder in (model / "1_Pooling", other):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"word_embedding_dimension": 8}))
+    kinds = {
+        "Transformer": "",
+        "Pooling": path.replace("/other", str(other)) if path[0] == "/" else path,
+    }
+    entries = [{"type": f"sentence_transformers.models.{k}", "path": v} for k, v in kinds.items()]
+    (model / "modules.json").write_text(json.dumps(entries))
+    error = fails(capsys, "quantize", model, tmp_path / "out")
+    assert f"modules.json in {model} names " in error
+    assert "which is outside of it: copy that folder into it" in error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "other"]
 
 
 def test_refusals(base, tmp_path, capsys):

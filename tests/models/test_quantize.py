@@ -10,7 +10,7 @@ import fastbert
 from fastbert import functional as F
 from fastbert.backend import cpu
 from fastbert.bert import BertConfig, BertForMaskedLM, BertModel
-from fastbert.nn import int8
+from fastbert.nn import int8, int8_checks
 from fastbert.nn.packing import Packing
 
 if cpu.native is None:
@@ -218,9 +218,9 @@ def test_weights_without_outliers_are_held_once(shape, value):
 
 
 def test_sums_that_would_overflow_are_not_quantised():
-    assert int8.why_not_exact(8192, 8) is None
-    assert int8.why_not_exact(4096, 12) is None
-    assert "8192 columns, and 12 bits allow 8009" in str(int8.why_not_exact(8192, 12))
+    assert int8_checks.why_not_exact(8192, 8) is None
+    assert int8_checks.why_not_exact(4096, 12) is None
+    assert "8192 columns, and 12 bits allow 8009" in str(int8_checks.why_not_exact(8192, 12))
 
 
 @pytest.mark.parametrize("bits", [0, 4, 16, "12", None])
@@ -239,8 +239,67 @@ def test_a_weight_that_is_not_finite_is_named(model):
     fastbert.quantize(model)
     with torch.no_grad():
         model.layers[0].attention.out.weight[7, 2] = float("nan")
-    with pytest.raises(ValueError, match="row 7 of the weight"):
+    with pytest.raises(ValueError, match="row 7 of the weight out of layer 0 has a number"):
         hidden(model, batch())
+
+
+MODES = pytest.mark.parametrize("mode", [{}, {"replace": True}, {"replace": True, "bits": 8}])
+
+
+@MODES
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_at_once(model, mode, bad):
+    with torch.no_grad():
+        model.layers[2].feed_forward.down.weight[7, 2] = bad
+    with pytest.raises(
+        ValueError, match=r"2.*feed_forward\.down|feed_forward\.down of layer 2"
+    ) as stop:
+        fastbert.quantize(model, **mode)
+    assert "has a number that is not finite" in str(stop.value)
+    assert model.frozen is None
+    assert fastbert.weight_bytes(model)["int8"] == 0
+    with pytest.raises(ValueError, match="not finite"):
+        fastbert.validate(model, batch(), bits=12)
+
+
+def test_weights_of_accelerated_models_that_are_not_finite_are_refused_at_once():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
+    theirs = transformers.BertForMaskedLM(transformers.BertConfig(**sizes, intermediate_size=64))
+    with torch.no_grad():
+        theirs.bert.encoder.layer[1].output.dense.weight[3, 4] = float("inf")
+        # not quantised
+        theirs.bert.embeddings.word_embeddings.weight[3, 4] = float("inf")
+    with pytest.raises(ValueError, match=r"bert\.encoder\.layer\.1\.output\.dense\.weight has a"):
+        fastbert.quantize(fastbert.accelerate(theirs))
+    assert fastbert.frozen_bytes(theirs) == 0
+    assert "frozen" not in vars(theirs.bert.encoder)
+
+
+@MODES
+def test_models_without_numbers_are_refused(model, mode):
+    model.to("meta")
+    with pytest.raises(ValueError, match="is on the meta device, which holds no numbers: load"):
+        fastbert.quantize(model, **mode)
+    with pytest.raises(ValueError, match="is on the meta device, which holds no numbers: load"):
+        fastbert.validate(model, batch(), **({"bits": 12} if mode else {}))
+
+
+def test_a_layer_without_a_weight_is_refused(model):
+    model.layers[1].attention.out.weight = None
+    with pytest.raises(ValueError, match=r"attention\.out of layer 1 has no weight"):
+        fastbert.quantize(model, replace=True)
+
+
+@pytest.mark.parametrize("bits", [12, 8])
+def test_each_encoder_of_a_model_keeps_its_kind_of_weights(model, bits):
+    both = torch.nn.ModuleList([fastbert.quantize(copy.deepcopy(model), replace=True), model])
+    fastbert.quantize(both, bits)
+    assert both[0].config.int8_bits == both[0].layers[0].attention.out.bits == bits
+    assert both[1].config.int8_bits is None
+    assert fastbert.weight_bytes(both[1])["int8"] == 0
+    inputs = batch()
+    assert torch.equal(hidden(both[0], inputs), hidden(both[1], inputs))
 
 
 def test_heads_on_a_quantised_encoder():

@@ -181,6 +181,22 @@ def test_other_settings_are_refused(settings, sentence, tmp_path):
         BertModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("int8", "passed", "sentence"),
+    [
+        (True, {"int8_bits": None}, "are int8 and int8_bits=None was passed: leave it out"),
+        (True, {"int8_embeddings": True}, "int8_embeddings=True was passed and the weights in"),
+        (False, {"int8_bits": 12}, "are others: leave both out, and call fastbert.quantize with"),
+        (False, {"int8_bits": 8, "int8_embeddings": True}, "int8_bits=8, int8_embeddings=True was"),
+    ],
+)
+def test_settings_do_not_change_the_kind_of_weights(int8, passed, sentence, tmp_path):
+    model = made() if int8 else BertModel(BertConfig(**SIZES))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=sentence):
+        BertModel.from_pretrained(tmp_path, **passed)
+
+
 def test_files_and_settings_of_two_models_are_refused(tmp_path):
     """config.json of the int8 model with weights of the other, and the other way round."""
     made().save_pretrained(tmp_path / "int8")

@@ -97,3 +97,36 @@ def test_an_id_outside_the_table_is_named(batch):
         IndexError, match=rf"ids\[1\] is {V}, outside \[0, {V}\): check that the tok"
     ):
         small(BertForMaskedLM)(**batch)
+
+
+@pytest.mark.parametrize("logits", [None, True])
+@pytest.mark.parametrize("place", ["post", "pre"])
+def test_a_gradient_that_a_hook_keeps_stays_as_it_is(batch, logits, place):
+    """Hooks on autograd's nodes see the decoder's gradient before the encoder's rows are added to it."""
+    model = small(BertForMaskedLM)
+    out = model(**batch, return_logits=logits)
+    expected = gradients(model, {**batch, "return_logits": logits})
+    kept = []
+
+    def keep(grads, *_):
+        for grad in grads:
+            if grad is not None and grad.shape == (V, C):
+                kept.append((grad, grad.clone()))
+
+    nodes, seen = [out.loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if place == "post" and "AccumulateGrad" not in node.name():
+            node.register_hook(keep)
+        if place == "pre" and "Tied" in node.name():
+            node.register_prehook(keep)
+        nodes += [after for after, _ in node.next_functions]
+    model.zero_grad()
+    out.loss.backward()
+    assert kept
+    assert all(torch.equal(grad, copy) for grad, copy in kept)
+    for name, grad in expected.items():
+        torch.testing.assert_close(dict(model.named_parameters())[name].grad, grad, msg=name)

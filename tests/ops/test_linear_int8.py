@@ -197,3 +197,35 @@ def test_sums_that_could_leave_32_bits_are_refused():
         wider = torch.nn.functional.pad(x, (0, 1)), torch.nn.functional.pad(weight, (0, 1))
         with pytest.raises(ValueError, match=f"x has {most + 1} columns: .* up to {most}, use"):
             functional.linear_int8(*wider, scale, bits=bits)
+
+
+@EVERY
+@BITS
+def test_sums_with_the_lowest_integer(name, bits):
+    """The largest sums with -128, of both signs, up to the number of columns where they fit into 32 bits."""
+    largest, most = LEVELS[bits], {12: 8195, 8: 132104}[bits]
+    x = torch.full((2, most), float(largest))
+    x[1] = -largest
+    weight = torch.full((3, most), -128).to(torch.int8)
+    weight[1] = 127
+    weight[2, ::2] = 127
+    sums = x.long() @ weight.long().t()
+    assert 2**31 - 128 * largest <= int(sums.abs().max()) < 2**31
+    assert torch.equal(run(name, x, weight, torch.ones(3), bits=bits), sums.float())
+
+
+@BITS
+def test_sums_with_the_lowest_integer_that_could_leave_32_bits_are_refused(bits):
+    least, most = {12: (8196, 8260), 8: (132105, 133144)}[bits]
+    weight = torch.full((2, most), -127).to(torch.int8)
+    x, scale = torch.ones(1, most), torch.ones(2)
+    y = functional.linear_int8(x, weight, scale, bits=bits)
+    assert float(y[0, 0]) == pytest.approx(-127 * most, rel=1e-6)
+    weight[1, 5] = -128
+    for columns in (least, most):
+        given = x[:, :columns], weight[:, :columns], scale
+        sentence = f"has the integer -128 and {columns} columns, .* or up to {least - 1} columns"
+        with pytest.raises(ValueError, match=sentence):
+            functional.linear_int8(*given, bits=bits)
+        with pytest.raises(ValueError, match=sentence):
+            torch.compile(functional.linear_int8, backend="eager")(*given, bits=bits)

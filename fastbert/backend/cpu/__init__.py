@@ -57,18 +57,20 @@ _keep = os.environ.get("FASTBERT_KEEP_MEMORY", "1")
 
 
 def _loaded() -> tuple[Any, str | None]:
-    """The native module, on FASTBERT_CPU_ISA where it is set; or None and the reason."""
+    """The native module, on FASTBERT_CPU_ISA where it is set; or None and the reason. Refuses one of other sources."""
     try:
         _share_openmp()
         module = import_module("fastbert._cpu")
-        module.keep_memory(_keep != "0")
-        if _isa:
-            module.use_isa(_isa)
     except (ImportError, OSError) as error:
         return None, (
             f"the native module fastbert._cpu is not usable ({error}): install fastbert with a C++ "
             "compiler at hand, `pip install .` in a checkout"
         )
+    _common.check_current(module)
+    module.keep_memory(_keep != "0")
+    try:
+        if _isa:
+            module.use_isa(_isa)
     except ValueError as error:
         return None, str(error)
     return module, None

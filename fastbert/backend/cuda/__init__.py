@@ -37,6 +37,7 @@ def _loaded() -> tuple[Any, str | None]:
             "toolkit's or the wheels nvidia-cuda-nvcc and nvidia-cuda-cccl, by FASTBERT_CUDA=1 `pip install .` in a "
             "checkout; `make demo` leaves the module out where nvidia-smi lists no GPU"
         )
+    _common.check_current(module)
     if torch.version.hip:
         reason = "this torch is for AMD's GPUs, which CUDA does not run on: use the triton backend"
         return module, reason

@@ -49,17 +49,18 @@ def quantize_rows(
 
 def quantize_weight(
     weight: Tensor,  # (N, K)
+    name: str = "the weight",
 ) -> tuple[Tensor, Tensor]:
     """int8 (N, K) in [-127, 127] and the scale of each row, (N,) fp32: max_k |w_k| / 127, 0 for a row of zeros.
 
-    Refuses numbers that are not finite.
+    Refuses numbers that are not finite, with the weight's `name`.
     """
     w = weight.detach().to(torch.float32)
     largest = w.abs().amax(1)
     if not bool(largest.isfinite().all()):
         row = int((~largest.isfinite()).nonzero()[0])
         raise ValueError(
-            f"row {row} of the weight has a number that is not finite: quantise a weight without inf and NaN"
+            f"row {row} of {name} has a number that is not finite: quantise a weight without inf and NaN"
         )
     scale = largest / torch.full_like(largest, LARGEST_WEIGHT)
     q = torch.where(scale[:, None] > 0, torch.round(w / scale[:, None]), 0.0)
@@ -68,9 +69,9 @@ def quantize_weight(
     return q.to(torch.int8), scale
 
 
-def most_columns(bits: int) -> int:
-    """The most columns of a weight with which every sum fits into int32."""
-    return (2**31 - 1) // (LEVELS[bits] * LARGEST_WEIGHT)
+def most_columns(bits: int, largest: int = LARGEST_WEIGHT) -> int:
+    """The most columns of a weight in [-largest, largest] with which every sum fits into int32."""
+    return (2**31 - 1) // (LEVELS[bits] * largest)
 
 
 def forward(
