@@ -20,7 +20,11 @@ from fastbert.runners.copies import RECORDED, Copies, Fields, why_not_prepacked
 def served(encoder: nn.Module, x: Tensor, call: layers.Call) -> Tensor | None:
     """A frozen encoder's output for packed hidden states (1, T, C), None where its layers have to run."""
     copies = vars(encoder).get("frozen")
-    if copies is None or call.tokens is not None or not (call.packed and call.states_unused):
+    if copies is None:
+        return None
+    if call.tokens is not None or not (call.packed and call.states_unused):
+        reason = "padding is computed too" if call.states_unused else "hidden states are requested"
+        log_once(f"the frozen encoder runs its layers one by one: {reason}")
         return None
     y = copies.encode(call.parts, x[0], call)
     return None if y is None else y[None]

@@ -32,6 +32,7 @@ from fastbert.integrations.report import (
     run,
     speed,
 )
+from fastbert.runners.replace import is_replaced
 
 COSINE = 0.9999
 
@@ -63,9 +64,14 @@ def validate(
     """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}: it must be at least 1")
+    name = type(model).__name__
+    if is_replaced(model):
+        raise ValueError(
+            f"the weights of this {name} are int8: load the model that they were made from"
+        )
     if any(t.is_meta for t in model.parameters()):
         raise ValueError(
-            f"the {type(model).__name__} is on the meta device, which holds no numbers: load the weights first"
+            f"the {name} is on meta: move it to the CPU by loading its weights, the meta device holds no numbers"
         )
     if bits is not None:
         report = compare_quantised(model, batch, rounds, bits)

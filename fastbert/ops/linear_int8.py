@@ -118,7 +118,7 @@ def linear_int8(
 
     To autograd the rounding is the identity: dx = (dy scale) weight. weight and scale get no gradient. Saves both for
     backward. Refuses shapes that don't fit, a weight of another dtype, and K above 8260 (12 bits) or 133144 (8 bits),
-    where a sum could leave 32 bits; on the CPU K above 8195 or 132104 too, where the weight has -128.
+    where a sum could leave 32 bits; on the CPU K above 8196 or 132104 too, where the weight has -128.
     """
     _check.given(x=x, weight=weight, scale=scale)
     _check.floating(x=x, bias=bias)

@@ -14,6 +14,7 @@ from torch import nn
 from fastbert.backend.reference.linear_int8 import LEVELS
 from fastbert.files import quoted
 from fastbert.models.encoder import BertModel
+from fastbert.nn.blocks import QKVProjection
 from fastbert.nn.int8 import Int8Embedding, Int8Linear
 from fastbert.nn.int8_checks import why_not_numbers
 from fastbert.nn.watch import log_once
@@ -34,6 +35,7 @@ def freeze(model: nn.Module) -> nn.Module:
     change whole rows, and in the next call of at least 1,024 tokens if they change single numbers. Call `freeze` again
     after a write to rows or numbers.
     """
+    _check_model(model)
     if is_replaced(model):
         raise ValueError("the encoder's weights are int8: call quantize, which packs those")
     return _set_copies(model, None)
@@ -60,6 +62,7 @@ def quantize(
     masked-LM decoder that is tied to them computes from the same integers. A model that is int8 already takes other
     `bits`. Raises ValueError for other `bits`, for layers that can't be replaced, and for weights that are not finite.
     """
+    _check_model(model)
     if not isinstance(bits, int) or bits not in LEVELS:
         raise ValueError(f"bits is {quoted(bits)}: pass 12 or 8")
     if embeddings and not replace:
@@ -83,12 +86,25 @@ def _why_not_quantised(model: nn.Module) -> str | None:
     for path, m in model.named_modules():
         if _copies_of(m, None) is None:
             continue
+        for name, part in m.named_modules(prefix=path):
+            if (
+                isinstance(part, (nn.Linear, QKVProjection))
+                and part._parameters.get("weight", 0) is None
+            ):
+                return f"{name} has no weight"
         inside = "layers" if isinstance(m, BertModel) else ""
         prefix = ".".join(filter(None, (path, inside)))
         for name, p in m.get_submodule(inside).named_parameters(prefix):
             if p.dim() == 2 and (reason := why_not_numbers(p)):
                 return f"{name} {reason}"
     return None
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}: pass a fastbert.bert model, or an accelerated one"
+        )
 
 
 def _set_copies(model: nn.Module, bits: int | None) -> nn.Module:

@@ -69,7 +69,7 @@ def _why_not(encoder: BertModel, bits: int, embeddings: bool) -> str | None:
         if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m):
             return f"{name} has hooks or another forward"
         integers = isinstance(m, (Int8Linear, Int8Embedding))
-        if not integers and (reason := why_not_numbers(m.weight)):
+        if reason := why_not_numbers(m.scale if integers else m.weight):
             return f"{name} {reason}"
         if reason := why_not_exact((m if integers else m.weight).shape[1], bits):
             return f"{name}: {reason}"

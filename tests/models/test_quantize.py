@@ -281,14 +281,31 @@ def test_models_without_numbers_are_refused(model, mode):
     model.to("meta")
     with pytest.raises(ValueError, match="is on the meta device, which holds no numbers: load"):
         fastbert.quantize(model, **mode)
-    with pytest.raises(ValueError, match="is on the meta device, which holds no numbers: load"):
+    with pytest.raises(ValueError, match="is on meta: move it to the CPU by loading its weights"):
         fastbert.validate(model, batch(), **({"bits": 12} if mode else {}))
 
 
-def test_a_layer_without_a_weight_is_refused(model):
+@MODES
+def test_a_layer_without_a_weight_is_refused(model, mode):
     model.layers[1].attention.out.weight = None
-    with pytest.raises(ValueError, match=r"attention\.out of layer 1 has no weight"):
-        fastbert.quantize(model, replace=True)
+    with pytest.raises(ValueError, match=r"(attention\.out of layer 1|1\.attention\.out) has no w"):
+        fastbert.quantize(model, **mode)
+
+
+def test_an_int8_model_is_no_model_to_compare_and_has_numbers(model):
+    fastbert.quantize(model, replace=True)
+    for bits in (None, 12):
+        with pytest.raises(ValueError, match="are int8: load the model that they were made from"):
+            fastbert.validate(model, batch(), bits=bits)
+    assert model.frozen is not None
+    with pytest.raises(ValueError, match="is on the meta device"):
+        fastbert.quantize(model.to("meta"), 8)
+
+
+@pytest.mark.parametrize("call", [fastbert.quantize, fastbert.freeze])
+def test_a_call_without_a_model_is_refused(call):
+    with pytest.raises(TypeError, match=r"model is a NoneType: pass a fastbert\.bert model"):
+        call(None)
 
 
 @pytest.mark.parametrize("bits", [12, 8])

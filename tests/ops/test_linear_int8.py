@@ -203,7 +203,7 @@ def test_sums_that_could_leave_32_bits_are_refused():
 @BITS
 def test_sums_with_the_lowest_integer(name, bits):
     """The largest sums with -128, of both signs, up to the number of columns where they fit into 32 bits."""
-    largest, most = LEVELS[bits], {12: 8195, 8: 132104}[bits]
+    largest, most = LEVELS[bits], {12: 8196, 8: 132104}[bits]
     x = torch.full((2, most), float(largest))
     x[1] = -largest
     weight = torch.full((3, most), -128).to(torch.int8)
@@ -216,7 +216,7 @@ def test_sums_with_the_lowest_integer(name, bits):
 
 @BITS
 def test_sums_with_the_lowest_integer_that_could_leave_32_bits_are_refused(bits):
-    least, most = {12: (8196, 8260), 8: (132105, 133144)}[bits]
+    least, most = {12: (8197, 8260), 8: (132105, 133144)}[bits]
     weight = torch.full((2, most), -127).to(torch.int8)
     x, scale = torch.ones(1, most), torch.ones(2)
     y = functional.linear_int8(x, weight, scale, bits=bits)
@@ -224,7 +224,7 @@ def test_sums_with_the_lowest_integer_that_could_leave_32_bits_are_refused(bits)
     weight[1, 5] = -128
     for columns in (least, most):
         given = x[:, :columns], weight[:, :columns], scale
-        sentence = f"has the integer -128 and {columns} columns, .* or up to {least - 1} columns"
+        sentence = f"has the integer -128 and {columns} columns: .* or up to {least - 1} columns"
         with pytest.raises(ValueError, match=sentence):
             functional.linear_int8(*given, bits=bits)
         with pytest.raises(ValueError, match=sentence):
