@@ -38,7 +38,7 @@ sleep = torch.cuda._sleep
 # sets every tensor of a list to zero
 zero_all = torch._foreach_zero_
 # how many references C++ has to a tensor
-use_count = torch.Tensor._use_count
+use_count: Any = torch.Tensor._use_count  # type: ignore[attr-defined]
 # the shared library that holds torch's C++ code
 LIBRARY = torch._C.__file__
 
