@@ -290,6 +290,8 @@ def encoded(work: str, variant: str, pace: Pace) -> dict[str, Any]:
         model = fastbert.accelerate(model)
     if variant == "frozen":
         model = fastbert.freeze(model)
+    if variant == "quantised":
+        model = fastbert.quantize(model)
     texts = sentences()
     model.encode(texts[:256])
     pace.ready()
