@@ -92,6 +92,11 @@ class Encoder {
       feed_forward_up(dtype_, kFloat32, s.tanh, x, nullptr, w.up, w.up_bias, nullptr, h, M, s.F, C_,
                       threads_);
   }
+  // y = b in every row: the output of a block without heads or columns
+  void fill(const float* b, T* y, int64_t M) const {
+    for (int64_t i = 0; i < M; ++i)
+      for (int64_t c = 0; c < C_; ++c) store1(y + i * C_ + c, b[c]);
+  }
   void linear_int8(const T* x, const float* w, const float* b, Activation activation, T* y,
                    int64_t M, int64_t N, int64_t K) const {
     float *q = quantised_[0], *a = scales_[0];
@@ -110,9 +115,11 @@ class Encoder {
     const int64_t A = s.H * s.D;
     T* wide = reinterpret_cast<T*>(wide_[0]);
     T *context = buffer(0), *y = buffer(1), *middle = buffer(2);
-    linear(in, w.qkv, w.qkv_bias, wide, tokens_, 3 * A, C_);
-    attention_fwd(dtype_, wide, cu, context, nullptr, tokens_, B_, s.H, s.D, s.scale, false,
-                  nullptr, 0, 0, 1.0f, threads_);
+    if (s.H) {
+      linear(in, w.qkv, w.qkv_bias, wide, tokens_, 3 * A, C_);
+      attention_fwd(dtype_, wide, cu, context, nullptr, tokens_, B_, s.H, s.D, s.scale, false,
+                    nullptr, 0, 0, 1.0f, threads_);
+    }
     int64_t M = tokens_;
     const T* residual = in;
     if (rows) {
@@ -123,10 +130,17 @@ class Encoder {
       residual = middle;
       M = R;
     }
-    linear(context, w.out, w.out_bias, y, M, C_, A);
+    if (s.H)
+      linear(context, w.out, w.out_bias, y, M, C_, A);
+    else
+      fill(w.out_bias, y, M);
     add_norm(y, residual, w.attention_norm, w.attention_norm_bias, s.attention_eps, middle, M);
-    up(middle, w, s, wide, M);
-    linear(wide, w.down, w.down_bias, y, M, C_, s.F);
+    if (s.F) {
+      up(middle, w, s, wide, M);
+      linear(wide, w.down, w.down_bias, y, M, C_, s.F);
+    } else {
+      fill(w.down_bias, y, M);
+    }
     add_norm(y, middle, w.output_norm, w.output_norm_bias, s.output_eps, out, M);
   }
 
@@ -151,7 +165,8 @@ void encoder_infer(int dtype, bool int8, const void* x, const int32_t* cu_seqlen
     narrow = imax(narrow, s.H * s.D);
     if (!int8) continue;
     const float* weights[] = {table[i].qkv, table[i].out, table[i].up, table[i].down};
-    for (const float* w : weights) columns = imax(columns, columns_of(w));
+    for (const float* w : weights)
+      if (w) columns = imax(columns, columns_of(w));
   }
   with_type(dtype, [&](auto t) {
     using E = decltype(t);

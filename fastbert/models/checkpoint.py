@@ -18,9 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastbert.files import folder_or_new, listed, parse_json, read_text, replacing
-from fastbert.models.config import BertConfig, model_folder
+from fastbert.models.config import LAYER_SIZES, BertConfig, model_folder
 from fastbert.models.int8_files import hold, int8_keys, int8_modules, is_int8, parts_of
+from fastbert.models.layer_sizes import full_size, pad
 from fastbert.models.names import Names, hf_keys, names_of
+from fastbert.nn.watch import log_once
 
 State = dict[str, Tensor]
 
@@ -80,18 +82,27 @@ def load(cls: type, directory: str | Path, **overrides: Any) -> Any:
     return model.eval()
 
 
-def save(model: nn.Module, directory: str | Path) -> None:
+def save(model: nn.Module, directory: str | Path, padded: bool = False) -> None:
     """Write config.json and model.safetensors in transformers' format, each file whole or not at all.
 
     An older checkpoint in the directory stays in place until both new files are written; other files are not touched.
+    With `padded` layers with sizes of their own are filled up with zeros; raises ValueError for int8 weights then.
     """
     config: BertConfig = model.config  # type: ignore[assignment]
     folder = folder_or_new(directory, "pass a directory to save into")
+    state = model.state_dict()
+    if padded:
+        state, config = pad(state, config), full_size(config)
+    elif config != full_size(config):
+        log_once(
+            "transformers has no field for sizes of single layers and can't load the saved model, from_pretrained can: "
+            "save_pretrained(..., padded=True) fills the layers up with zeros for transformers"
+        )
     name = class_name(type(model))
     values = {k: v for k, v in config.to_dict().items() if k not in _STALE}
     values["architectures"] = [_KINDS[values["model_type"]] + name.removeprefix("Bert")]
     values["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
-    state = to_hf(model, names_of(config.model_type, name))
+    state = to_hf(model, names_of(config.model_type, name), state)
     folder.mkdir(parents=True, exist_ok=True)
     weights, settings = folder / "model.safetensors", folder / "config.json"
     # both are on the disk before either is renamed
@@ -119,9 +130,13 @@ def class_name(cls: type) -> str:
     return name
 
 
-def to_hf(model: nn.Module, names: Names) -> State:
-    """The model's weights under Hugging Face's names, on the CPU; a bare BertModel's without prefix."""
-    bare, state, values = not _is_head(model), State(), model.state_dict()
+def to_hf(model: nn.Module, names: Names, values: State | None = None) -> State:
+    """The model's weights under Hugging Face's names, on the CPU; a bare BertModel's without prefix.
+
+    `values` replace its state dict.
+    """
+    bare, state = not _is_head(model), State()
+    values = model.state_dict() if values is None else values
     for key, keys in _file_keys(model, values, names).items():
         for name, part in zip(keys, parts_of(values[key], keys), strict=True):
             state[name.split(".", 1)[1] if bare else name] = part.detach().cpu().contiguous()
@@ -224,9 +239,10 @@ def _remedy(model: nn.Module, key: str, found: torch.Size, wanted: torch.Size) -
 
 def _check_size(config: BertConfig, state: State, folder: Path) -> None:
     """Refuse a config.json of a far larger model before memory is taken for it."""
-    c, f = config.hidden_size, config.intermediate_size
+    c = config.hidden_size
     tables = config.vocab_size + config.max_position_embeddings + (config.type_vocab_size or 0)
-    wanted = c * tables + config.num_hidden_layers * (4 * c * c + 2 * c * f)
+    columns = [4 * heads * config.head_size + 2 * width for heads, width in config.layer_sizes]
+    wanted = c * (tables + sum(columns))
     found = sum(value.numel() for value in state.values())
     # a new head for masked words may be as large as a word table
     if wanted > 4 * found + 100_000_000:
@@ -257,6 +273,10 @@ def _override(config: BertConfig, overrides: dict[str, Any]) -> BertConfig:
     if "id2label" in overrides:
         # otherwise the file's num_labels would override the number of new names
         overrides = {"num_labels": None, "label2id": None, **overrides}
+    layers = overrides.get("num_hidden_layers")
+    for name in LAYER_SIZES:
+        if isinstance(layers, int) and (sizes := getattr(config, name)):
+            overrides = {name: sizes[: max(layers, 0)], **overrides}
     return dataclasses.replace(config, **overrides)
 
 

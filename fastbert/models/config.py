@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbert.files import parse_json, quoted, read_text
+from fastbert.models.names import HF_DEFAULTS, NOT_WRITTEN, SPELLINGS
 
 # hidden_act -> `approximate` of bias_gelu; None: ReLU
 ACTIVATIONS: dict[str, str | None] = {
@@ -28,41 +29,16 @@ PROBLEM_TYPES = (
     "multi_label_classification",
 )
 # type in an annotation -> type of a value, and its name in messages
-_TYPES: dict[str, tuple[type, str]] = {
+_TYPES: dict[str, tuple[Any, str]] = {
     "int": (Integral, "a whole number"),
     "float": (Real, "a number"),
     "str": (str, "a text"),
     "bool": (bool, "true or false"),
     "dict": (dict, "a JSON object"),
+    "tuple": ((tuple, list), "a list"),
 }
 # model_type -> the family with the same weights and maths; to_dict writes the original model_type
 ALIASES = {"xlm-roberta": "roberta", "camembert": "roberta"}
-# Hugging Face spelling -> ours, where they differ
-SPELLINGS: dict[str, dict[str, str]] = {
-    "bert": {},
-    "roberta": {},
-    "distilbert": {
-        "dim": "hidden_size",
-        "n_layers": "num_hidden_layers",
-        "n_heads": "num_attention_heads",
-        "hidden_dim": "intermediate_size",
-        "activation": "hidden_act",
-        "dropout": "hidden_dropout_prob",
-        "attention_dropout": "attention_probs_dropout_prob",
-    },
-}
-# Hugging Face's value of a key that config.json lacks, where it differs from the dataclass's default
-HF_DEFAULTS: dict[str, dict[str, Any]] = {
-    "bert": {},
-    "roberta": {"vocab_size": 50265, "type_vocab_size": 2},
-    "distilbert": {"num_hidden_layers": 6},
-}
-# fields of ours that a family's config.json does not have
-_NOT_WRITTEN = {
-    "bert": {"seq_classif_dropout", "qa_dropout"},
-    "roberta": {"seq_classif_dropout", "qa_dropout"},
-    "distilbert": {"type_vocab_size", "layer_norm_eps", "classifier_dropout"},
-}
 # fields that to_dict writes one by one
 _SPECIAL = (
     "extra",
@@ -73,7 +49,11 @@ _SPECIAL = (
     "position_embedding_type",
     "int8_bits",
     "int8_embeddings",
+    "layer_heads",
+    "layer_widths",
 )
+# sizes of single layers -> the size that none of them exceeds
+LAYER_SIZES = {"layer_heads": "num_attention_heads", "layer_widths": "intermediate_size"}
 # the value of quantization_config for int8 weights; bits and embeddings are added. It has no quant_method: transformers
 # refuses the folder then, while it would draw the weights anew under a method that it does not know
 _INT8 = {"library": "fastbert", "layout": 1}
@@ -144,6 +124,10 @@ class BertConfig:
     int8_bits: int | None = None
     # whether the word embeddings are int8 too
     int8_embeddings: bool = False
+    # heads and feed-forward width of every layer, as fastbert.prune leaves them; 0 is none; None: all equal. The head
+    # size stays C / H
+    layer_heads: tuple[int, ...] | None = None
+    layer_widths: tuple[int, ...] | None = None
     # keys of a config.json that no model here uses; to_dict writes them back
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -157,6 +141,7 @@ class BertConfig:
             raise ValueError(f"model_type is {quoted(self.model_type)}: fastbert builds {known}")
         self._fill_defaults()
         self._check_sizes()
+        self._check_layers()
         self._check_options()
 
     def _fill_defaults(self) -> None:
@@ -205,6 +190,26 @@ class BertConfig:
                 f"max_position_embeddings is {self.max_position_embeddings}: RoBERTa's positions start at "
                 f"pad_token_id + 1 = {self.position_offset}, make the table longer"
             )
+
+    def _check_layers(self) -> None:
+        for name, size in LAYER_SIZES.items():
+            sizes, most = getattr(self, name), getattr(self, size)
+            if sizes is None:
+                continue
+            if not all(
+                type(n) is not bool and isinstance(n, Integral) and 0 <= n <= most for n in sizes
+            ):
+                raise ValueError(
+                    f"{name} is {str(sizes)[:100]}: use whole numbers from 0 to {size} {most}"
+                )
+            if len(sizes) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} has {len(sizes)} numbers and num_hidden_layers is {self.num_hidden_layers}: pass one each"
+                )
+            if name == "layer_widths" and len(set(sizes)) == 1 and sizes[0]:
+                # Hugging Face's config.json has a field for one width of all layers
+                self.intermediate_size = most = int(sizes[0])
+            setattr(self, name, None if set(sizes) <= {most} else tuple(map(int, sizes)))
 
     def _check_options(self) -> None:
         for f in dataclasses.fields(self):
@@ -263,6 +268,14 @@ class BertConfig:
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def layer_sizes(self) -> list[tuple[int, int]]:
+        """The heads and the feed-forward width of every layer."""
+        layers = range(self.num_hidden_layers)
+        heads = self.layer_heads or [self.num_attention_heads for _ in layers]
+        widths = self.layer_widths or [self.intermediate_size for _ in layers]
+        return [*zip(heads, widths, strict=True)]
+
+    @property
     def approximate(self) -> str | None:
         """The GELU formula ("none" is exact, "tanh"), or None for ReLU."""
         return ACTIVATIONS[self.hidden_act]
@@ -308,7 +321,7 @@ class BertConfig:
     def to_dict(self) -> dict[str, Any]:
         """The contents of a config.json in the family's own spelling, with the keys that from_dict kept."""
         spelling = {ours: theirs for theirs, ours in SPELLINGS[self.model_type].items()}
-        skipped = {*_SPECIAL, *_NOT_WRITTEN[self.model_type]}
+        skipped = {*_SPECIAL, *NOT_WRITTEN[self.model_type]}
         values = {
             spelling.get(f.name, f.name): getattr(self, f.name)
             for f in dataclasses.fields(self)
@@ -325,6 +338,7 @@ class BertConfig:
             values["quantization_config"] = _INT8 | about
         if self.problem_type is not None:
             values["problem_type"] = self.problem_type
+        values |= {name: [*sizes] for name in LAYER_SIZES if (sizes := getattr(self, name))}
         # Hugging Face keeps the number of labels only as the length of id2label
         names = self.id2label or {i: f"LABEL_{i}" for i in range(self.num_labels or 0)}
         values["id2label"] = {str(i): name for i, name in names.items()}

@@ -87,11 +87,16 @@ class Pretrained(nn.Module):
         check_state(self, state, prefix)
         super()._load_from_state_dict(state, prefix, *args)
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write a directory that transformers and from_pretrained load."""
+    def save_pretrained(self, directory: str | Path, padded: bool = False) -> None:
+        """Write a directory that transformers and from_pretrained load.
+
+        transformers has no field for sizes of single layers, which a pruned model has: from_pretrained alone loads such
+        a directory. With `padded` its weights are filled up with zeros to layers of one size, for transformers to load,
+        with the same outputs and without the speed.
+        """
         from fastbert.models import checkpoint
 
-        checkpoint.save(self, directory)
+        checkpoint.save(self, directory, padded)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """In training, keep only the layers' inputs and recompute each layer in backward, with the same dropout."""
@@ -185,14 +190,15 @@ class BertModel(Pretrained):
             self.layers = nn.ModuleList(
                 EncoderLayer(
                     width,
-                    c.num_attention_heads,
-                    c.intermediate_size,
+                    heads,
+                    intermediate,
+                    head_size=c.head_size,
                     approximate=c.approximate,
                     eps=c.layer_norm_eps,
                     p=c.hidden_dropout_prob,
                     attention_p=c.attention_probs_dropout_prob,
                 )
-                for _ in range(c.num_hidden_layers)
+                for heads, intermediate in c.layer_sizes
             )
         wanted = c.add_pooler if add_pooler is None else add_pooler
         self.pooler = Linear(width, width) if wanted else None

@@ -1,14 +1,42 @@
-"""The names of weights: one table per family pairs our modules with Hugging Face's, for loading and for saving.
+"""The names of settings and weights: tables of ours and Hugging Face's by family, for loading and for saving.
 
-A key is a path of one of our modules; `*` is the layer's number. Three paths on the right are the projections of
-queries, keys and values, whose weights, stacked in this order, are our one fused projection.
+A key of a table of weights is a path of one of our modules; `*` is the layer's number. Three paths on the right are the
+projections of queries, keys and values, whose weights, stacked in this order, are our one fused projection.
 """
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 Names = dict[str, str | tuple[str, ...]]
+
+# settings in Hugging Face's spelling -> ours, where they differ
+SPELLINGS: dict[str, dict[str, str]] = {
+    "bert": {},
+    "roberta": {},
+    "distilbert": {
+        "dim": "hidden_size",
+        "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads",
+        "hidden_dim": "intermediate_size",
+        "activation": "hidden_act",
+        "dropout": "hidden_dropout_prob",
+        "attention_dropout": "attention_probs_dropout_prob",
+    },
+}
+# Hugging Face's value of a key that config.json lacks, where it differs from the dataclass's default
+HF_DEFAULTS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "roberta": {"vocab_size": 50265, "type_vocab_size": 2},
+    "distilbert": {"num_hidden_layers": 6},
+}
+# fields of ours that a family's config.json does not have
+NOT_WRITTEN = {
+    "bert": {"seq_classif_dropout", "qa_dropout"},
+    "roberta": {"seq_classif_dropout", "qa_dropout"},
+    "distilbert": {"type_vocab_size", "layer_norm_eps", "classifier_dropout"},
+}
 
 _EMBEDDINGS: Names = {
     "embeddings.word": "embeddings.word_embeddings",

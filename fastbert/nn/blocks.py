@@ -29,6 +29,13 @@ from fastbert.nn.watch import first_hooked
 class Linear(nn.Linear):
     """torch.nn.Linear through the `linear` op."""
 
+    def reset_parameters(self) -> None:
+        """Draw the weight and the bias as torch.nn does, of a matrix without numbers the bias alone."""
+        if self.weight.numel():
+            super().reset_parameters()
+        elif self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     @replaces(nn.Linear)
     def forward(self, input: Tensor) -> Tensor:  # (..., K) -> (..., N)
         return F.linear(input, self.weight, self.bias)
@@ -38,6 +45,19 @@ class Block(nn.Module):
     """The base of the blocks, which torch.jit.script refuses with a sentence."""
 
     __prepare_scriptable__ = refuse_script
+
+
+def without_gradients(block: nn.Module) -> None:
+    """Let parameters without numbers require no gradient: they never get one, and DistributedDataParallel waits."""
+    for p in block.parameters():
+        if not p.numel():
+            p.requires_grad_(False)
+
+
+def bias_alone(x: Tensor, last: nn.Module) -> Tensor:
+    """The output (N, C) of a block that has no columns left for x (N, C): the bias of its last matrix."""
+    bias: Tensor = last.bias  # type: ignore[assignment]
+    return bias.to(x.dtype).expand(x.shape[0], -1)
 
 
 def sinusoidal_positions(positions: int, hidden_size: int) -> Tensor:
@@ -116,17 +136,25 @@ class Embeddings(Block):
 
 
 class QKVProjection(Block):
-    """Queries, keys and values by one fused weight (3C, C) whose rows are q, k, v: (T, C) -> (T, 3, H, D)."""
+    """Queries, keys and values by one fused weight (3 H D, C) whose rows are q, k, v: (T, C) -> (T, 3, H, D).
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    D is `head_size`, None: C / H.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, head_size: int | None = None) -> None:
         super().__init__()
-        if hidden_size % num_heads:
-            raise ValueError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}")
+        if head_size is None:
+            if hidden_size % num_heads:
+                raise ValueError(
+                    f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}"
+                )
+            head_size = hidden_size // num_heads
         self.num_heads = num_heads
-        self.weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
-        self.bias = nn.Parameter(torch.zeros(3 * hidden_size))
+        rows = 3 * num_heads * head_size
+        self.weight = nn.Parameter(torch.empty(rows, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(rows))
         # a weight without memory has nothing to draw, and torch would import its Python operators: 6 s and 150 MB
-        if not self.weight.is_meta:
+        if not self.weight.is_meta and rows:
             nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:  # (T, C) -> (T, 3, H, D)
@@ -134,13 +162,24 @@ class QKVProjection(Block):
 
 
 class SelfAttention(Block):
-    """Multi-head self-attention inside each sequence, with the output projection: (T, C) -> (T, C), or (R, C)."""
+    """Multi-head self-attention inside each sequence, with the output projection: (T, C) -> (T, C), or (R, C).
 
-    def __init__(self, hidden_size: int, num_heads: int, *, p: float = 0.1) -> None:
+    Without heads it is the projection's bias.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        p: float = 0.1,
+        head_size: int | None = None,  # D; None: C / H
+    ) -> None:
         super().__init__()
-        self.qkv = QKVProjection(hidden_size, num_heads)
-        self.out = Linear(hidden_size, hidden_size)
+        self.qkv = QKVProjection(hidden_size, num_heads, head_size)
+        self.out = Linear(len(self.qkv.bias) // 3, hidden_size)
         self.p = p
+        without_gradients(self)
 
     def forward(
         self,
@@ -151,6 +190,8 @@ class SelfAttention(Block):
         site: int = 0,
         rows: Tensor | None = None,  # (R,) int64, the rows to compute; None: all
     ) -> Tensor:
+        if not self.qkv.num_heads:
+            return bias_alone(x if rows is None else x.index_select(0, rows), self.out)
         rates = Rates(attention=self.p if self.training else 0.0)
         settings = LayerSettings(self.qkv.num_heads, rates=rates)
         call = LayerCall(cu_seqlens, max_seqlen, seed, site, rows)
@@ -158,7 +199,9 @@ class SelfAttention(Block):
 
     def probabilities(self, x: Tensor, packing: Packing) -> Tensor:
         """The softmax weights (B, H, S, S) before dropout, zeros at padding: materialised, so slow and large."""
-        q, k, _ = packing.spread(self.qkv(x)).permute(2, 0, 3, 1, 4)  # each (B, H, S, D)
+        heads = self.qkv.num_heads
+        qkv = self.qkv(x) if heads else x.new_zeros(x.shape[0], 3, 0, 1)
+        q, k, _ = packing.spread(qkv).permute(2, 0, 3, 1, 4)  # each (B, H, S, D)
         token = packing.spread(torch.ones_like(x[:, 0], dtype=torch.bool))[:, None, :]  # (B, 1, S)
         scores = (q @ k.mT).float() * q.shape[-1] ** -0.5
         # a finite floor: rows without any token stay finite and are zeroed below
@@ -167,7 +210,10 @@ class SelfAttention(Block):
 
 
 class FeedForward(Block):
-    """act(x W1' + b1) W2' + b2; `approximate` names the GELU ("none" is exact, "tanh"), None means ReLU."""
+    """act(x W1' + b1) W2' + b2; `approximate` names the GELU ("none" is exact, "tanh"), None means ReLU.
+
+    Of width 0 it is b2.
+    """
 
     def __init__(
         self, hidden_size: int, intermediate_size: int, approximate: str | None = "none"
@@ -176,9 +222,12 @@ class FeedForward(Block):
         self.up = Linear(hidden_size, intermediate_size)
         self.down = Linear(intermediate_size, hidden_size)
         self.approximate = approximate
+        without_gradients(self)
 
     def forward(self, x: Tensor) -> Tensor:  # (T, C) -> (T, C)
         up, down = self.up, self.down
+        if getattr(down, "in_features", 1) == 0:
+            return bias_alone(x, down)
         if {type(up), type(down)} <= {Linear, nn.Linear} and first_hooked((up, down)) is None:
             weights = LayerWeights(
                 up=up.weight, up_bias=up.bias, down=down.weight, down_bias=down.bias
@@ -202,13 +251,14 @@ class EncoderLayer(Block):
         num_heads: int,
         intermediate_size: int,
         *,
+        head_size: int | None = None,
         approximate: str | None = "none",
         eps: float = 1e-12,
         p: float = 0.1,
         attention_p: float = 0.1,
     ) -> None:
         super().__init__()
-        self.attention = SelfAttention(hidden_size, num_heads, p=attention_p)
+        self.attention = SelfAttention(hidden_size, num_heads, p=attention_p, head_size=head_size)
         self.attention_norm = nn.LayerNorm(hidden_size, eps)
         self.feed_forward = FeedForward(hidden_size, intermediate_size, approximate)
         self.output_norm = nn.LayerNorm(hidden_size, eps)

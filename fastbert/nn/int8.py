@@ -38,6 +38,9 @@ def split(
     finite, with the weight's `name`.
     """
     w = weight.detach().float()
+    if not w.numel():
+        none = torch.empty(0, dtype=torch.int32)
+        return w.to(torch.int8), w.new_zeros(w.shape[0]), none
     q, scale = quantize_weight(w, name)
     best = q, scale, torch.empty(0, dtype=torch.int32)
     wanted = _GAIN * _error(w, *best)

@@ -101,7 +101,8 @@ class Copies:
     ) -> None:
         """Copy every layer's weights for activations of this dtype."""
         if self._seal is None:
-            blocks = torch.tensor([_block(t) for t in self.sources()], dtype=torch.int64)
+            numbers = [_block(t) for t in self.sources() if t.numel()]
+            blocks = torch.tensor(numbers, dtype=torch.int64)
             sampled = [_checksum(blocks, first, SAMPLED) for first in range(SAMPLED)]
             self._seal = blocks, _checksum(blocks), sampled
         kept: list[Tensor] = []
@@ -127,6 +128,9 @@ class Copies:
         _watch_optimizers()
 
     def _prepacked(self, weights: Sequence[Any], dtype: torch.dtype, name: str) -> Tensor:
+        if not weights[0].shape.numel():
+            # the native call does not read the matrices of a block without heads or columns
+            return torch.empty(0)
         if isinstance(weights[0], Int8Linear):
             return weights[0].packed()
         if self.bits is None:
@@ -213,7 +217,7 @@ def why_not_prepacked(
         for t in field:
             if tuple(t.shape) != size:
                 return f"its {name} has shape {tuple(t.shape)}, not {size}"
-    if A % settings.heads:
+    if A % max(settings.heads, 1):
         return f"{A} columns are not {settings.heads} heads"
     return None if bits is None else why_not_exact(max(C, A, F), bits)
 
@@ -230,9 +234,9 @@ def _settings_tables(
     sizes, numbers = [], []
     for layer, s in zip(layers, settings, strict=True):
         w = LayerWeights(*layer)
-        head = w.out[0].shape[1] // s.heads
+        head = w.out[0].shape[1] // max(s.heads, 1)
         sizes.append([s.heads, head, w.up[0].shape[0], int(s.activation == "gelu_tanh")])
-        scale = head**-0.5 if s.scale is None else s.scale
+        scale = max(head, 1) ** -0.5 if s.scale is None else s.scale
         numbers.append([s.attention_eps, s.output_eps, scale])
     return torch.tensor(sizes, dtype=torch.int64), torch.tensor(numbers, dtype=torch.float32)
 

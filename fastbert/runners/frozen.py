@@ -168,7 +168,7 @@ class Frozen(Copies):
         if len({fields[0][0].shape[1] for fields in layers}) > 1:
             return "its layers differ in width"
         for part in (f[0] for fields in layers for f in fields):
-            if isinstance(part, Int8Linear):
+            if isinstance(part, Int8Linear) and part.shape.numel():
                 # its weight moves, which is no change of the encoder
                 part.packed()
         if self._origin is None:
