@@ -13,6 +13,7 @@ from fastbert._lazy import find_moved, lazy
 
 if TYPE_CHECKING:
     from fastbert.backend.chooser import debug, use
+    from fastbert.compress.prune import prune
     from fastbert.integrations.accelerate import accelerate, restore
     from fastbert.integrations.validate import validate
     from fastbert.runners.freeze import freeze, frozen_bytes, quantize, unfreeze, weight_bytes
@@ -27,6 +28,7 @@ __all__ = [
     "explain",
     "freeze",
     "frozen_bytes",
+    "prune",
     "quantize",
     "restore",
     "tune",
@@ -42,6 +44,7 @@ _NAMES = {
     "explain": "fastbert.tuning.explain",
     "freeze": "fastbert.runners.freeze",
     "frozen_bytes": "fastbert.runners.freeze",
+    "prune": "fastbert.compress.prune",
     "quantize": "fastbert.runners.freeze",
     "restore": "fastbert.integrations.accelerate",
     "tune": "fastbert.tuning.measure",

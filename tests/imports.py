@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fastbert.integrations",),
     ("fastbert.train",),
     ("fastbert.pretrain", "fastbert.finetune"),
+    ("fastbert.compress",),
     ("fastbert.tuning", "fastbert.infer"),
     # the package's own names
     ("fastbert",),

@@ -1,4 +1,7 @@
-"""The `fastbert` command: pretrain, finetune, predict, fill-mask, embed, quantize, tune, info; no torch for help."""
+"""The `fastbert` command: pretrain, finetune, predict, fill-mask, embed, quantize, prune, tune, info.
+
+Its help needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import typer
 from fastbert.backend.names import StaleModuleError
 from fastbert.cli.finetune import finetune, predict
 from fastbert.cli.pretrain import pretrain
+from fastbert.cli.prune import prune
 from fastbert.cli.quantize import quantize
 from fastbert.cli.settings import ready
 from fastbert.cli.text import embed, fill_mask
@@ -46,6 +50,7 @@ _command("predict", predict)
 _command("fill-mask", fill_mask)
 _command("embed", embed)
 _command("quantize", quantize)
+_command("prune", prune)
 _command("tune", tune, bare=True)
 
 

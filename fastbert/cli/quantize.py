@@ -56,7 +56,7 @@ def quantize(
     fastbert.quantize(found, bits, replace=True, embeddings=embeddings)
 
     def fill(new: Path) -> None:
-        _copy_files(folder, encoder, parts, new)
+        copy_files(folder, encoder, parts, new)
         found.save_pretrained(new / encoder.relative_to(folder))
 
     write_folder(out, fill)
@@ -105,7 +105,7 @@ def _parts(folder: Path, encoder: Path) -> list[Path]:
     return sorted(filter(Path.is_dir, parts))
 
 
-def _copy_files(folder: Path, encoder: Path, parts: list[Path], new: Path) -> None:
+def copy_files(folder: Path, encoder: Path, parts: list[Path], new: Path) -> None:
     """Copy the files of these parts of a model folder, but not the encoder's weights."""
     for part in parts:
         (new / part.relative_to(folder)).mkdir(parents=True, exist_ok=True)

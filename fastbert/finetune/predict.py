@@ -82,19 +82,30 @@ class Predictor:
         self, source: Any, split: str = "test"
     ) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """A prediction per record of a file, a data set or a list of dicts; metrics where all records have labels."""
-        found = read_records(source, split, conll=self.options.task == "tag")
-        examples = [self.task.read(record, labelled=False) for record in found]
+        examples = self._examples(source, split, labelled=False)
         predictions = self._run([_bare(e) for e in examples])
         if not all(_answered(e) for e in examples):
             return predictions, {}
-        known = set(self.task.names)
-        strangers = {name for e in examples for name in self.task.labels(e)} - known
+        self._check_labels(examples, source)
+        return predictions, self.task.metrics(examples, predictions)
+
+    def labelled(self, source: Any, split: str = "train") -> list[Any]:
+        """The examples of a file, a data set or a list of dicts, which must have labels that the model knows."""
+        examples = self._examples(source, split, labelled=True)
+        self._check_labels(examples, source)
+        return examples
+
+    def _examples(self, source: Any, split: str, labelled: bool) -> list[Any]:
+        found = read_records(source, split, conll=self.options.task == "tag")
+        return [self.task.read(record, labelled=labelled) for record in found]
+
+    def _check_labels(self, examples: list[Any], source: Any) -> None:
+        strangers = {name for e in examples for name in self.task.labels(e)} - {*self.task.names}
         if strangers:
             raise ValueError(
                 f"{_named(source)} has labels that the model has not, {listed(sorted(strangers), 5)}: it has "
                 f"{listed(self.task.names)}"
             )
-        return predictions, self.task.metrics(examples, predictions)
 
     def _words(self, text: str, number: int) -> Words:
         found = Words.of_text(text, self.options.characters)

@@ -155,7 +155,7 @@ def kept(model: nn.Module) -> Iterator[None]:
 def medians(
     works: Sequence[tuple[Callable[[], object], Callable[[], object]]], rounds: int
 ) -> list[float]:
-    """The median seconds of two works in turns, each after a preparation that is not timed.
+    """The median seconds of some works in turns, each after a preparation that is not timed.
 
     A round before the first warms up.
     """

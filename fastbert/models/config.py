@@ -197,7 +197,8 @@ class BertConfig:
             if sizes is None:
                 continue
             if not all(
-                type(n) is not bool and isinstance(n, Integral) and 0 <= n <= most for n in sizes
+                type(n) is not bool and isinstance(n, Integral) and 0 <= int(n) <= most
+                for n in sizes
             ):
                 raise ValueError(
                     f"{name} is {str(sizes)[:100]}: use whole numbers from 0 to {size} {most}"

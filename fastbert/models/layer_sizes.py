@@ -56,8 +56,9 @@ def take(
     def change(layer: int, block: str, piece: Tensor, dim: int) -> Tensor:
         return piece.index_select(dim, kept[block][layer].to(piece.device))
 
-    sizes = {"layer_heads": [*map(len, heads)], "layer_widths": [*map(len, columns)]}
-    return _changed(values, change), dataclasses.replace(config, **sizes)
+    sizes = tuple(map(len, heads)), tuple(map(len, columns))
+    smaller = dataclasses.replace(config, layer_heads=sizes[0], layer_widths=sizes[1])
+    return _changed(values, change), smaller
 
 
 def _changed(values: State, change: Callable[[int, str, Tensor, int], Tensor]) -> State:
