@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from fastbert.files import folder_or_new, listed, parse_json, read_text, replacing
 from fastbert.models.config import LAYER_SIZES, BertConfig, model_folder
 from fastbert.models.int8_files import hold, int8_keys, int8_modules, is_int8, parts_of
-from fastbert.models.layer_sizes import full_size, pad
+from fastbert.models.layer_sizes import full_size, note_sizes, pad
 from fastbert.models.names import Names, hf_keys, names_of
-from fastbert.nn.watch import log_once
 
 State = dict[str, Tensor]
 
@@ -93,11 +92,8 @@ def save(model: nn.Module, directory: str | Path, padded: bool = False) -> None:
     state = model.state_dict()
     if padded:
         state, config = pad(state, config), full_size(config)
-    elif config != full_size(config):
-        log_once(
-            "transformers has no field for sizes of single layers and can't load the saved model, from_pretrained can: "
-            "save_pretrained(..., padded=True) fills the layers up with zeros for transformers"
-        )
+    else:
+        note_sizes(config)
     name = class_name(type(model))
     values = {k: v for k, v in config.to_dict().items() if k not in _STALE}
     values["architectures"] = [_KINDS[values["model_type"]] + name.removeprefix("Bert")]

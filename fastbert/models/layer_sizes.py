@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as tnf
 
 from fastbert.models.config import BertConfig
+from fastbert.nn.watch import log_once
 
 State = dict[str, Tensor]
 
@@ -20,6 +21,15 @@ _MATRIX = re.compile(r"layers\.(\d+)\.(attention|feed_forward)\.(qkv|out|up|down
 def full_size(config: BertConfig) -> BertConfig:
     """The configuration with layers of one size, the same where they have one already."""
     return dataclasses.replace(config, layer_heads=None, layer_widths=None)
+
+
+def note_sizes(config: BertConfig) -> None:
+    """Log that transformers can't load a model whose layers have sizes of their own."""
+    if config != full_size(config):
+        log_once(
+            "transformers has no field for sizes of single layers and can't load the saved model, from_pretrained can: "
+            "save_pretrained(..., padded=True) fills the layers up with zeros for transformers"
+        )
 
 
 def pad(values: State, config: BertConfig) -> State:
