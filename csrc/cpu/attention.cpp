@@ -10,18 +10,12 @@
 // lse.
 #include "attention.h"
 
-#include "gemm.h"
-#include "math.h"
+#include "heads.h"
 #include "philox.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {
 namespace {
-
-// floats of a block of scores
-constexpr int64_t kScores = 32768;
-// multiply-adds per thread: fewer do not pay for starting one
-constexpr int64_t kAttentionGrain = int64_t{1} << 18;
 
 // One head of one sequence: its place and its sizes.
 struct Head {
@@ -48,30 +42,6 @@ struct Head {
   }
   int64_t seen(int64_t i) const { return causal ? i + 1 : L; }
 };
-
-// the number of queries in a block
-int64_t block_rows(int64_t L) {
-  const int64_t ld = round_up(imax(L, 1), kNR);
-  return round_up(imin(L, imax(4 * kMR, kScores / ld)), kMR);
-}
-
-// c (rows, N) = or += a (rows, K) b. b is packed in panels of `steps` >= K steps; `a` lies as Rows
-// or Columns.
-template <typename Layout>
-inline void product(int64_t rows, int64_t N, int64_t K, const float* a, Layout at, const float* b,
-                    int64_t steps, float* c, int64_t ldc, bool add) {
-  for (int64_t j = 0; j < N; j += kNR)
-    for (int64_t r = 0; r < rows; r += kMR)
-      micro(imin(kMR, rows - r), K, a + r * at.row, at, b + j * steps, c + r * ldc + j, ldc, add);
-}
-
-// c (rows, N) = a b with a packed as panels of kMR rows
-inline void product_packed(int64_t rows, int64_t N, int64_t K, const float* a, const float* b,
-                           float* c, int64_t ldc) {
-  for (int64_t j = 0; j < N; j += kNR)
-    for (int64_t r = 0; r < rows; r += kMR)
-      micro_panel<kFloats, false>(kMR, K, a + r * K, b + j * K, c + r * ldc + j, ldc, false);
-}
 
 struct Softmax {
   float max, sum;
@@ -125,7 +95,7 @@ class Forward {
       const int64_t span = head.causal ? imin(L, i + rows) : L;  // keys that these queries see
       head.operand(qkv_, 0, i, rows, false)
           .template pack<false>(0, ceil_div(rows, kMR), kMR, 0, D, queries);
-      product_packed(rows, round_up(span, kNR), D, queries, keys, scores, ld);
+      product_packed(rows, round_up(span, kNR), D, queries, keys, scores, ld, D);
       for (int64_t r = 0; r < rows; ++r) {
         float* s = scores + r * ld;
         const Softmax soft = softmax_row(s, head.seen(i + r), span, head.scale);
@@ -221,8 +191,8 @@ class Backward {
         .template pack<false>(0, depth / kNR, kNR, 0, rows, at.queries_across);
     head.rows_of(dout_, i, rows, true)
         .template pack<false>(0, depth / kNR, kNR, 0, rows, at.dout_across);
-    product_packed(rows, round_up(span, kNR), D, at.queries, at.keys, at.scores, ld);
-    product_packed(rows, round_up(span, kNR), D, at.dout, at.values, at.grads, ld);
+    product_packed(rows, round_up(span, kNR), D, at.queries, at.keys, at.scores, ld, D);
+    product_packed(rows, round_up(span, kNR), D, at.dout, at.values, at.grads, ld, D);
     for (int64_t r = 0; r < rows; ++r)
       row(head, i + r, span, at.factors, at.scores + r * ld, at.grads + r * ld);
     product(rows, depth, span, at.grads, Rows{ld}, at.keys_across, head.L, at.result, depth, false);
@@ -269,43 +239,17 @@ class Backward {
 };
 
 struct Batch {
-  const int32_t* cu;
-  int64_t B, H, D;
+  Sequences sequences;
+  int64_t H, D;
   float scale;
   bool causal;
 
-  int64_t longest() const {
-    int64_t most = 0;
-    for (int64_t b = 0; b < B; ++b) most = imax(most, cu[b + 1] - cu[b]);
-    return most;
-  }
-  int64_t work() const {
-    int64_t total = 0;
-    for (int64_t b = 0; b < B; ++b) {
-      const int64_t L = cu[b + 1] - cu[b];
-      total += L * L * H * D;
-    }
-    return total;
-  }
-  // floats that a thread needs for any of the sequences. A shorter one may need more than the
-  // longest, because its blocks have more queries
-  template <typename Pass>
-  int64_t room() const {
-    int64_t most = 0;
-    for (int64_t b = 0; b < B; ++b) most = imax(most, Pass::room(cu[b + 1] - cu[b], D));
-    return most;
-  }
   Head head(int64_t task) const {
-    const int64_t b = task / H, L = cu[b + 1] - cu[b];
-    return {cu[b], L, D, H, b, task % H, round_up(L, kNR), round_up(D, kNR), scale, causal};
+    const int64_t b = task / H, L = sequences.length(b);
+    return {sequences.cu[b],  L,     D,     H, b, task % H, round_up(L, kNR),
+            round_up(D, kNR), scale, causal};
   }
 };
-
-// memset must not get a null pointer, not even for 0 bytes
-template <typename E>
-void zeros(E* p, int64_t count) {
-  if (count > 0) __builtin_memset(p, 0, static_cast<size_t>(count) * sizeof(E));
-}
 
 }  // namespace
 
@@ -314,27 +258,19 @@ void attention_fwd(int dtype, const void* qkv, const int32_t* cu_seqlens, void* 
                    const int64_t* seed, uint32_t site, uint32_t threshold, float keep,
                    int threads) {
   const Dropout dropout = {seed, site, threshold, keep, nullptr};
-  const Batch batch = {cu_seqlens, B, H, D, scale, causal};
-  const int64_t L = batch.longest();
-  // few heads: threads share a head's queries, and each packs the keys again
-  const int64_t chunks = B * H < 2 * threads ? imin(threads, imax(1, L / (2 * kMR))) : 1;
-  const int64_t tasks = B * H * chunks;
-  const int team = team_size(batch.work(), kAttentionGrain, tasks, threads);
+  const Batch batch = {{cu_seqlens, B}, H, D, scale, causal};
+  const Sequences& sequences = batch.sequences;
+  const int64_t chunks = sequences.chunks(H, threads);
   with_type(dtype, [&](auto t) {
     using E = decltype(t);
     auto* y = static_cast<E*>(out);
     const Forward<E> forward(static_cast<const E*>(qkv), y, lse, T, dropout);
-    const Scratch rooms(team, batch.template room<Forward<E>>());
-    int64_t next = 0;
-#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
-    for (int thread = 0; thread < team; ++thread)
-      for (;;) {
-        const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-        if (task >= tasks) break;
-        const Head head = batch.head(task / chunks);
-        const int64_t part = round_up(ceil_div(head.L, chunks), kMR), from = task % chunks * part;
-        if (from < head.L) forward.run(head, from, imin(from + part, head.L), rooms[thread]);
-      }
+    const int64_t room = sequences.most([&](int64_t L) { return Forward<E>::room(L, D); });
+    each_task(B * H * chunks, sequences.pairs() * H * D, room, threads, [&](int64_t i, float* at) {
+      const Head head = batch.head(i / chunks);
+      const Span queries = part_of(head.L, i % chunks, chunks);
+      if (queries.from < queries.to) forward.run(head, queries.from, queries.to, at);
+    });
     const int64_t end = cu_seqlens[B];
     zeros(y + end * H * D, (T - end) * H * D);
     for (int64_t h = 0; lse && h < H; ++h) zeros(lse + h * T + end, T - end);
@@ -346,23 +282,18 @@ void attention_bwd(int dtype, const void* dout, const void* qkv, const void* out
                    int64_t D, float scale, bool causal, const int64_t* seed, uint32_t site,
                    uint32_t threshold, float keep, int threads) {
   const Dropout dropout = {seed, site, threshold, keep, nullptr};
-  const Batch batch = {cu_seqlens, B, H, D, scale, causal};
-  const int team = team_size(batch.work(), kAttentionGrain, B * H, threads);
+  const Batch batch = {{cu_seqlens, B}, H, D, scale, causal};
+  const Sequences& sequences = batch.sequences;
   with_type(dtype, [&](auto t) {
     using E = decltype(t);
     auto* d = static_cast<E*>(dqkv);
     const Backward<E> backward(static_cast<const E*>(dout), static_cast<const E*>(qkv),
                                static_cast<const E*>(out), d, dropout);
-    const Scratch rooms(team, batch.template room<Backward<E>>());
-    int64_t next = 0;
-#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
-    for (int thread = 0; thread < team; ++thread)
-      for (;;) {
-        const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-        if (task >= B * H) break;
-        const Head head = batch.head(task);
-        if (head.L > 0) backward.run(head, rooms[thread]);
-      }
+    const int64_t room = sequences.most([&](int64_t L) { return Backward<E>::room(L, D); });
+    each_task(B * H, sequences.pairs() * H * D, room, threads, [&](int64_t i, float* at) {
+      const Head head = batch.head(i);
+      if (head.L > 0) backward.run(head, at);
+    });
     const int64_t end = cu_seqlens[B];
     zeros(d + end * 3 * H * D, (T - end) * 3 * H * D);
   });

@@ -43,6 +43,17 @@ def given(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name} is None: pass a tensor")
 
 
+def sequences(cu_seqlens: Tensor, max_seqlen: int) -> None:
+    """Refuse cu_seqlens of another shape or dtype or without an entry, and a negative max_seqlen."""
+    shape("cu_seqlens", cu_seqlens, -1)
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens is {cu_seqlens.dtype}: pass int32")
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError("cu_seqlens is empty: it holds B + 1 running sums and starts at 0")
+    if max_seqlen < 0:
+        raise ValueError(f"max_seqlen is {max_seqlen}: pass the longest sequence's length")
+
+
 def epsilon(eps: float) -> None:
     """Refuse a negative or NaN epsilon."""
     if not eps >= 0.0:

@@ -104,13 +104,7 @@ def attention(
         raise ValueError(
             f"qkv has shape {tuple(qkv.shape)}, expected (T, 3, H, D): use qkv_proj, or stack q, k, v on dim 1"
         )
-    _check.shape("cu_seqlens", cu_seqlens, -1)
-    if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens is {cu_seqlens.dtype}: pass int32")
-    if cu_seqlens.shape[0] == 0:
-        raise ValueError("cu_seqlens is empty: it holds B + 1 running sums and starts at 0")
-    if max_seqlen < 0:
-        raise ValueError(f"max_seqlen is {max_seqlen}: pass the longest sequence's length")
+    _check.sequences(cu_seqlens, max_seqlen)
     _check.dropout(p, site)
     _check.same_device(qkv=qkv, cu_seqlens=cu_seqlens)
     qkv, cu_seqlens = autocast(qkv).contiguous(), cu_seqlens.contiguous()

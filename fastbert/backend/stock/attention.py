@@ -10,57 +10,12 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.reference import philox
-from fastbert.backend.torch_private import exporting
+from fastbert.backend.stock._layout import Layout
 
 
 def unsupported(*args: object) -> str | None:
     """Stock ops run every call."""
     return None
-
-
-class _Layout:
-    """Where packed rows lie in a padded (B, S) layout, computed without a host sync."""
-
-    def __init__(self, cu_seqlens: Tensor, T: int, S: int) -> None:
-        cu = cu_seqlens.long()
-        device = cu.device
-        if device.type == "cpu" and not exporting():
-            S = int(
-                cu.diff().max()
-            )  # max_seqlen may be generous, and reading the lengths costs nothing here
-        self.B, self.S = cu.shape[0] - 1, S
-        column = torch.arange(S, device=device)
-        self.valid = column < cu.diff()[:, None]  # (B, S)
-        # padding reads its own sequence's first row
-        self.row = torch.where(self.valid, cu[:-1, None] + column, cu[:-1, None]).clamp(max=T - 1)
-        token = torch.arange(T, device=device)
-        sequence = torch.searchsorted(cu[1:].contiguous(), token, right=True)
-        self.tail = sequence >= self.B  # (T,)
-        sequence = sequence.clamp(max=self.B - 1)
-        self.cell = sequence * S + (token - cu[sequence]).clamp(max=S - 1)
-
-    def pad(self, packed: Tensor) -> Tensor:
-        """(T, [3,] H, D) -> (B, H, [3,] S, D)."""
-        return packed[self.row].transpose(1, -2)
-
-    def unpad(self, padded: Tensor) -> Tensor:
-        """(B, H, S, ...) -> (T, H, ...), zeros in the tail."""
-        rows = padded.transpose(1, 2).flatten(0, 1)[self.cell]
-        return rows.masked_fill(self.tail.view(-1, *[1] * (rows.dim() - 1)), 0.0)
-
-    def scores(self, q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
-        """scale q k^T (B, H, S, S) in q's dtype, -inf at the keys that a query must not see."""
-        hidden = ~self.valid[:, None, :]  # (B, 1, S)
-        if causal:
-            hidden = hidden | torch.ones(self.S, self.S, dtype=torch.bool, device=q.device).triu(1)
-        bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(
-            hidden, -torch.inf
-        )
-        H = q.shape[1]
-        # one call multiplies, scales and masks
-        bias = bias.repeat_interleave(H, 0)
-        product = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)
-        return product.view(self.B, H, self.S, self.S)
 
 
 def _dropped(t: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
@@ -90,7 +45,7 @@ def padded(
     For exporters, and for batches whose outputs at padding are wanted. In place of cu_seqlens it takes the mask (B, S),
     True at tokens, of a batch whose T = B S rows keep the padding: every row attends to its sequence's tokens.
     """
-    layout = None if cu_seqlens.dim() == 2 else _Layout(cu_seqlens, qkv.shape[0], max_seqlen)
+    layout = None if cu_seqlens.dim() == 2 else Layout(cu_seqlens, qkv.shape[0], max_seqlen)
     if layout is None:
         heads = qkv.unflatten(0, cu_seqlens.shape).permute(2, 0, 3, 1, 4)
         q, k, v = heads.unbind()  # each (B, H, S, D)
@@ -130,7 +85,7 @@ def forward(
     if T == 0 or max_seqlen == 0 or cu_seqlens.shape[0] == 1:
         lse = qkv.new_zeros(H, T if save else 0, dtype=wide)
         return qkv.new_zeros(T, H, D), lse
-    layout = _Layout(cu_seqlens, T, max_seqlen)
+    layout = Layout(cu_seqlens, T, max_seqlen)
     q, k, v = layout.pad(qkv).unbind(2)  # each (B, H, S, D)
     if not save and p == 0.0:
         sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -165,7 +120,7 @@ def backward(
     T = qkv.shape[0]
     if T == 0 or max_seqlen == 0 or cu_seqlens.shape[0] == 1:
         return torch.zeros_like(qkv)
-    layout = _Layout(cu_seqlens, T, max_seqlen)
+    layout = Layout(cu_seqlens, T, max_seqlen)
     q, k, v = layout.pad(qkv).unbind(2)
     # a padding query repeats a real row: its gradient must not count
     do = layout.pad(dout).masked_fill(~layout.valid[:, None, :, None], 0.0)
