@@ -395,5 +395,38 @@ def linear_int8_pack(
     /,
 ) -> None: ...
 def linear_int8_unpack(packed: int, w: int, N: int, threads: int, /) -> None: ...
+def relation_loss_fwd(
+    dtype: int,
+    student: int,
+    teacher: int,
+    cu_seqlens: int,
+    loss: int,
+    student_stats: int,
+    teacher_stats: int,
+    T: int,
+    B: int,
+    H: int,
+    D: int,
+    Dt: int,
+    threads: int,
+    /,
+) -> None: ...
+def relation_loss_bwd(
+    dtype: int,
+    dloss: float,
+    student: int,
+    teacher: int,
+    student_stats: int,
+    teacher_stats: int,
+    cu_seqlens: int,
+    dstudent: int,
+    T: int,
+    B: int,
+    H: int,
+    D: int,
+    Dt: int,
+    threads: int,
+    /,
+) -> None: ...
 def fma_peak(threads: int, /) -> float: ...
 def dot_peak(threads: int, /) -> float: ...

@@ -11,6 +11,7 @@ from fastbert.ops.linear import linear
 from fastbert.ops.linear_int8 import linear_int8
 from fastbert.ops.mlm_loss import mlm_loss
 from fastbert.ops.qkv_proj import qkv_proj
+from fastbert.ops.relation_loss import relation_loss
 
 __all__ = [
     "attention",
@@ -24,4 +25,5 @@ __all__ = [
     "linear_int8",
     "mlm_loss",
     "qkv_proj",
+    "relation_loss",
 ]

@@ -13,3 +13,4 @@
 #include "linear.h"
 #include "linear_int8.h"
 #include "peak.h"
+#include "relation_loss.h"

@@ -54,4 +54,5 @@ SLUGS = (
     "feed_forward",
     "cross_entropy",
     "mlm_loss",
+    "relation_loss",
 )

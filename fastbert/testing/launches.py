@@ -24,6 +24,7 @@ from fastbert.kernels import (
     loss_width,
     mlm_loss,
     qkv_proj,
+    relation_loss,
 )
 
 Call = tuple[str, Callable[[], object]]
@@ -62,6 +63,9 @@ def calls(dtype: torch.dtype, full: bool, optional: bool = True) -> Iterator[Cal
             for causal in (False, True) if full and D == 64 else (False,):
                 for p in (0.0, 0.1) if full else (0.1,):
                     yield from _attention(dtype, S, D, causal, p)
+    for S in (16, 32, 512) if full else (512,):
+        for D, of_teacher in ((8, 16), (32, 64), (64, 64), (128, 128)) if full else ((32, 64),):
+            yield from _relations(dtype, S, D, of_teacher)
 
 
 def _norms(dtype: torch.dtype, widths: tuple[int, ...], full: bool) -> Iterator[Call]:
@@ -124,6 +128,7 @@ def _optional(dtype: torch.dtype) -> Iterator[Call]:
         "attention fwd unsaved",
         partial(attention.forward, qkv, cu, 128, 0.125, 0.0, None, 0, True, False),
     )
+    yield "relation_loss fwd unsaved", partial(relation_loss.forward, x, x, cu, 128, 12, False)
 
 
 def _activations(dtype: torch.dtype, widths: tuple[int, ...], full: bool) -> Iterator[Call]:
@@ -196,3 +201,16 @@ def _attention(dtype: torch.dtype, S: int, D: int, causal: bool, p: float) -> It
     label = f"S{S} D{D}{' causal' if causal else ''} p{p}"
     yield f"attention fwd {label}", partial(attention.forward, qkv, *rest, True)
     yield f"attention bwd {label}", partial(attention.backward, out, qkv, out, lse, *rest)
+
+
+def _relations(dtype: torch.dtype, S: int, D: int, of_teacher: int) -> Iterator[Call]:
+    H, B = 12, 8
+    student, teacher = (_meta(_T, H * size, dtype=dtype) for size in (D, of_teacher))
+    stats, cu = _stats(2, H, _T), _ids(B + 1, dtype=torch.int32)
+    label = f"S{S} D{D} {of_teacher}"
+    both = (student, teacher)
+    yield f"relation_loss fwd {label}", partial(relation_loss.forward, *both, cu, S, H, True)
+    yield (
+        f"relation_loss bwd {label}",
+        partial(relation_loss.backward, _stats(), *both, stats, stats, cu, S, H),
+    )

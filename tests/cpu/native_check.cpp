@@ -2,13 +2,12 @@
 // machine has. There is no Python in it: tests/cpu/test_cross_build.py builds it for
 // other processors and runs it in an emulator. embed, feed_forward and encoder_infer are left out:
 // they are made of the same parts.
-#include "native_check.h"
-
 #include <algorithm>
+
+#include "native_relations.h"
 
 namespace {
 
-constexpr int kThreads = 2;
 constexpr double kEps = 1e-12;
 constexpr i64 kSeed = 0x123456789ABCDEF;
 constexpr uint32_t kSite = 7, kThreshold = uint32_t{1} << 30;  // a quarter is dropped
@@ -337,6 +336,7 @@ void check_lamb(i64 size) {
 void check_all(int t) {
   check_linear(t, 151, 131, 117), check_linear(t, 1, 2, 3), check_linear(t, 5, 37, 3200);
   check_attention(t, 33, false), check_attention(t, 64, true);
+  check_relation_loss(t, 33, 64), check_relation_loss(t, 300, 8);
   check_layer_norm(t, 301, 133), check_layer_norm(t, 2, 7);
   check_dropout_add_layer_norm(t, 301, 133);
   check_bias_gelu(t, 301, 133, false), check_bias_gelu(t, 301, 133, true);

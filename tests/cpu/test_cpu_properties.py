@@ -222,6 +222,33 @@ def test_attention(
 
 
 @EXAMPLES
+@given(DRAWN, LENGTHS, st.integers(1, 3), HEAD_SIZES, HEAD_SIZES, st.integers(0, 3))
+# more keys than a block of scores holds and than a slice of a sum, heads wider than a slice
+@example(FIRST, [700], 1, 3, 5, 0)
+@example(PAIRS, [1, 1, 0, 1], 2, 5, 4, 2)
+@example(FIRST, [19], 1, 300, 257, 0)
+# a shorter sequence needs more working memory than the longest one: its blocks have more rows
+@example(FIRST, [545, 544, 656, 664], 1, 8, 4, 0)
+def test_relation_loss(
+    d: Drawn, lengths: list[int], H: int, D: int, of_teacher: int, tail: int
+) -> None:
+    T = sum(lengths)
+    # scores of a standard deviation of 1 off the diagonal, and about 2 on it
+    student, teacher = (
+        d.x(T + tail, H * size, scale=min(1.0, 2.0**0.5 * size**-0.25)) for size in (D, of_teacher)
+    )
+    student[T:], teacher[T:] = float("nan"), float("nan")
+    kwargs = {
+        "student": student,
+        "teacher": teacher,
+        "cu_seqlens": d.cu_seqlens(*lengths),
+        "max_seqlen": max(lengths, default=0),
+        "num_heads": H,
+    }
+    check("relation_loss", kwargs, d)
+
+
+@EXAMPLES
 @given(DRAWN, ROWS, SIZES, st.booleans(), st.booleans(), st.sampled_from([0.0, 20.0]))
 @example(FIRST, 3, 1, True, True, 0.0)
 def test_layer_norm(d: Drawn, N: int, C: int, weight: bool, bias: bool, mean: float) -> None:

@@ -52,6 +52,13 @@ def calls(dtype: torch.dtype) -> dict[str, dict]:
         "feed_forward": {"x": x, **ffn},
         "cross_entropy": {"logits": draw.normal(T, V), "labels": draw.labels(V, T, 0.6)},
         "mlm_loss": {"hidden": x, **decoder, "labels": draw.labels(V, T, 0.6)},
+        "relation_loss": {
+            "student": draw.normal(T, C),
+            "teacher": draw.normal(T, 2 * C),
+            "cu_seqlens": qkv["cu_seqlens"],
+            "max_seqlen": 170,
+            "num_heads": H,
+        },
     }
     assert made.keys() == set(SLUGS)
     return made

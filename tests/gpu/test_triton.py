@@ -130,6 +130,29 @@ def test_attention_of_any_shape(lengths, heads, size, p):
 
 @settings(max_examples=12, deadline=None)
 @given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    heads=st.integers(1, 3),
+    size=st.integers(1, 40),
+    of_teacher=st.integers(1, 40),
+)
+def test_relations_of_any_shape(lengths, heads, size, of_teacher):
+    T = sum(lengths)
+    student, teacher = (torch.randn(T, heads * D, device=DEVICE) for D in (size, of_teacher))
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32)
+    rest = (bounds, max(lengths), heads)
+    results = {}
+    for name, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        leaf = student.to(dtype).requires_grad_()
+        with chooser.use(name), poison.outputs():
+            loss = functional.relation_loss(leaf, teacher.to(dtype), *rest, reduction="sum")
+            (grad,) = torch.autograd.grad(loss, leaf)
+        results[name] = loss.detach().double(), grad.double()
+    for ours, truth in zip(*results.values(), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
     ids=st.lists(st.integers(0, 4), min_size=1, max_size=150),
     padding=st.sampled_from([None, 0, 3]),
 )

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("triton", reason="the Triton backend needs the package triton")
 
 from fastbert import kernels
-from fastbert.kernels import _launch, _tiles, linear_int8
+from fastbert.kernels import _launch, _tiles, linear_int8, relation_loss
 from fastbert.testing import aot
 from fastbert.testing.launches import calls
 
@@ -22,7 +22,7 @@ if kernels.INTERPRETED:
     pytest.skip("under TRITON_INTERPRET=1 nothing is compiled", allow_module_level=True)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MATRIX = r"_(attention_(fwd|bwd|bwd_dkdv|bwd_dq)|linear_fwd|linear_int8_fwd)_kernel"
+MATRIX = r"_(attention_(fwd|bwd|bwd_dkdv|bwd_dq)|linear_fwd|linear_int8_fwd|relation_loss_(fwd|bwd))_kernel"
 KERNELS = {
     "_attention_fwd_kernel",
     "_attention_bwd_kernel",
@@ -45,6 +45,8 @@ KERNELS = {
     "_linear_int8_fwd_kernel",
     "_linear_int8_rows_kernel",
     "_mlm_loss_bwd_scale_kernel",
+    "_relation_loss_bwd_kernel",
+    "_relation_loss_fwd_kernel",
     "_sum_partials_kernel",
     "_sum_rows_kernel",
 }
@@ -147,6 +149,19 @@ def test_int8_configurations(arch, bits):
         rows = linear_int8._linear_int8_rows(K, arch)
         assert not rows.enable_fp_fusion
         assert 1024 * rows.num_warps >= rows.BLOCK_C
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", aot.ARCHS)
+def test_relation_configurations(arch, dtype):
+    """Every tile fits a matrix instruction and both head sizes."""
+    for D, of_teacher in ((1, 128), (8, 16), (24, 80), (64, 64), (128, 1)):
+        for S in (16, 32, 64, 512):
+            for choose in (relation_loss._relation_loss_fwd, relation_loss._relation_loss_bwd):
+                config = choose(S, D, of_teacher, DTYPES[dtype], arch)
+                assert max(16, D) <= config.BLOCK_D
+                assert max(16, of_teacher) <= config.BLOCK_T
+                assert all(b >= 16 and b & (b - 1) == 0 for b in (config.BLOCK_M, config.BLOCK_N))
 
 
 @pytest.mark.parametrize("arch", aot.ARCHS)

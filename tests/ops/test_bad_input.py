@@ -178,6 +178,37 @@ CASES = [
     (lambda: F.mlm_loss(X, WORD, None, LONG, max_rows=0), ValueError, "max_rows is 0"),
     (lambda: F.mlm_loss(X, WORD, None, LONG, rows=LONG[:2] + 6), IndexError, "6"),
     (lambda: F.mlm_loss(X, WORD, None, LONG, reduction="none"), ValueError, "reduction is 'none'"),
+    # relation_loss
+    (lambda: F.relation_loss(X, X[:5], CU, 4, 2), ValueError, r"teacher has shape \(5, 8\)"),
+    (lambda: F.relation_loss(X[None], X, CU, 4, 2), ValueError, r"student has shape \(1, 6, 8\)"),
+    (lambda: F.relation_loss(X, X, CU, 4, 0), ValueError, "num_heads is 0: .* at least 1"),
+    (
+        lambda: F.relation_loss(X, X, CU, 4, 3),
+        ValueError,
+        "student has 8 columns, which 3 heads do not divide: choose num_heads among",
+    ),
+    (
+        lambda: F.relation_loss(X, X[:, :6], CU, 4, 4),
+        ValueError,
+        "teacher has 6 columns, which 4 heads do not divide",
+    ),
+    (lambda: F.relation_loss(X, X[:, :0], CU, 4, 2), ValueError, "teacher has 0 columns"),
+    (
+        lambda: F.relation_loss(X, X.bfloat16(), CU, 4, 2),
+        TypeError,
+        "student is torch.float32 and teacher torch.bfloat16: cast one of them",
+    ),
+    (lambda: F.relation_loss(X.int(), X, CU, 4, 2), TypeError, "student is torch.int32"),
+    (lambda: F.relation_loss(X, X, CU[:0], 4, 2), ValueError, "cu_seqlens is empty"),
+    (lambda: F.relation_loss(X, X, CU.long(), 4, 2), TypeError, "cu_seqlens is torch.int64"),
+    (lambda: F.relation_loss(X, X, CU * 2, 8, 2), ValueError, "ends at 12 but there are 6 tokens"),
+    (lambda: F.relation_loss(X, X, CU, 3, 2), ValueError, "sequence 0 has 4 tokens"),
+    (lambda: F.relation_loss(X, X, CU, -1, 2), ValueError, "max_seqlen is -1"),
+    (
+        lambda: F.relation_loss(X, X, CU, 4, 2, reduction="none"),
+        ValueError,
+        "reduction is 'none': choose one of mean, sum",
+    ),
 ]
 
 

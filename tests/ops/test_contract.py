@@ -18,7 +18,7 @@ from fastbert.testing.budget import excess
 
 ALL = pytest.mark.parametrize("slug", chooser.SLUGS)
 # float inputs that get no gradient
-CONSTANTS = {("linear_int8", "scale")}
+CONSTANTS = {("linear_int8", "scale"), ("relation_loss", "teacher")}
 
 
 class _Recorder(TorchDispatchMode):
@@ -135,7 +135,7 @@ def test_explicit_backward_is_autograd_of_the_reference_forward(slug):
 def test_autocast(slug, dtype):
     """Outputs have the dtypes of the table in docs/ops.md, and gradients those of the parameters."""
     stays = {"layer_norm", "dropout_add_layer_norm"}
-    fp32 = {"cross_entropy", "mlm_loss"}
+    fp32 = {"cross_entropy", "mlm_loss", "relation_loss"}
     sample = small(slug)[1]
     with torch.autocast("cpu", dtype=dtype):
         results = parity.call(getattr(functional, slug), sample.kwargs, backward=True)

@@ -70,6 +70,8 @@ SMALL = {
         "triton": "cross_entropy_fwd mlm_loss_bwd_scale",
         "cuda": "cross_entropy",
     },
+    ("relation_loss", "S5-3-1-H2-D3-5"): {"triton": "relation_loss_fwd relation_loss_bwd"},
+    ("relation_loss", "tail"): {},
 }
 # Triton's one-kernel backward takes this sample in 16 bits only
 SHORT = ("attention", "S33-17-H3-D64-drop"), "attention_fwd attention_bwd"
