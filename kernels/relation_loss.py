@@ -252,8 +252,10 @@ def _relation_loss_fwd(
     """The second pass has both products of a tile in registers."""
     fixed, wide = _padded(D, DT, dtype, arch)
     if dtype == torch.float32:
-        keys = 16 if wide else 32
-        return _Tiles(_tiles.tile(max_seqlen, 32), keys, *fixed, 8 if wide else 4, 1)
+        if wide:
+            rows, keys = (32, 16) if isinstance(arch, str) else (16, 32)
+            return _Tiles(rows, keys, *fixed, 8, 1)
+        return _Tiles(_tiles.tile(max_seqlen, 32), 32, *fixed, 4, 1)
     keys = 32 if wide or isinstance(arch, str) else 64
     return _Tiles(_tiles.tile(max_seqlen, 64), _tiles.tile(max_seqlen, keys), *fixed, 4, 2)
 
@@ -265,7 +267,11 @@ def _relation_loss_bwd(
     """As forward, with the sum for dz in registers too."""
     fixed, wide = _padded(D, DT, dtype, arch)
     if dtype == torch.float32:
-        return _Tiles(_tiles.tile(max_seqlen, 32), 16, *fixed, 8 if wide else 4, 1)
+        if wide:
+            return _Tiles(16, 16, *fixed, 4, 1)
+        # narrow heads leave registers for more keys
+        keys = 32 if max(fixed[:2]) == 16 else 16
+        return _Tiles(_tiles.tile(max_seqlen, 32), keys, *fixed, 4, 1)
     return _Tiles(_tiles.tile(max_seqlen, 64), _tiles.tile(max_seqlen, 32), *fixed, 4, 2)
 
 

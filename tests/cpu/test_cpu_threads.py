@@ -54,7 +54,8 @@ def calls(dtype: torch.dtype) -> dict[str, dict]:
         "mlm_loss": {"hidden": x, **decoder, "labels": draw.labels(V, T, 0.6)},
         "relation_loss": {
             "student": draw.normal(T, C),
-            "teacher": draw.normal(T, 2 * C),
+            # its gradient is a zeros_like: a larger one makes torch's threads hang in a forked process
+            "teacher": draw.normal(T, 16 * H),
             "cu_seqlens": qkv["cu_seqlens"],
             "max_seqlen": 170,
             "num_heads": H,
