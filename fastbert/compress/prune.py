@@ -113,7 +113,9 @@ def prune(
         bar.begin("search for sizes")
         found = _Search(dense, gradients, table, timed, speedup).run(bar)
         bar.begin("correction")
-        correct(dense, found.model, layer_inputs(dense, batches), bar.advance)
+        # the trial has left copies of weights that are changed now
+        unfreeze(found.model)
+        correct(dense, found.model, layer_inputs(unfreeze(dense), batches), bar.advance)
     return found
 
 

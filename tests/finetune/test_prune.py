@@ -204,6 +204,7 @@ def test_batches_in_memory(by_count):
 def test_times_are_measured_here():
     found = fastbert.prune(classifier(), [batch(16, s) for s in range(2)], 1.05, quiet=True)
     assert found.measured > 0
+    assert found.model.bert.frozen is None
     assert np.isfinite(found.predicted)
 
 
