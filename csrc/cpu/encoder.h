@@ -30,8 +30,8 @@ namespace FASTBERT_ISA {
 // n post-norm encoder layers for inference, in one call: x, y and everything between are of
 // `dtype`. `layers` holds the addresses of each layer's FASTBERT_LAYER_FIELDS: weights packed by
 // linear_pack or, with `int8`, by linear_int8_pack; biases and norms in fp32. With `rows` the last
-// layer's second half runs for these rows. The matrices of a block without heads, or of intermediate
-// size 0, are not read: the block gives its last bias.
+// layer's second half runs for these rows. The matrices of a block without heads, or of
+// intermediate size 0, are not read: the block gives its last bias.
 void encoder_infer(int dtype, bool int8,
                    const void* x,              // (T, C)
                    const int32_t* cu_seqlens,  // (B + 1,)
