@@ -93,6 +93,18 @@ float quantise_row(const T* x, int64_t K, const int32_t* sources, int64_t extra,
   return usable ? m / levels : bad == 0 ? 0.0f : __builtin_nanf("");
 }
 
+// x, which the compiler then does not fuse with an addition: every instruction set rounds it alike
+FASTBERT_INLINE F rounded(F x) {
+#if FASTBERT_X86 == 512
+  asm("" : "+v"(x));
+#elif FASTBERT_X86
+  asm("" : "+x"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+
 template <typename T, Activation kActivation>
 struct WriteInt8 {
   const float* a;
@@ -109,7 +121,7 @@ struct WriteInt8 {
     tile_vectors(rows, cols, [=, stride = ld](int64_t r, int64_t c, int64_t n) {
       const U sums = bits_as<U>(load(tile + r * tile_ld + c)) - bits_as<U>(load(over + c, n));
       F value = to_float(bits_as<I>(sums)) * as[r] * load(scales + c, n);
-      if (b) value += load(b + c, n);
+      if (b) value = rounded(value) + load(b + c, n);
       if constexpr (kActivation != kIdentity) value = gelu<kActivation == kGeluTanh>(value).value;
       store(out + r * stride + c, value, n);
     });

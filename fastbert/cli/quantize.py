@@ -33,6 +33,8 @@ def quantize(
 ) -> None:
     """Write a copy of a model folder with the encoder's weights as int8, a quarter of their size.
 
+    Word embeddings, often most of a small model, stay in fp32 without --embeddings.
+
     embed, predict and fill-mask read the copy as any other folder, and give the vectors and answers that --int8 gives.
     The copy can't be trained, and transformers can't read it. Example: fastbert quantize runs/a out/ --embeddings
     """
@@ -40,6 +42,8 @@ def quantize(
         raise ValueError(f"--bits {bits}: choose 12 or 8")
     folder = trained_model(model)
     folder_or_new(out, "name a new folder")
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{out} is inside {folder}: name a folder outside of the model")
     if out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"{out} is a folder with files: name a new one")
     ready()

@@ -24,7 +24,7 @@ def served(encoder: nn.Module, x: Tensor, call: layers.Call) -> Tensor | None:
         return None
     if call.tokens is not None or not (call.packed and call.states_unused):
         reason = "padding is computed too" if call.states_unused else "hidden states are requested"
-        log_once(f"the frozen encoder runs its layers one by one: {reason}")
+        copies.say_unused(reason)
         return None
     y = copies.encode(call.parts, x[0], call)
     return None if y is None else y[None]
@@ -65,7 +65,7 @@ class FrozenLayers(Copies):
         fields = [parameters(layers.weights(m)) for m in parts]
         reason = cpu.unsupported_dtype("x", x) or _why_not_native(fields, settings, x, self.bits)
         if reason is not None:
-            log_once(f"the frozen encoder runs its layers one by one: {reason}")
+            self.say_unused(reason)
             return None
         self._remember(fields, settings, x.shape[0])  # type: ignore[arg-type]
         if x.dtype not in self._packs:

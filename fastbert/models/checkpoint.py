@@ -285,9 +285,11 @@ def _check_integers(own: BertConfig, config: BertConfig, folder: Path) -> None:
             "quantised"
         )
     if (held, own.int8_embeddings) != (wanted, config.int8_embeddings):
+        instead = "" if held else ", and call fastbert.quantize with replace=True on the model"
         raise ValueError(
-            f"int8_bits={config.int8_bits}, int8_embeddings={config.int8_embeddings} was passed and the weights in "
-            f"{folder} are others: leave both out, and call fastbert.quantize with replace=True on the model"
+            f"int8_bits={config.int8_bits} and int8_embeddings={config.int8_embeddings} were asked for, and "
+            f"{folder} has int8_bits={own.int8_bits} and int8_embeddings={own.int8_embeddings}: leave these arguments "
+            f"out{instead}"
         )
 
 

@@ -74,9 +74,9 @@ class Pretrained(nn.Module):
             lines = str(error).splitlines()
             rest = [f"and {len(lines) - 4} more"] if len(lines) > 4 else []
             raise RuntimeError("\n".join(lines[:4] + rest)) from None
-        places = {"is missing": found.missing_keys, "is not of this model": found.unexpected_keys}
+        places = {"it lacks": found.missing_keys, "the model lacks": found.unexpected_keys}
         if strict and any(places.values()):
-            wrong = "; ".join(f"{listed(keys, 3)} {why}" for why, keys in places.items() if keys)
+            wrong = "; ".join(f"{why} {listed(keys, 3)}" for why, keys in places.items() if keys)
             raise RuntimeError(
                 f"the state dict does not fit this {type(self).__name__}: {wrong}. Load one of the same class and "
                 "configuration, or pass strict=False"
@@ -263,7 +263,7 @@ class BertModel(Pretrained):
         seed = seed_for(self._dropout_rate(), None, inputs.ids) if self.training else None
         x = self.embeddings(inputs.ids, inputs.positions, inputs.types, seed, 0)
         unobserved = not (inputs.output_hidden_states or inputs.output_attentions)
-        if self.frozen is not None and unobserved and self.frozen.serves(self, x):
+        if self.frozen is not None and self.frozen.serves(self, x, unobserved):
             return Encoded(self.frozen.encode(self, x, packing, rows), packing, seed, None, None)
         states: list[Tensor] = []
         weights: list[Tensor] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from fastbert.nn.int8 import Int8Linear
 from fastbert.nn.int8_checks import why_not_exact
 from fastbert.nn.layer import GELUS, LayerSettings, LayerWeights
 from fastbert.nn.packing import Packing
+from fastbert.nn.watch import log_once
 from fastbert.ops._check import cu_seqlens_valid
 
 # a layer's parameters by the fields of LayerWeights; the tensors of a field lie one below the other in its copy. An
@@ -73,6 +75,13 @@ class Copies:
         self._packs.clear()
         self._seal = None
         _live.discard(self)
+
+    def say_unused(self, reason: str) -> None:
+        """Log why the layers run one by one; a warning if they compute in floating point though they were quantised."""
+        if self.bits is None:
+            log_once(f"the frozen encoder runs its layers one by one: {reason}")
+        else:
+            log_once(f"the quantised encoder computes in floating point: {reason}", logging.WARNING)
 
     def made_from(self, ids: set[int]) -> bool:
         """Whether a parameter with one of these ids was packed."""

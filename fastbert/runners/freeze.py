@@ -47,10 +47,11 @@ def quantize(
     """Compute the encoder's products in integers in inference (CPU, no gradient); returns the model in eval mode.
 
     No calibration data: weights become int8 with one scale per row, activations integers of `bits` bits with one scale
-    per token, at the time of the call. 8 bits lose accuracy, and are faster only where the processor has AVX-512 with
-    VNNI. The sums are exact, and a token's scale comes from the token alone: a text's vector is bitwise the same alone,
-    in any batch, with any padding and number of threads. Attention, GELU, residuals and norms compute in floating
-    point; embeddings and heads are not quantised.
+    per token, at the time of the call. 8 bits lose accuracy; only processors with AVX-512 BF16 have a faster
+    instruction for them. The sums are exact, and a token's scale comes from the token alone: a text's hidden states are
+    bitwise the same alone, in any batch, with any padding and number of threads. Attention, GELU, residuals, norms and
+    heads compute in floating point. A call that needs hidden states, attentions or gradients does so everywhere, with a
+    warning.
 
     Takes the models that `freeze` takes, replaces its copies, and keeps to the same rules: the int8 copies are made at
     the first forward without gradients, in addition to the weights, and again when a weight changes; `frozen_bytes` is

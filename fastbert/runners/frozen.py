@@ -109,8 +109,11 @@ class Frozen(Copies):
         """The parameters that were packed."""
         return () if self._origin is None else self._origin.parameters
 
-    def serves(self, encoder: Encoder, x: Tensor) -> bool:
-        """Whether a forward on embeddings x (T, C) can run on the copies; makes them if they are missing."""
+    def serves(self, encoder: Encoder, x: Tensor, last_alone: bool) -> bool:
+        """Whether a forward on embeddings x (T, C) can run on the copies; makes them if they are missing.
+
+        With `last_alone` only the last hidden states are wanted; the copies give no others, and no attentions.
+        """
         if torch.compiler.is_compiling() or exporting() or encoder.training:
             return False
         if x.device.type != "cpu":
@@ -125,13 +128,20 @@ class Frozen(Copies):
             log_once("the weights or parts of a frozen model have changed: they are packed again")
             self.drop()
         reason = self._recorded(encoder, x)
+        if not last_alone:
+            reason = "hidden states or attentions are requested"
         if reason is None and x.dtype not in self._packs:
             reason = cpu.unsupported_dtype("x", x) or self._pack(encoder, x.dtype)
         if reason is None and x.shape[1] != self._width:
             reason = f"the embeddings are {x.shape[1]} wide"
         if reason is not None:
-            log_once(f"the frozen encoder runs its layers one by one: {reason}")
+            self._say_unused(encoder, reason)
         return reason is None
+
+    def _say_unused(self, encoder: Encoder, reason: str) -> None:
+        # the layers of an int8 model compute in integers too
+        if not any(isinstance(m, Int8Linear) for m in encoder.layers.modules()):
+            self.say_unused(reason)
 
     def _recorded(self, encoder: Encoder, x: Tensor) -> str | None:
         """Why the layers are needed for gradients, or None."""

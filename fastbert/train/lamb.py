@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastbert.backend import chooser, cpu
+from fastbert.files import quoted
 
 # operations on lists of tensors: a kernel each on a GPU
 aten = torch.ops.aten
@@ -28,7 +29,8 @@ class LAMB(torch.optim.Optimizer):
     The ratio is 1 too in groups without weight decay, where biases and LayerNorm belong
     (`fastbert.train.optim.parameter_groups`), unless the group has `always_adapt`: as in timm's Lamb, and as
     `use_nvlamb` in NVIDIA's FusedLAMB. Gradients are not clipped here. Norms are of whole tensors, also of those that
-    FSDP2 has sharded. fp32 on a CPU runs two native passes over the memory, with the same bits for any number of
+    FSDP2 has sharded. Moments have their parameter's dtype, as torch.optim.AdamW's: keep weights in fp32, since v stops
+    decaying in bf16. fp32 on a CPU runs two native passes over the memory, with the same bits for any number of
     threads; all else runs torch's operations.
     """
 
@@ -41,19 +43,20 @@ class LAMB(torch.optim.Optimizer):
         weight_decay: float = 0.01,
         always_adapt: bool = False,
     ) -> None:
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not value >= 0.0:
-                raise ValueError(f"{name} is {value}: it must be at least 0")
-        if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"betas is {tuple(betas)}: both must be in [0, 1)")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "always_adapt": always_adapt})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
         # the state of AdamW has the same moments
-        for group in self.param_groups:
+        for group in state.get("param_groups", []):
             group.setdefault("always_adapt", False)
+            _check(group)
+        super().__setstate__(state)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of any optimiser; refuses settings that are out of range."""
+        _check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -111,6 +114,25 @@ class LAMB(torch.optim.Optimizer):
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return state
+
+
+def _check(group: dict[str, Any]) -> None:
+    """Refuse settings of a group that LAMB cannot take."""
+    if missing := [name for name in ("lr", "betas", "eps", "weight_decay") if name not in group]:
+        raise ValueError(
+            f"a group of parameters has no {', '.join(missing)}: load a state of LAMB or AdamW"
+        )
+    for name in ("lr", "eps", "weight_decay"):
+        if not group[name] >= 0.0:
+            raise ValueError(f"{name} is {quoted(group[name])}: it must be at least 0")
+    betas = tuple(group["betas"])
+    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"betas is {quoted(betas)}: pass two numbers in [0, 1)")
+    for name in ("maximize", "amsgrad"):
+        if group.get(name):
+            raise ValueError(
+                f"the state has {name}=True, which LAMB does not have: train with AdamW"
+            )
 
 
 @dataclass(frozen=True)

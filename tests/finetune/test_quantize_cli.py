@@ -192,6 +192,7 @@ def test_refusals(base, tmp_path, capsys):
         (base, tmp_path / "new", "--bits", 4): "--bits 4: choose 12 or 8",
         (base, tmp_path / "out"): "is a folder with files: name a new one",
         (base, base / "config.json"): "is a file: name a new folder",
+        (base, base / "int8"): f"is inside {base}: name a folder outside of the model",
         (tmp_path / "out", tmp_path / "new"): "are int8 already: pass the model before it",
         (tmp_path / "none", tmp_path / "new"): "there is no directory",
     }.items():

@@ -10,7 +10,7 @@ import fastbert
 from fastbert import functional as F
 from fastbert.backend import cpu
 from fastbert.bert import BertConfig, BertForMaskedLM, BertModel
-from fastbert.nn import int8, int8_checks
+from fastbert.nn import int8, int8_checks, watch
 from fastbert.nn.packing import Packing
 
 if cpu.native is None:
@@ -345,3 +345,20 @@ def test_real_sentences(checkpoint):
     exact = Embedder(folder, normalize=True)(texts)
     ours = Embedder(folder, normalize=True, int8=True)(texts)
     assert (exact * ours).sum(1).min() > 0.9995
+
+
+def test_a_call_in_floating_point_warns(model, caplog):
+    fastbert.quantize(model)
+    watch._logged.clear()
+    inputs = batch()
+    with torch.no_grad(), caplog.at_level("WARNING", "fastbert"):
+        model(**inputs)
+        assert not caplog.records
+        model(**inputs, output_hidden_states=True)
+    assert "quantised encoder computes in floating point: hidden states" in caplog.text
+    caplog.clear()
+    fastbert.quantize(model, replace=True)
+    watch._logged.clear()
+    with torch.no_grad(), caplog.at_level("WARNING", "fastbert"):
+        model(**inputs, output_hidden_states=True)
+    assert not caplog.records

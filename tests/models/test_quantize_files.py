@@ -185,9 +185,17 @@ def test_other_settings_are_refused(settings, sentence, tmp_path):
     ("int8", "passed", "sentence"),
     [
         (True, {"int8_bits": None}, "are int8 and int8_bits=None was passed: leave it out"),
-        (True, {"int8_embeddings": True}, "int8_embeddings=True was passed and the weights in"),
-        (False, {"int8_bits": 12}, "are others: leave both out, and call fastbert.quantize with"),
-        (False, {"int8_bits": 8, "int8_embeddings": True}, "int8_bits=8, int8_embeddings=True was"),
+        (
+            True,
+            {"int8_embeddings": True},
+            "has int8_bits=12 and int8_embeddings=False: leave these arguments out$",
+        ),
+        (False, {"int8_bits": 12}, "leave these arguments out, and call fastbert.quantize with"),
+        (
+            False,
+            {"int8_bits": 8, "int8_embeddings": True},
+            "int8_bits=8 and int8_embeddings=True were asked for",
+        ),
     ],
 )
 def test_settings_do_not_change_the_kind_of_weights(int8, passed, sentence, tmp_path):

@@ -67,6 +67,16 @@ def test_the_law_to_the_last_bit(name, K, bits):
     assert torch.equal(run(name, x, weight, scale, bits=bits), expected)
 
 
+@BITS
+@pytest.mark.parametrize("name", [n for n in backends(SLUG) if n.startswith("cpu")])
+def test_every_set_rounds_before_it_adds_the_bias(name, bits):
+    x, weight, scale = drawn(9, 129, 37)
+    bias = torch.randn(37)
+    q, a = integers(x, bits)
+    expected = (q @ weight.long().t()).float() * a[:, None] * scale + bias
+    assert torch.equal(run(name, x, weight, scale, bias, bits), expected)
+
+
 @EVERY
 @BITS
 @pytest.mark.parametrize("kind", ["random", "largest", "negative", "alternating"])

@@ -282,12 +282,40 @@ def test_a_step_counts_as_a_write():
         ({"lr": -1.0}, "lr is -1.0: it must be at least 0"),
         ({"eps": float("nan")}, "eps is nan: it must be at least 0"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
-        ({"betas": (0.9, 1.0)}, r"betas is \(0.9, 1.0\): both must be in \[0, 1\)"),
+        ({"betas": (0.9, 1.0)}, r"betas is \(0.9, 1.0\): pass two numbers in \[0, 1\)"),
     ],
 )
 def test_bad_settings(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         LAMB([nn.Parameter(torch.ones(1))], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"lr": -1.0}, "lr is -1.0: it must be at least 0"),
+        ({"betas": (0.9, 0.99, 0.999)}, r"betas is \(0.9, 0.99, 0.999\): pass two numbers in"),
+    ],
+)
+def test_bad_settings_of_a_group(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        LAMB([{"params": [torch.zeros(2, requires_grad=True)], **options}])
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        (lambda p: torch.optim.SGD(p, momentum=0.9), "has no betas, eps: load a state of LAMB"),
+        (lambda p: torch.optim.AdamW(p, maximize=True), "maximize=True, which LAMB does not have"),
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), "amsgrad=True, which LAMB does not have"),
+    ],
+)
+def test_states_of_other_optimisers_are_refused(other, sentence):
+    params = [torch.ones(3, requires_grad=True)]
+    theirs, ours = other(params), LAMB(params, lr=0.125)
+    with pytest.raises(ValueError, match=sentence):
+        ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["lr"] == 0.125
 
 
 def test_sparse_gradients_are_refused():
