@@ -245,33 +245,42 @@ def _padded(
     return (*blocks, _tiles.precision(dtype, arch)), max(blocks) > 64
 
 
-@configured()
+def _single(max_seqlen: int, D: int, DT: int, arch: _launch.Arch, stages: int) -> _Tiles:
+    """Tiles of both directions in fp32: backward must compute the products of forward to the last bit.
+
+    A row's probability of itself is near 1, and its rounding error is then the whole of its gradient.
+    """
+    fixed, wide = _padded(D, DT, torch.float32, arch)
+    if wide:
+        rows, keys = (32, 16) if isinstance(arch, str) else (16, 32)
+        return _Tiles(rows, keys, *fixed, 8, 1)
+    # with one stage forward spills on sm_80, with two on later GPUs
+    stages = stages if arch == 80 else 1
+    # narrow heads leave registers for more keys
+    keys = 32 if max(fixed[:2]) == 16 else 16
+    return _Tiles(_tiles.tile(max_seqlen, 32), keys, *fixed, 4, stages)
+
+
+@configured("BLOCK_M", "BLOCK_N")
 def _relation_loss_fwd(
     max_seqlen: int, D: int, DT: int, dtype: torch.dtype, arch: _launch.Arch
 ) -> _Tiles:
     """The second pass has both products of a tile in registers."""
-    fixed, wide = _padded(D, DT, dtype, arch)
     if dtype == torch.float32:
-        if wide:
-            rows, keys = (32, 16) if isinstance(arch, str) else (16, 32)
-            return _Tiles(rows, keys, *fixed, 8, 1)
-        return _Tiles(_tiles.tile(max_seqlen, 32), 32, *fixed, 4, 1)
+        return _single(max_seqlen, D, DT, arch, 2)
+    fixed, wide = _padded(D, DT, dtype, arch)
     keys = 32 if wide or isinstance(arch, str) else 64
     return _Tiles(_tiles.tile(max_seqlen, 64), _tiles.tile(max_seqlen, keys), *fixed, 4, 2)
 
 
-@configured()
+@configured("BLOCK_M", "BLOCK_N")
 def _relation_loss_bwd(
     max_seqlen: int, D: int, DT: int, dtype: torch.dtype, arch: _launch.Arch
 ) -> _Tiles:
     """As forward, with the sum for dz in registers too."""
-    fixed, wide = _padded(D, DT, dtype, arch)
     if dtype == torch.float32:
-        if wide:
-            return _Tiles(16, 16, *fixed, 4, 1)
-        # narrow heads leave registers for more keys
-        keys = 32 if max(fixed[:2]) == 16 else 16
-        return _Tiles(_tiles.tile(max_seqlen, 32), keys, *fixed, 4, 1)
+        return _single(max_seqlen, D, DT, arch, 1)
+    fixed, _ = _padded(D, DT, dtype, arch)
     return _Tiles(_tiles.tile(max_seqlen, 64), _tiles.tile(max_seqlen, 32), *fixed, 4, 2)
 
 
