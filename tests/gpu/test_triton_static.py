@@ -59,7 +59,8 @@ NARROW = r"(LDG|STG)\.E\.[US](8|16)\b.*"
 GENERATION = {90: r"[HI]GMMA\b.*", 100: r"UTC\w*MMA\b.*"}
 
 
-# (kernel, architecture) -> bytes that may be spilled: attention's were measured faster than any tile without (docs/triton.md)
+# (kernel, architecture) -> bytes that may be spilled. Attention's were measured faster than any tile without
+# (docs/triton.md)
 SPILLS = {
     ("_attention_bwd_kernel", 90): 128,
     # in causal attention only, which encoders do not use
