@@ -15,6 +15,7 @@ import torch
 from fastbert.compress.correct import correct
 from fastbert.compress.importance import (
     Gradients,
+    labels_in,
     least_needed,
     losses_by_size,
     mask_gradients,
@@ -39,6 +40,11 @@ _TOKENS = 30_000
 _TIMED = 4
 # a measured speed-up may be off by so much before sizes are searched again, and so many times
 _CLOSE, _SEARCHES = 0.05, 3
+# least shares of a layer's heads and columns to keep, each tried. Fisher information holds near the dense model, and is
+# far too low for the heads of several layers in a row
+_LEAST = ((0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (0.25, 0.125), (0.5, 0.25))
+# batches that the tries are judged on
+_JUDGED = 4
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ def prune(
         none = [torch.empty(0, dtype=torch.int64)] * layers
         table = measure(dense, _smaller(dense, none, none), timed, bar.advance)
         bar.begin("search for sizes")
-        found = _Search(dense, gradients, table, timed, speedup).run(bar)
+        found = _Search(dense, gradients, table, batches, speedup).run(bar)
         bar.begin("correction")
         # the trial has left copies of weights that are changed now
         unfreeze(found.model)
@@ -127,10 +133,11 @@ class _Search:
         dense: Any,
         gradients: Sequence[Gradients],
         table: Table,
-        timed: Sequence[Mapping[str, Any]],
+        batches: Sequence[Mapping[str, Any]],
         speedup: float,
     ) -> None:
-        self.dense, self.table, self.timed, self.speedup = dense, table, timed, speedup
+        self.dense, self.table, self.speedup = dense, table, speedup
+        self.timed, self.judged = batches[:_TIMED], batches[-_JUDGED:]
         config = dense.config
         self.heads, self.width = config.num_attention_heads, config.intermediate_size
         self.sizes = sizes_of(self.width)
@@ -171,8 +178,22 @@ class _Search:
         return abs(found.measured / self.speedup - 1)
 
     def _sizes(self, table: Table) -> tuple[list[int], list[int]] | None:
-        """The heads and the width of every layer, None if none are fast enough."""
-        losses = [np.array(rows) for rows in (*self.losses["heads"], *self.losses["widths"])]
+        """The heads and the width of every layer, None if none are fast enough.
+
+        Of several choices, made with other least shares, the one whose uncorrected model has the least loss.
+        """
+        found = [sizes for least in _LEAST if (sizes := self._within(table, *least)) is not None]
+        distinct = [sizes for i, sizes in enumerate(found) if sizes not in found[:i]]
+        return min(distinct, key=self._loss) if len(distinct) > 1 else next(iter(distinct), None)
+
+    def _within(
+        self, table: Table, least_heads: float, least_width: float
+    ) -> tuple[list[int], list[int]] | None:
+        """The sizes of the least estimated loss that keep these shares of every layer."""
+        heads, widths = np.array(self.losses["heads"]), np.array(self.losses["widths"])
+        heads[:, : math.ceil(least_heads * self.heads)] = np.inf
+        widths[:, np.array(self.sizes) < least_width * self.width] = np.inf
+        losses = [*heads, *widths]
         seconds = [part.seconds for part in (*table.heads, *table.columns)]
         chosen = cheapest(losses, seconds, self.whole / self.speedup - table.fixed)
         if chosen is None:
@@ -180,8 +201,16 @@ class _Search:
         layers = len(table.heads)
         return chosen[:layers], [self.sizes[i] for i in chosen[layers:]]
 
-    def _trial(self, table: Table, heads: list[int], widths: list[int]) -> Pruned:
-        """A model of these sizes and its measured speed-up."""
+    @torch.no_grad()
+    def _loss(self, sizes: tuple[list[int], list[int]]) -> float:
+        """The loss of a model of these sizes on some batches."""
+        small = self._model(*sizes)
+        terms = [labels_in(batch) for batch in self.judged]
+        losses = [float(small(**batch).loss) for batch in self.judged]
+        return sum(n * loss for n, loss in zip(terms, losses, strict=True)) / sum(terms)
+
+    def _model(self, heads: list[int], widths: list[int]) -> Any:
+        """The model with the heads and columns that the loss needs most."""
         kept = [
             [order[len(order) - size :].sort().values for order, size in pair]
             for pair in (
@@ -189,7 +218,11 @@ class _Search:
                 for (by_head, by_column), h, w in zip(self.orders, heads, widths, strict=True)
             )
         ]
-        small = _smaller(self.dense, *zip(*kept, strict=True))
+        return _smaller(self.dense, *zip(*kept, strict=True))
+
+    def _trial(self, table: Table, heads: list[int], widths: list[int]) -> Pruned:
+        """A model of these sizes and its measured speed-up."""
+        small = self._model(heads, widths)
         return Pruned(
             small,
             heads,
