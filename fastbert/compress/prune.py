@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,9 @@ class Pruned:
     # seconds by size, and the estimated rise of the loss by size: {"heads", "widths"}, a list a layer
     table: Table
     losses: dict[str, list[list[float]]]
+    # the loss of the dense and of the pruned model on the last batches of the data
+    dense_loss: float = math.nan
+    loss: float = math.nan
 
     def __str__(self) -> str:
         lines = [f"{'layer':<6} {'heads':>12} {'width':>14}"]
@@ -74,6 +78,7 @@ class Pruned:
             f"{self.measured:.2f} times as fast as the dense model (asked for {self.asked:g}, predicted "
             f"{self.predicted:.2f})"
         )
+        lines.append(f"loss {self.loss:.4f} on a part of the data, {self.dense_loss:.4f} before")
         return "\n".join(lines)
 
 
@@ -117,12 +122,13 @@ def prune(
         none = [torch.empty(0, dtype=torch.int64)] * layers
         table = measure(dense, _smaller(dense, none, none), timed, bar.advance)
         bar.begin("search for sizes")
-        found = _Search(dense, gradients, table, batches, speedup).run(bar)
+        search = _Search(dense, gradients, table, batches, speedup)
+        found = search.run(bar)
         bar.begin("correction")
         # the trial has left copies of weights that are changed now
         unfreeze(found.model)
         correct(dense, found.model, layer_inputs(unfreeze(dense), batches), bar.advance)
-    return found
+    return dataclasses.replace(found, dense_loss=search.loss(dense), loss=search.loss(found.model))
 
 
 class _Search:
@@ -184,7 +190,9 @@ class _Search:
         """
         found = [sizes for least in _LEAST if (sizes := self._within(table, *least)) is not None]
         distinct = [sizes for i, sizes in enumerate(found) if sizes not in found[:i]]
-        return min(distinct, key=self._loss) if len(distinct) > 1 else next(iter(distinct), None)
+        if len(distinct) < 2:
+            return next(iter(distinct), None)
+        return min(distinct, key=lambda sizes: self.loss(self._model(*sizes)))
 
     def _within(
         self, table: Table, least_heads: float, least_width: float
@@ -202,11 +210,10 @@ class _Search:
         return chosen[:layers], [self.sizes[i] for i in chosen[layers:]]
 
     @torch.no_grad()
-    def _loss(self, sizes: tuple[list[int], list[int]]) -> float:
-        """The loss of a model of these sizes on some batches."""
-        small = self._model(*sizes)
+    def loss(self, model: Any) -> float:
+        """A model's loss on some batches."""
         terms = [labels_in(batch) for batch in self.judged]
-        losses = [float(small(**batch).loss) for batch in self.judged]
+        losses = [float(model(**batch).loss) for batch in self.judged]
         return sum(n * loss for n, loss in zip(terms, losses, strict=True)) / sum(terms)
 
     def _model(self, heads: list[int], widths: list[int]) -> Any:

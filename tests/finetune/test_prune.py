@@ -187,6 +187,7 @@ def test_a_trained_model_keeps_its_answers(task, trained, by_count, tmp_path):
     assert values[metric] > expected[metric] - 0.1
     assert "2 times" not in str(found)
     assert "times as fast" in str(found)
+    assert all(0 < loss < 10 for loss in (found.dense_loss, found.loss))
 
 
 def test_batches_in_memory(by_count):
