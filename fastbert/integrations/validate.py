@@ -64,6 +64,7 @@ def validate(
     """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}: it must be at least 1")
+    was = is_accelerated(model)
     name = type(model).__name__
     if is_replaced(model):
         raise ValueError(
@@ -76,13 +77,12 @@ def validate(
     if bits is not None:
         report = compare_quantised(model, batch, rounds, bits)
     else:
-        report = _compare_accelerated(model, batch, rounds)
+        report = _compare_accelerated(model, batch, rounds, was)
     print(report)
     return report
 
 
-def _compare_accelerated(model: nn.Module, batch: Any, rounds: int) -> Report:
-    was = is_accelerated(model)
+def _compare_accelerated(model: nn.Module, batch: Any, rounds: int, was: bool) -> Report:
     if isinstance(batch, Sequence) and any(isinstance(b, Mapping) for b in batch):
         raise TypeError("batch is a list of batches: pass one of them, or bits=12 for all")
     check_tokens(batch, "the batch")

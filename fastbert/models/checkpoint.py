@@ -237,8 +237,11 @@ def _check_size(config: BertConfig, state: State, folder: Path) -> None:
     """Refuse a config.json of a far larger model before memory is taken for it."""
     c = config.hidden_size
     tables = config.vocab_size + config.max_position_embeddings + (config.type_vocab_size or 0)
-    columns = [4 * heads * config.head_size + 2 * width for heads, width in config.layer_sizes]
-    wanted = c * (tables + sum(columns))
+    # no list as long as num_hidden_layers: it may be any number
+    n, heads, widths = config.num_hidden_layers, config.layer_heads, config.layer_widths
+    columns = 4 * config.head_size * (sum(heads) if heads else n * config.num_attention_heads)
+    columns += 2 * (sum(widths) if widths else n * config.intermediate_size)
+    wanted = c * (tables + columns)
     found = sum(value.numel() for value in state.values())
     # a new head for masked words may be as large as a word table
     if wanted > 4 * found + 100_000_000:

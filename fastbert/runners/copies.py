@@ -130,8 +130,9 @@ class Copies:
                 for t, f in zip(packed, fields, strict=True)
                 if t is not f[0] and not isinstance(f[0], Int8Linear)
             ]
-        self._packs[dtype] = torch.tensor(rows, dtype=torch.int64), kept
+        # before the packs: another thread may run as soon as it finds those
         self._settings = _settings_tables(layers, settings)
+        self._packs[dtype] = torch.tensor(rows, dtype=torch.int64), kept
         # not in `freeze`: deep copies and unpickled models are packed without a call of it
         _live.add(self)
         _watch_optimizers()

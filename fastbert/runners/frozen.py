@@ -109,7 +109,7 @@ class Frozen(Copies):
         """The parameters that were packed."""
         return () if self._origin is None else self._origin.parameters
 
-    def serves(self, encoder: Encoder, x: Tensor, last_alone: bool) -> bool:
+    def serves(self, encoder: Encoder, x: Tensor, last_alone: bool = True) -> bool:
         """Whether a forward on embeddings x (T, C) can run on the copies; makes them if they are missing.
 
         With `last_alone` only the last hidden states are wanted; the copies give no others, and no attentions.
