@@ -235,13 +235,12 @@ def _remedy(model: nn.Module, key: str, found: torch.Size, wanted: torch.Size) -
 
 def _check_size(config: BertConfig, state: State, folder: Path) -> None:
     """Refuse a config.json of a far larger model before memory is taken for it."""
-    c = config.hidden_size
     tables = config.vocab_size + config.max_position_embeddings + (config.type_vocab_size or 0)
     # no list as long as num_hidden_layers: it may be any number
     n, heads, widths = config.num_hidden_layers, config.layer_heads, config.layer_widths
     columns = 4 * config.head_size * (sum(heads) if heads else n * config.num_attention_heads)
     columns += 2 * (sum(widths) if widths else n * config.intermediate_size)
-    wanted = c * (tables + columns)
+    wanted = config.hidden_size * (tables + columns)
     found = sum(value.numel() for value in state.values())
     # a new head for masked words may be as large as a word table
     if wanted > 4 * found + 100_000_000:
@@ -284,8 +283,7 @@ def _check_integers(own: BertConfig, config: BertConfig, folder: Path) -> None:
     held, wanted = own.int8_bits is not None, config.int8_bits is not None
     if held and not wanted:
         raise ValueError(
-            f"the weights in {folder} are int8 and int8_bits=None was passed: leave it out, or load the model that was "
-            "quantised"
+            f"the weights in {folder} are int8 and int8_bits=None was passed: leave it out, or load another folder"
         )
     if (held, own.int8_embeddings) != (wanted, config.int8_embeddings):
         instead = "" if held else ", and call fastbert.quantize with replace=True on the model"
