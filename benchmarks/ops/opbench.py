@@ -92,7 +92,7 @@ def grid(
 
 
 def pair(op: Callable[..., Any], args: dict[str, Any]) -> tuple[Callable, Callable]:
-    """(forward, backward) of the op. Float inputs require gradients; backward returns those that the op computes."""
+    """Two calls, forward and backward, of the op. Float inputs require gradients, and backward returns these."""
     args = detached(args)
     leaves = [leaf for _, leaf in leaves_of(args)]
     upstream: list[Tensor] = []

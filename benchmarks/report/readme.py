@@ -65,7 +65,7 @@ def incomparable(row: dict[str, Any]) -> bool:
 
 
 def in_order(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows, first those that have peers to compare with."""
+    """The rows of the results: first rows with peers, then rows that fastbert runs alone."""
     return sorted(results["rows"], key=incomparable)
 
 

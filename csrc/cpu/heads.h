@@ -1,5 +1,5 @@
-// What attention and relation_loss share: the sequences of a packed batch, their division among
-// threads, and products of one head whose operands stay in cache.
+// Code of attention and relation_loss: the lengths of a packed batch's sequences, a queue that
+// gives heads to threads, and matrix products of one head, which stay in cache.
 #pragma once
 
 #include "gemm.h"

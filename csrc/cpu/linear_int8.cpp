@@ -22,7 +22,9 @@ int64_t per_unit(int64_t levels) { return FASTBERT_DOT_BYTES && levels < 128 ? 4
 int64_t row_floats(int64_t columns, int64_t unit) { return round_up(ceil_div(columns, unit), W); }
 
 // A packed weight: the header, the columns of x that the extra columns read, the scales of the
-// rows, what the sums are too large by, and the panels of B, each from a multiple of 64 bytes on.
+// rows, the excess of each row's sums, and the panels of B, each from a multiple of 64 bytes on.
+// Units of four columns multiply q + 128: the excess is 128 times the row's sum of w, in the bits
+// of a uint32. Units of two multiply q, and their excess is 0.
 struct Header {
   int64_t K, extra, levels;
 };
@@ -153,7 +155,7 @@ void unpack_panel(const Bytes<kUnit>* panel, int64_t q, int64_t u, int64_t to, i
   }
 }
 
-// calls body with a unit of a weight, zeros
+// Calls body with a value of the type Bytes<unit>; the body reads the type alone.
 template <typename Body>
 void with_unit([[maybe_unused]] int64_t unit, const Body& body) {
 #if FASTBERT_DOT_BYTES

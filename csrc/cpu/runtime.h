@@ -29,7 +29,7 @@ constexpr size_t kLarge = size_t{4} << 20;
 // are most of the cost of a fresh gradient of 94 MB.
 void large_pages(void* memory, size_t bytes);
 // With `keep`, the first call of `large_pages` sets glibc's malloc to keep what the process frees.
-// By default malloc returns large memory to the system, and every training step asks for it again.
+// Otherwise malloc returns large memory to the system, and each training step gets new pages.
 void keep_memory(bool keep);
 // The time of a monotonic clock.
 double seconds();

@@ -26,7 +26,10 @@ def stale(module: Any, why: str) -> StaleModuleError:
 
 
 def check_current(module: Any) -> None:
-    """Refuse a native module that lacks a name of its stub, or whose functions take another number of arguments."""
+    """Compare a native module with its stub, such as _cpu.pyi: names, and each function's number of arguments.
+
+    Raises StaleModuleError at the first difference.
+    """
     name = module.__name__.rpartition(".")[2]
     file = Path(__file__).parents[1] / f"{name}.pyi"
     # programs that bundle packages leave stubs out

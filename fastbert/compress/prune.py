@@ -156,7 +156,7 @@ class _Search:
         self.whole = table.of([self.heads] * layers, [self.width] * layers)
 
     def run(self, bar: Bar) -> Pruned:
-        """The trial whose measured speed-up is closest to the one that was asked for."""
+        """Try sizes up to _SEARCHES times; returns the try whose measured speed-up is nearest to `speedup`."""
         table, best = self.table, None
         for _ in range(_SEARCHES):
             if (sizes := self._sizes(table)) is None:

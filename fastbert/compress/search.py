@@ -18,9 +18,10 @@ def cheapest(
     seconds: Sequence[Floats],  # as many
     budget: float,
 ) -> list[int] | None:
-    """The number of each block's size: the least sum of losses whose seconds fit the budget, None if no choice does.
+    """Choose a size for every block, so that the sum of losses is least and the sum of seconds fits the budget.
 
-    A knapsack with one choice a block, by dynamic programming over cells of time; a block's time is rounded to cells.
+    Returns the index of each block's size, or None if no choice fits. A knapsack with one choice a block, by dynamic
+    programming over cells of time; a block's time is rounded to cells.
     """
     if budget <= 0 or sum(float(s.min()) for s in seconds) > budget:
         return None

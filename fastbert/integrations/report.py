@@ -69,8 +69,11 @@ def run(model: nn.Module, batch: Any) -> Any:
 
 def check_tokens(batch: Any, name: str) -> None:
     """Refuse a batch without a token: there is nothing to compare."""
-    values = batch.values() if isinstance(batch, Mapping) else batch
-    values = values if isinstance(values, Iterable) and not isinstance(values, Tensor) else [values]
+    values: Iterable[Any] = [batch]
+    if isinstance(batch, Mapping):
+        values = batch.values()
+    elif isinstance(batch, Iterable) and not isinstance(batch, Tensor):
+        values = batch
     empty = next((t for t in values if isinstance(t, Tensor) and not t.numel()), None)
     if empty is not None:
         raise ValueError(

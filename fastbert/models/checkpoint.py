@@ -164,7 +164,7 @@ def fill(model: nn.Module, state: State, names: Names, source: str) -> list[str]
 
 
 def _file_keys(model: nn.Module, values: State, names: Names) -> dict[str, list[str]]:
-    """For each key of the model's state dict the keys in a file, whose tensors are stacked to the model's tensor."""
+    """{key of the model: keys in a file}; the file's tensors, one below the other, are the model's tensor."""
     bare, integers = not _is_head(model), int8_modules(model)
     found = {}
     for key in values:

@@ -24,7 +24,7 @@ def full_size(config: BertConfig) -> BertConfig:
 
 
 def note_sizes(config: BertConfig) -> None:
-    """Log that transformers can't load a model whose layers have sizes of their own."""
+    """Log that transformers can't load the model, if its layers differ in heads or width."""
     if config != full_size(config):
         log_once(
             "transformers has no field for sizes of single layers and can't load the saved model, from_pretrained can: "

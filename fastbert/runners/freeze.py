@@ -90,6 +90,7 @@ def _why_not_quantised(model: nn.Module) -> str | None:
         for name, part in m.named_modules(prefix=path):
             if (
                 isinstance(part, (nn.Linear, QKVProjection))
+                # None was assigned; a weight that a parametrisation computes is no parameter at all
                 and part._parameters.get("weight", 0) is None
             ):
                 return f"{name} has no weight"

@@ -35,7 +35,7 @@ def replace_weights(model: nn.Module, bits: int, embeddings: bool) -> None:
 
 
 def set_bits(model: nn.Module, bits: int) -> None:
-    """Let the encoders whose weights are int8 compute with these `bits`; others stay as they are."""
+    """Set the activations' bits of every encoder that has int8 weights; floating-point encoders do not change."""
     encoders = [m for m in model.modules() if isinstance(m, BertModel) and is_replaced(m)]
     _replace_all(model, encoders, bits, False)
 
