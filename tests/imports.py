@@ -31,6 +31,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fastbert.pretrain", "fastbert.finetune"),
     ("fastbert.compress",),
     ("fastbert.tuning", "fastbert.infer"),
+    # distillation of sentence encoders reads their folders as infer does
+    ("fastbert.distil",),
     # the package's own names
     ("fastbert",),
     ("fastbert.cli", "fastbert.__main__"),

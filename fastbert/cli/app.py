@@ -1,4 +1,4 @@
-"""The `fastbert` command: pretrain, finetune, predict, fill-mask, embed, quantize, prune, tune, info.
+"""The `fastbert` command: pretrain, finetune, distill, predict, fill-mask, embed, quantize, prune, tune, info.
 
 Its help needs no torch.
 """
@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from fastbert.backend.names import StaleModuleError
+from fastbert.cli.distil import distill
 from fastbert.cli.finetune import finetune, predict
 from fastbert.cli.pretrain import pretrain
 from fastbert.cli.prune import prune
@@ -46,6 +47,7 @@ def _command(name: str, function: Callable[..., None], bare: bool = False) -> No
 
 _command("pretrain", pretrain)
 _command("finetune", finetune)
+_command("distill", distill)
 _command("predict", predict)
 _command("fill-mask", fill_mask)
 _command("embed", embed)

@@ -66,7 +66,7 @@ def _optional(hint: Any) -> Any:
 def _flag(f: dataclasses.Field[Any]) -> Any:
     comment = f.metadata["comment"]
     # the words of a command line without a flag are a list
-    if f.default_factory is not dataclasses.MISSING:
+    if f.default_factory is not dataclasses.MISSING or f.metadata["positional"]:
         return typer.Argument(help=comment, show_default=False)
     if f.default is not None:
         comment += f"; default {str(f.default).lower()}"

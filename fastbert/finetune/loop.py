@@ -11,7 +11,7 @@ from fastbert.finetune.config import FinetuneConfig
 from fastbert.finetune.data import Data
 from fastbert.finetune.features import Shuffled, items
 from fastbert.finetune.judge import Part, predict
-from fastbert.train.loop import Run
+from fastbert.train.best import KeepBest
 from fastbert.train.session import Session, autocast
 from fastbert.train.trainer import Trainer
 
@@ -41,8 +41,8 @@ class FinetuneTrainer(Trainer):
         return loss[None].detach().double()
 
 
-class FinetuneRun(Run):
-    """A run that writes the model of its best evaluation to OUT/model as it goes."""
+class FinetuneRun(KeepBest):
+    """A fine-tuning, judged on the validation data."""
 
     command = "finetune"
 
@@ -51,36 +51,15 @@ class FinetuneRun(Run):
         self.data = data
         self.config = session.config
         self.metric = self.config.metric or data.task.metric
-        # the best evaluation so far, and the number of evaluations since
-        self.best: dict[str, Any] = {"step": 0, "value": None, "since": 0}
 
-    def evaluation(self) -> tuple[dict[str, float], str]:
-        """Judge the model on the validation data, and keep it if it is the best so far."""
-        data, model = self.data, self.trainer.model
-        values = judge(model, data, data.validation, self.config)[0]
-        value, step = values[self.metric], self.trainer.at.step
-        if self.best["value"] is None or value > self.best["value"]:
-            self.best = {"step": step, "value": value, "since": 0}
-            self.session.export(model, data.tokenizer, data.task.options.save)
-        else:
-            self.best["since"] += 1
-        line = f"validation at step {step}: loss {values['loss']:.4f}, {self.metric} {value:.4f}"
-        if self.best["since"]:
-            line += f" (best {self.best['value']:.4f} at step {self.best['step']})"
-        return values, line
+    def judged(self) -> dict[str, float]:
+        """The loss and the metrics on the validation data."""
+        return judge(self.trainer.model, self.data, self.data.validation, self.config)[0]
 
-    def finished(self) -> bool:
-        """Whether all steps are made, or the metric has not improved for `patience` evaluations."""
-        patience = self.config.patience
-        return super().finished() or 0 < patience <= self.best["since"]
-
-    def extra(self) -> dict[str, Any]:
-        """The best evaluation so far."""
-        return {"best": self.best}
-
-    def restore_extra(self, state: dict[str, Any]) -> None:
-        """Take the best evaluation from a checkpoint."""
-        self.best = state["best"]
+    def keep(self) -> None:
+        """Write the model to OUT/model, with the options that predictions need."""
+        options = self.data.task.options
+        self.session.export(self.trainer.model, self.data.tokenizer, options.save)
 
 
 def judge(

@@ -50,8 +50,8 @@ class Session(Generic[Config]):
 
     Entering it raises ValueError, TypeError or OSError for settings or a folder that can't be used; nothing is written
     then. `check` makes the task's own checks that need no data. `config` may be None with `resume`: OUT has the
-    settings. Where the settings have `shards` and `strategy`, the processes that torchrun has started train one model
-    together, and the main process alone writes and reports.
+    settings. Where the settings have `shards`, the processes that torchrun has started train one model together, and
+    the main process alone writes and reports.
     """
 
     # the settings, filled in from the machine, and the processes; both are there inside the block only
@@ -288,7 +288,7 @@ def _filled_in(config: Config) -> Config:
 
 def _divisible(kind: type[TrainingSettings]) -> bool:
     """Whether several processes can share a training with settings of this class."""
-    return {"shards", "strategy"} <= {f.name for f in fields(kind)}
+    return "shards" in {f.name for f in fields(kind)}
 
 
 def _divided(config: Any, world: World, resume: bool) -> tuple[Any, World]:
@@ -302,7 +302,8 @@ def _divided(config: Any, world: World, resume: bool) -> tuple[Any, World]:
             f"the data of a step has {shards} parts and there are {world.size} processes: start a number that "
             "divides it, or a run with another number of shards"
         )
-    return replace(config, shards=shards), replace(world, shards=shards, strategy=config.strategy)
+    strategy = getattr(config, "strategy", world.strategy)
+    return replace(config, shards=shards), replace(world, shards=shards, strategy=strategy)
 
 
 def _seed_all(seed: int) -> None:

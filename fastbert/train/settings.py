@@ -22,9 +22,9 @@ OPTIMISERS = ("adamw", "lamb")
 # one of these gives the length of a training; a run records the steps that follow from it
 LENGTHS = ("steps", "epochs", "minutes")
 
-DATA, TOKENIZER, MODEL = "Data", "Tokenizer", "Model"
+DATA, TOKENIZER, MODEL, LOSSES = "Data", "Tokenizer", "Model", "Losses"
 BATCH, OPTIMISER, RUN = "Length and batches", "Optimiser", "Run"
-GROUPS = (DATA, TOKENIZER, MODEL, BATCH, OPTIMISER, RUN)
+GROUPS = (DATA, TOKENIZER, MODEL, LOSSES, BATCH, OPTIMISER, RUN)
 
 Config = TypeVar("Config", bound="Settings")
 
@@ -37,11 +37,12 @@ def setting(
     path: bool = False,
     check: Callable[[str], object] | None = None,
     zero_is_open: bool = False,
+    positional: bool = False,
 ) -> Any:
     """A field whose comment is also its line in the command's --help.
 
     A `path` is recorded as an absolute one. `check` raises for a path that a run cannot use. `zero_is_open` says that
-    a run finds a value in the place of 0.
+    a run finds a value in the place of 0. A `positional` one has no flag; neither has a list.
     """
     metadata = {
         "group": group,
@@ -49,6 +50,7 @@ def setting(
         "path": path,
         "check": check,
         "zero_is_open": zero_is_open,
+        "positional": positional,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=list, metadata=metadata)

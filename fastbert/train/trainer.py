@@ -88,6 +88,8 @@ class Trainer:
 
     # the losses whose sum is trained, in the order in which `backward` returns them
     losses: tuple[str, ...] = ("loss",)
+    # whether a step on a GPU may be a CUDA graph of the model's own loss
+    replayable = True
 
     def __init__(
         self, model: nn.Module, data: Stream, config: TrainingSettings, world: World | None = None
@@ -103,7 +105,8 @@ class Trainer:
         self.at = Position()
         self.device = next(model.parameters()).device
         # a host takes longer to launch a step's kernels one by one than a GPU to run them
-        graphs = self.device.type == "cuda" and chooser.captures() and self.world.size == 1
+        graphs = self.replayable and self.device.type == "cuda" and chooser.captures()
+        graphs = graphs and self.world.size == 1
         self._replayed = TrainingRunner(model) if graphs else None
         self._batches: Iterator[Batch] | None = None
 

@@ -1,0 +1,306 @@
+"""Distillation of sentence encoders: sentences, their vectors, and the folder of a student."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as tnf
+
+from fastbert.data import Batch, tokenizer_hash
+from fastbert.distil.config import DistilConfig, teacher_folder
+from fastbert.distil.plan import Wanted
+from fastbert.distil.signals import Signals
+from fastbert.distil.work import Divided, Tap, check_divisible
+from fastbert.files import listed, parse_json, quoted, read_lines, read_text, why_not_text
+from fastbert.finetune.config import trained_model
+from fastbert.finetune.features import Features, Shuffled, split
+from fastbert.finetune.records import SUFFIXES, read_records
+from fastbert.infer import Embedder
+from fastbert.integrations.sentence_transformers import pool
+from fastbert.models.encoder import BertModel
+from fastbert.models.inputs import prepare
+from fastbert.train.session import Session
+from fastbert.train.trainer import Stream
+
+# names of the columns of two sentences and of a score for their likeness
+_PAIRS = (("text", "pair", "score"), ("sentence1", "sentence2", "score"))
+# folder of the map from a student's width to the teacher's
+_MAP = "2_Dense"
+# files of the teacher's folder that hold for a student too
+_KEPT = ("sentence_bert_config.json", "config_sentence_transformers.json")
+
+
+class Sentences:
+    """Sentences, a line or a record each; a student learns the teacher's vectors."""
+
+    kind = BertModel
+    higher = True
+
+    def __init__(self, s: Session[DistilConfig], train: Any = None) -> None:
+        c = s.config
+        assert c.teacher is not None
+        assert c.batch_size is not None
+        assert c.max_length is not None
+        self.config = c
+        self.folder = trained_model(c.teacher)
+        self.teacher = Embedder(self.folder)
+        self.teacher.max_length = min(self.teacher.max_length, c.max_length)
+        self.tokenizer = self.teacher.tokenizer
+        texts = _texts(c.sources if train is None else [train], c.field)
+        self.pairs, held = _validation(c.validation, c.field)
+        if c.validation is None:
+            if len(set(texts)) < 2:
+                raise ValueError(
+                    f"{len(texts)} sentences can't be divided into training and validation: pass validation"
+                )
+            kept, out = split(texts, c.heldout or 0.0, c.split_seed)
+            texts, held = [texts[i] for i in kept], [texts[i] for i in out]
+        self.test_pairs, self.test_texts = _validation(c.test, c.field)
+        self.metric = "cosine" if self.pairs is None else "spearman"
+        self.texts, self.held = texts, held
+        features = self._features(texts)
+        batches = Shuffled(features, c.batch_size, c.seed)
+        check_divisible(len(batches), s.world)
+        self.batches: Stream = Divided(batches, s.world)
+        self.epoch = len(batches)
+        self._known: dict[int, Tensor] = {}
+
+    def load_teacher(self) -> Any:
+        return self.teacher.model
+
+    def load_student(self, folder: Path) -> tuple[Any, nn.Module | None]:
+        model = BertModel.from_pretrained(folder, add_pooler=False)
+        head = self.head(model.config.hidden_size)
+        if head is not None:
+            head.load_state_dict(
+                {"weight": load_file(folder / _MAP / "model.safetensors")["linear.weight"]}
+            )
+        return model, head
+
+    def head(self, width: int) -> nn.Module | None:
+        """A map to the teacher's width, before the layers that follow its pooling."""
+        modes, own = len(self.teacher.pooling), self.teacher.model.config.hidden_size
+        if width == own:
+            return None
+        return nn.Linear(width * modes, own * modes, bias=False)
+
+    def labels(self, batch: Batch) -> int:
+        return len(batch["cu_seqlens"]) - 1
+
+    def signals(
+        self, model: Any, batch: Batch, taps: Tap, wanted: Wanted, head: nn.Module | None = None
+    ) -> Signals:
+        found = taps.clear()
+        x = model.encode(prepare(model.config, **batch)).x
+        if not wanted.vectors:
+            return found
+        t = self.teacher
+        lengths = batch["cu_seqlens"].long().diff()
+        with torch.autocast(x.device.type, enabled=False):
+            vectors = pool(x.float(), lengths, t.pooling, t.skipped)
+            vectors = vectors if head is None else head(vectors)
+            found.vectors = t.about.layers.to(x.device)(vectors)
+        return found
+
+    def judge(self, model: Any, head: nn.Module | None = None) -> dict[str, float]:
+        return self._judged(model, head, self.pairs, self.held)
+
+    def judge_test(self, model: Any, head: nn.Module | None = None) -> dict[str, float] | None:
+        if self.config.test is None:
+            return None
+        return self._judged(model, head, self.test_pairs, self.test_texts)
+
+    def _judged(
+        self,
+        model: Any,
+        head: nn.Module | None,
+        pairs: NDArray[np.float64] | None,
+        texts: Sequence[str],
+    ) -> dict[str, float]:
+        """Mean cosine to the teacher's vectors, and where there are scores Spearman's correlation x 100 with them."""
+        key = id(texts)
+        if key not in self._known:
+            self._known[key] = tnf.normalize(self.teacher(texts))
+        training = model.training
+        student = copy.copy(self.teacher)
+        layers = nn.Sequential(*([head] if head is not None else []), *self.teacher.about.layers)
+        student.about = dataclasses.replace(self.teacher.about, layers=layers)
+        student.model = model.eval()
+        try:
+            vectors = tnf.normalize(student(texts))
+        finally:
+            model.train(training)
+        found = {"cosine": float((vectors * self._known[key]).sum(1).mean())}
+        if pairs is not None:
+            half = len(pairs)
+            likeness = (vectors[:half] * vectors[half:]).sum(1).double().numpy()
+            found["spearman"] = 100.0 * spearman(likeness, pairs)
+        return found
+
+    def extras(self, head: nn.Module | None) -> list[Callable[[Path], None]]:
+        return [lambda folder: self._write(folder, head)]
+
+    def _write(self, folder: Path, head: nn.Module | None) -> None:
+        """Make the folder one of sentence-transformers: pooling, the map of another width, the teacher's layers."""
+        package = "sentence_transformers.models"
+        width = self.teacher.model.config.hidden_size
+        modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
+        if head is not None:
+            modules.append(("Dense", _MAP))
+        file = self.folder / "modules.json"
+        following = parse_json(read_text(file))[2:] if file.is_file() else []
+        for entry in following:
+            kind, number = str(entry["type"]).rpartition(".")[2], len(modules)
+            modules.append((kind, f"{number}_{kind}"))
+            source = self.folder / entry.get("path", "")
+            if entry.get("path") and source.is_dir():
+                shutil.copytree(source, folder / modules[-1][1], dirs_exist_ok=True)
+            (folder / modules[-1][1]).mkdir(exist_ok=True)
+        for name in _KEPT:
+            if (teacher_folder(self.config) / name).is_file() or (self.folder / name).is_file():
+                place = (
+                    teacher_folder(self.config)
+                    if (teacher_folder(self.config) / name).is_file()
+                    else self.folder
+                )
+                shutil.copyfile(place / name, folder / name)
+        own = width if head is None else head.in_features // len(self.teacher.pooling)  # type: ignore[operator]
+        pooling = {
+            "word_embedding_dimension": own,
+            "pooling_mode": list(self.teacher.pooling)
+            if len(self.teacher.pooling) > 1
+            else self.teacher.pooling[0],
+            "include_prompt": self.teacher.about.include_prompt,
+        }
+        _write_json(folder / "1_Pooling" / "config.json", pooling)
+        if isinstance(head, nn.Linear):
+            dense = {
+                "in_features": head.in_features,
+                "out_features": head.out_features,
+                "bias": False,
+                "activation_function": "torch.nn.modules.linear.Identity",
+            }
+            _write_json(folder / _MAP / "config.json", dense)
+            weight = head.weight.detach().cpu().contiguous()
+            save_file({"linear.weight": weight}, folder / _MAP / "model.safetensors")
+        entries = [
+            {"idx": i, "name": str(i), "path": path, "type": f"{package}.{kind}"}
+            for i, (kind, path) in enumerate(modules)
+        ]
+        _write_json(folder / "modules.json", entries)
+
+    def identity(self) -> dict[str, Any]:
+        digest = {
+            name: hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+            for name, texts in (("train", self.texts), ("validation", self.held))
+        }
+        return {
+            "the tokenizer": tokenizer_hash(self.tokenizer),
+            **{f"the {name} data": value for name, value in digest.items()},
+        }
+
+    def describe(self) -> str:
+        held = f"{len(self.held)} held out"
+        if self.pairs is not None:
+            held = f"{len(self.pairs)} scored pairs for validation"
+        return f"{len(self.texts)} sentences, {held}"
+
+    def _features(self, texts: Sequence[str]) -> Features:
+        """The tokenised sentences, with the teacher's prompt and cut to its length."""
+        features = Features()
+        one_type = self.teacher.model.config.type_vocab_size == 1
+        self.tokenizer.enable_truncation(self.teacher.max_length)
+        encodings = self.tokenizer.encode_batch([self.teacher.prompt + text for text in texts])
+        self.tokenizer.no_truncation()
+        for i, e in enumerate(encodings):
+            features.add(e.ids, [0] * len(e.ids) if one_type else e.type_ids, i)
+        return features
+
+
+def spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Spearman's rank correlation of two lists of numbers; equal numbers have the mean of their ranks."""
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    _, number, count = np.unique(values, return_inverse=True, return_counts=True)
+    ends: NDArray[np.float64] = count.cumsum() - (count - 1) / 2
+    return ends[number]
+
+
+def _texts(sources: Sequence[Any], field: str) -> list[str]:
+    """The sentences of files and records; raises ValueError for one that is empty or no text."""
+    found: list[str] = []
+    for source in sources:
+        if isinstance(source, (list, tuple)) and all(isinstance(text, str) for text in source):
+            found += _checked(source, "sentence {} of the data")
+            continue
+        path = Path(source) if isinstance(source, (str, Path)) else None
+        suffix = (
+            "" if path is None else (path.with_suffix("") if path.suffix == ".gz" else path).suffix
+        )
+        if path is not None and path.is_file() and suffix not in SUFFIXES:
+            lines = [line for line in read_lines(path) if line.strip()]
+            found += _checked(lines, f"line {{}} of {path}")
+        else:
+            found += [record.string(field) for record in read_records(source, "train")]
+    if not found:
+        raise ValueError("the training data holds no sentence")
+    return found
+
+
+def _checked(texts: Sequence[str], name: str) -> list[str]:
+    for number, text in enumerate(texts, 1):
+        if reason := why_not_text(text):
+            raise ValueError(f"{name.format(number)} {reason}")
+    return list(texts)
+
+
+def _validation(source: str | None, field: str) -> tuple[NDArray[np.float64] | None, list[str]]:
+    """The scores of pairs and their sentences, first ones then second ones; or None and plain sentences."""
+    if source is None:
+        return None, []
+    suffix = Path(source.removesuffix(".gz")).suffix
+    if suffix not in SUFFIXES and not Path(source).is_dir():
+        return None, _texts([source], field)
+    records = read_records(source, "validation")
+    names = next((names for names in _PAIRS if set(names) <= set(records[0].values)), None)
+    if names is None:
+        if field in records[0].values:
+            return None, [record.string(field) for record in records]
+        raise ValueError(
+            f"{source} has the fields {listed(records[0].values)}: name them text, pair and score for scored pairs, or "
+            f"{quoted(field)} for sentences"
+        )
+    first, second, score = names
+    scores = []
+    for record in records:
+        try:
+            scores.append(float(record.value(score)))
+        except (TypeError, ValueError):
+            scores.append(float("nan"))
+        if not np.isfinite(scores[-1]):
+            raise ValueError(
+                f"{record.place}: {score} is {quoted(record.value(score))}: it must be a number"
+            )
+    if len(set(scores)) < 2:
+        raise ValueError(f"{source} gives all pairs one score: there is no order to compare with")
+    texts = [record.string(name) for name in (first, second) for record in records]
+    return np.array(scores), texts
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")

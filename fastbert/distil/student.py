@@ -1,0 +1,113 @@
+"""The student: its weights, those of the teacher's layers that it starts from, and its losses."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.data import Batch, load_tokenizer, vocabulary
+from fastbert.distil.config import DistilConfig, chosen_layers, student_config
+from fastbert.distil.losses import Losses
+from fastbert.distil.plan import Plan
+from fastbert.distil.signals import Signals, Taps
+from fastbert.files import quoted
+from fastbert.finetune.config import trained_model
+from fastbert.models.config import BertConfig
+from fastbert.nn.packing import Packing
+
+
+class Distillation(nn.Module):
+    """A student and its losses as one module; calling it gives the losses of a batch.
+
+    Its parameters are what is trained: the student's, and those of learned maps that the losses or the vectors need.
+    """
+
+    def __init__(self, student: nn.Module, plan: Plan, work: Any, teacher: BertConfig) -> None:
+        super().__init__()
+        self.student = student
+        width = student.config.hidden_size  # type: ignore[union-attr]
+        self.losses = Losses(plan, width, teacher.hidden_size)  # type: ignore[arg-type]
+        self.head = work.head(width)
+        if plan.wanted(0).encoder_alone:
+            # a head gets no gradient, which other processes would wait for
+            for name, p in student.named_parameters():
+                if not name.startswith(
+                    ("bert.embeddings.", "bert.layers.", "embeddings.", "layers.")
+                ):
+                    p.requires_grad_(False)
+        # none of their parts are weights of this module
+        self._work, self._wanted = work, plan.wanted(0)
+        self._taps = Taps(student.bert, self._wanted)
+
+    def forward(self, batch: Batch, teacher: Signals, counts: dict[str, int]) -> Tensor:
+        """(L,) the losses of a batch; `teacher` are the teacher's signals on it."""
+        signals = self._work.signals(self.student, batch, self._taps, self._wanted, self.head)
+        packing = Packing(batch["cu_seqlens"], batch["max_seqlen"])
+        losses: Tensor = self.losses(signals, teacher, packing, counts)
+        return losses
+
+    def gradient_checkpointing_enable(self) -> None:
+        """As the student's."""
+        self.student.gradient_checkpointing_enable()  # type: ignore[operator]
+
+
+def build_student(config: DistilConfig, teacher: Any, kind: type) -> Any:
+    """A model of class `kind`: from a folder, or of given sizes, with the teacher's weights where these fit."""
+    assert config.student is not None
+    sizes = student_config(config, teacher.config)
+    labels = {n: getattr(teacher.config, n) for n in ("num_labels", "id2label", "label2id")}
+    if "x" not in config.student or not config.student.replace("x", "").isdecimal():
+        folder = trained_model(config.student)
+        _check_vocabulary(config, str(folder))
+        given = {
+            "hidden_dropout_prob": sizes.hidden_dropout_prob,
+            "attention_probs_dropout_prob": sizes.attention_probs_dropout_prob,
+        }
+        if hasattr(kind, "labels_per_token"):
+            given |= labels | {"problem_type": None}
+        return kind.from_pretrained(folder, **given)  # type: ignore[attr-defined]
+    extra = {"add_pooler": False} if teacher.bert is teacher else {}
+    student = kind(sizes, **extra)
+    if config.start == "teacher":
+        _start(student, teacher, chosen_layers(config, teacher.config, sizes.num_hidden_layers))
+    return student
+
+
+@torch.no_grad()
+def _start(student: Any, teacher: Any, layers: list[int]) -> None:
+    """Copy the teacher's layers, and all of its other weights whose shapes are the student's.
+
+    Layers with heads of another size are left as they are.
+    """
+    same_heads = student.config.head_size == teacher.config.head_size
+    names = {f"layers.{i}.": f"layers.{number}." for i, number in enumerate(layers)}
+    weights = teacher.state_dict()
+    for name, value in student.state_dict().items():
+        prefix, place, rest = name.partition("layers.")
+        key = name
+        if place:
+            number, _, rest = rest.partition(".")
+            key = f"{prefix}{names[f'layers.{number}.']}{rest}"
+        fits = key in weights and weights[key].shape == value.shape
+        if fits and (same_heads or not place):
+            value.copy_(weights[key])
+
+
+def _check_vocabulary(config: DistilConfig, folder: str) -> None:
+    """Refuse a student whose tokenizer is another one."""
+    assert config.teacher is not None
+    try:
+        own = vocabulary(load_tokenizer(folder))
+    except (FileNotFoundError, ValueError):
+        # a folder without tokenizer: its vocabulary's size has been compared
+        return
+    theirs = vocabulary(load_tokenizer(trained_model(config.teacher)))
+    if own != theirs:
+        odd = [mine for mine, other in itertools.zip_longest(own, theirs) if mine != other]
+        raise ValueError(
+            f"the student in {config.student} has another vocabulary than the teacher, such as {quoted(odd[0])}: they "
+            "need one tokenizer, or pass the student's sizes"
+        )

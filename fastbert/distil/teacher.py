@@ -1,0 +1,36 @@
+"""The teacher: frozen inference on the training's own batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastbert.data import Batch
+from fastbert.distil.plan import Wanted
+from fastbert.distil.signals import Recorded, Signals
+from fastbert.runners.freeze import quantize, unfreeze
+
+
+class Teacher:
+    """A model whose weights are not trained; its layers run prepacked, on a CPU in integers with `int8`."""
+
+    def __init__(self, model: Any, work: Any, wanted: Wanted, int8: bool) -> None:
+        self.model = model.eval().requires_grad_(False)
+        if int8:
+            # refuses weights that can't be integers, and sets the bits of int8 modules
+            unfreeze(quantize(self.model))
+        self._work, self._wanted = work, wanted
+        self._taps = Recorded(model.bert, wanted, 12 if int8 else None)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Signals:
+        """The signals on a batch."""
+        if self._wanted == Wanted():
+            return Signals()
+        encoder = self.model.bert
+        before, encoder.frozen = encoder.frozen, self._taps
+        try:
+            return self._work.signals(self.model, batch, self._taps, self._wanted)
+        finally:
+            encoder.frozen = before

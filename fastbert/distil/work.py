@@ -1,0 +1,332 @@
+"""What differs between distillations on text and on labelled data: batches, a model's signals, and its evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import functional as F
+from fastbert.data import Batch
+from fastbert.distil.config import DistilConfig, teacher_folder
+from fastbert.distil.plan import Wanted
+from fastbert.distil.signals import Decoded, Signals
+from fastbert.files import listed
+from fastbert.finetune.classify import Classify, scale_of
+from fastbert.finetune.config import FinetuneConfig, Options
+from fastbert.finetune.data import Sources, load_data
+from fastbert.finetune.features import Shuffled, items
+from fastbert.finetune.judge import Part, predict
+from fastbert.models.config import BertConfig
+from fastbert.models.heads import BertForMaskedLM
+from fastbert.models.inputs import prepare
+from fastbert.nn.packing import Packing
+from fastbert.pretrain.config import PretrainConfig
+from fastbert.pretrain.evaluate import evaluate
+from fastbert.pretrain.feed import Feed, prepare_feed, reopen_feed
+from fastbert.train.session import Session
+from fastbert.train.trainer import Stream
+from fastbert.train.world import World
+
+# what the encoder takes of a batch
+_INPUTS = ("input_ids", "token_type_ids", "cu_seqlens", "max_seqlen")
+# what a head takes of it to compute a loss
+_LABELS = ("labels", "start_positions", "end_positions")
+
+
+class Tap(Protocol):
+    """Takes signals inside of a forward (signals.Taps, signals.Recorded)."""
+
+    whole: bool
+
+    def clear(self) -> Signals:
+        """Begin a forward: the signals that it will fill."""
+
+
+class Work(Protocol):
+    """One kind of data, with the models that are trained on it."""
+
+    tokenizer: Any
+    batches: Stream
+    # batches of an epoch, over all processes
+    epoch: int
+    # the value of an evaluation that the best step is chosen by, and whether more of it is better
+    metric: str
+    higher: bool
+
+    @property
+    def kind(self) -> Any:
+        """The class of teacher and student."""
+
+    def load_teacher(self) -> Any:
+        """The teacher."""
+
+    def load_student(self, folder: Path) -> tuple[Any, nn.Module | None]:
+        """A student that was saved, and the module after its encoder."""
+
+    def head(self, width: int) -> nn.Module | None:
+        """A module after a student's encoder that is trained too, for an encoder of this width; None: there is none."""
+
+    def labels(self, batch: Batch) -> int:
+        """The number of labels in a batch, of which each has a target of the teacher."""
+
+    def signals(
+        self, model: Any, batch: Batch, taps: Tap, wanted: Wanted, head: nn.Module | None = None
+    ) -> Signals:
+        """A model's signals on a batch; `taps` take those from inside of its encoder."""
+
+    def judge(self, model: Any, head: nn.Module | None = None) -> dict[str, float]:
+        """The values of an evaluation on the validation data."""
+
+    def judge_test(self, model: Any, head: nn.Module | None = None) -> dict[str, float] | None:
+        """The same on the test data, None where there is none."""
+
+    def extras(self, head: nn.Module | None) -> list[Callable[[Path], None]]:
+        """What is written into the folder of a student, beside its weights and its tokenizer."""
+
+    def identity(self) -> dict[str, Any]:
+        """What of the data must be the same when the run is resumed."""
+
+    def describe(self) -> str:
+        """The sizes of the data in a few words."""
+
+
+class Divided:
+    """The part of a stream's batches that one of several processes takes; an epoch's last batches may be left out."""
+
+    def __init__(self, batches: Shuffled, world: World) -> None:
+        self.batches, self.world = batches, world
+
+    def stream(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """Batches without end from number `start` of `epoch` on."""
+        shards = self.world.shards
+        count = len(self.batches) // shards * shards
+        # the processes' own last batches differ in number: each goes on behind all of them
+        start = -(-start // shards) * shards
+        while True:
+            for first in range(start, count, shards):
+                for part in self.world.parts:
+                    yield self.batches.batch(epoch, first + part)
+            epoch, start = epoch + 1, 0
+
+
+class Text:
+    """Plain text, of which some tokens are masked."""
+
+    kind = BertForMaskedLM
+    metric = "mlm_loss_masked"
+    higher = False
+
+    def __init__(self, s: Session[DistilConfig]) -> None:
+        c = s.config
+        self.config, self.world = c, s.world
+        folder = teacher_folder(c)
+        settings = PretrainConfig(
+            sources=c.sources,
+            separator=c.separator,
+            field=c.field,
+            heldout=c.heldout,  # type: ignore[arg-type]
+            # full sentences and no pairs, as DistilBERT was trained
+            recipe="roberta",
+            max_length=c.max_length,  # type: ignore[arg-type]
+            max_position=max(c.max_length or 0, 512),
+            mask_prob=c.mask_prob,
+            data_dir=c.data_dir,
+            tokenizer=str(folder),
+            batch_size=c.batch_size,
+            max_tokens=c.max_tokens,
+            eval_tokens=c.eval_tokens,
+            seed=c.seed,
+            split_seed=c.split_seed,
+            steps=1,
+        )
+        self.feed = _feed(s, settings)
+        self.tokenizer = self.feed.tokenizer
+        self.batches: Stream = self.feed.batches
+        self.epoch = self.feed.train.num_batches(0) * s.world.shards
+
+    def load_teacher(self) -> Any:
+        return BertForMaskedLM.from_pretrained(teacher_folder(self.config))
+
+    def load_student(self, folder: Path) -> tuple[Any, nn.Module | None]:
+        return BertForMaskedLM.from_pretrained(folder), None
+
+    def head(self, width: int) -> nn.Module | None:
+        return None
+
+    def labels(self, batch: Batch) -> int:
+        return len(batch["label_rows"])
+
+    def signals(
+        self, model: Any, batch: Batch, taps: Tap, wanted: Wanted, head: nn.Module | None = None
+    ) -> Signals:
+        found = taps.clear()
+        inputs = prepare(model.config, **{k: batch[k] for k in _INPUTS})
+        labelled = batch["label_rows"]
+        if wanted.encoder_alone:
+            model.bert.encode(inputs, None if taps.whole else labelled[:0])
+            return found
+        e = model.bert.encode(inputs, None if taps.whole else labelled)
+        x = e.x.index_select(0, labelled) if taps.whole else e.x
+        mlm = model.mlm_head
+        weight = model.bert.embeddings.word.weight if mlm.decoder is None else mlm.decoder.weight
+        found.decoded = Decoded(mlm.transform(x), weight, mlm.bias)
+        if wanted.own_loss:
+            labels = batch["labels"].index_select(0, labelled)
+            found.own_loss = F.mlm_loss(*found.decoded, labels, compacted=True, reduction="sum")
+        return found
+
+    def judge(self, model: Any, head: nn.Module | None = None) -> dict[str, float]:
+        held_out = self.feed.held_out()
+        return evaluate(model, held_out, self.feed.mask_id, self.config.precision, self.world)
+
+    def judge_test(self, model: Any, head: nn.Module | None = None) -> dict[str, float] | None:
+        return None
+
+    def extras(self, head: nn.Module | None) -> list[Callable[[Path], None]]:
+        return []
+
+    def identity(self) -> dict[str, Any]:
+        return dict(self.feed.identity())
+
+    def describe(self) -> str:
+        return self.feed.describe()
+
+
+def _feed(s: Session[DistilConfig], settings: PretrainConfig) -> Feed:
+    """The data; the main process makes what there is to be made, then the others open it."""
+    if not s.world.main:
+        s.world.meet()
+        return reopen_feed(settings, s.out, s.world)
+    if s.resume:
+        feed = reopen_feed(settings, s.out, s.world)
+    else:
+        feed = prepare_feed(settings, s.out, s.world, s.quiet)
+    s.world.meet()
+    return feed
+
+
+class Labelled:
+    """Labelled data of the task that the teacher was fine-tuned for."""
+
+    higher = True
+
+    def __init__(self, s: Session[DistilConfig], given: Sources) -> None:
+        c = s.config
+        self.config = c
+        folder = teacher_folder(c)
+        options = Options.load(folder)
+        assert options is not None
+        assert c.max_length is not None
+        settings = FinetuneConfig(
+            sources=c.sources,
+            validation=c.validation,
+            heldout=c.heldout,  # type: ignore[arg-type]
+            test=c.test,
+            task=options.task,
+            text=options.text,
+            pair=options.pair,
+            label=options.label,
+            tokens=options.tokens,
+            tags=options.tags,
+            max_length=c.max_length,
+            stride=min(options.stride, c.max_length // 3),
+            longest_answer=options.longest_answer,
+            model=str(folder),
+            split_seed=c.split_seed,
+        )
+        self.data = load_data(settings, given)
+        teacher = BertConfig.from_file(folder)
+        if self.data.task.names and self.data.task.names != teacher.labels:
+            raise ValueError(
+                f"the training data has the labels {listed(self.data.task.names)} and the teacher "
+                f"{listed(teacher.labels)}: pass data with the teacher's labels"
+            )
+        if isinstance(self.data.task, Classify) and scale_of(teacher) != "softmax":
+            raise ValueError(
+                f"the teacher in {c.teacher} gives no classes that exclude each other ({teacher.problem_type}): its "
+                "scores are no soft targets"
+            )
+        self.kind = self.data.task.kind
+        self.metric: str = c.metric or self.data.task.metric
+        self.tokenizer = self.data.tokenizer
+        assert c.batch_size is not None
+        batches = Shuffled(self.data.train.features, c.batch_size, c.seed)
+        check_divisible(len(batches), s.world)
+        self.batches: Stream = Divided(batches, s.world)
+        self.epoch = len(batches)
+
+    def load_teacher(self) -> Any:
+        return self.kind.from_pretrained(teacher_folder(self.config))
+
+    def load_student(self, folder: Path) -> tuple[Any, nn.Module | None]:
+        return self.kind.from_pretrained(folder), None
+
+    def head(self, width: int) -> nn.Module | None:
+        return None
+
+    def labels(self, batch: Batch) -> int:
+        return items(batch)
+
+    def signals(
+        self, model: Any, batch: Batch, taps: Tap, wanted: Wanted, head: nn.Module | None = None
+    ) -> Signals:
+        found = taps.clear()
+        inputs = {k: batch[k] for k in _INPUTS}
+        if wanted.encoder_alone:
+            prepared = prepare(model.config, **inputs)
+            rows = None if taps.whole else prepared.positions[:0]
+            model.bert.encode(prepared, rows)
+            return found
+        given = {k: batch[k] for k in _LABELS if k in batch and wanted.own_loss}
+        output = model(**inputs, **given, output_hidden_states=taps.whole)
+        found.scores = _scores(output, batch)
+        if wanted.own_loss:
+            found.own_loss = output.loss * items(batch)
+        return found
+
+    def judge(self, model: Any, head: nn.Module | None = None) -> dict[str, float]:
+        return self._judged(model, self.data.validation)
+
+    def judge_test(self, model: Any, head: nn.Module | None = None) -> dict[str, float] | None:
+        return None if self.data.test is None else self._judged(model, self.data.test)
+
+    def _judged(self, model: Any, part: Part) -> dict[str, float]:
+        assert self.config.batch_size is not None
+        task = self.data.task
+        size, precision = self.config.batch_size, self.config.precision
+        predictions, loss = predict(model, task, part, size, precision)
+        return {"loss": loss, **task.metrics(part.examples, predictions)}
+
+    def extras(self, head: nn.Module | None) -> list[Callable[[Path], None]]:
+        return [self.data.task.options.save]
+
+    def identity(self) -> dict[str, Any]:
+        return self.data.identity()
+
+    def describe(self) -> str:
+        return self.data.describe()
+
+
+def _scores(output: Any, batch: Batch) -> list[Tensor]:
+    """The scores of a head that have a target: of sequences, of labelled tokens, or of starts and ends."""
+    if output.logits is None:
+        # a softmax over the tokens of each sequence
+        packing = Packing(batch["cu_seqlens"], batch["max_seqlen"])
+        token = packing.spread(torch.ones_like(output.start_logits, dtype=torch.bool))
+        least = torch.finfo(output.start_logits.dtype).min / 4
+        both = (output.start_logits, output.end_logits)
+        return [packing.spread(scores).masked_fill(~token, least) for scores in both]
+    return [output.logits[batch["labels"] != -100]]
+
+
+def check_divisible(batches: int, world: World) -> None:
+    """Raise ValueError where an epoch has fewer batches than parts of a step's data."""
+    if batches < world.shards:
+        raise ValueError(
+            f"an epoch has {batches} batches and a step's data {world.shards} parts: lower batch_size or the number of "
+            "processes"
+        )
