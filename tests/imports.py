@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fastbert.integrations",),
     ("fastbert.train",),
     ("fastbert.pretrain", "fastbert.finetune"),
-    ("fastbert.compress",),
+    ("fastbert.compress", "fastbert.distil"),
     ("fastbert.tuning", "fastbert.infer"),
     # distillation of sentence encoders reads their folders as infer does
     ("fastbert.distil",),

@@ -36,11 +36,10 @@ inline I dot_words(I acc, I a, I b) {
 
 #if FASTBERT_DOT_BYTES && !FASTBERT_X86
 // lane i of a holds four uint8, of b four int8: acc[i] += a0 * b0 + .. + a3 * b3, modulo 2^32
-inline I dot_bytes(I acc, U a, I b) {
-  U total = bits_as<U>(acc);
+inline U dot_bytes(U acc, U a, I b) {
   for (int shift = 0; shift < 32; shift += 8)
-    total += (a >> shift & 0xFFu) * bits_as<U>((bits_as<I>(bits_as<U>(b) << (24 - shift))) >> 24);
-  return bits_as<I>(total);
+    acc += (a >> shift & 0xFFu) * bits_as<U>((bits_as<I>(bits_as<U>(b) << (24 - shift))) >> 24);
+  return acc;
 }
 #endif
 
@@ -49,7 +48,7 @@ enum Kind {
   kFloats,  // one fp32
   kHalves,  // two bf16 of neighbouring k, summed in fp32
   kWords,   // two int16 of neighbouring k, summed in int32; B is kept in int8
-  kBytes,   // four k: uint8 of A, int8 of B, summed in int32 modulo 2^32
+  kBytes,   // four k: uint8 of A, int8 of B, summed in uint32 modulo 2^32
 };
 template <Kind kKind>
 struct Units {
@@ -82,7 +81,7 @@ struct Units<kWords> {
 };
 template <>
 struct Units<kBytes> {
-  using Sum = I;
+  using Sum = U;
   using B = Bytes<4>;
   static FASTBERT_INLINE F load_b(const B* p) { return load(reinterpret_cast<const float*>(p)); }
 };

@@ -154,7 +154,7 @@ def _report(s: Session[DistilConfig], run: DistilRun, work: Work, teacher: Any) 
         theirs,
         own_test,
         their_test,
-        sizes,  # type: ignore[arg-type]
+        sizes,
         s.world.main,
     )
 

@@ -95,7 +95,7 @@ def _by_chunks(
     needs: list[bool],  # for hidden, weight, bias
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The sum of KL, and its gradients by hidden, weight and bias times temperature, None where not needed."""
-    of_teacher, *decoder = teacher
+    of_teacher, of_words, of_bias = teacher
     (weight,) = shared(hidden, [weight])
     wide = sums(hidden)
     total = hidden.new_zeros((), dtype=wide)
@@ -104,7 +104,7 @@ def _by_chunks(
     for rows in _chunks(hidden.shape[0], weight.shape[0]):
         h = hidden[rows]
         logits = functional.linear(h, weight, bias)
-        teacher_logits = functional.linear(of_teacher[rows], *decoder)
+        teacher_logits = functional.linear(of_teacher[rows], of_words, of_bias)
         loss, log_p, log_q = _divergence(logits, teacher_logits, temperature)
         total += loss
         if not any(needs):
@@ -190,9 +190,8 @@ def soft_targets_mlm(
     _check.same_device(**student, **teacher)
     hidden, teacher_hidden = autocast(hidden).contiguous(), autocast(teacher_hidden).contiguous()
     inputs = (hidden, weight, bias)
-    constant = tuple(
-        t if t is None else t.detach() for t in (teacher_hidden, teacher_weight, teacher_bias)
-    )
+    of_bias = None if teacher_bias is None else teacher_bias.detach()
+    constant = (teacher_hidden.detach(), teacher_weight.detach(), of_bias)
     if wants_grad(*inputs):
         total = record(_SoftTargets, *inputs, *constant, temperature)
     else:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import ROOT
-from benchmarks.models import bench_bert, int8_accuracy, scaling, scripts
+from benchmarks.models import bench_bert, int8_accuracy, relations, scaling, scripts
 from benchmarks.peers.driver import Outcome, Race
 from benchmarks.report import readme, tables
 
@@ -210,6 +210,33 @@ def test_scaling_draws_and_tells_the_growth(tmp_path):
     results = {"machine": MACHINE, "layer": layer, "attention": attention}
     scaling.plot(results, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_relations_keeps_the_part_that_is_not_measured(tmp_path, monkeypatch):
+    """Memory may be measured on a busy machine, times may not: each part has its own date."""
+    kept = {
+        "machine": MACHINE,
+        "rows": [{"S": 128, "name": n, "peak_bytes": 9} for n in relations.NAMES],
+    }
+    (tmp_path / "relations.json").write_text(json.dumps({"memory": kept}))
+    monkeypatch.setattr(relations, "TIME_LENGTHS", (16,))
+    monkeypatch.setattr(
+        sys, "argv", ["relations", "--parts", "times", "--quick", "--out", str(tmp_path)]
+    )
+    assert relations.main() == 0
+    found = json.loads((tmp_path / "relations.json").read_text())
+    assert found["memory"] == kept
+    assert [(r["S"], r["D"]) for r in found["times"]["rows"]] == [(16, 32), (16, 64)]
+    assert all(r["ratio"] > 0 for r in found["times"]["rows"])
+    assert (tmp_path / "relations.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_relations_times_no_loss_that_differs(monkeypatch):
+    calls, written_out = relations.pairs(2, 5, 4), relations.stock
+    relations.agree(calls)
+    monkeypatch.setattr(relations, "stock", lambda *given: 1.001 * written_out(*given))
+    with pytest.raises(AssertionError, match="the losses disagree: not timed"):
+        relations.agree(calls)
 
 
 def test_tables_without_results_says_who_makes_them(monkeypatch, tmp_path):
