@@ -1,0 +1,98 @@
+"""The command of distillation, and settings that can not be."""
+
+import json
+import shutil
+
+import pytest
+import tiny_tasks
+from tiny_distil import distilled, settings
+from typer.testing import CliRunner
+
+from fastbert.bert import BertConfig, BertForSequenceClassification
+from fastbert.cli.app import app, main
+from fastbert.distil import DistilConfig, distil
+from fastbert.distil.config import filled_in
+
+
+def test_the_command(teachers, corpus, tmp_path):
+    data = tiny_tasks.write_jsonl(tmp_path / "train.jsonl", tiny_tasks.texts(64))
+    flags = ["--student", "1x32", "--steps", "2", "--threads", "1", "--backend", "torch"]
+    arguments = [
+        "distill",
+        str(teachers("classify")),
+        str(data),
+        *flags,
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    found = CliRunner().invoke(app, arguments)
+    assert found.exit_code == 0, found.output
+    assert "teacher" in found.output
+    files = {p.name for p in (tmp_path / "run").iterdir()}
+    assert files >= {"model", "config.toml", "metrics.jsonl", "result.json", "curves.png"}
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["parameters"]["student"] < result["parameters"]["teacher"]
+
+
+REFUSED = {
+    "no student": ({"student": None}, "pass its sizes"),
+    "student of no sizes": ({"student": "small"}, "LAYERSxHIDDEN"),
+    "more layers": ({"student": "5x32"}, "--start fresh"),
+    "heads": ({"student": "2x32x5"}, "divisible"),
+    "a loss that there is not": ({"losses": "soft,mlm"}, "write one of soft"),
+    "a weight that is none": ({"losses": "soft:-1"}, "above 0"),
+    "a loss of other data": ({"losses": "vectors"}, "data is labelled"),
+    "cosine of another width": ({"student": "2x16", "losses": "cosine"}, "equal widths"),
+    "attention of other heads": ({"student": "2x16x1", "losses": "attention"}, "equal numbers"),
+    "relation heads": ({"losses": "relations", "relation_heads": 3}, "must divide"),
+    "a layer that there is not": ({"losses": "relations", "teacher_layer": 4}, "layers 0 to 3"),
+    "layers": ({"layers": "0,9"}, "name 2 of"),
+    "tokens of a batch": ({"batch_size": None, "max_tokens": 99}, "pass batch_size"),
+    "a teacher that is none": ({"teacher": "nowhere"}, "no directory nowhere"),
+    "a metric": ({"metric": "exact"}, "accuracy, f1"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_that_can_not_be(teachers, tmp_path, name):
+    changed, message = REFUSED[name]
+    given = settings(teachers("classify"), sources=[str(tmp_path)]) | changed
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        distil(DistilConfig(**given), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_of_another_vocabulary(teachers, corpus, tmp_path):
+    other = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=31,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=8,
+        )
+    )
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="need one vocabulary"):
+        distilled(teachers, corpus, "labelled", tmp_path / "run", student=str(tmp_path / "other"))
+    # as many tokens, but others
+    folder = shutil.copytree(teachers("classify") / "model", tmp_path / "same_size")
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace('"lima"', '"bonn"'))
+    with pytest.raises(ValueError, match=r"another vocabulary .*bonn"):
+        distilled(teachers, corpus, "labelled", tmp_path / "run", student=str(folder))
+
+
+def test_other_labels_than_the_teachers(teachers, tmp_path):
+    rows = [{**row, "label": f"very {row['label']}"} for row in tiny_tasks.texts(32)]
+    with pytest.raises(ValueError, match="pass data with the teacher's labels"):
+        distil(
+            DistilConfig(**settings(teachers("classify"))), tmp_path / "run", train=rows, quiet=True
+        )
+
+
+def test_the_kind_of_data_follows_from_the_teacher(teachers):
+    for name, kind in {"classify": "labelled", "text": "text", "sentences": "sentences"}.items():
+        assert filled_in(DistilConfig(**settings(teachers(name)))).data == kind
+    with pytest.raises(SystemExit):
+        main(["distill", "nowhere", "x", "--student", "1x8", "--out", "run"])
