@@ -137,7 +137,9 @@ class Embedder:
 
     def _vectors(self, encodings: Sequence[Any]) -> Tensor:
         batch = packed(encodings)
-        hidden = self.model(**batch).last_hidden_state.float()  # (T, C)
+        device = self.model.device
+        there = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        hidden = self.model(**there).last_hidden_state.float().cpu()  # (T, C)
         lengths = batch["cu_seqlens"].long().diff()
         vectors: Tensor = self.about.layers(pool(hidden, lengths, self.pooling, self.skipped))
         return vectors

@@ -28,7 +28,7 @@ from fastbert.finetune.config import trained_model
 from fastbert.finetune.features import Features, Shuffled, split
 from fastbert.finetune.records import SUFFIXES, read_records
 from fastbert.infer import Embedder
-from fastbert.integrations.sentence_transformers import pool
+from fastbert.integrations.sentence_transformers import POOLING_SWITCHES, pool
 from fastbert.models.encoder import BertModel
 from fastbert.models.inputs import prepare
 from fastbert.train.session import Session
@@ -75,6 +75,9 @@ class Sentences:
         check_divisible(len(batches), s.world)
         self.batches: Stream = Divided(batches, s.world)
         self.epoch = len(batches)
+        # those after the pooling, on the device of the models; the teacher's own stay on the CPU
+        self._layers = copy.deepcopy(self.teacher.about.layers)
+        # the teacher's vectors of texts that are judged
         self._known: dict[int, Tensor] = {}
 
     def load_teacher(self) -> Any:
@@ -111,7 +114,7 @@ class Sentences:
         with torch.autocast(x.device.type, enabled=False):
             vectors = pool(x.float(), lengths, t.pooling, t.skipped)
             vectors = vectors if head is None else head(vectors)
-            found.vectors = t.about.layers.to(x.device)(vectors)
+            found.vectors = self._layers.to(x.device)(vectors)
         return found
 
     def judge(self, model: Any, head: nn.Module | None = None) -> dict[str, float]:
@@ -135,13 +138,16 @@ class Sentences:
             self._known[key] = tnf.normalize(self.teacher(texts))
         training = model.training
         student = copy.copy(self.teacher)
-        layers = nn.Sequential(*([head] if head is not None else []), *self.teacher.about.layers)
+        first = [] if head is None else [copy.deepcopy(head).cpu()]
+        layers = nn.Sequential(*first, *self.teacher.about.layers)
         student.about = dataclasses.replace(self.teacher.about, layers=layers)
         student.model = model.eval()
         try:
             vectors = tnf.normalize(student(texts))
         finally:
             model.train(training)
+            # the tokenizer is saved as the teacher's was
+            self.tokenizer.no_truncation()
         found = {"cosine": float((vectors * self._known[key]).sum(1).mean())}
         if pairs is not None:
             half = len(pairs)
@@ -154,49 +160,33 @@ class Sentences:
 
     def _write(self, folder: Path, head: nn.Module | None) -> None:
         """Make the folder one of sentence-transformers: pooling, the map of another width, the teacher's layers."""
-        package = "sentence_transformers.models"
-        width = self.teacher.model.config.hidden_size
         modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
-        if head is not None:
+        width = self.teacher.model.config.hidden_size
+        if isinstance(head, nn.Linear):
             modules.append(("Dense", _MAP))
-        file = self.folder / "modules.json"
-        following = parse_json(read_text(file))[2:] if file.is_file() else []
-        for entry in following:
-            kind, number = str(entry["type"]).rpartition(".")[2], len(modules)
-            modules.append((kind, f"{number}_{kind}"))
-            source = self.folder / entry.get("path", "")
-            if entry.get("path") and source.is_dir():
-                shutil.copytree(source, folder / modules[-1][1], dirs_exist_ok=True)
-            (folder / modules[-1][1]).mkdir(exist_ok=True)
-        for name in _KEPT:
-            if (teacher_folder(self.config) / name).is_file() or (self.folder / name).is_file():
-                place = (
-                    teacher_folder(self.config)
-                    if (teacher_folder(self.config) / name).is_file()
-                    else self.folder
-                )
-                shutil.copyfile(place / name, folder / name)
-        own = width if head is None else head.in_features // len(self.teacher.pooling)  # type: ignore[operator]
+            width = head.in_features // len(self.teacher.pooling)
+            _write_dense(folder / _MAP, head)
         pooling = {
-            "word_embedding_dimension": own,
-            "pooling_mode": list(self.teacher.pooling)
-            if len(self.teacher.pooling) > 1
-            else self.teacher.pooling[0],
+            "word_embedding_dimension": width,
+            # the names that every version of the library reads
+            **{name: mode in self.teacher.pooling for name, mode in POOLING_SWITCHES.items()},
             "include_prompt": self.teacher.about.include_prompt,
         }
         _write_json(folder / "1_Pooling" / "config.json", pooling)
-        if isinstance(head, nn.Linear):
-            dense = {
-                "in_features": head.in_features,
-                "out_features": head.out_features,
-                "bias": False,
-                "activation_function": "torch.nn.modules.linear.Identity",
-            }
-            _write_json(folder / _MAP / "config.json", dense)
-            weight = head.weight.detach().cpu().contiguous()
-            save_file({"linear.weight": weight}, folder / _MAP / "model.safetensors")
+        file = self.folder / "modules.json"
+        for entry in parse_json(read_text(file))[2:] if file.is_file() else []:
+            kind = str(entry["type"]).rpartition(".")[2]
+            modules.append((kind, f"{len(modules)}_{kind}"))
+            (folder / modules[-1][1]).mkdir()
+            source = self.folder / entry.get("path", "")
+            if source != self.folder and source.is_dir():
+                shutil.copytree(source, folder / modules[-1][1], dirs_exist_ok=True)
+        for name in _KEPT:
+            places = (teacher_folder(self.config) / name, self.folder / name)
+            if kept := next(filter(Path.is_file, places), None):
+                shutil.copyfile(kept, folder / name)
         entries = [
-            {"idx": i, "name": str(i), "path": path, "type": f"{package}.{kind}"}
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
             for i, (kind, path) in enumerate(modules)
         ]
         _write_json(folder / "modules.json", entries)
@@ -299,6 +289,19 @@ def _validation(source: str | None, field: str) -> tuple[NDArray[np.float64] | N
         raise ValueError(f"{source} gives all pairs one score: there is no order to compare with")
     texts = [record.string(name) for name in (first, second) for record in records]
     return np.array(scores), texts
+
+
+def _write_dense(folder: Path, linear: nn.Linear) -> None:
+    """A module of sentence-transformers that multiplies by a matrix."""
+    settings = {
+        "in_features": linear.in_features,
+        "out_features": linear.out_features,
+        "bias": False,
+        "activation_function": "torch.nn.modules.linear.Identity",
+    }
+    _write_json(folder / "config.json", settings)
+    weight = linear.weight.detach().cpu().contiguous()
+    save_file({"linear.weight": weight}, folder / "model.safetensors")
 
 
 def _write_json(path: Path, value: Any) -> None:

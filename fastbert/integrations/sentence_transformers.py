@@ -19,7 +19,7 @@ Json = dict[str, Any]
 # in the order in which several of them are concatenated
 POOLING = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 # the keys of older versions
-_SWITCHES = {
+POOLING_SWITCHES = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
     "pooling_mode_mean_tokens": "mean",
@@ -123,8 +123,8 @@ class SentenceModel:
     def _read_pooling(self, file: Path) -> int:
         """Read the pooling's file; returns the width of its vectors."""
         values = _read_json(file, dict)
-        switches = {name: values.pop(name) for name in _SWITCHES if name in values}
-        on = tuple(mode for name, mode in _SWITCHES.items() if switches.get(name))
+        switches = {name: values.pop(name) for name in POOLING_SWITCHES if name in values}
+        on = tuple(mode for name, mode in POOLING_SWITCHES.items() if switches.get(name))
         given = values.pop("pooling_mode", on or "mean")
         modes = (given,) if isinstance(given, str) else given
         if not isinstance(modes, (list, tuple)) or not modes or set(map(str, modes)) - set(POOLING):
@@ -168,8 +168,9 @@ def pool(hidden: Tensor, lengths: Tensor, modes: Sequence[str], skipped: int = 0
     """(B, modes * C) of the states (T, C) of B texts, end to end; a text's first `skipped` tokens do not count."""
     ends = lengths.cumsum(0)
     starts = ends - lengths
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)  # (T,)
-    place = torch.arange(len(hidden)) - starts[owner]  # (T,)
+    numbers = torch.arange(len(lengths), device=hidden.device)
+    owner = torch.repeat_interleave(numbers, lengths)  # (T,)
+    place = torch.arange(len(hidden), device=hidden.device) - starts[owner]  # (T,)
     weight = (place >= skipped).to(hidden.dtype)  # (T,)
 
     def total(values: Tensor) -> Tensor:  # (T, ...) -> (B, ...)
