@@ -1,8 +1,8 @@
 """One peer in its own process: `python worker.py PEER`, JSON lines in on stdin, JSON lines out on stdout.
 
 {"do": "load", ...} builds the model and answers with versions; "check" writes a batch's last hidden state, or
-returns the loss without dropout; "once" times a call; "time" times calls after one that is not counted; "memory" measures a
-call's memory. The answer to a failed request is {"error": sentence}.
+returns the loss without dropout; "once" times a call; "time" times calls after one that is not counted; "memory"
+measures a call's memory. The answer to a failed request is {"error": sentence}.
 """
 
 from __future__ import annotations
