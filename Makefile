@@ -16,6 +16,8 @@
 #   make bench-scripts  times users' scripts (Trainer, sentence-transformers) as they are and accelerated; two hours
 #   make bench-int8-accuracy  measures what quantize costs in accuracy, also of two models that it trains; an hour.
 #                       BENCH_ARGS="--sentences FILE --reactions FILE" adds rows of your files
+#   make bench-compress measures size, metric and speed of pruned, distilled and int8 models, which it makes once; two to
+#                       three hours, then minutes. BENCH_ARGS="--works movies" takes one of the two works
 #   make gpu            on a machine with a GPU: parity, memory and race checks and timings, into docs/gpu.md
 #   make gpu-report     writes docs/gpu_report.md: figures of the kernels that need no GPU
 #   make sanitize       runs the native tests under AddressSanitizer and UBSan: every op on every instruction set (on one
@@ -45,7 +47,7 @@ NATIVE := $(filter csrc/%,$(SOURCES))
 GPU = $(findstring GPU,$(shell nvidia-smi -L 2>/dev/null))
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-slow test-transformers4 test-gpu-static test-ptx fuzz gpu gpu-report sanitize bench bench-peers bench-step bench-scaling bench-scripts bench-int8-accuracy lint
+.PHONY: install demo test test-slow test-transformers4 test-gpu-static test-ptx fuzz gpu gpu-report sanitize bench bench-peers bench-step bench-scaling bench-scripts bench-int8-accuracy bench-compress lint
 
 install: $(INSTALLED)
 
@@ -142,6 +144,10 @@ bench-scripts: $(INSTALLED)
 
 bench-int8-accuracy: $(INSTALLED)
 	$(PY) -m benchmarks.models.int8_accuracy $(BENCH_ARGS)
+
+bench-compress: $(INSTALLED)
+	$(PY) benchmarks/peers/install.py onnxruntime ctranslate2 --pip-args="$(PIP_ARGS)"
+	$(PY) -m benchmarks.models.compression $(BENCH_ARGS)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

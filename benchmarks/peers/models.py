@@ -6,6 +6,7 @@ Unsupported. Functions import third-party packages inside, since each environmen
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -230,13 +231,17 @@ def export_onnx(job: Job, target: Path) -> None:
     )
 
 
-def optimize_onnx(source: Path, target: Path) -> None:
+def optimize_onnx(job: Job, source: Path, target: Path) -> None:
     """Fuse attention, layer norms and GELU; raises where attention is not fused, since that would be no fair peer."""
     from onnxruntime.transformers import optimizer
 
-    model = optimizer.optimize_model(str(source), model_type="bert", num_heads=12, hidden_size=768)
+    config = json.loads((job.folder / "model" / "config.json").read_text())
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    model = optimizer.optimize_model(
+        str(source), model_type="bert", num_heads=heads, hidden_size=width
+    )
     fused = model.get_fused_operator_statistics()
-    if fused.get("Attention", 0) != 12:
+    if fused.get("Attention", 0) != config["num_hidden_layers"]:
         raise Unsupported(f"onnxruntime's optimiser fused no attention: {fused}")
     model.save_model_to_file(str(target))
 
@@ -268,7 +273,7 @@ def onnxruntime(job: Job, reduced: bool = False) -> Call:
     import onnxruntime
 
     plain = once(job.folder / "bert.onnx", partial(export_onnx, job))
-    file = once(job.folder / "bert-fused.onnx", partial(optimize_onnx, plain))
+    file = once(job.folder / "bert-fused.onnx", partial(optimize_onnx, job, plain))
     if job.precision == "int8":
         name = f"bert-int8{'-reduced' if reduced else ''}.onnx"
         file = once(job.folder / name, partial(quantize_onnx, file, reduced=reduced))

@@ -1,8 +1,8 @@
 """One peer in its own process: `python worker.py PEER`, JSON lines in on stdin, JSON lines out on stdout.
 
-{"do": "load", ...} builds the model and answers with versions; "check" writes the last hidden state, or returns the
-loss without dropout; "once" times a call; "time" times calls after one that is not counted; "memory" measures a
-call's memory. The answer to a failed request is {"error": sentence}.
+{"do": "load", ...} builds the model and answers with versions; "check" writes a batch's last hidden state, or
+returns the loss without dropout; "once" times a call; "time" times calls after one that is not counted; "memory"
+measures a call's memory. The answer to a failed request is {"error": sentence}.
 """
 
 from __future__ import annotations
@@ -83,11 +83,11 @@ class Worker:
             found |= {"fastbert": fastbert.__version__, "native": fastbert.backend.cpu.native.isa()}
         return {"versions": found}
 
-    def check(self, file: str) -> dict[str, Any]:
-        """The result that the driver compares: a loss, or a file with the first batch's last hidden state."""
+    def check(self, file: str, batch: int = 0) -> dict[str, Any]:
+        """The result that the driver compares: a loss, or a file with the last hidden state of a batch."""
         if isinstance(self.call, Step):
             return {"loss": self.call.loss()}
-        np.save(file, array(self.call(0)))
+        np.save(file, array(self.call(batch)))
         return {"file": file}
 
     def once(self, batch: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The plots beside the tables: inference, training and memory."""
+"""The plots beside the tables: inference, training and memory; compressed models."""
 
 from __future__ import annotations
 
@@ -82,3 +82,48 @@ def _memory(rows: list[dict[str, Any]]) -> Any:
     axis.set_xlabel("GB resident: before a step (pale), and what the step adds at its peak")
     axis.tick_params(labelsize=8)
     return figure
+
+
+def draw_compression(results: dict[str, Any], path: Path) -> Path:
+    """Write a panel per work: the metric of every form and peer over its speed against the dense model."""
+    rows = results["rows"]
+    figure, axes = plt.subplots(len(rows), 1, figsize=(8.5, 5 * len(rows)), squeeze=False)
+    names = []
+    for axis, (work, row) in zip(axes.flat, rows.items(), strict=True):
+        for form, f in row["forms"].items():
+            if "speed" in f:
+                x, low, high = (f["speed"][key] for key in ("median", "p20", "p80"))
+                y, colour = 100 * f["value"], OTHERS if "peer" in f else OURS
+                axis.errorbar(
+                    x, y, xerr=[[x - low], [high - x]], fmt="o", color=colour, ecolor="#555"
+                )
+                names.append((axis, form, (high, y)))
+        axis.set_title(f"{work}, {row['examples']:,} examples", fontsize=10)
+        axis.set_xlabel("times as fast as the dense model in fp32 (line: p20 to p80)", fontsize=8)
+        axis.set_ylabel(f"{row['metric']}, %", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+        axis.margins(y=0.12)
+        # room for the names at the right
+        left, right = axis.get_xlim()
+        axis.set_xlim(left, right + 0.25 * (right - left))
+    # the names are placed by their size in the final layout
+    figure.tight_layout()
+    taken: list[Any] = []
+    for name in names:
+        taken.append(_label(*name, taken))
+    return _save(figure, path)
+
+
+def _label(axis: Any, name: str, at: tuple[float, float], taken: list[Any]) -> Any:
+    """Write a name at the right of a point, higher or lower where it would cover another; returns its box."""
+    heights = (0, 11, -11, 22, -22, 33, -33)
+    for height in heights:
+        note = axis.annotate(
+            name, at, (6, height), textcoords="offset points", fontsize=8, va="center"
+        )
+        box = note.get_window_extent()
+        if not any(box.overlaps(other) for other in taken) or height == heights[-1]:
+            break
+        note.remove()
+    return box

@@ -38,6 +38,7 @@ def prune(
 
     Times are measured on this machine, on the data's lengths. predict reads the copy as any other folder; finetune
     trains it further. transformers has no field for layers of different sizes, and reads it only with --padded.
+    OUT/pruned.png shows what was kept of every layer.
 
     Example: fastbert prune runs/a train.csv out/ --speedup 2.0
     """
@@ -57,6 +58,7 @@ def prune(
         )
     ready()
     import fastbert
+    from fastbert.compress.plot import plot_kept
     from fastbert.train.store import write_folder
 
     found = fastbert.prune(
@@ -66,6 +68,7 @@ def prune(
     def fill(new: Path) -> None:
         copy_files(folder, folder, [folder], new)
         found.model.save_pretrained(new, padded=padded)
+        plot_kept(found, new / "pruned.png")
 
     write_folder(out, fill)
     typer.echo(str(found))

@@ -266,6 +266,7 @@ def test_the_command_writes_a_folder(padded, trained, by_count, tmp_path):
     assert metrics["accuracy"] > 0.8
     sizes = BertConfig.from_file(out).layer_sizes
     assert max(sizes) < (2, 64)
+    assert (out / "pruned.png").read_bytes().startswith(b"\x89PNG")
     if padded:
         assert len({*sizes}) == 1
         transformers.BertForSequenceClassification.from_pretrained(out)

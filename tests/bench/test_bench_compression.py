@@ -1,0 +1,118 @@
+"""The benchmark of compressed models: models made once, other engines' metrics with our head, the table, the plot."""
+
+import argparse
+import shutil
+
+import pytest
+import tiny_tasks
+
+from benchmarks.models import compression, compression_peers
+from benchmarks.models.int8_accuracy import Finetuned
+from benchmarks.peers.driver import WorkerError
+from benchmarks.report.plots import draw_compression
+from fastbert.backend import cpu
+from fastbert.bert import BertConfig
+from fastbert.finetune import finetune
+
+NATIVE = pytest.mark.skipif(cpu.native is None, reason="int8 needs the native module")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """{task: a tiny fine-tuned model and its data}."""
+    folder = tmp_path_factory.mktemp("tiny")
+    base = tiny_tasks.base_model(folder / "base")
+    found = {}
+    for task, metric, answer in (("classify", "accuracy", "label"), ("tag", "f1", "tags")):
+        rows = tiny_tasks.ROWS[task]
+        train, test = (
+            tiny_tasks.write_jsonl(folder / f"{task}-{seed}.jsonl", rows(count, seed=seed))
+            for seed, count in enumerate((160, 75))
+        )
+        run = finetune(
+            tiny_tasks.tiny_config(task, base), folder / task, train=rows(160), quiet=True
+        )
+        found[task] = Finetuned(run.model, train, None, test, metric, answer)
+    return found
+
+
+def figures(value, speed, **more):
+    """A form's entry in a row."""
+    band = {"median": speed, "p20": 0.9 * speed, "p80": 1.1 * speed}
+    sizes = {"parameters": 22_000_000, "bytes": 90_000_000}
+    return {"value": value, "seconds": {"median": 0.5}, "speed": band, **sizes, **more}
+
+
+@NATIVE
+@pytest.mark.parametrize("task", ["classify", "tag"])
+def test_a_worker_with_our_head_decides_as_we_do(task, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(compression, "peaks", dict)
+    # our own encoder in a process of its own, in the place of another engine; "autocast" takes no int8
+    for name in ("fastbert", "autocast"):
+        monkeypatch.setitem(compression_peers.PRECISIONS, name, "int8")
+    options = argparse.Namespace(limit=70, peers=["fastbert", "autocast"], batches=2, rounds=2)
+    models = {model: tiny[task].model for model, _ in compression.FORMS.values()}
+    row = compression.measured(tiny[task], models, tmp_path, options)
+    forms = row["forms"]
+    assert (row["examples"], row["batches"]) == (70, 2)
+    assert forms["dense"]["value"] > 0.8
+    assert forms["fastbert"]["value"] == forms["dense, int8"]["value"]
+    assert forms["dense"]["speed"] == {"median": 1, "p20": 1, "p80": 1}
+    assert forms["dense, int8"]["bytes"] < forms["dense"]["bytes"]
+    assert forms["autocast"] == {"peer": True, "reason": forms["autocast"]["reason"]}
+    assert "bf16 inference only" in forms["autocast"]["reason"]
+
+
+def test_models_are_made_once(tiny, tmp_path, monkeypatch):
+    one = tiny["classify"]
+    monkeypatch.setattr(compression, "STUDENT", "1x32")
+    made = []
+
+    def prune(model, data, out, speedup, examples):
+        made.append(speedup)
+        shutil.copytree(model, out)
+
+    monkeypatch.setattr(compression, "prune", prune)
+    found = compression.models(one, tmp_path, quick=True)
+    assert made == [2.0, 3.0]
+    assert [BertConfig.from_file(folder).num_hidden_layers for folder in found.values()] == [
+        2,
+        2,
+        2,
+        1,
+    ]
+    monkeypatch.setattr(compression, "distil", lambda *_, **__: pytest.fail("trained again"))
+    assert compression.models(one, tmp_path, quick=True) == found
+    assert made == [2.0, 3.0]
+
+
+def test_a_peer_that_fails_leaves_the_race():
+    def fail(number):
+        raise WorkerError("no luck")
+
+    samples, failed = compression.race({"a": float, "b": fail, "c": lambda _: 0.5}, [1, 2], 3)
+    assert samples == {"a": [3.0] * 3, "c": [1.0] * 3}
+    assert failed == {"b": "no luck"}
+    assert compression.spread(9, 3) == [0, 3, 6]
+    assert compression.spread(2, 8) == [0, 1]
+
+
+def test_the_table_states_goals_and_reasons(tmp_path):
+    forms = {form: figures(0.9, 1.0 + i) for i, form in enumerate(compression.FORMS)}
+    forms["pruned 2.0"] = figures(0.88, 2.0)
+    forms["onnxruntime-int8"] = {"value": 0.85, "peer": True, "speed": forms["dense"]["speed"]}
+    forms["ctranslate2-int8"] = {"peer": True, "reason": "no wheel"}
+    row = {"examples": 2014, "metric": "accuracy", "batches": 8, "rounds": 15, "tokens": 6400}
+    row |= {"date": "2026-01-02", "environments": {"onnxruntime": {"onnxruntime": "1.2"}}}
+    row["peaks"] = {"before": {"fma_gflops_fp32": 170.4}, "after": {"fma_gflops_fp32": 171.0}}
+    machine = {"cpu": "a CPU", "instructions": "AVX2", "threads": 2}
+    machine["versions"] = {"torch": "2", "fastbert": "0"}
+    results = {"machine": machine, "rows": {"movies": {**row, "forms": forms}}}
+    found = compression.table(results)
+    assert "| dense | 22.0 M | 90.0 MB | 90.00 | 100.00% | 1 |  |" in found
+    assert "| 97.78% | 2.00 (1.80 to 2.20) | 98.5%: **missed**; 1.9 times: met |" in found
+    assert "| onnxruntime-int8 of the dense model | -- | -- | 85.00 | 94.44% |" in found
+    assert "- ctranslate2-int8: no wheel\n\n" in found
+    assert "170 and 171 GFLOP/s" in found.replace("\n", " ")
+    drawn = draw_compression(results, tmp_path / "compression.png")
+    assert drawn.read_bytes().startswith(b"\x89PNG")
