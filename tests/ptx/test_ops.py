@@ -102,7 +102,7 @@ def check(name: str, slug: str, sample: str, dtype: str, backward: bool) -> set[
 
 def quick() -> list[tuple[str, str, str]]:
     """(op, sample, dtype) of SMALL: in bf16, and the first sample of each op in fp32 too. `make test-ptx` runs all."""
-    first = {slug: sample for slug, sample in reversed(SMALL)}
+    first = dict(reversed(SMALL))
     fp32 = [(*key, "fp32") for key in SMALL if first[key[0]] == key[1]]
     # fp16 has the kernels of bf16
     return [*fp32, *((*key, "bf16") for key in SMALL)]
