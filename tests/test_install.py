@@ -97,11 +97,20 @@ def look(python: Path, folder: Path) -> dict[str, str]:
     return json.loads(succeed(python, "-c", LOOK, cwd=empty).splitlines()[-1])
 
 
+def baseline_compiler(folder: Path) -> Path:
+    """A C++ compiler that refuses AVX: setup.py then compiles every source once, for the baseline."""
+    script, compiler = folder / "baseline-c++", os.environ.get("CXX", "c++")
+    script.write_text(f'#!/bin/sh\ncase "$*" in *-mavx*) exit 1 ;; esac\nexec {compiler} "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     """A folder with the sdist, and the wheel that was built from the sdist."""
     folder = tmp_path_factory.mktemp("built")
-    succeed(sys.executable, "-m", "build", "--outdir", folder, checkout(folder), cwd=folder)
+    build = (sys.executable, "-m", "build", "--outdir", folder, checkout(folder))
+    succeed(*build, cwd=folder, CXX=str(baseline_compiler(folder)))
     return folder
 
 

@@ -60,7 +60,7 @@ def test_two_processes_have_the_losses_of_one(corpus, expected, tmp_path, strate
     assert one.evaluation["mlm_loss"] == pytest.approx(expected[12, "eval"], rel=1e-4)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_lamb_takes_the_norms_of_whole_tensors(corpus, tmp_path, strategy):
     """FSDP2 gives a process rows of each weight, also none of them; a norm is a sum over the processes."""
     given = settings(corpus, strategy=strategy, optimiser="lamb", lr=0.02, checkpoint_every=0)
