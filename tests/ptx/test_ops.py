@@ -100,15 +100,22 @@ def check(name: str, slug: str, sample: str, dtype: str, backward: bool) -> set[
     )
 
 
-def quick() -> list[tuple[str, str, str]]:
-    """(op, sample, dtype) of SMALL: in bf16, and the first sample of each op in fp32 too. `make test-ptx` runs all."""
+def small() -> list:
+    """(op, sample, dtype) of SMALL. Of an op's second sample `make test` runs bf16 alone, `make test-ptx` fp32 too.
+
+    fp16, which has the kernels of bf16, runs in test_every_sample only.
+    """
     first = dict(reversed(SMALL))
-    fp32 = [(*key, "fp32") for key in SMALL if first[key[0]] == key[1]]
-    # fp16 has the kernels of bf16
-    return [*fp32, *((*key, "bf16") for key in SMALL)]
+    full = {
+        (slug, sample, "fp32"): pytest.mark.ptx_full
+        for slug, sample in SMALL
+        if sample != first[slug]
+    }
+    keys = [(*key, dtype) for key in SMALL for dtype in ("fp32", "bf16")]
+    return [pytest.param(*key, marks=full.get(key, ())) for key in keys]
 
 
-@pytest.mark.parametrize(("slug", "sample", "dtype"), quick())
+@pytest.mark.parametrize(("slug", "sample", "dtype"), small())
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_small(name, slug, sample, dtype):
     ran = check(name, slug, sample, dtype, backward=True)
