@@ -38,9 +38,9 @@ INSTALLED := $(VENV)/.installed
 # pip before 25.3 takes the versions of an isolated build's tools from the first, later ones from the second
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 ENVIRONMENT = $(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-# pip would compile the packages' Python files one after the other; the demo imports few of them and compiles none. With
-# PYTHONDONTWRITEBYTECODE set, each of the tests' many processes would compile our own files again. Nothing
-# imports the packages' tests
+# pip would compile the packages' Python files one after the other; the demo imports few of them and compiles none. Where
+# PYTHONDONTWRITEBYTECODE is set, each of the tests' many processes would compile our own files again. Nothing imports the
+# packages' tests
 COMPILE = $(PY) -m compileall -q -j 0 -x /tests/ $(VENV)/lib fastbert kernels benchmarks >/dev/null
 PIP_INSTALL = $(PINNED) $(PY) -m pip install --no-compile $(PIP_ARGS)
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
