@@ -12,7 +12,7 @@
 #   make bench          runs the benchmarks that need no other environment
 #   make bench-peers    runs the end-to-end benchmark against all peers, each in an environment of its own
 #   make bench-step     lists where a training step's time goes, alone and beside a busy process; 5 minutes
-#   make bench-scaling  measures the cost against the number of tokens and the sequence length; 4 to 6 minutes
+#   make bench-scaling  measures the cost against the number of tokens and the sequence length; about 10 minutes
 #   make bench-scripts  times users' scripts (Trainer, sentence-transformers) as they are and accelerated; two hours
 #   make bench-int8-accuracy  measures what quantize costs in accuracy, also of two models that it trains; an hour.
 #                       BENCH_ARGS="--sentences FILE --reactions FILE" adds rows of your files
@@ -140,6 +140,7 @@ bench-step: $(INSTALLED)
 
 bench-scaling: $(INSTALLED)
 	$(PY) -m benchmarks.models.scaling $(BENCH_ARGS)
+	$(PY) -m benchmarks.models.relations $(BENCH_ARGS)
 
 bench-scripts: $(INSTALLED)
 	$(PY) -m benchmarks.models.scripts $(BENCH_ARGS)
