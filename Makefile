@@ -141,6 +141,7 @@ bench-step: $(INSTALLED)
 bench-scaling: $(INSTALLED)
 	$(PY) -m benchmarks.models.scaling $(BENCH_ARGS)
 	$(PY) -m benchmarks.models.relations $(BENCH_ARGS)
+	$(PY) -m benchmarks.models.distil_step $(if $(filter --quick,$(BENCH_ARGS)),--quick)
 
 bench-scripts: $(INSTALLED)
 	$(PY) -m benchmarks.models.scripts $(BENCH_ARGS)
