@@ -9,7 +9,10 @@ import sys
 import pytest
 import ranks
 import tiny_run
+import tiny_tasks
 
+from fastbert.bert import BertForMaskedLM
+from fastbert.distil import DistilConfig, distil
 from fastbert.train import PretrainConfig, pretrain
 from fastbert.train.metrics import read_metrics
 from fastbert.train.session import _divided
@@ -156,3 +159,25 @@ def test_torchrun(corpus, tmp_path):
     again = subprocess.run(words, capture_output=True, text=True, env=variables, timeout=600)
     assert again.returncode != 0
     assert "already holds a run: go on with --resume" in again.stderr
+
+
+def test_a_distillation_on_two_processes_has_the_losses_of_one(tmp_path):
+    """Every kind of data is compared in tests/distil, which takes longer."""
+    teacher = tiny_tasks.base_model(tmp_path / "teacher")
+    BertForMaskedLM.from_pretrained(teacher).save_pretrained(teacher)
+    source = tmp_path / "text"
+    source.mkdir()
+    for number in range(8):
+        rows = tiny_tasks.texts(20, seed=number)
+        (source / f"{number}.txt").write_text("\n".join(f"{row['text']}." for row in rows))
+    given = {"teacher": str(teacher), "sources": [str(source)], "student": "1x32", "steps": 3}
+    given |= {"max_length": 32, "batch_size": 8, "dropout": 0.0, "attention_dropout": 0.0}
+    given |= {"shards": 2, "threads": 1, "backend": "torch", "device": "cpu", "log_every": 1}
+    codes, errors = ranks.run(2, _distil, given, tmp_path / "two", errors=tmp_path / "errors")
+    assert (codes, errors) == ([0, 0], {})
+    _distil(given, tmp_path / "one")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def _distil(given, out):
+    distil(DistilConfig(**given), out, quiet=True)
