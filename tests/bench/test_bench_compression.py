@@ -6,7 +6,7 @@ import shutil
 import pytest
 import tiny_tasks
 
-from benchmarks.models import compression, compression_peers
+from benchmarks.models import bench_bert, compression, compression_peers
 from benchmarks.models.int8_accuracy import Finetuned
 from benchmarks.peers.driver import WorkerError
 from benchmarks.report.plots import draw_compression
@@ -47,10 +47,11 @@ def figures(value, speed, **more):
 @pytest.mark.parametrize("task", ["classify", "tag"])
 def test_a_worker_with_our_head_decides_as_we_do(task, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(compression, "peaks", dict)
-    # our own encoder in a process of its own, in the place of another engine; "autocast" takes no int8
-    for name in ("fastbert", "autocast"):
-        monkeypatch.setitem(compression_peers.PRECISIONS, name, "int8")
-    options = argparse.Namespace(limit=70, peers=["fastbert", "autocast"], batches=2, rounds=2)
+    # our own encoder in a process of its own, in the place of another engine
+    monkeypatch.setitem(compression_peers.PRECISIONS, "fastbert", "int8")
+    monkeypatch.setattr(bench_bert, "find", lambda name: (None, f"no {name} here"))
+    peers = ["fastbert", "onnxruntime"]
+    options = argparse.Namespace(limit=70, peers=peers, batches=2, rounds=2)
     models = {model: tiny[task].model for model, _ in compression.FORMS.values()}
     row = compression.measured(tiny[task], models, tmp_path, options)
     forms = row["forms"]
@@ -59,8 +60,7 @@ def test_a_worker_with_our_head_decides_as_we_do(task, tiny, tmp_path, monkeypat
     assert forms["fastbert"]["value"] == forms["dense, int8"]["value"]
     assert forms["dense"]["speed"] == {"median": 1, "p20": 1, "p80": 1}
     assert forms["dense, int8"]["bytes"] < forms["dense"]["bytes"]
-    assert forms["autocast"] == {"peer": True, "reason": forms["autocast"]["reason"]}
-    assert "bf16 inference only" in forms["autocast"]["reason"]
+    assert forms["onnxruntime"] == {"peer": True, "reason": "no onnxruntime here"}
 
 
 def test_models_are_made_once(tiny, tmp_path, monkeypatch):
