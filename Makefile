@@ -16,8 +16,8 @@
 #   make bench-scripts  times users' scripts (Trainer, sentence-transformers) as they are and accelerated; two hours
 #   make bench-int8-accuracy  measures what quantize costs in accuracy, also of two models that it trains; an hour.
 #                       BENCH_ARGS="--sentences FILE --reactions FILE" adds rows of your files
-#   make bench-compress measures size, metric and speed of pruned, distilled and int8 models, which it makes once; two to
-#                       three hours, then minutes. BENCH_ARGS="--works movies" takes one of the two works
+#   make bench-compress measures size, metric and speed of pruned, distilled and int8 models, which it makes once; about
+#                       two hours, then minutes. BENCH_ARGS="--works movies" takes one of the two works
 #   make gpu            on a machine with a GPU: parity, memory and race checks and timings, into docs/gpu.md
 #   make gpu-report     writes docs/gpu_report.md: figures of the kernels that need no GPU
 #   make sanitize       runs the native tests under AddressSanitizer and UBSan: every op on every instruction set (on one

@@ -9,6 +9,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.transforms import Bbox
 
 OURS, OTHERS, UNCOUNTED = "#c1440e", "#8a9ba8", "#d7dee3"
 
@@ -97,7 +98,7 @@ def draw_compression(results: dict[str, Any], path: Path) -> Path:
                 axis.errorbar(
                     x, y, xerr=[[x - low], [high - x]], fmt="o", color=colour, ecolor="#555"
                 )
-                names.append((axis, form, (high, y)))
+                names.append((axis, form, (x, high, y)))
         axis.set_title(f"{work}, {row['examples']:,} examples", fontsize=10)
         axis.set_xlabel("times as fast as the dense model in fp32 (line: p20 to p80)", fontsize=8)
         axis.set_ylabel(f"{row['metric']}, %", fontsize=8)
@@ -107,23 +108,28 @@ def draw_compression(results: dict[str, Any], path: Path) -> Path:
         # room for the names at the right
         left, right = axis.get_xlim()
         axis.set_xlim(left, right + 0.25 * (right - left))
-    # the names are placed by their size in the final layout
+    # the names are placed by their size in the final layout, and cover no point
     figure.tight_layout()
-    taken: list[Any] = []
+    points = [axis.transData.transform((speed, y)) for axis, _, (speed, _, y) in names]
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in points]
     for name in names:
         taken.append(_label(*name, taken))
     return _save(figure, path)
 
 
-def _label(axis: Any, name: str, at: tuple[float, float], taken: list[Any]) -> Any:
-    """Write a name at the right of a point, higher or lower where it would cover another; returns its box."""
-    heights = (0, 11, -11, 22, -22, 33, -33)
+def _label(axis: Any, name: str, at: tuple[float, float, float], taken: list[Any]) -> Any:
+    """Write a name at the right of a point and its band, else above or below with a line; returns the name's box."""
+    x, high, y = at
+    heights = (0, 12, -12, 24, -24, 36, -36)
     for height in heights:
-        note = axis.annotate(
-            name, at, (6, height), textcoords="offset points", fontsize=8, va="center"
-        )
+        # text, or a line to the point: a box that holds both would be too large
+        place = {"xy": (x if height else high, y), "xytext": (6, height)}
+        place |= {"textcoords": "offset points", "va": "center"}
+        note = axis.annotate(name, fontsize=8, **place)
         box = note.get_window_extent()
-        if not any(box.overlaps(other) for other in taken) or height == heights[-1]:
+        if height == heights[-1] or not any(box.overlaps(other) for other in taken):
             break
         note.remove()
+    if height:
+        axis.annotate("", arrowprops={"arrowstyle": "-", "color": "#aaa"}, **place)
     return box
