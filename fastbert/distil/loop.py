@@ -60,7 +60,8 @@ class DistilRun(KeepBest):
     def __init__(self, trainer: DistilTrainer, work: Work, session: Session[DistilConfig]) -> None:
         self.work = work
         self.metric, self.higher = work.metric, work.higher
-        super().__init__(trainer, session, work.identity())
+        identity = {**work.identity(), "the teacher's weights": trainer.teacher.identity}
+        super().__init__(trainer, session, identity)
 
     def judged(self) -> dict[str, float]:
         """The values of an evaluation of the student."""

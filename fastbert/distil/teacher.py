@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ class Teacher:
 
     def __init__(self, model: Any, work: Any, wanted: Wanted, int8: bool) -> None:
         self.model = model.eval().requires_grad_(False)
+        digest = hashlib.sha256()
+        for weight in self.model.parameters():
+            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+        # of the weights: a run is resumed with the same ones only
+        self.identity = digest.hexdigest()
         if int8:
             # refuses weights that can't be integers, and sets the bits of int8 modules
             unfreeze(quantize(self.model))

@@ -1,5 +1,7 @@
 """Whole distillations: every kind of data and every loss, resuming, several processes, students of any sizes."""
 
+import shutil
+
 import numpy as np
 import pytest
 import ranks
@@ -107,6 +109,18 @@ def test_a_resumed_run_has_the_losses_of_one_without_interruption(
     monkeypatch.setattr(module.DistilTrainer, "train_step", step)
     distil(None, tmp_path / "parts", resume=True, quiet=True)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_run_is_not_resumed_with_other_weights_of_the_teacher(teachers, corpus, tmp_path):
+    teacher = shutil.copytree(teachers("text"), tmp_path / "teacher")
+    given = settings(teacher, sources=[str(corpus[0])], max_length=32, steps=1)
+    distil(DistilConfig(**given), tmp_path / "run", quiet=True)
+    model = BertForMaskedLM.from_pretrained(teacher)
+    with torch.no_grad():
+        model.mlm_head.bias += 1.0
+    model.save_pretrained(teacher)
+    with pytest.raises(ValueError, match="the teacher's weights"):
+        distil(None, tmp_path / "run", resume=True, quiet=True)
 
 
 def test_a_pruned_model_is_a_student(teachers, corpus, tmp_path):
