@@ -6,7 +6,7 @@ import random
 import torch
 from tokenizers import normalizers
 
-from fastbert.bert import BertConfig, BertModel
+from fastbert.bert import BertConfig, BertForSequenceClassification, BertModel
 from fastbert.data import save_tokenizer
 from fastbert.data.tokenizer import BERT_TOKENS, finish_wordpiece
 from fastbert.finetune import FinetuneConfig
@@ -119,3 +119,25 @@ def tiny_settings(task, model, **settings):
 def tiny_config(task, model, **settings):
     """Settings of a run of about a second."""
     return FinetuneConfig(**tiny_settings(task, model, **settings))
+
+
+def classifier(**settings):
+    """A random classifier with biases."""
+    sizes = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 20}
+    given = {"vocab_size": 40, "num_hidden_layers": 2, "max_position_embeddings": 16}
+    config = BertConfig(**{**given, **sizes, **settings})
+    model = BertForSequenceClassification(config).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def batch(count=6, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 9, (count,), generator=draw)
+    return {
+        "input_ids": torch.randint(0, 40, (int(lengths.sum()),), generator=draw),
+        "cu_seqlens": torch.tensor([0, *lengths.cumsum(0)], dtype=torch.int32),
+        "max_seqlen": 8,
+        "labels": torch.randint(0, 2, (count,), generator=draw),
+    }

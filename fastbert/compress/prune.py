@@ -14,23 +14,18 @@ import numpy as np
 import torch
 
 from fastbert.compress.correct import correct
-from fastbert.compress.importance import (
-    Gradients,
-    labels_in,
-    least_needed,
-    losses_by_size,
-    mask_gradients,
-)
-from fastbert.compress.latency import Table, layer_inputs, measure, sizes_of
+from fastbert.compress.importance import NO_LABELS, labels_in, statistics
+from fastbert.compress.latency import Table, layer_inputs, measure
 from fastbert.compress.latency import speedup as measured_speedup
+from fastbert.compress.pieces import Pieces, smaller
 from fastbert.compress.progress import Bar
-from fastbert.compress.search import cheapest
+from fastbert.compress.search import Search
 from fastbert.files import quoted
 from fastbert.finetune.features import Shuffled
 from fastbert.finetune.judge import Part
 from fastbert.finetune.predict import Predictor
 from fastbert.models.encoder import Pretrained
-from fastbert.models.layer_sizes import full_size, take
+from fastbert.models.layer_sizes import full_size
 from fastbert.runners.freeze import unfreeze
 from fastbert.runners.frozen import why_not_read
 from fastbert.runners.replace import is_replaced
@@ -39,13 +34,12 @@ from fastbert.runners.replace import is_replaced
 _TOKENS = 30_000
 # batches that are timed
 _TIMED = 4
-# a measured speed-up may be off by so much before sizes are searched again, and so many times
-_CLOSE, _SEARCHES = 0.05, 3
-# least shares of a layer's heads and columns to keep, each tried. Fisher information holds near the dense model, and is
-# far too low for the heads of several layers in a row
-_LEAST = ((0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (0.25, 0.125), (0.5, 0.25))
-# batches that the tries are judged on
-_JUDGED = 4
+# a measured speed-up may be off by _CLOSE; sizes are searched again, at most so many times, if it is off by _NEAR
+_CLOSE, _NEAR, _TRIALS = 0.05, 0.02, 3
+# choices of sizes whose loss is looked at, and seconds for that; a further search has a quarter
+_TRIES, _SECONDS = 60, 45.0
+# batches that choices are judged on
+_JUDGED = 6
 
 
 @dataclass(frozen=True)
@@ -74,6 +68,9 @@ class Pruned:
         for i, (heads, width) in enumerate(zip(self.heads, self.widths, strict=True)):
             kept = f"{heads} of {self.dense_heads}", f"{width} of {self.dense_width}"
             lines.append(f"{i:<6} {kept[0]:>12} {kept[1]:>14}")
+        dense = self.dense_heads * len(self.heads), self.dense_width * len(self.widths)
+        kept = f"{sum(self.heads)} of {dense[0]}", f"{sum(self.widths)} of {dense[1]}"
+        lines.append(f"{'all':<6} {kept[0]:>12} {kept[1]:>14}")
         lines.append(
             f"{self.measured:.2f} times as fast as the dense model (asked for {self.asked:g}, predicted "
             f"{self.predicted:.2f})"
@@ -96,10 +93,11 @@ def prune(
 
     `model` is a model of fastbert.bert, which is not changed, and `data` an iterable of its batches with labels; or
     `model` is a folder, such as OUT of a run of finetune, and `data` labelled examples: a file, a data set or a list of
-    dicts, of which `examples` are read in batches of `batch_size`. Nothing is retrained. How much the loss needs a head
-    or a column is its Fisher information; the sizes follow from it and from times that are measured here, on the data's
-    lengths and with `freeze`; what is left is corrected by least squares. (Kwon et al. 2022; Kurtic et al., ZipLM,
-    2023.) The layers have sizes of their own afterwards (BertConfig.layer_heads, layer_widths).
+    dicts, of which `examples` are read in batches of `batch_size`. Nothing is retrained. What is left of a block is
+    changed by least squares to make up for the rest, and the rise of the loss is estimated for every size. The sizes
+    follow from that and from times that are measured here, on the data's lengths and with `freeze`; many choices are
+    judged by their actual loss, in an order that `seed` gives. (Kurtic et al., ZipLM, 2023; Frantar & Alistarh, SPDY,
+    2022.) The layers have sizes of their own afterwards (BertConfig.layer_heads, layer_widths).
 
     Raises TypeError for other models; ValueError for a speed-up of at most 1 or one that no sizes reach, for a model
     that is pruned or int8 already, and for data without labels.
@@ -112,102 +110,111 @@ def prune(
         model, batches = _from_files(model, data, batch_size, examples, seed)
     else:
         batches = _batches(data)
+    # a mean over no labels is no number
+    if not (batches := [batch for batch in batches if labels_in(batch)]):
+        raise ValueError(NO_LABELS)
     dense = _copy(model)
-    with Bar(len(batches) + 3 + _SEARCHES + len(dense.bert.layers), quiet) as bar:
-        bar.begin("gradients of masks")
-        gradients = mask_gradients(dense, batches, bar.advance)
-        timed = batches[:_TIMED]
+    layers = len(dense.bert.layers)
+    with Bar(len(batches) + 3 + 2 * layers + _TRIALS, quiet) as bar:
+        bar.begin("what the loss needs")
+        seen = statistics(dense, batches, bar.advance)
         bar.begin("times on this machine")
-        layers = len(gradients)
         none = [torch.empty(0, dtype=torch.int64)] * layers
-        table = measure(dense, _smaller(dense, none, none), timed, bar.advance)
+        table = measure(dense, smaller(dense, none, none), batches[:_TIMED], bar.advance)
         bar.begin("search for sizes")
-        search = _Search(dense, gradients, table, batches, speedup)
-        found = search.run(bar)
+        pieces = Pieces(dense, seen, bar.advance)
+        trials = _Trials(pieces, table, batches, speedup, seed)
+        found = trials.run(bar)
         bar.begin("correction")
         # the trial has left copies of weights that are changed now
         unfreeze(found.model)
         correct(dense, found.model, layer_inputs(unfreeze(dense), batches), bar.advance)
-    return dataclasses.replace(found, dense_loss=search.loss(dense), loss=search.loss(found.model))
+    return dataclasses.replace(found, dense_loss=trials.loss(dense), loss=trials.loss(found.model))
 
 
-class _Search:
-    """The choice of sizes, and its trial on the machine."""
+class _Trials:
+    """The choice of sizes, and its trials on the machine."""
 
     def __init__(
         self,
-        dense: Any,
-        gradients: Sequence[Gradients],
+        pieces: Pieces,
         table: Table,
         batches: Sequence[Mapping[str, Any]],
         speedup: float,
+        seed: int,
     ) -> None:
-        self.dense, self.table, self.speedup = dense, table, speedup
+        self.pieces, self.table, self.speedup = pieces, table, speedup
         self.timed, self.judged = batches[:_TIMED], batches[-_JUDGED:]
-        config = dense.config
-        self.heads, self.width = config.num_attention_heads, config.intermediate_size
-        self.sizes = sizes_of(self.width)
-        self.losses = {
-            "heads": [losses_by_size(g.heads).tolist() for g in gradients],
-            "widths": [losses_by_size(g.columns)[self.sizes].tolist() for g in gradients],
-        }
-        self.orders = [(least_needed(g.heads), least_needed(g.columns)) for g in gradients]
-        layers = len(gradients)
-        self.whole = table.of([self.heads] * layers, [self.width] * layers)
+        self.layers = len(table.heads)
+        self.whole = table.of([pieces.heads] * self.layers, [pieces.width] * self.layers)
+        losses = pieces.losses()
+        starts = [np.ones(len(losses)), np.array([1 / max(first[0], 1e-30) for first in losses])]
+        self._search = Search(losses, starts, self._loss_of, seed)
 
     def run(self, bar: Bar) -> Pruned:
-        """Try sizes up to _SEARCHES times; returns the try whose measured speed-up is nearest to `speedup`."""
-        table, best = self.table, None
-        for _ in range(_SEARCHES):
-            if (sizes := self._sizes(table)) is None:
-                break
-            found = self._trial(table, *sizes)
+        """Try sizes up to _TRIALS times; returns the trial with the least loss among those near `speedup`.
+
+        Where none is within _CLOSE of it, the nearest.
+        """
+        table, found = self.table, list[Pruned]()
+        tries, limit = _TRIES, _SECONDS
+        for _ in range(_TRIALS):
+            trial = self._trial(table, tries, limit)
             bar.advance()
-            if best is None or self._off(found) < self._off(best):
-                best = found
-            if self._off(found) <= _CLOSE:
+            if trial is None:
                 break
-            blocks = self.whole / found.predicted - table.fixed
-            actual = self.whole / found.measured - table.fixed
-            if blocks <= 0 or actual <= 0:
+            found.append(trial)
+            blocks = self.whole / trial.predicted - table.fixed
+            actual = self.whole / trial.measured - table.fixed
+            if self._off(trial) <= _NEAR or blocks <= 0 or actual <= 0:
                 break
             table = table.scaled(actual / blocks)
-        if best is None:
-            most = self.whole / table.fixed
+            tries, limit = _TRIES // 4, _SECONDS / 4
+        if not found:
+            most = self.whole / self.table.fixed
             raise ValueError(
                 f"speedup is {self.speedup:g}, and without any heads and columns the model is {most:.2f} times as "
                 "fast: ask for less, or start from a model with fewer layers"
             )
-        return best
+        return min(found, key=lambda t: (max(self._off(t), _CLOSE), t.loss))
 
-    def _off(self, found: Pruned) -> float:
-        return abs(found.measured / self.speedup - 1)
+    def _off(self, trial: Pruned) -> float:
+        return abs(trial.measured / self.speedup - 1)
 
-    def _sizes(self, table: Table) -> tuple[list[int], list[int]] | None:
-        """The heads and the width of every layer, None if none are fast enough.
-
-        Of several choices, made with other least shares, the one whose uncorrected model has the least loss.
-        """
-        found = [sizes for least in _LEAST if (sizes := self._within(table, *least)) is not None]
-        distinct = [sizes for i, sizes in enumerate(found) if sizes not in found[:i]]
-        if len(distinct) < 2:
-            return next(iter(distinct), None)
-        return min(distinct, key=lambda sizes: self.loss(self._model(*sizes)))
-
-    def _within(
-        self, table: Table, least_heads: float, least_width: float
-    ) -> tuple[list[int], list[int]] | None:
-        """The sizes of the least estimated loss that keep these shares of every layer."""
-        heads, widths = np.array(self.losses["heads"]), np.array(self.losses["widths"])
-        heads[:, : math.ceil(least_heads * self.heads)] = np.inf
-        widths[:, np.array(self.sizes) < least_width * self.width] = np.inf
-        losses = [*heads, *widths]
+    def _trial(self, table: Table, tries: int, limit: float) -> Pruned | None:
+        """A model within a table's times and its measured speed-up; None if no sizes are fast enough."""
         seconds = [part.seconds for part in (*table.heads, *table.columns)]
-        chosen = cheapest(losses, seconds, self.whole / self.speedup - table.fixed)
-        if chosen is None:
+        budget = self.whole / self.speedup - table.fixed
+        if (best := self._search.run(seconds, budget, tries, limit)) is None:
             return None
-        layers = len(table.heads)
-        return chosen[:layers], [self.sizes[i] for i in chosen[layers:]]
+        loss, numbers = best
+        heads, widths = self._sizes(numbers)
+        small = self.pieces.model(heads, widths)
+        losses = [found.tolist() for found in self._search.estimates]
+        return Pruned(
+            small,
+            heads,
+            widths,
+            self.pieces.heads,
+            self.pieces.width,
+            self.speedup,
+            self.whole / table.of(heads, widths),
+            measured_speedup(self.pieces.dense, small, self.timed),
+            table,
+            {"heads": losses[: self.layers], "widths": losses[self.layers :]},
+            loss=loss,
+        )
+
+    def _sizes(self, numbers: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The heads and widths with these numbers."""
+        heads, widths = self.pieces.sizes
+        return (
+            [heads[i] for i in numbers[: self.layers]],
+            [widths[i] for i in numbers[self.layers :]],
+        )
+
+    def _loss_of(self, numbers: Sequence[int]) -> float:
+        return self.loss(self.pieces.model(*self._sizes(numbers)))
 
     @torch.no_grad()
     def loss(self, model: Any) -> float:
@@ -215,41 +222,6 @@ class _Search:
         terms = [labels_in(batch) for batch in self.judged]
         losses = [float(model(**batch).loss) for batch in self.judged]
         return sum(n * loss for n, loss in zip(terms, losses, strict=True)) / sum(terms)
-
-    def _model(self, heads: list[int], widths: list[int]) -> Any:
-        """The model with the heads and columns that the loss needs most."""
-        kept = [
-            [order[len(order) - size :].sort().values for order, size in pair]
-            for pair in (
-                ((by_head, h), (by_column, w))
-                for (by_head, by_column), h, w in zip(self.orders, heads, widths, strict=True)
-            )
-        ]
-        return _smaller(self.dense, *zip(*kept, strict=True))
-
-    def _trial(self, table: Table, heads: list[int], widths: list[int]) -> Pruned:
-        """A model of these sizes and its measured speed-up."""
-        small = self._model(heads, widths)
-        return Pruned(
-            small,
-            heads,
-            widths,
-            self.heads,
-            self.width,
-            self.speedup,
-            self.whole / table.of(heads, widths),
-            measured_speedup(self.dense, small, self.timed),
-            table,
-            self.losses,
-        )
-
-
-def _smaller(dense: Any, heads: Sequence[torch.Tensor], columns: Sequence[torch.Tensor]) -> Any:
-    """The model with these heads and columns alone, in eval mode."""
-    state, config = take(dense.state_dict(), heads, columns, dense.config)
-    small = type(dense)(config).to(dense.device, dense.dtype)
-    small.load_state_dict(state)
-    return small.eval()
 
 
 def _copy(model: Any) -> Any:

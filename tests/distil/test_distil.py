@@ -11,7 +11,7 @@ from tiny_distil import ALL, TASKS, distilled, settings
 from tiny_run import losses
 
 from fastbert.bert import BertConfig, BertForMaskedLM, BertForSequenceClassification
-from fastbert.compress.prune import _smaller
+from fastbert.compress.pieces import smaller
 from fastbert.distil import DistilConfig, distil
 from fastbert.distil import run as module
 from fastbert.distil.plan import KINDS
@@ -126,7 +126,7 @@ def test_a_run_is_not_resumed_with_other_weights_of_the_teacher(teachers, corpus
 def test_a_pruned_model_is_a_student(teachers, corpus, tmp_path):
     model = BertForSequenceClassification.from_pretrained(teachers("classify") / "model")
     heads = [torch.tensor([0, 1]), torch.tensor([1]), torch.tensor([0]), torch.tensor([0, 1])]
-    pruned = _smaller(model, heads, [torch.arange(n) for n in (64, 32, 0, 64)])
+    pruned = smaller(model, heads, [torch.arange(n) for n in (64, 32, 0, 64)])
     pruned.save_pretrained(tmp_path / "pruned")
     student = str(tmp_path / "pruned")
     result = distilled(
