@@ -37,7 +37,10 @@ _TIMED = 4
 # a measured speed-up may be off by _CLOSE; sizes are searched again, at most so many times, if it is off by _NEAR
 _CLOSE, _NEAR, _TRIALS = 0.05, 0.02, 3
 # choices of sizes whose loss is looked at, and seconds for that; a further search has a quarter
-_TRIES, _SECONDS = 60, 45.0
+_TRIES, _SECONDS = 60, 40.0
+# factors of the blocks' estimates that choices begin with, as powers: 0 leaves them as they are, and with 1 no block
+# matters more than another
+_POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 # batches that choices are judged on
 _JUDGED = 6
 
@@ -148,7 +151,8 @@ class _Trials:
         self.layers = len(table.heads)
         self.whole = table.of([pieces.heads] * self.layers, [pieces.width] * self.layers)
         losses = pieces.losses()
-        starts = [np.ones(len(losses)), np.array([1 / max(first[0], 1e-30) for first in losses])]
+        without = np.array([max(of_sizes[0], 1e-30) for of_sizes in losses])
+        starts = [without**-power for power in _POWERS]
         self._search = Search(losses, starts, self._loss_of, seed)
 
     def run(self, bar: Bar) -> Pruned:

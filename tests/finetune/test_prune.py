@@ -127,6 +127,10 @@ def test_batches_in_memory(by_count):
     assert model.training
     assert all(p.requires_grad for p in model.parameters())
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+    assert all(p.requires_grad for p in found.model.parameters() if p.numel())
+    # nothing is shared with the model that was passed
+    theirs = {p.data_ptr() for p in model.parameters()}
+    assert not theirs & {p.data_ptr() for p in found.model.parameters() if p.numel()}
     assert found.predicted > 2.9
     assert found.model(**batch()).logits.shape == (6, 2)
 
