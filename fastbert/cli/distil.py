@@ -31,6 +31,7 @@ def distill(**flags: Any) -> None:
         config = DistilConfig(**settings)
         check_unused(out)
         config.check_readable()
+        config.check_out(out)
     ready()
     from fastbert.distil import run
 

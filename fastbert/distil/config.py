@@ -31,6 +31,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "sentences": {"losses": "vectors,hidden", "lr": 2e-4, "epochs": 6.0, "heldout": 0.05},
 }
 _SIZES = re.compile(r"\d+(x\d+){1,3}")
+# ends of names of classes with a masked-LM head
+_MASKED_LM = ("ForMaskedLM", "ForPreTraining")
 _existing = partial(existing, remedy=TEXTS)
 
 
@@ -92,7 +94,10 @@ class DistilConfig(TrainingSettings):
     )
 
     student: str | None = setting(
-        None, MODEL, "sizes LAYERSxHIDDEN[xHEADS[xFFN]], such as 3x384, or a model folder"
+        None,
+        MODEL,
+        "sizes LAYERSxHIDDEN, such as 3x384, also with xHEADS or xHEADSxFFN; or a model folder",
+        path=lambda text: not has_sizes(text),
     )
     start: str = setting(
         "teacher", MODEL, "teacher: its embeddings and some of its layers; or fresh weights"
@@ -148,6 +153,10 @@ class DistilConfig(TrainingSettings):
         self._check_least(0, "patience", "eval_tokens", "teacher_layer")
         above = ("batch_size", "max_tokens", "max_length", "temperature", "relation_heads")
         self._check_least(1, *above, "shards")
+        # products of fp32 scores with its square are finite
+        self._check_most({"temperature": 1e4})
+        if self.max_length is not None and self.max_length < 8:
+            raise ValueError(f"max_length is {self.max_length}: it must be at least 8")
         if self.max_tokens is not None and self.batch_size is not None:
             raise ValueError("max_tokens and batch_size are both set: a batch is measured by one")
         if self.losses is not None:
@@ -176,8 +185,28 @@ class DistilConfig(TrainingSettings):
         if reason := teacher.why_not_trained:
             # a student starts from its floating-point weights
             raise ValueError(f"the teacher in {config.teacher} {reason}")
-        Plan.of(config, teacher, student_config(config, teacher))
+        student = student_config(config, teacher)
+        Plan.of(config, teacher, student)
+        for name, model in (("teacher", teacher), ("student", student)):
+            assert config.max_length is not None
+            if config.max_length > model.max_length:
+                raise ValueError(
+                    f"max_length is {config.max_length} and the {name} has {model.max_length} positions: lower it"
+                )
         self.check_paths()
+
+    def check_out(self, out: Path) -> None:
+        """Refuse a folder that holds the teacher or the student: OUT/model would be found in its place."""
+        for name in ("teacher", "student"):
+            folder = Path(getattr(self, name))
+            places = (folder, folder / "model") if folder.is_dir() else ()
+            if any(out.resolve() == place.resolve() for place in places):
+                raise ValueError(f"out is {out}, the {name}'s folder: choose another one")
+
+
+def has_sizes(student: str) -> bool:
+    """Whether a student is named by its sizes; else it is a folder."""
+    return _SIZES.fullmatch(student) is not None
 
 
 def numbers_of(text: str) -> list[int]:
@@ -208,14 +237,19 @@ def data_kind(config: DistilConfig) -> str:
         return "labelled"
     if (folder / "modules.json").is_file():
         return "sentences"
-    names = BertConfig.from_file(folder).extra.get("architectures")
-    name = str(names[0])[:80] if isinstance(names, list) and names else "no named class"
-    if name.endswith(("ForMaskedLM", "ForPreTraining")):
+    name = _class_of(BertConfig.from_file(folder)) or "no named class"
+    if name.endswith(_MASKED_LM):
         return "text"
     raise ValueError(
         f"the teacher in {config.teacher} is {name}, which says nothing of its use: pass data, one of "
         f"{', '.join(KINDS)}"
     )
+
+
+def _class_of(model: BertConfig) -> str:
+    """The name of the class that the model was saved from, "" where its file names none."""
+    names = model.extra.get("architectures")
+    return str(names[0])[:80] if isinstance(names, list) and names else ""
 
 
 def filled_in(config: DistilConfig) -> DistilConfig:
@@ -226,8 +260,16 @@ def filled_in(config: DistilConfig) -> DistilConfig:
         found.pop("epochs", None)
     folder = teacher_folder(config)
     teacher = BertConfig.from_file(folder)
-    if config.losses is None and kind == "text" and not _same_width(config, teacher):
+    student = student_config(config, teacher)
+    if config.losses is None and kind == "text" and student.hidden_size != teacher.hidden_size:
         found["losses"] = "soft:5,labels:2"
+    name = _class_of(teacher)
+    losses = weights_of(config.losses or found["losses"])
+    if kind == "text" and "soft" in losses and name and not name.endswith(_MASKED_LM):
+        raise ValueError(
+            f"the teacher in {config.teacher} is {name}, without the masked LM that the loss soft needs: leave it out "
+            "of losses, or pass a teacher with one"
+        )
     options = Options.load(folder)
     if kind == "labelled" and options is None:
         raise ValueError(
@@ -236,14 +278,15 @@ def filled_in(config: DistilConfig) -> DistilConfig:
         )
     if config.max_length is None:
         own = 128 if options is None else options.max_length
-        found["max_length"] = min(own, teacher.max_length)
+        found["max_length"] = min(own, teacher.max_length, student.max_length)
     if config.metric is not None and (
         options is None or kind != "labelled" or config.metric not in METRICS[options.task]
     ):
         known = METRICS[options.task] if options is not None and kind == "labelled" else ()
-        raise ValueError(
-            f"metric is {quoted(config.metric)}: choose one of {', '.join(known) or 'none, for this kind of data'}"
+        remedy = (
+            f"choose one of {', '.join(known)}" if known else f"leave it out, the data is {kind}"
         )
+        raise ValueError(f"metric is {quoted(config.metric)}: {remedy}")
     if kind == "text":
         for name in ("validation", "test"):
             if getattr(config, name) is not None:
@@ -259,10 +302,6 @@ def filled_in(config: DistilConfig) -> DistilConfig:
     return dataclasses.replace(config, data=kind, **found)
 
 
-def _same_width(config: DistilConfig, teacher: BertConfig) -> bool:
-    return student_config(config, teacher).hidden_size == teacher.hidden_size
-
-
 def student_config(config: DistilConfig, teacher: BertConfig) -> BertConfig:
     """The student's configuration, from its sizes or from its folder.
 
@@ -275,7 +314,7 @@ def student_config(config: DistilConfig, teacher: BertConfig) -> BertConfig:
         "attention_probs_dropout_prob": config.attention_dropout,
     }
     given: dict[str, Any] = {name: value for name, value in dropouts.items() if value is not None}
-    if not _SIZES.fullmatch(config.student):
+    if not has_sizes(config.student):
         found = BertConfig.from_file(trained_model(_student_folder(config.student)))
         if reason := found.why_not_trained:
             raise ValueError(f"the student in {config.student} {reason}")

@@ -131,6 +131,12 @@ def check_losses(config: LossSettings, teacher: BertConfig, student: BertConfig)
                 f"losses has {name}, which needs equal widths, and the student is {student.hidden_size} wide and the "
                 f"teacher {teacher.hidden_size}: choose hidden or relations, or a student of that width"
             )
+    widths = student.hidden_size, teacher.hidden_size
+    if config.data == "sentences" and "vectors" not in config.weights and widths[0] != widths[1]:
+        raise ValueError(
+            f"losses has no vectors, and the student is {widths[0]} wide and the teacher {widths[1]}: add vectors, "
+            "which trains the map between them"
+        )
     layers = teacher.num_hidden_layers, student.num_hidden_layers
     if 0 in layers and {"hidden", "attention", "relations"} & set(config.weights):
         raise ValueError("a model has no layers: choose losses of scores or vectors")
@@ -142,9 +148,9 @@ def check_losses(config: LossSettings, teacher: BertConfig, student: BertConfig)
     if "attention" in config.weights:
         pairs = attention_pairs(teacher, student)
         heads = [(student.layer_sizes[s][0], teacher.layer_sizes[t][0]) for s, t in pairs]
-        if any(a != b for a, b in heads):
+        if any(a != b or not a for a, b in heads):
             raise ValueError(
-                f"losses has attention, which needs equal numbers of heads, and they are "
+                f"losses has attention, which needs equal numbers of heads above 0, and they are "
                 f"{listed(f'{a} and {b}' for a, b in heads)} (student and teacher): choose relations"
             )
     if "relations" in config.weights:

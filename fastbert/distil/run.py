@@ -12,7 +12,7 @@ from fastbert.distil.config import DistilConfig, filled_in
 from fastbert.distil.loop import DistilRun, DistilTrainer
 from fastbert.distil.plan import Plan
 from fastbert.distil.sentences import Sentences
-from fastbert.distil.student import Distillation, build_student
+from fastbert.distil.student import Distillation, build_student, check_vocabulary
 from fastbert.distil.teacher import Teacher
 from fastbert.distil.work import Labelled, Text, Work
 from fastbert.finetune.data import Sources
@@ -69,6 +69,8 @@ def distil(
     given = Sources(train, validation, test)
     if config is not None and not resume:
         config.check_readable(has_data=train is not None)
+        config.check_out(Path(out))
+        check_vocabulary(config)
         config = filled_in(config)
     session = Session(DistilConfig, config, out, resume=resume, quiet=quiet, say=say)
     with session as s:

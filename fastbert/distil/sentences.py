@@ -247,7 +247,8 @@ def _texts(sources: Sequence[Any], field: str) -> list[str]:
         else:
             found += [record.string(field) for record in read_records(source, "train")]
     if not found:
-        raise ValueError("the training data holds no sentence")
+        name = listed(s if isinstance(s, (str, Path)) else "the data" for s in sources)
+        raise ValueError(f"{name} holds no sentence: name files with some")
     return found
 
 

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.data import Batch, load_tokenizer, vocabulary
-from fastbert.distil.config import DistilConfig, chosen_layers, student_config
+from fastbert.distil.config import (
+    DistilConfig,
+    chosen_layers,
+    has_sizes,
+    student_config,
+    teacher_folder,
+)
 from fastbert.distil.losses import Losses
 from fastbert.distil.plan import Plan
 from fastbert.distil.signals import Signals, Taps
@@ -32,12 +38,7 @@ class Distillation(nn.Module):
         self.losses = Losses(plan, width, teacher.hidden_size)  # type: ignore[arg-type]
         self.head = work.head(width)
         if plan.wanted(0).encoder_alone:
-            # a head gets no gradient, which other processes would wait for
-            for name, p in student.named_parameters():
-                if not name.startswith(
-                    ("bert.embeddings.", "bert.layers.", "embeddings.", "layers.")
-                ):
-                    p.requires_grad_(False)
+            _keep_unread(student, plan)
         # none of their parts are weights of this module
         self._work, self._wanted = work, plan.wanted(0)
         self._taps = Taps(student.bert, self._wanted)
@@ -54,22 +55,34 @@ class Distillation(nn.Module):
         self.student.gradient_checkpointing_enable()  # type: ignore[operator]
 
 
+def _keep_unread(student: Any, plan: Plan) -> None:
+    """Let parts that no loss reads require no gradient: they get none, and other processes would wait for it."""
+    encoder = student.bert
+    read = {*encoder.embeddings.parameters(), *encoder.layers.parameters()}
+    if not plan.hidden:
+        # of the last layer, queries, keys and values alone
+        last = encoder.layers[-1]
+        read -= {*last.parameters()} - {*last.attention.qkv.parameters()}
+    for p in student.parameters():
+        if p not in read:
+            p.requires_grad_(False)
+
+
 def build_student(config: DistilConfig, teacher: Any, kind: type) -> Any:
     """A model of class `kind`: from a folder, or of given sizes, with the teacher's weights where these fit."""
     assert config.student is not None
     sizes = student_config(config, teacher.config)
     labels = {n: getattr(teacher.config, n) for n in ("num_labels", "id2label", "label2id")}
-    if "x" not in config.student or not config.student.replace("x", "").isdecimal():
+    extra = {"add_pooler": False} if teacher.bert is teacher else {}
+    if not has_sizes(config.student):
         folder = trained_model(config.student)
-        _check_vocabulary(config, str(folder))
         given = {
             "hidden_dropout_prob": sizes.hidden_dropout_prob,
             "attention_probs_dropout_prob": sizes.attention_probs_dropout_prob,
         }
         if hasattr(kind, "labels_per_token"):
             given |= labels | {"problem_type": None}
-        return kind.from_pretrained(folder, **given)  # type: ignore[attr-defined]
-    extra = {"add_pooler": False} if teacher.bert is teacher else {}
+        return kind.from_pretrained(folder, **given, **extra)  # type: ignore[attr-defined]
     student = kind(sizes, **extra)
     if config.start == "teacher":
         _start(student, teacher, chosen_layers(config, teacher.config, sizes.num_hidden_layers))
@@ -96,15 +109,17 @@ def _start(student: Any, teacher: Any, layers: list[int]) -> None:
             value.copy_(weights[key])
 
 
-def _check_vocabulary(config: DistilConfig, folder: str) -> None:
-    """Refuse a student whose tokenizer is another one."""
-    assert config.teacher is not None
+def check_vocabulary(config: DistilConfig) -> None:
+    """Refuse a student's folder whose tokenizer is another one."""
+    assert config.student is not None
+    if has_sizes(config.student):
+        return
     try:
-        own = vocabulary(load_tokenizer(folder))
+        own = vocabulary(load_tokenizer(trained_model(config.student)))
     except (FileNotFoundError, ValueError):
         # a folder without tokenizer: its vocabulary's size has been compared
         return
-    theirs = vocabulary(load_tokenizer(trained_model(config.teacher)))
+    theirs = vocabulary(load_tokenizer(teacher_folder(config)))
     if own != theirs:
         odd = [mine for mine, other in itertools.zip_longest(own, theirs) if mine != other]
         raise ValueError(

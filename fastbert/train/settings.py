@@ -34,15 +34,16 @@ def setting(
     group: str,
     comment: str,
     *,
-    path: bool = False,
+    path: bool | Callable[[str], bool] = False,
     check: Callable[[str], object] | None = None,
     zero_is_open: bool = False,
     positional: bool = False,
 ) -> Any:
     """A field whose comment is also its line in the command's --help.
 
-    A `path` is recorded as an absolute one. `check` raises for a path that a run cannot use. `zero_is_open` says that
-    a run finds a value in the place of 0. A `positional` one has no flag; neither has a list.
+    A `path` is recorded as an absolute one; a function says which values are paths. `check` raises for a path that a
+    run cannot use. `zero_is_open` says that a run finds a value in the place of 0. A `positional` one has no flag;
+    neither has a list.
     """
     metadata = {
         "group": group,
@@ -309,8 +310,11 @@ def with_whole_paths(given: Mapping[str, Any], kind: type[Settings]) -> dict[str
         return "-" if str(path) == "-" else str(Path(path).absolute())
 
     found = dict(given)
-    for name in (f.name for f in dataclasses.fields(kind) if f.metadata["path"]):
+    for f in dataclasses.fields(kind):
+        name, is_path = f.name, f.metadata["path"]
         value = found.get(name)
+        if not is_path or (callable(is_path) and value is not None and not is_path(str(value))):
+            continue
         if isinstance(value, (list, tuple)):
             found[name] = [whole(path) for path in value]
         elif value is not None:

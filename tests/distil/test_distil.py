@@ -1,6 +1,8 @@
 """Whole distillations: every kind of data and every loss, resuming, several processes, students of any sizes."""
 
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +16,15 @@ from fastbert.bert import BertConfig, BertForMaskedLM, BertForSequenceClassifica
 from fastbert.compress.pieces import smaller
 from fastbert.distil import DistilConfig, distil
 from fastbert.distil import run as module
-from fastbert.distil.plan import KINDS
+from fastbert.distil.config import filled_in
+from fastbert.distil.loop import DistilTrainer
+from fastbert.distil.plan import KINDS, Plan
+from fastbert.distil.sentences import Sentences
+from fastbert.distil.student import Distillation, build_student
+from fastbert.distil.teacher import Teacher
 from fastbert.finetune import Predictor
 from fastbert.infer import Embedder
+from fastbert.train.world import World
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -188,3 +196,25 @@ def test_two_processes_have_the_losses_of_one(teachers, corpus, tmp_path, kind):
 def _train(given, out):
     module.plot_curves = lambda *_: None
     distil(DistilConfig(**given), out, quiet=True)
+
+
+@pytest.mark.parametrize("losses", ["relations", "hidden", "vectors", "vectors,cosine"])
+@pytest.mark.parametrize("student", ["2x32", "folder"])
+def test_every_trained_weight_gets_a_gradient(teachers, corpus, losses, student):
+    """Other processes would wait for a weight without one."""
+    _, lines = corpus
+    # a model with a pooler, which no vector is made of
+    student = str(teachers("sentences").parent / "base") if student == "folder" else student
+    given = settings(teachers("sentences"), sources=[str(lines)], student=student, losses=losses)
+    config = filled_in(DistilConfig(**given | {"max_length": 32}))
+    work = Sentences(SimpleNamespace(config=config, world=World()))
+    teacher = work.load_teacher()
+    built = build_student(config, teacher, work.kind)
+    plan = Plan.of(config, teacher.config, built.config)
+    model = Distillation(built, plan, work, teacher.config)
+    trainer = DistilTrainer(
+        model, Teacher(teacher, work, plan.wanted(1), False), work, replace(config, steps=1)
+    )
+    batch = next(work.batches.stream())
+    trainer.backward(batch, trainer.counts([batch]))
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []

@@ -12,6 +12,7 @@ from fastbert.bert import BertConfig, BertForSequenceClassification
 from fastbert.cli.app import app, main
 from fastbert.distil import DistilConfig, distil
 from fastbert.distil.config import filled_in
+from fastbert.train.settings import with_whole_paths
 
 
 def test_the_command(teachers, corpus, tmp_path):
@@ -49,6 +50,9 @@ REFUSED = {
     "layers": ({"layers": "0,9"}, "name 2 of"),
     "tokens of a batch": ({"batch_size": None, "max_tokens": 99}, "pass batch_size"),
     "a teacher that is none": ({"teacher": "nowhere"}, "no directory nowhere"),
+    "positions": ({"max_length": 65}, "teacher has 64 positions"),
+    "a short length": ({"max_length": 2}, "at least 8"),
+    "a temperature": ({"temperature": 1e30}, "at most"),
     "a metric": ({"metric": "exact"}, "accuracy, f1"),
 }
 
@@ -96,3 +100,59 @@ def test_the_kind_of_data_follows_from_the_teacher(teachers):
         assert filled_in(DistilConfig(**settings(teachers(name)))).data == kind
     with pytest.raises(SystemExit):
         main(["distill", "nowhere", "x", "--student", "1x8", "--out", "run"])
+
+
+def test_a_run_that_can_not_be_leaves_nothing(teachers, corpus, tmp_path):
+    """Text is not tokenised for a student of another vocabulary, and OUT is no folder of a model."""
+    folder, _ = corpus
+    other = shutil.copytree(teachers("text"), tmp_path / "other")
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"lima"', '"bonn"'))
+    given = settings(teachers("text"), sources=[str(folder)])
+    for changed, out, message in (
+        ({"student": str(other)}, "run", "another vocabulary"),
+        ({"teacher": str(other)}, "other", "teacher's folder"),
+        ({"student": str(other)}, "other", "student's folder"),
+        ({"teacher": str(teachers("classify")), "data": "text"}, "run", "without the masked LM"),
+        ({"metric": "f1"}, "run", "leave it out, the data is text"),
+    ):
+        files = sorted(other.iterdir())
+        with pytest.raises(ValueError, match=message):
+            distil(DistilConfig(**given | changed), tmp_path / out, quiet=True)
+        assert not (tmp_path / "run").exists()
+        assert sorted(other.iterdir()) == files
+
+
+def test_a_map_that_nothing_trains(teachers, corpus, tmp_path):
+    with pytest.raises(ValueError, match="add vectors"):
+        distilled(teachers, corpus, "sentences", tmp_path / "run", student="2x16", losses="hidden")
+
+
+def test_a_student_with_fewer_positions(teachers, corpus, tmp_path):
+    """max_length is by default the student's; a larger one is refused."""
+    base = tiny_tasks.base_model(tmp_path / "short", max_position_embeddings=16)
+    given = settings(teachers("sentences"), student=str(base))
+    assert filled_in(DistilConfig(**given)).max_length == 16
+    with pytest.raises(ValueError, match="the student has 16 positions"):
+        distilled(teachers, corpus, "sentences", tmp_path / "run", student=str(base))
+
+
+def test_validation_without_a_sentence(teachers, corpus, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    with pytest.raises(ValueError, match=r"empty\.txt holds no sentence"):
+        distilled(teachers, corpus, "sentences", tmp_path / "run", validation=str(empty))
+
+
+def test_a_students_folder_is_recorded_as_a_whole_path(tmp_path, monkeypatch):
+    """A run is resumed from another working directory too; sizes are no path."""
+    monkeypatch.chdir(tmp_path)
+    found = with_whole_paths({"student": "small"}, DistilConfig)
+    assert found == {"student": str(tmp_path / "small")}
+    assert with_whole_paths({"student": "3x384"}, DistilConfig) == {"student": "3x384"}
+
+
+def test_help_names_all_sizes(capsys):
+    with pytest.raises(SystemExit):
+        main(["distill", "--help"])
+    assert "xHEADSxFFN" in capsys.readouterr().out
