@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastbert.distil.plan import KINDS, Plan, weights_of
-from fastbert.files import SHARDS, TEXTS, existing, folder_or_new, quoted
+from fastbert.files import SHARDS, existing, folder_or_new, quoted
 from fastbert.finetune.config import METRICS, Options, trained_model
 from fastbert.models.config import BertConfig, model_folder
 from fastbert.train.settings import (
@@ -33,7 +34,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 _SIZES = re.compile(r"\d+(x\d+){1,3}")
 # ends of names of classes with a masked-LM head
 _MASKED_LM = ("ForMaskedLM", "ForPreTraining")
-_existing = partial(existing, remedy=TEXTS)
+_existing = partial(existing, remedy="name a file of training data, or a folder of texts")
 
 
 @dataclass
@@ -279,13 +280,20 @@ def filled_in(config: DistilConfig) -> DistilConfig:
     if config.max_length is None:
         own = 128 if options is None else options.max_length
         found["max_length"] = min(own, teacher.max_length, student.max_length)
-    if config.metric is not None and (
-        options is None or kind != "labelled" or config.metric not in METRICS[options.task]
-    ):
-        known = METRICS[options.task] if options is not None and kind == "labelled" else ()
-        remedy = (
-            f"choose one of {', '.join(known)}" if known else f"leave it out, the data is {kind}"
-        )
+    _check_settings(config, kind, METRICS[options.task] if options and kind == "labelled" else ())
+    if kind != "text" and config.batch_size is None:
+        found["batch_size"] = 32
+    elif config.batch_size is None and config.max_tokens is None:
+        found["max_tokens"] = 8192
+    return dataclasses.replace(config, data=kind, **found)
+
+
+def _check_settings(config: DistilConfig, kind: str, metrics: Sequence[str]) -> None:
+    """Raise ValueError for a setting that this kind of data, or this student, has no use for."""
+    if config.metric is not None and config.metric not in metrics:
+        remedy = f"choose one of {', '.join(metrics)}"
+        if not metrics:
+            remedy = f"leave it out, the data is {kind}"
         raise ValueError(f"metric is {quoted(config.metric)}: {remedy}")
     if kind == "text":
         for name in ("validation", "test"):
@@ -293,13 +301,20 @@ def filled_in(config: DistilConfig) -> DistilConfig:
                 raise ValueError(
                     f"{name} is set and the data is text: a part of it is held out, say heldout"
                 )
-        if config.batch_size is None and config.max_tokens is None:
-            found["max_tokens"] = 8192
     elif config.max_tokens is not None:
         raise ValueError(f"max_tokens is set and the data is {kind}: pass batch_size")
-    elif config.batch_size is None:
-        found["batch_size"] = 32
-    return dataclasses.replace(config, data=kind, **found)
+    elif any(Path(source).name == "-" for source in config.sources):
+        raise ValueError(f"sources is -, standard input, and the data is {kind}: name a file")
+    assert config.student is not None
+    if config.layers is not None and config.start == "fresh":
+        raise ValueError(
+            f"layers is {quoted(config.layers)} and start is fresh: leave one of them out"
+        )
+    if not has_sizes(config.student) and (config.layers is not None or config.start == "fresh"):
+        raise ValueError(
+            f"layers or start is set and the student is the model in {config.student}, whose weights are trained "
+            "further: leave them out, or pass the student's sizes"
+        )
 
 
 def student_config(config: DistilConfig, teacher: BertConfig) -> BertConfig:

@@ -63,6 +63,11 @@ class DistilRun(KeepBest):
         identity = {**work.identity(), "the teacher's weights": trainer.teacher.identity}
         super().__init__(trainer, session, identity)
 
+    def better(self, value: float) -> bool:
+        """Whether an evaluation is better; the last one is where no loss trains what the metric is computed by."""
+        compared = {name.removesuffix("_loss") for name in self.trainer.losses}
+        return compared <= {"attention", "relations"} or super().better(value)
+
     def judged(self) -> dict[str, float]:
         """The values of an evaluation of the student."""
         model = self.trainer.model

@@ -13,7 +13,7 @@ from fastbert.distil.loop import DistilRun, DistilTrainer
 from fastbert.distil.plan import Plan
 from fastbert.distil.sentences import Sentences
 from fastbert.distil.student import Distillation, build_student, check_vocabulary
-from fastbert.distil.teacher import Teacher
+from fastbert.distil.teacher import Teacher, check_int8
 from fastbert.distil.work import Labelled, Text, Work
 from fastbert.finetune.data import Sources
 from fastbert.finetune.plot import plot_curves
@@ -74,6 +74,8 @@ def distil(
         config = filled_in(config)
     session = Session(DistilConfig, config, out, resume=resume, quiet=quiet, say=say)
     with session as s:
+        if s.config.int8:
+            check_int8(s.device)
         work = make_work(s, given)
         teacher = work.load_teacher().to(s.device)
         plan: list[Plan] = []

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as tnf
 
 from fastbert.data import Batch, tokenizer_hash
-from fastbert.distil.config import DistilConfig, teacher_folder
+from fastbert.distil.config import DistilConfig, has_sizes, teacher_folder
 from fastbert.distil.plan import Wanted
 from fastbert.distil.signals import Signals
 from fastbert.distil.work import Divided, Tap, check_divisible
@@ -97,7 +97,13 @@ class Sentences:
         modes, own = len(self.teacher.pooling), self.teacher.model.config.hidden_size
         if width == own:
             return None
-        return nn.Linear(width * modes, own * modes, bias=False)
+        found = nn.Linear(width * modes, own * modes, bias=False)
+        assert self.config.student is not None
+        file = Path(self.config.student) / _MAP / "model.safetensors"
+        if not has_sizes(self.config.student) and file.is_file():
+            # a student that was saved is trained further with its map
+            found.load_state_dict({"weight": load_file(file)["linear.weight"]})
+        return found
 
     def labels(self, batch: Batch) -> int:
         return len(batch["cu_seqlens"]) - 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fastbert.backend import chooser, cpu
 from fastbert.data import Batch
 from fastbert.distil.plan import Wanted
 from fastbert.distil.signals import Recorded, Signals
@@ -40,3 +41,12 @@ class Teacher:
             return self._work.signals(self.model, batch, self._taps, self._wanted)
         finally:
             encoder.frozen = before
+
+
+def check_int8(device: str) -> None:
+    """Raise ValueError where a teacher can't compute in integers on this device."""
+    if torch.device(device).type != "cpu" or not chooser.permits(cpu):
+        raise ValueError(
+            f"int8 is set and the teacher runs on {device}, backend {chooser.forced() or 'of each op'}: integers need a "
+            "CPU and the backend cpu"
+        )

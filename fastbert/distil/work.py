@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -239,6 +240,10 @@ class Labelled:
             split_seed=c.split_seed,
         )
         self.data = load_data(settings, given)
+        # a teacher that gives no answer to some questions has a student that does so
+        task = self.data.task
+        unanswerable = options.unanswerable or task.options.unanswerable
+        task.options = replace(task.options, unanswerable=unanswerable)
         teacher = BertConfig.from_file(folder)
         if self.data.task.names and self.data.task.names != teacher.labels:
             raise ValueError(

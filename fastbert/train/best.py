@@ -33,11 +33,16 @@ class KeepBest(Run):
         """Write the model, in place of an earlier one."""
         raise NotImplementedError
 
+    def better(self, value: float) -> bool:
+        """Whether a value of the metric is better than the best so far."""
+        best: float = self.best["value"]
+        return value > best if self.higher else value < best
+
     def evaluation(self) -> tuple[dict[str, float], str]:
         """Judge the model, and keep it if it is the best so far."""
         values = self.judged()
-        value, step, best = values[self.metric], self.trainer.at.step, self.best["value"]
-        if best is None or (value > best if self.higher else value < best):
+        value, step = values[self.metric], self.trainer.at.step
+        if self.best["value"] is None or self.better(value):
             self.best = {"step": step, "value": value, "since": 0}
             self.keep()
         else:

@@ -53,6 +53,9 @@ REFUSED = {
     "positions": ({"max_length": 65}, "teacher has 64 positions"),
     "a short length": ({"max_length": 2}, "at least 8"),
     "a temperature": ({"temperature": 1e30}, "at most"),
+    "int8 on another backend": ({"int8": True}, "integers need a CPU"),
+    "layers of fresh weights": ({"layers": "0,1", "start": "fresh"}, "leave one of them out"),
+    "standard input": ({"sources": ["-"]}, "name a file"),
     "a metric": ({"metric": "exact"}, "accuracy, f1"),
 }
 
