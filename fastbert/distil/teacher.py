@@ -47,6 +47,6 @@ def check_int8(device: str) -> None:
     """Raise ValueError where a teacher can't compute in integers on this device."""
     if torch.device(device).type != "cpu" or not chooser.permits(cpu):
         raise ValueError(
-            f"int8 is set and the teacher runs on {device}, backend {chooser.forced() or 'of each op'}: integers need a "
-            "CPU and the backend cpu"
+            f"int8 is set and the teacher runs on {device}, backend {chooser.forced() or 'of each op'}: integers need "
+            "a CPU and the backend cpu"
         )
