@@ -91,7 +91,7 @@ def measure(quick: bool) -> dict[str, Any]:
     plain = step(model, "labels", given)[0]
     whole = step(model, "soft,labels,hidden", given)[1]
     before = peaks(1.0 if quick else 6.0)
-    timed = interleave({"plain": plain, "teacher": whole, **calls}, rounds=3 if quick else 25)
+    timed = interleave({"plain": plain, "teacher": whole, **calls}, rounds=3 if quick else 9)
     after = peaks(1.0 if quick else 6.0)
     median = {name: timing.median for name, timing in timed.items()}
     parts = median["plain"] + median["teacher"]
