@@ -96,14 +96,13 @@ def _start(student: Any, teacher: Any, layers: list[int]) -> None:
     Layers with heads of another size are left as they are.
     """
     same_heads = student.config.head_size == teacher.config.head_size
-    names = {f"layers.{i}.": f"layers.{number}." for i, number in enumerate(layers)}
     weights = teacher.state_dict()
     for name, value in student.state_dict().items():
         prefix, place, rest = name.partition("layers.")
         key = name
         if place:
             number, _, rest = rest.partition(".")
-            key = f"{prefix}{names[f'layers.{number}.']}{rest}"
+            key = f"{prefix}layers.{layers[int(number)]}.{rest}"
         fits = key in weights and weights[key].shape == value.shape
         if fits and (same_heads or not place):
             value.copy_(weights[key])
