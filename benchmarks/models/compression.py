@@ -88,6 +88,7 @@ def distilled(one: Finetuned, run: Path, student: str, quick: bool) -> Path:
             sources=[str(one.train)],
             student=student,
             losses="soft,labels,hidden",
+            layers="0,2,4" if student == STUDENT and not quick else None,
             **({"steps": 4} if quick else {"epochs": 3.0}),
         )
         if one.validation is not None and not quick:

@@ -104,7 +104,9 @@ class DistilConfig(TrainingSettings):
         "teacher", MODEL, "teacher: its embeddings and some of its layers; or fresh weights"
     )
     layers: str | None = setting(
-        None, MODEL, "teacher layers that a student starts from, such as 0,2,4; default every n-th"
+        None,
+        MODEL,
+        "teacher layers that a student starts from, such as 0,4,5; default even steps, first to last",
     )
     dropout: float | None = setting(None, MODEL, "of hidden states; default the teacher's")
     attention_dropout: float | None = setting(
@@ -382,7 +384,11 @@ def chosen_layers(config: DistilConfig, teacher: BertConfig, count: int) -> list
             raise ValueError(
                 f"student is {quoted(config.student)} and the teacher has {most} layers: pass --start fresh, or fewer"
             )
-        return [i * most // count for i in range(count)]
+        # the last layer gives what heads and pooling read: without it a student starts far from its teacher
+        steps = count - 1
+        return (
+            [(i * (most - 1) + steps // 2) // steps for i in range(count)] if steps else [most - 1]
+        )
     numbers = numbers_of(config.layers)
     if len(numbers) != count or max(numbers) >= most:
         raise ValueError(

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from fastbert.bert import BertConfig, BertForSequenceClassification
 from fastbert.cli.app import app, main
 from fastbert.distil import DistilConfig, distil
-from fastbert.distil.config import filled_in
+from fastbert.distil.config import chosen_layers, filled_in
 from fastbert.train.settings import with_whole_paths
 
 
@@ -159,3 +159,12 @@ def test_help_names_all_sizes(capsys):
     with pytest.raises(SystemExit):
         main(["distill", "--help"])
     assert "xHEADSxFFN" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("most", "count", "numbers"),
+    [(6, 3, [0, 3, 5]), (12, 6, [0, 2, 4, 7, 9, 11]), (6, 6, [0, 1, 2, 3, 4, 5]), (6, 1, [5])],
+)
+def test_default_layers_are_evenly_spaced_from_the_first_to_the_last(most, count, numbers):
+    config = DistilConfig(teacher="t", student=f"{count}x32")
+    assert chosen_layers(config, BertConfig(num_hidden_layers=most), count) == numbers
