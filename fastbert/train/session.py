@@ -302,7 +302,7 @@ def _divided(config: Any, world: World, resume: bool) -> tuple[Any, World]:
             f"the data of a step has {shards} parts and there are {world.size} processes: start a number that "
             "divides it, or a run with another number of shards"
         )
-    strategy = getattr(config, "strategy", world.strategy)
+    strategy = config.strategy if hasattr(config, "strategy") else world.strategy
     return replace(config, shards=shards), replace(world, shards=shards, strategy=strategy)
 
 
