@@ -30,7 +30,8 @@ TESTS = ["tests/ops", *(f"tests/gpu/test_{n}.py" for n in ("triton", "triton_tun
 # small enough for a sanitizer, which slows kernels down a hundredfold
 SANITIZED = "(triton or cuda) and bf16 and (S5 or S33 or T7 or N7 or T13)"
 
-# the rehearsal's model. TrainingRunner pads its batch to 256 tokens, whose dropout would take the interpreter longest
+# the rehearsal's model, without hidden dropout: TrainingRunner pads the batch to 256 tokens, for which Triton's
+# interpreter would spend most of its time on dropout
 TINY = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2}
 TINY |= {"intermediate_size": 64, "hidden_dropout_prob": 0}
 

@@ -117,7 +117,7 @@ def measured(
     rows = [dict(r.values) for r in read_records(one.test, "test", conll=True)][: options.limit]
     dense = in_form(folders[DENSE], int8=False)
     part = Part.of(dense.labelled(rows), dense.task, dense.tokenizer, dense.model.config)
-    batches = [unlabelled(batch) for batch in part.features.batches(BATCH)]
+    batches = [Batch(batch.inputs) for batch in part.features.batches(BATCH)]
     found: dict[str, dict[str, Any]] = {}
     calls: dict[str, Seconds] = {}
     for name, (model, int8) in FORMS.items():
@@ -158,12 +158,6 @@ def measured(
         "environments": versions,
         "forms": found,
     }
-
-
-def unlabelled(batch: Batch) -> Batch:
-    """A batch without what a loss needs."""
-    names = ("input_ids", "token_type_ids", "cu_seqlens", "max_seqlen")
-    return Batch({name: batch[name] for name in names})
 
 
 def parameters(folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""`fastbert distill`, whose flags are the fields of DistilConfig."""
+"""`fastbert distill`; its flags are the fields of DistilConfig."""
 
 from __future__ import annotations
 

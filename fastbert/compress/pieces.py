@@ -14,7 +14,7 @@ from fastbert.compress.latency import sizes_of
 from fastbert.compress.search import Floats
 from fastbert.models.layer_sizes import take
 
-# sizes of a block whose refitted last matrix is kept, on average
+# a cache holds the refitted last matrices of so many sizes per block, on average
 _KEPT = 8
 
 

@@ -36,7 +36,8 @@ _TOKENS = 30_000
 _TIMED = 4
 # a measured speed-up may be off by _CLOSE; sizes are searched again, at most so many times, if it is off by _NEAR
 _CLOSE, _NEAR, _TRIALS = 0.05, 0.02, 3
-# choices of sizes whose loss is looked at, and seconds for that; a further search has a quarter
+# the first search for sizes judges at most so many choices by their loss, in about so many seconds; later searches get
+# a quarter of both
 _TRIES, _SECONDS = 60, 30.0
 # factors of the blocks' estimates that choices begin with, as powers: 0 leaves them as they are, and with 1 no block
 # matters more than another

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fastbert.data.masking import IGNORE, Masked, Masker
 
+_INPUTS = ("input_ids", "token_type_ids", "cu_seqlens", "max_seqlen")
+
 
 class Batch(dict[str, Any]):
     """A batch to call a model with, `model(**batch)`, with the numbers of its examples.
@@ -31,6 +33,11 @@ class Batch(dict[str, Any]):
         if self.epoch is None:
             return "a batch without number"
         return f"epoch {self.epoch}, batch {self.number}, examples {', '.join(map(str, self.examples))}"
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The arguments of an encoder in a packed batch, without labels."""
+        return {name: value for name, value in self.items() if name in _INPUTS}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on `device`."""

@@ -25,7 +25,7 @@ from fastbert.train.settings import (
     setting,
 )
 
-# settings whose default depends on the kind of data
+# the defaults of some settings, by kind of data
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "text": {"losses": "soft:5,labels:2,cosine:1", "lr": 5e-4, "epochs": 3.0, "heldout": 0.05},
     "labelled": {"losses": "soft,labels,hidden", "lr": 1e-4, "epochs": 6.0, "heldout": 0.1},

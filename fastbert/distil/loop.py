@@ -32,9 +32,10 @@ class DistilTrainer(Trainer):
         world: World | None = None,
     ) -> None:
         super().__init__(model, work.batches, config, world)
-        self.losses = tuple(f"{name}_loss" for name in model.losses.plan.weights)
+        self.weights = model.losses.plan.weights
+        self.losses = tuple(f"{name}_loss" for name in self.weights)
         self.teacher, self.work = teacher, work
-        self._terms = sorted({TERMS[name] for name in model.losses.plan.weights})
+        self._terms = sorted({TERMS[name] for name in self.weights})
 
     def counts(self, batches: list[Batch]) -> dict[str, int]:
         """The numbers of terms of the losses in the whole step, over all processes."""
@@ -58,15 +59,17 @@ class DistilRun(KeepBest):
     command = "distill"
 
     def __init__(self, trainer: DistilTrainer, work: Work, session: Session[DistilConfig]) -> None:
-        self.work = work
+        self.work, self.weights = work, trainer.weights
         self.metric, self.higher = work.metric, work.higher
         identity = {**work.identity(), "the teacher's weights": trainer.teacher.identity}
         super().__init__(trainer, session, identity)
 
     def better(self, value: float) -> bool:
-        """Whether an evaluation is better; the last one is where no loss trains what the metric is computed by."""
-        compared = {name.removesuffix("_loss") for name in self.trainer.losses}
-        return compared <= {"attention", "relations"} or super().better(value)
+        """Whether an evaluation is better than the best so far.
+
+        Attention and relations alone train no head, and the metric says nothing: the last evaluation counts as best.
+        """
+        return self.weights.keys() <= {"attention", "relations"} or super().better(value)
 
     def judged(self) -> dict[str, float]:
         """The values of an evaluation of the student."""

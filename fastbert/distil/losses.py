@@ -101,7 +101,7 @@ def score_distance(student: Tensor, teacher: Tensor, packing: Packing) -> Tensor
     """Sum over pairs of tokens of one sequence, mean over heads, of (q k / sqrt(D) - q' k' / sqrt(D'))^2.
 
     `student` (T, 3, H, D) and `teacher` (T, 3, H, D') are queries, keys and values; values are not read. No tensor of
-    size S x S is made: with A = Q'Q of two sets of rows, the sum of products of scores is that of A_q and A_k.
+    size S x S is made, since sum_st (q_s k_t) (q'_s k'_t) = sum_ij (sum_s q_si q'_sj) (sum_t k_ti k'_tj).
     """
     with torch.autocast(student.device.type, enabled=False):
         grids = [

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 from fastbert.files import listed, quoted
 from fastbert.models.config import BertConfig
 
-# kinds of data, and the losses that each may have, from the one that is asked for most
+# kinds of data, and the losses that each may have
 KINDS = {
     "text": ("soft", "labels", "cosine", "hidden", "attention", "relations"),
     "labelled": ("soft", "labels", "cosine", "hidden", "attention", "relations"),
@@ -83,7 +83,7 @@ class Plan:
             hidden,
             pairs if "attention" in weights else (),
             (relation_layers(config, teacher, student),) if related else (),
-            check_relations(config, teacher, student) if related else 1,
+            relation_heads(config, teacher, student) if related else 1,
         )
 
     def wanted(self, side: int) -> Wanted:
@@ -154,11 +154,11 @@ def check_losses(config: LossSettings, teacher: BertConfig, student: BertConfig)
                 f"{listed(f'{a} and {b}' for a, b in heads)} (student and teacher): choose relations"
             )
     if "relations" in config.weights:
-        check_relations(config, teacher, student)
+        relation_heads(config, teacher, student)
 
 
 def attention_pairs(teacher: BertConfig, student: BertConfig) -> list[tuple[int, int]]:
-    """(student layer, teacher layer): of n teacher layers to one of the student's, the last."""
+    """(student layer, teacher layer): of as many even parts of the teacher's layers, the last layer of each part."""
     count, most = student.num_hidden_layers, teacher.num_hidden_layers
     return [(i, max((i + 1) * most // count - 1, 0)) for i in range(count)]
 
@@ -171,8 +171,11 @@ def relation_layers(
     return student.num_hidden_layers - 1, teacher.num_hidden_layers - 1 if layer is None else layer
 
 
-def check_relations(config: LossSettings, teacher: BertConfig, student: BertConfig) -> int:
-    """The number of relation heads; raises ValueError where the layer or the widths do not allow it."""
+def relation_heads(config: LossSettings, teacher: BertConfig, student: BertConfig) -> int:
+    """The number of relation heads, by default the teacher's or the student's own.
+
+    Raises ValueError where the layer or the widths do not allow it.
+    """
     of_student, of_teacher = relation_layers(config, teacher, student)
     if of_teacher >= teacher.num_hidden_layers:
         raise ValueError(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from fastbert.finetune.plot import plot_curves
 from fastbert.train import store
 from fastbert.train.progress import duration
 from fastbert.train.session import Session
+from fastbert.train.settings import scheduled
 
 
 @dataclass(frozen=True)
@@ -78,17 +78,16 @@ def distil(
             check_int8(s.device)
         work = make_work(s, given)
         teacher = work.load_teacher().to(s.device)
-        plan: list[Plan] = []
 
         def build() -> Distillation:
             student = build_student(s.config, teacher, work.kind)
-            plan.append(Plan.of(s.config, teacher.config, student.config))
-            return Distillation(student, plan[0], work, teacher.config)
+            plan = Plan.of(s.config, teacher.config, student.config)
+            return Distillation(student, plan, work, teacher.config)
 
         model = s.model(build)
-        observed = Teacher(teacher, work, plan[0].wanted(1), s.config.int8)
+        observed = Teacher(teacher, work, model.losses.plan.wanted(1), s.config.int8)
         s.say(_description(s.config, model, teacher, work))
-        s.begin(model, lambda: _scheduled(s.config, work))
+        s.begin(model, lambda: scheduled(s.config, work.epoch, s.config.shards or 1))
         run = DistilRun(DistilTrainer(model, observed, work, s.config, s.world), work, s)
         run.train()
         return _report(s, run, work, teacher)
@@ -160,22 +159,6 @@ def _report(s: Session[DistilConfig], run: DistilRun, work: Work, teacher: Any) 
         their_test,
         sizes,
         s.world.main,
-    )
-
-
-def _scheduled(config: DistilConfig, work: Work) -> DistilConfig:
-    """The settings with the number of steps, and an evaluation and a checkpoint an epoch where they are left open."""
-    shards = config.shards or 1
-    epoch = max(round(work.epoch / shards / config.accumulate), 1)
-    steps = config.steps
-    if steps is None:
-        assert config.epochs is not None
-        steps = max(math.ceil(config.epochs * work.epoch / shards / config.accumulate), 1)
-    return replace(
-        config,
-        steps=steps,
-        eval_every=config.eval_every or epoch,
-        checkpoint_every=config.checkpoint_every or epoch,
     )
 
 

@@ -14,21 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as tnf
 
 from fastbert.data import Batch, tokenizer_hash
 from fastbert.distil.config import DistilConfig, has_sizes, teacher_folder
 from fastbert.distil.plan import Wanted
-from fastbert.distil.signals import Signals
-from fastbert.distil.work import Divided, Tap, check_divisible
+from fastbert.distil.signals import Signals, Tap
+from fastbert.distil.work import Divided, check_divisible
 from fastbert.files import listed, parse_json, quoted, read_lines, read_text, why_not_text
 from fastbert.finetune.config import trained_model
 from fastbert.finetune.features import Features, Shuffled, split
-from fastbert.finetune.records import SUFFIXES, read_records
+from fastbert.finetune.records import SUFFIXES, read_records, suffix_of
 from fastbert.infer import Embedder
-from fastbert.integrations.sentence_transformers import POOLING_SWITCHES, pool
+from fastbert.integrations.sentence_transformers import POOLING_SWITCHES, fill, pool
 from fastbert.models.encoder import BertModel
 from fastbert.models.inputs import prepare
 from fastbert.train.session import Session
@@ -75,7 +75,7 @@ class Sentences:
         check_divisible(len(batches), s.world)
         self.batches: Stream = Divided(batches, s.world)
         self.epoch = len(batches)
-        # those after the pooling, on the device of the models; the teacher's own stay on the CPU
+        # a copy of the layers after the pooling, which moves to the models' device; Embedder runs its own on the CPU
         self._layers = copy.deepcopy(self.teacher.about.layers)
         # the teacher's vectors of texts that are judged
         self._known: dict[int, Tensor] = {}
@@ -87,9 +87,7 @@ class Sentences:
         model = BertModel.from_pretrained(folder, add_pooler=False)
         head = self.head(model.config.hidden_size)
         if head is not None:
-            head.load_state_dict(
-                {"weight": load_file(folder / _MAP / "model.safetensors")["linear.weight"]}
-            )
+            _load_map(head, folder)
         return model, head
 
     def head(self, width: int) -> nn.Module | None:
@@ -99,10 +97,10 @@ class Sentences:
             return None
         found = nn.Linear(width * modes, own * modes, bias=False)
         assert self.config.student is not None
-        file = Path(self.config.student) / _MAP / "model.safetensors"
-        if not has_sizes(self.config.student) and file.is_file():
+        student = Path(self.config.student)
+        if not has_sizes(self.config.student) and (student / _MAP).is_dir():
             # a student that was saved is trained further with its map
-            found.load_state_dict({"weight": load_file(file)["linear.weight"]})
+            _load_map(found, student)
         return found
 
     def labels(self, batch: Batch) -> int:
@@ -244,10 +242,7 @@ def _texts(sources: Sequence[Any], field: str) -> list[str]:
             found += _checked(source, "sentence {} of the data")
             continue
         path = Path(source) if isinstance(source, (str, Path)) else None
-        suffix = (
-            "" if path is None else (path.with_suffix("") if path.suffix == ".gz" else path).suffix
-        )
-        if path is not None and path.is_file() and suffix not in SUFFIXES:
+        if path is not None and path.is_file() and suffix_of(path) not in SUFFIXES:
             lines = [line for line in read_lines(path) if line.strip()]
             found += _checked(lines, f"line {{}} of {path}")
         else:
@@ -269,8 +264,7 @@ def _validation(source: str | None, field: str) -> tuple[NDArray[np.float64] | N
     """The scores of pairs and their sentences, first ones then second ones; or None and plain sentences."""
     if source is None:
         return None, []
-    suffix = Path(source.removesuffix(".gz")).suffix
-    if suffix not in SUFFIXES and not Path(source).is_dir():
+    if suffix_of(Path(source)) not in SUFFIXES and not Path(source).is_dir():
         return None, _texts([source], field)
     records = read_records(source, "validation")
     names = next((names for names in _PAIRS if set(names) <= set(records[0].values)), None)
@@ -296,6 +290,12 @@ def _validation(source: str | None, field: str) -> tuple[NDArray[np.float64] | N
         raise ValueError(f"{source} gives all pairs one score: there is no order to compare with")
     texts = [record.string(name) for name in (first, second) for record in records]
     return np.array(scores), texts
+
+
+def _load_map(linear: nn.Module, student: Path) -> None:
+    """Read the map in a student's folder."""
+    with torch.no_grad():
+        fill(linear, student / _MAP, "linear.")
 
 
 def _write_dense(folder: Path, linear: nn.Linear) -> None:

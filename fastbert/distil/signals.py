@@ -40,17 +40,31 @@ class Signals:
     own_loss: Tensor | None = None
 
 
-class Taps:
-    """Takes hidden states and projections of a student in its forward, with their gradients' graph.
+class Tap:
+    """Takes hidden states and projections inside of a model's forward."""
 
-    `signals` are those of the last forward. Hooks on a layer and on its projection leave the layer's fused ops as they
-    are.
+    # whether the last layer must compute all rows, not only those that the head reads
+    whole = False
+
+    def __init__(self) -> None:
+        # of the last forward
+        self.signals = Signals()
+
+    def clear(self) -> Signals:
+        """Begin a forward: the signals that it will fill."""
+        self.signals = Signals()
+        return self.signals
+
+
+class Hooks(Tap):
+    """The tap of a student, with the graph of gradients.
+
+    Hooks on a layer and on its projection leave the layer's fused ops as they are.
     """
 
     def __init__(self, encoder: Any, wanted: Wanted) -> None:
-        self.signals = Signals()
+        super().__init__()
         count = len(encoder.layers)
-        # the last layer computes all of its rows then, not only those that the head reads
         self.whole = count in wanted.hidden
         for number in wanted.hidden:
             if number < count:
@@ -60,11 +74,6 @@ class Taps:
         for number in wanted.projections:
             qkv = encoder.layers[number].attention.qkv
             qkv.register_forward_hook(partial(self._projected, number))
-
-    def clear(self) -> Signals:
-        """Begin a forward: the signals that it will fill."""
-        self.signals = Signals()
-        return self.signals
 
     def _before(self, number: int, layer: nn.Module, arguments: tuple[Any, ...]) -> None:
         self.signals.hidden[number] = arguments[0]
@@ -76,17 +85,15 @@ class Taps:
         self.signals.projections[number] = y
 
 
-class Recorded:
-    """In the place of a teacher's frozen copies: runs its layers in pieces and keeps what is wanted between them.
+class Recorded(Tap):
+    """The tap of a teacher, in the place of its frozen copies: it runs the layers in pieces, and takes signals between.
 
     A piece runs on prepacked weights, in integers of `bits` bits where they are given, as `freeze` and `quantize` run a
     whole encoder. Without a head the layers after the last one that is needed do not run.
     """
 
-    whole = False
-
     def __init__(self, encoder: Any, wanted: Wanted, bits: int | None) -> None:
-        self.signals = Signals()
+        super().__init__()
         self.wanted = wanted
         self.layers = encoder.layers
         count = len(encoder.layers)
@@ -97,11 +104,6 @@ class Recorded:
             (start, _piece(encoder.layers[start:end]), Frozen(bits))
             for start, end in itertools.pairwise(bounds)
         ]
-
-    def clear(self) -> Signals:
-        """Begin a forward: the signals that it will fill."""
-        self.signals = Signals()
-        return self.signals
 
     def serves(self, encoder: Any, x: Tensor, last_alone: bool = True) -> bool:
         """Whether the forward runs here: always, a teacher records no gradient."""

@@ -18,7 +18,7 @@ from fastbert.distil.config import (
 )
 from fastbert.distil.losses import Losses
 from fastbert.distil.plan import Plan
-from fastbert.distil.signals import Signals, Taps
+from fastbert.distil.signals import Hooks, Signals
 from fastbert.files import quoted
 from fastbert.finetune.config import trained_model
 from fastbert.models.config import BertConfig
@@ -37,15 +37,14 @@ class Distillation(nn.Module):
         width = student.config.hidden_size  # type: ignore[union-attr]
         self.losses = Losses(plan, width, teacher.hidden_size)  # type: ignore[arg-type]
         self.head = work.head(width)
-        if plan.wanted(0).encoder_alone:
-            _keep_unread(student, plan)
-        # none of their parts are weights of this module
         self._work, self._wanted = work, plan.wanted(0)
-        self._taps = Taps(student.bert, self._wanted)
+        if self._wanted.encoder_alone:
+            _keep_unread(student, plan)
+        self._tap = Hooks(student.bert, self._wanted)
 
     def forward(self, batch: Batch, teacher: Signals, counts: dict[str, int]) -> Tensor:
         """(L,) the losses of a batch; `teacher` are the teacher's signals on it."""
-        signals = self._work.signals(self.student, batch, self._taps, self._wanted, self.head)
+        signals = self._work.signals(self.student, batch, self._tap, self._wanted, self.head)
         packing = Packing(batch["cu_seqlens"], batch["max_seqlen"])
         losses: Tensor = self.losses(signals, teacher, packing, counts)
         return losses
@@ -56,11 +55,11 @@ class Distillation(nn.Module):
 
 
 def _keep_unread(student: Any, plan: Plan) -> None:
-    """Let parts that no loss reads require no gradient: they get none, and other processes would wait for it."""
+    """Let weights that no loss reads require no gradient: DistributedDataParallel would wait for it."""
     encoder = student.bert
     read = {*encoder.embeddings.parameters(), *encoder.layers.parameters()}
     if not plan.hidden:
-        # of the last layer, queries, keys and values alone
+        # relations and attention read no more of the last layer than queries, keys and values
         last = encoder.layers[-1]
         read -= {*last.parameters()} - {*last.attention.qkv.parameters()}
     for p in student.parameters():
@@ -91,9 +90,9 @@ def build_student(config: DistilConfig, teacher: Any, kind: type) -> Any:
 
 @torch.no_grad()
 def _start(student: Any, teacher: Any, layers: list[int]) -> None:
-    """Copy the teacher's layers, and all of its other weights whose shapes are the student's.
+    """Copy the chosen layers of the teacher, and each other weight that has one shape in both models.
 
-    Layers with heads of another size are left as they are.
+    Layers are not copied if the student's heads have another size.
     """
     same_heads = student.config.head_size == teacher.config.head_size
     weights = teacher.state_dict()
@@ -109,7 +108,7 @@ def _start(student: Any, teacher: Any, layers: list[int]) -> None:
 
 
 def check_vocabulary(config: DistilConfig) -> None:
-    """Refuse a student's folder whose tokenizer is another one."""
+    """Raise ValueError if the student's folder has another vocabulary than the teacher."""
     assert config.student is not None
     if has_sizes(config.student):
         return

@@ -15,7 +15,7 @@ from fastbert.runners.freeze import quantize, unfreeze
 
 
 class Teacher:
-    """A model whose weights are not trained; its layers run prepacked, on a CPU in integers with `int8`."""
+    """A model in inference, which gives the targets. Its layers run on prepacked weights; with `int8`, in integers."""
 
     def __init__(self, model: Any, work: Any, wanted: Wanted, int8: bool) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -28,7 +28,7 @@ class Teacher:
             # refuses weights that can't be integers, and sets the bits of int8 modules
             unfreeze(quantize(self.model))
         self._work, self._wanted = work, wanted
-        self._taps = Recorded(model.bert, wanted, 12 if int8 else None)
+        self._tap = Recorded(model.bert, wanted, 12 if int8 else None)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Signals:
@@ -36,9 +36,9 @@ class Teacher:
         if self._wanted == Wanted():
             return Signals()
         encoder = self.model.bert
-        before, encoder.frozen = encoder.frozen, self._taps
+        before, encoder.frozen = encoder.frozen, self._tap
         try:
-            return self._work.signals(self.model, batch, self._taps, self._wanted)
+            return self._work.signals(self.model, batch, self._tap, self._wanted)
         finally:
             encoder.frozen = before
 

@@ -14,37 +14,27 @@ from fastbert import functional as F
 from fastbert.data import Batch
 from fastbert.distil.config import DistilConfig, teacher_folder
 from fastbert.distil.plan import Wanted
-from fastbert.distil.signals import Decoded, Signals
+from fastbert.distil.signals import Decoded, Signals, Tap
 from fastbert.files import listed
 from fastbert.finetune.classify import Classify, scale_of
 from fastbert.finetune.config import FinetuneConfig, Options
 from fastbert.finetune.data import Sources, load_data
 from fastbert.finetune.features import Shuffled, items
-from fastbert.finetune.judge import Part, predict
+from fastbert.finetune.judge import Part
+from fastbert.finetune.loop import judge, training_data
 from fastbert.models.config import BertConfig
 from fastbert.models.heads import BertForMaskedLM
 from fastbert.models.inputs import prepare
 from fastbert.nn.packing import Packing
 from fastbert.pretrain.config import PretrainConfig
 from fastbert.pretrain.evaluate import evaluate
-from fastbert.pretrain.feed import Feed, prepare_feed, reopen_feed
+from fastbert.pretrain.feed import shared_feed
 from fastbert.train.session import Session
 from fastbert.train.trainer import Stream
 from fastbert.train.world import World
 
-# what the encoder takes of a batch
-_INPUTS = ("input_ids", "token_type_ids", "cu_seqlens", "max_seqlen")
-# what a head takes of it to compute a loss
+# the arguments of a head's loss in a batch
 _LABELS = ("labels", "start_positions", "end_positions")
-
-
-class Tap(Protocol):
-    """Takes signals inside of a forward (signals.Taps, signals.Recorded)."""
-
-    whole: bool
-
-    def clear(self) -> Signals:
-        """Begin a forward: the signals that it will fill."""
 
 
 class Work(Protocol):
@@ -96,7 +86,10 @@ class Work(Protocol):
 
 
 class Divided:
-    """The part of a stream's batches that one of several processes takes; an epoch's last batches may be left out."""
+    """The batches that one process takes where several share an epoch.
+
+    The last batches of an epoch are left out if there are fewer of them than parts.
+    """
 
     def __init__(self, batches: Shuffled, world: World) -> None:
         self.batches, self.world = batches, world
@@ -105,7 +98,7 @@ class Divided:
         """Batches without end from number `start` of `epoch` on."""
         shards = self.world.shards
         count = len(self.batches) // shards * shards
-        # the processes' own last batches differ in number: each goes on behind all of them
+        # a checkpoint holds the main process's last batch: every process goes on after the whole step
         start = -(-start // shards) * shards
         while True:
             for first in range(start, count, shards):
@@ -144,7 +137,7 @@ class Text:
             split_seed=c.split_seed,
             steps=1,
         )
-        self.feed = _feed(s, settings)
+        self.feed = shared_feed(settings, s.out, s.world, resume=s.resume, quiet=s.quiet)
         self.tokenizer = self.feed.tokenizer
         self.batches: Stream = self.feed.batches
         self.epoch = self.feed.train.num_batches(0) * s.world.shards
@@ -165,7 +158,7 @@ class Text:
         self, model: Any, batch: Batch, taps: Tap, wanted: Wanted, head: nn.Module | None = None
     ) -> Signals:
         found = taps.clear()
-        inputs = prepare(model.config, **{k: batch[k] for k in _INPUTS})
+        inputs = prepare(model.config, **batch.inputs)
         labelled = batch["label_rows"]
         if wanted.encoder_alone:
             model.bert.encode(inputs, None if taps.whole else labelled[:0])
@@ -197,19 +190,6 @@ class Text:
         return self.feed.describe()
 
 
-def _feed(s: Session[DistilConfig], settings: PretrainConfig) -> Feed:
-    """The data; the main process makes what there is to be made, then the others open it."""
-    if not s.world.main:
-        s.world.meet()
-        return reopen_feed(settings, s.out, s.world)
-    if s.resume:
-        feed = reopen_feed(settings, s.out, s.world)
-    else:
-        feed = prepare_feed(settings, s.out, s.world, s.quiet)
-    s.world.meet()
-    return feed
-
-
 class Labelled:
     """Labelled data of the task that the teacher was fine-tuned for."""
 
@@ -222,7 +202,8 @@ class Labelled:
         options = Options.load(folder)
         assert options is not None
         assert c.max_length is not None
-        settings = FinetuneConfig(
+        assert c.batch_size is not None
+        self.settings = FinetuneConfig(
             sources=c.sources,
             validation=c.validation,
             heldout=c.heldout,  # type: ignore[arg-type]
@@ -238,28 +219,30 @@ class Labelled:
             longest_answer=options.longest_answer,
             model=str(folder),
             split_seed=c.split_seed,
+            batch_size=c.batch_size,
+            seed=c.seed,
+            precision=c.precision,
         )
-        self.data = load_data(settings, given)
-        # a teacher that gives no answer to some questions has a student that does so
+        self.data = load_data(self.settings, given)
+        # a student may leave questions unanswered where its teacher may, also if this data answers all
         task = self.data.task
         unanswerable = options.unanswerable or task.options.unanswerable
         task.options = replace(task.options, unanswerable=unanswerable)
         teacher = BertConfig.from_file(folder)
-        if self.data.task.names and self.data.task.names != teacher.labels:
+        if task.names and task.names != teacher.labels:
             raise ValueError(
-                f"the training data has the labels {listed(self.data.task.names)} and the teacher "
+                f"the training data has the labels {listed(task.names)} and the teacher "
                 f"{listed(teacher.labels)}: pass data with the teacher's labels"
             )
-        if isinstance(self.data.task, Classify) and scale_of(teacher) != "softmax":
+        if isinstance(task, Classify) and scale_of(teacher) != "softmax":
             raise ValueError(
                 f"the teacher in {c.teacher} gives no classes that exclude each other ({teacher.problem_type}): its "
                 "scores are no soft targets"
             )
-        self.kind = self.data.task.kind
-        self.metric: str = c.metric or self.data.task.metric
+        self.kind = task.kind
+        self.metric: str = c.metric or task.metric
         self.tokenizer = self.data.tokenizer
-        assert c.batch_size is not None
-        batches = Shuffled(self.data.train.features, c.batch_size, c.seed)
+        batches = training_data(self.data, self.settings)
         check_divisible(len(batches), s.world)
         self.batches: Stream = Divided(batches, s.world)
         self.epoch = len(batches)
@@ -280,15 +263,15 @@ class Labelled:
         self, model: Any, batch: Batch, taps: Tap, wanted: Wanted, head: nn.Module | None = None
     ) -> Signals:
         found = taps.clear()
-        inputs = {k: batch[k] for k in _INPUTS}
         if wanted.encoder_alone:
-            prepared = prepare(model.config, **inputs)
+            prepared = prepare(model.config, **batch.inputs)
             rows = None if taps.whole else prepared.positions[:0]
             model.bert.encode(prepared, rows)
             return found
         given = {k: batch[k] for k in _LABELS if k in batch and wanted.own_loss}
-        output = model(**inputs, **given, output_hidden_states=taps.whole)
-        found.scores = _scores(output, batch)
+        output = model(**batch.inputs, **given, output_hidden_states=taps.whole)
+        if wanted.scores:
+            found.scores = _scores(output, batch)
         if wanted.own_loss:
             found.own_loss = output.loss * items(batch)
         return found
@@ -300,11 +283,7 @@ class Labelled:
         return None if self.data.test is None else self._judged(model, self.data.test)
 
     def _judged(self, model: Any, part: Part) -> dict[str, float]:
-        assert self.config.batch_size is not None
-        task = self.data.task
-        size, precision = self.config.batch_size, self.config.precision
-        predictions, loss = predict(model, task, part, size, precision)
-        return {"loss": loss, **task.metrics(part.examples, predictions)}
+        return judge(model, self.data, part, self.settings)[0]
 
     def extras(self, head: nn.Module | None) -> list[Callable[[Path], None]]:
         return [self.data.task.options.save]

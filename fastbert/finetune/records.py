@@ -70,7 +70,7 @@ def read_records(source: Any, split: str = "train", conll: bool = False) -> list
     }
     if conll:
         readers |= dict.fromkeys(CONLL, _conll)
-    suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix
+    suffix = suffix_of(path)
     if suffix not in readers:
         raise ValueError(
             f"{path} ends in {quoted(suffix)}: labelled data here is {', '.join(readers)}, or one of these with .gz"
@@ -79,6 +79,11 @@ def read_records(source: Any, split: str = "train", conll: bool = False) -> list
     if not records:
         raise ValueError(f"{path} holds no record: it is empty or has a heading only")
     return records
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix that says how a file is read: of a .gz the one before."""
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
 
 
 def _csv(text: str, name: str) -> Iterator[Record]:

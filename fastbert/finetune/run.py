@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from fastbert.finetune.tag import seqeval
 from fastbert.train import store
 from fastbert.train.progress import duration
 from fastbert.train.session import Session
+from fastbert.train.settings import scheduled
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def finetune(
         _check_metric(s.config, data)
         batches = training_data(data, s.config)
         about = {"examples": data.sizes(), "labels": data.task.names}
-        s.begin(model, lambda: _scheduled(s.config, len(batches)), about)
+        s.begin(model, lambda: scheduled(s.config, len(batches)), about)
         run = FinetuneRun(FinetuneTrainer(model, batches, s.config), data, s)
         run.train()
         return _report(run)
@@ -145,21 +145,6 @@ def _check(config: FinetuneConfig, given: Sources) -> None:
     if config.task == "tag":
         # a missing package is an error now, not after an hour of training
         seqeval()
-
-
-def _scheduled(config: FinetuneConfig, batches: int) -> FinetuneConfig:
-    """The settings with the number of steps, and an evaluation and a checkpoint an epoch where they are left open."""
-    steps = config.steps
-    if steps is None:
-        assert config.epochs is not None
-        steps = max(math.ceil(config.epochs * batches / config.accumulate), 1)
-    epoch = max(round(batches / config.accumulate), 1)
-    return replace(
-        config,
-        steps=steps,
-        eval_every=config.eval_every or epoch,
-        checkpoint_every=config.checkpoint_every or epoch,
-    )
 
 
 def _check_metric(config: FinetuneConfig, data: Data) -> None:

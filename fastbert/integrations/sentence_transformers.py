@@ -229,7 +229,7 @@ def _layer(kind: str, path: Path, width: int) -> tuple[nn.Module, int]:
     values = _read_json(file, dict)
     if kind == "LayerNorm":
         norm = nn.LayerNorm(width)
-        _fill(norm, path, "norm.")
+        fill(norm, path, "norm.")
         return norm, width
     if kind != "Dense":
         raise _refused(
@@ -253,15 +253,15 @@ def _layer(kind: str, path: Path, width: int) -> tuple[nn.Module, int]:
         )
     _check(values, _ON_VECTORS, file)
     linear = nn.Linear(width, sizes[1], bias=bool(bias))
-    _fill(linear, path, "linear.")
+    fill(linear, path, "linear.")
     added: nn.Module | None = nn.Identity() if residual else None
     if residual and width != sizes[1]:
         added = nn.Linear(width, sizes[1], bias=False)
-        _fill(added, path, "residual.")
+        fill(added, path, "residual.")
     return Dense(linear, getattr(nn, short)(), added), sizes[1]
 
 
-def _fill(module: nn.Module, path: Path, prefix: str) -> None:
+def fill(module: nn.Module, path: Path, prefix: str) -> None:
     """Load the weights under the keys that begin with `prefix` into a module."""
     weights = read_weights(path)
     for key, value in module.state_dict().items():

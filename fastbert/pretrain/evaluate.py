@@ -74,8 +74,7 @@ def evaluate(
 def judge(model: Any, batch: Batch, mask_id: int) -> Tensor:
     """The eight sums of one batch: of loss, right and count, of these at [MASK], of pairs right and count."""
     rows, ids = batch["label_rows"], batch["input_ids"]
-    inputs = {k: v for k, v in batch.items() if k in _INPUTS}
-    encoded = model.bert(**inputs)
+    encoded = model.bert(**batch.inputs)
     # only the labelled rows reach the decoder
     hidden = encoded.last_hidden_state.index_select(0, rows)  # (R, C)
     logits = model.mlm_head(hidden, model.bert.embeddings.word.weight).float()  # (R, V)
@@ -91,6 +90,3 @@ def judge(model: Any, batch: Batch, mask_id: int) -> Tensor:
         return torch.stack([*sums, loss.new_zeros(()), loss.new_zeros(())])
     chosen = model.nsp_head(encoded.pooler_output).argmax(1)
     return torch.stack([*sums, (chosen == answers).double().sum(), one.new_tensor(len(answers))])
-
-
-_INPUTS = ("input_ids", "token_type_ids", "cu_seqlens", "max_seqlen")

@@ -145,6 +145,27 @@ def _first_batches(data: PretrainingData, tokens: int) -> int:
     return min(int(np.searchsorted(ends, tokens)) + 1, len(plan)) if tokens else len(plan)
 
 
+def shared_feed(
+    config: PretrainConfig,
+    out: Path,
+    world: World,
+    *,
+    resume: bool,
+    rebuild: bool = False,
+    quiet: bool = False,
+) -> Feed:
+    """The data of a run. The main process makes what is missing; then the others open it."""
+    if not world.main:
+        world.meet()
+        return reopen_feed(config, out, world)
+    if resume:
+        feed = reopen_feed(config, out, world, rebuild)
+    else:
+        feed = prepare_feed(config, out, world, quiet, rebuild)
+    world.meet()
+    return feed
+
+
 def prepare_feed(
     config: PretrainConfig, out: Path, world: World, quiet: bool = False, rebuild: bool = False
 ) -> Feed:

@@ -14,7 +14,7 @@ import torch
 
 from fastbert.pretrain.build import build_model, check_usable
 from fastbert.pretrain.config import PretrainConfig
-from fastbert.pretrain.feed import Feed, prepare_feed, reopen_feed
+from fastbert.pretrain.feed import Feed, shared_feed
 from fastbert.pretrain.loop import PretrainRun, reached
 from fastbert.pretrain.trainer import PretrainTrainer
 from fastbert.train import store
@@ -70,26 +70,15 @@ def pretrain(
     check = partial(check_usable, out=Path(out))
     session = Session(PretrainConfig, config, out, resume=resume, quiet=quiet, say=say, check=check)
     with session as s:
-        feed = _feed(s, rebuild)
+        feed = shared_feed(
+            s.config, s.out, s.world, resume=s.resume, rebuild=rebuild, quiet=s.quiet
+        )
         model = s.model(lambda: build_model(s.config, feed.tokenizer))
         s.say(_description(s.config, model, feed))
         s.begin(model, lambda: _scheduled(s.config, model, feed, s.world))
         trainer = PretrainTrainer(model, feed.batches, s.config, s.world)
         run = PretrainRun(trainer, feed, s)
         return _report(s, run, run.train())
-
-
-def _feed(s: Session[PretrainConfig], rebuild: bool) -> Feed:
-    """The data; the main process makes what there is to be made, then the others open it."""
-    if not s.world.main:
-        s.world.meet()
-        return reopen_feed(s.config, s.out, s.world)
-    if s.resume:
-        feed = reopen_feed(s.config, s.out, s.world, rebuild)
-    else:
-        feed = prepare_feed(s.config, s.out, s.world, s.quiet, rebuild)
-    s.world.meet()
-    return feed
 
 
 def _report(s: Session[PretrainConfig], run: PretrainRun, evaluation: dict[str, float]) -> Result:

@@ -27,6 +27,7 @@ BATCH, OPTIMISER, RUN = "Length and batches", "Optimiser", "Run"
 GROUPS = (DATA, TOKENIZER, MODEL, LOSSES, BATCH, OPTIMISER, RUN)
 
 Config = TypeVar("Config", bound="Settings")
+Training = TypeVar("Training", bound="TrainingSettings")
 
 
 def setting(
@@ -42,8 +43,8 @@ def setting(
     """A field whose comment is also its line in the command's --help.
 
     A `path` is recorded as an absolute one; a function says which values are paths. `check` raises for a path that a
-    run cannot use. `zero_is_open` says that a run finds a value in the place of 0. A `positional` one has no flag;
-    neither has a list.
+    run cannot use. `zero_is_open` says that a run finds a value in the place of 0. A `positional` setting and
+    a list have no flag: they are arguments.
     """
     metadata = {
         "group": group,
@@ -194,6 +195,24 @@ class TrainingSettings(Settings):
         """The steps of warm-up of a run whose number of steps is known."""
         assert self.steps is not None
         return round(self.warmup * self.steps) if self.warmup < 1 else round(self.warmup)
+
+
+def scheduled(config: Training, batches: int, shards: int = 1) -> Training:
+    """The settings with the number of steps, and an evaluation and a checkpoint an epoch where they are left open.
+
+    `batches` is the number of them in an epoch; a step takes `accumulate` from each of `shards` parts of the data.
+    """
+    steps = config.steps
+    if steps is None:
+        assert config.epochs is not None
+        steps = max(math.ceil(config.epochs * batches / shards / config.accumulate), 1)
+    epoch = max(round(batches / shards / config.accumulate), 1)
+    return dataclasses.replace(
+        config,
+        steps=steps,
+        eval_every=config.eval_every or epoch,
+        checkpoint_every=config.checkpoint_every or epoch,
+    )
 
 
 def check_length_said(settings: Mapping[str, Any]) -> None:

@@ -88,7 +88,7 @@ def test_an_exact_copy_has_no_distance(teachers, corpus, tmp_path, kind):
 
 
 def test_losses_of_a_step_do_not_depend_on_its_batches(teachers, corpus, tmp_path):
-    """One batch of 16 sequences, or two of 8 whose gradients are added."""
+    """A step on one batch of 16 sequences has the loss of a step on two batches of 8 with added gradients."""
     found = []
     for name, more in {"one": {}, "two": {"batch_size": 8, "accumulate": 2}}.items():
         more = {"losses": ALL["labelled"], "steps": 3} | more

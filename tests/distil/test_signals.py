@@ -11,7 +11,7 @@ from fastbert.bert import BertModel
 from fastbert.distil.losses import score_distance
 from fastbert.distil.plan import Wanted
 from fastbert.distil.sentences import spearman
-from fastbert.distil.signals import Recorded, Taps
+from fastbert.distil.signals import Hooks, Recorded
 from fastbert.models.inputs import prepare
 from fastbert.nn.packing import Packing
 
@@ -63,7 +63,7 @@ def test_taps_of_a_student_leave_its_fused_ops_and_its_outputs(teachers):
             p.p = 0.0
     batch = batch_of_three()
     plain = model(**batch, output_hidden_states=True)
-    taps = Taps(model, Wanted((0, 4), (3,), vectors=True))
+    taps = Hooks(model, Wanted((0, 4), (3,), vectors=True))
     signals = taps.clear()
     found = model(**batch)
     torch.testing.assert_close(found.last_hidden_state, plain.last_hidden_state, rtol=0, atol=0)

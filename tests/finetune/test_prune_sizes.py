@@ -61,7 +61,7 @@ def test_estimates_are_those_of_the_refitted_block(sizes):
         E[:, -1] -= b
         expected = torch.trace(seen.gradients.double() @ E @ H @ E.T) / 2
         assert loss == pytest.approx(float(expected), rel=1e-4, abs=1e-6)
-    # the first to go is the one whose loss is least
+    # taken out first is the column without which the loss rises least
     if count == 12 and sizes[1] == 1:
         single = []
         for out in range(12):
