@@ -1,5 +1,6 @@
 """The public ops. Each op's docstring has its shapes and its contract; docs/ops.md has the table of dtypes."""
 
+from fastbert.backend.reference.rope import Rotary
 from fastbert.ops.attention import attention
 from fastbert.ops.bias_gelu import bias_gelu
 from fastbert.ops.cross_entropy import cross_entropy
@@ -14,6 +15,7 @@ from fastbert.ops.qkv_proj import qkv_proj
 from fastbert.ops.relation_loss import relation_loss
 
 __all__ = [
+    "Rotary",
     "attention",
     "bias_gelu",
     "cross_entropy",

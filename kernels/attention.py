@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastbert.backend._common import unsupported_form
+from fastbert.backend.reference.attention import sizes
 from fastbert.kernels import _launch, _tiles, dropout_args, unsupported_dropout, unsupported_dtype
 from fastbert.kernels._attend import VARYING, attend, load_tile, span, store_tile, zero_tail
 from fastbert.kernels._attention_bwd import (
@@ -134,15 +136,24 @@ def unsupported(
     p: float,
     seed: Tensor | None,
     site: int,
-    causal: bool,
+    left: int,
+    right: int,
+    kv_heads: int,
+    rotary: Tensor | None,
+    pairs: bool,
+    bias: Tensor | None,
     save: bool,
 ) -> str | None:
     """Why this call can't run here, from metadata only; None if it can."""
-    if qkv.shape[3] > 128:
-        return f"the head size is {qkv.shape[3]} and the triton kernel goes up to 128: use the torch backend"
+    if qkv.shape[-1] > 128:
+        return f"the head size is {qkv.shape[-1]} and the triton kernel goes up to 128: use the torch backend"
     if not scale > 0:
         return f"the scale is {scale} and the triton kernel needs a positive one: use the torch backend"
-    return unsupported_dtype(qkv=qkv) or unsupported_dropout(p)
+    return (
+        unsupported_form("triton", qkv, left, right, kv_heads, rotary, bias)
+        or unsupported_dtype(qkv=qkv)
+        or unsupported_dropout(p)
+    )
 
 
 def forward(
@@ -153,11 +164,16 @@ def forward(
     p: float,
     seed: Tensor | None,
     site: int,
-    causal: bool,
+    left: int,
+    right: int,
+    kv_heads: int,
+    rotary: Tensor | None,
+    pairs: bool,
+    bias: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """out (T, H, D) in qkv's dtype and lse (H, T) fp32, empty without `save`; zeros past cu_seqlens[-1]."""
-    T, _, H, D = qkv.shape
+    T, (H, _, D) = qkv.shape[0], sizes(qkv, kv_heads)
     B = cu_seqlens.shape[0] - 1
     out = qkv.new_empty(T, H, D)
     lse = qkv.new_empty(H, T if save else 0, dtype=torch.float32)
@@ -181,7 +197,7 @@ def forward(
             keep_scale,
             H=H,
             D=D,
-            CAUSAL=causal,
+            CAUSAL=right == 0,
             ONE=max_seqlen <= config.BLOCK_N,
             **vars(config),
         )
@@ -199,24 +215,30 @@ def backward(
     p: float,
     seed: Tensor | None,
     site: int,
-    causal: bool,
-) -> Tensor:
-    """dqkv (T, 3, H, D), zeros past cu_seqlens[-1]."""
-    T, _, H, D = qkv.shape
+    left: int,
+    right: int,
+    kv_heads: int,
+    rotary: Tensor | None,
+    pairs: bool,
+    bias: Tensor | None,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """dqkv (T, 3, H, D), zeros past cu_seqlens[-1], and no gradient of a bias."""
+    T, (H, _, D) = qkv.shape[0], sizes(qkv, kv_heads)
     B = cu_seqlens.shape[0] - 1
-    dqkv = torch.empty_like(qkv)
+    dqkv, none = torch.empty_like(qkv), qkv.new_empty(0)
     if T == 0:
-        return dqkv
+        return dqkv, none
     kind = (D, qkv.dtype, _launch.arch(qkv.device), p > 0)
     seed, site, threshold, keep_scale = dropout_args(p, seed, site)
     rest = (scale, site, threshold, keep_scale)
-    constants: dict[str, Any] = {"H": H, "D": D, "CAUSAL": causal}
+    constants: dict[str, Any] = {"H": H, "D": D, "CAUSAL": right == 0}
     short = _tiles.attention_bwd(_tiles.tile(max_seqlen, 512), *kind)
     if short is not None:
         _attention_bwd_kernel[(H * (B + 1),)](
             dout, qkv, lse, cu_seqlens, dqkv, seed, T, B, *rest, **constants, **vars(short)
         )
-        return dqkv
+        return dqkv, none
     delta = torch.empty_like(lse)
     BLOCK_D = _tiles.head_block(D)
     _attention_bwd_delta_kernel[(triton.cdiv(T * H, 64),)](
@@ -243,4 +265,4 @@ def backward(
     _attention_bwd_dq_kernel[(blocks * H * (B + 1),)](
         *inputs, blocks, *rest, **constants, **vars(config)
     )
-    return dqkv
+    return dqkv, none

@@ -1,13 +1,15 @@
 // Attention inside packed sequences, for one (sequence, head) and one block of queries at a time.
-// The block's scores against all keys stay in cache: the softmax is exact in two passes, and memory
-// grows with the length L, not L^2. Products run on gemm.h's inner loop.
+// The block's scores against the keys it sees stay in cache: the softmax is exact in two passes, and
+// memory grows with the length L, not L^2. Keys outside of a window are not read, so that time grows
+// with L times the window. Products run on gemm.h's inner loop.
 //
-//   S = scale Q K^T,  P = softmax(S),  O = (P M) V,  M is dropout's factor: 0 or 1 / (1 - p)
-//   dV = (P M)^T dO,  delta = rowsum(dO O),  dS = scale P (M dO V^T - delta)
-//   dQ = dS K,  dK = dS^T Q
+//   S = scale Q K^T + bias,  P = softmax(S),  O = (P M) V,  M is dropout's factor: 0 or 1 / (1 - p)
+//   dV = (P M)^T dO,  delta = rowsum(dO O),  dS = P (M dO V^T - delta)
+//   dQ = scale dS K,  dK = scale dS^T Q,  dbias[j - i] = sum of dS(i, j)
 //
 // Backward computes the softmax again from Q and K: exp(S - lse) would have the rounding error of
-// lse.
+// lse. Rotary positions are applied where q and k are read, and taken back where dQ and dK are
+// written.
 #include "attention.h"
 
 #include "heads.h"
@@ -17,56 +19,155 @@ namespace fastbert {
 namespace FASTBERT_ISA {
 namespace {
 
-// One head of one sequence: its place and its sizes.
-struct Head {
-  int64_t start, L, D, H, b, h;
-  int64_t ld;     // stride of the scores: L rounded up to whole panels
-  int64_t depth;  // D rounded up to whole panels
-  float scale;
-  bool causal;
+// the largest D
+constexpr int64_t kMostD = 256;
 
-  template <typename T>
-  const T* row(const T* qkv, int which) const {
-    return qkv + ((start * 3 + which) * H + h) * D;
+// What all heads of a call share.
+struct Form {
+  int64_t H, kv_heads, D;
+  float scale;
+  int64_t left, right;  // the keys that a query sees before and behind it; all where negative
+  const float* rotary;  // (P, 2, half): cosines and sines of every position; or null
+  int64_t half;
+  bool pairs;         // rotated together are elements 2 d and 2 d + 1, else d and d + half
+  const float* bias;  // (H, 2 P - 1): of key j for query i at j - i + P - 1; or null
+  int64_t positions;  // P of `bias`
+
+  int64_t stride() const { return (H + 2 * kv_heads) * D; }
+  int64_t depth() const { return round_up(D, kNR); }
+  bool windowed() const { return left >= 0 && right >= 0; }
+  // the number of queries in a block of a sequence of L tokens
+  int64_t block(int64_t L) const {
+    return windowed() ? round_up(imin(imax(L, 1), 4 * kMR), kMR) : block_rows(L);
   }
-  // q, k or v (`which` 0, 1 or 2) as an operand: line i is token i or, with `across`, column i
+  // stride of a block's scores: whole panels of the most keys that a block sees
+  int64_t ld(int64_t L) const {
+    const int64_t whole = round_up(L, kNR);
+    return windowed() ? imin(whole, round_up(block(L) + left + right + kNR, kNR)) : whole;
+  }
+
+  // token i's row x (D) in fp32 with its position's rotation, or with the opposite one
+  template <typename T>
+  void rotate(const T* x, int64_t i, bool back, float* to) const {
+    const float* c = rotary + i * 2 * half;
+    const float* s = c + half;
+    const float sign = back ? -1.0f : 1.0f;
+    if (pairs) {
+      for (int64_t d = 0; d < half; ++d) {
+        const float a = load1(x + 2 * d), b = load1(x + 2 * d + 1);
+        to[2 * d] = a * c[d] - b * sign * s[d];
+        to[2 * d + 1] = b * c[d] + a * sign * s[d];
+      }
+    } else {
+      for (int64_t d = 0; d < half; d += W) {
+        const F a = load(x + d, half - d), b = load(x + half + d, half - d);
+        const F cos = load(c + d, half - d), sin = load(s + d, half - d) * sign;
+        store(to + d, a * cos - b * sin, half - d);
+        store(to + half + d, b * cos + a * sin, half - d);
+      }
+    }
+    for (int64_t d = 2 * half; d < D; d += W) store(to + d, load(x + d, D - d), D - d);
+  }
+};
+
+// One head of one sequence. `seen` and `keys` are ranges of its keys.
+struct Head {
+  const Form& form;
+  int64_t start, L, b, h;
+
+  int64_t group() const { return h / (form.H / form.kv_heads); }
+  template <typename T>
+  T* row(T* qkv, int which, int64_t i) const {
+    const int64_t head = which == 0 ? h : form.H + (which - 1) * form.kv_heads + group();
+    return qkv + (start + i) * form.stride() + head * form.D;
+  }
+  // `count` tokens of q, k or v (`which` 0, 1 or 2) as an operand: line i is token `first` + i or,
+  // with `across`, column i
   template <typename T>
   Operand<T> operand(const T* qkv, int which, int64_t first, int64_t count, bool across) const {
-    const int64_t stride = 3 * H * D;
-    return {matrix(row(qkv, which) + first * stride, stride, 1), across ? D : count, across};
+    const Matrix<T> m = matrix(row(qkv, which, first), form.stride(), 1);
+    return {m, across ? form.D : count, across};
+  }
+  // the same of rows (count, D) that were rotated
+  Operand<float> rotated(const float* rows, int64_t count, bool across) const {
+    return {matrix(rows, form.D, 1), across ? form.D : count, across};
+  }
+  template <typename T>
+  void rotate(const T* qkv, int which, int64_t first, int64_t count, float* to) const {
+    for (int64_t i = 0; i < count; ++i)
+      form.rotate(row(qkv, which, first + i), first + i, false, to + i * form.D);
   }
   template <typename T>
   Operand<T> rows_of(const T* y, int64_t first, int64_t count, bool across) const {
-    const T* p = y + ((start + first) * H + h) * D;
-    return {matrix(p, H * D, 1), across ? D : count, across};
+    const T* p = y + ((start + first) * form.H + h) * form.D;
+    return {matrix(p, form.H * form.D, 1), across ? form.D : count, across};
   }
-  int64_t seen(int64_t i) const { return causal ? i + 1 : L; }
+  Span seen(int64_t i) const {
+    return {form.left < 0 ? 0 : imax(0, i - form.left),
+            form.right < 0 ? L : imin(L, i + form.right + 1)};
+  }
+  // those that `rows` queries from i on see, from the beginning of a panel
+  Span keys(int64_t i, int64_t rows) const {
+    return {seen(i).from / kNR * kNR, seen(i + rows - 1).to};
+  }
+  // the bias of query i's key 0
+  const float* bias(int64_t i) const {
+    return form.bias ? form.bias + h * (2 * form.positions - 1) + form.positions - 1 - i : nullptr;
+  }
 };
+
+// v, a vector that begins at column j, in the columns of `of`, and `other` in the rest
+inline F inside(F v, int64_t j, Span of, F other) {
+  if (j + W > of.to) v = below(of.to - j) ? v : other;
+  if (j < of.from) v = below(of.from - j) ? other : v;
+  return v;
+}
 
 struct Softmax {
   float max, sum;
 };
 
-// s (n) becomes exp(scale s - max), and 0 from n up to `end`
-inline Softmax softmax_row(float* s, int64_t n, int64_t end, float scale) {
+// s, at the keys of `seen`, becomes exp(scale s + bias - max), and 0 at the others of `span`
+inline Softmax softmax_row(float* s, Span seen, Span span, float scale, const float* bias) {
+  const int64_t first = seen.from / W * W;
   const F lowest = set1(-__builtin_inff());
   F top = lowest;
-  for (int64_t j = 0; j < n; j += W) {
+  for (int64_t j = first; j < seen.to; j += W) {
     F v = load(s + j) * scale;
-    if (j + W > n) v = below(n - j) ? v : lowest;
+    if (bias) v += load(bias + j, seen.to - j);
+    v = inside(v, j, seen, lowest);
     store(s + j, v);
     top = max(v, top);
   }
   const float m = max(top);
   F total = zero();
-  for (int64_t j = 0; j < n; j += W) {
+  for (int64_t j = first; j < seen.to; j += W) {
     const F e = exp_nonpositive(load(s + j) - m);
     store(s + j, e);
     total += e;
   }
-  for (int64_t j = round_up(n, W); j < end; j += W) store(s + j, zero());
+  for (int64_t j = span.from; j < first; j += W) store(s + j, zero());
+  for (int64_t j = round_up(seen.to, W); j < span.to; j += W) store(s + j, zero());
   return {m, sum(total)};
 }
+
+// Dropout's factors of the columns that query i sees; column j is at [j].
+struct Factors {
+  Factors(const Dropout& dropout, const Head& head, int64_t i, Span seen, float* room)
+      : drops(dropout.enabled()), first(seen.from / kPhiloxWords * kPhiloxWords), at(room) {
+    if (drops)
+      philox_factors(dropout, static_cast<uint32_t>(i),
+                     static_cast<uint32_t>(head.b * head.form.H + head.h), dropout.site, first,
+                     seen.to, room);
+  }
+  F operator[](int64_t j) const { return load(at + j - first); }
+  // floats of room for `n` columns
+  static int64_t room(int64_t n) { return round_up(n, kPhiloxWords) + 2 * kPhiloxWords; }
+
+  bool drops;
+  int64_t first;
+  const float* at;
+};
 
 template <typename T>
 class Forward {
@@ -74,55 +175,71 @@ class Forward {
   Forward(const T* qkv, T* out, float* lse, int64_t T_, const Dropout& dropout)
       : qkv_(qkv), out_(out), lse_(lse), tokens_(T_), dropout_(dropout) {}
 
-  static int64_t room(int64_t L, int64_t D) {
-    const int64_t ld = round_up(L, kNR), rows = block_rows(L), depth = round_up(D, kNR);
-    return ld * D + depth * L + rows * (D + ld + depth) + round_up(L, kPhiloxWords) + 8 * W;
+  static int64_t room(const Form& form, int64_t L) {
+    const int64_t D = form.D, ld = form.ld(L), rows = form.block(L), depth = form.depth();
+    const int64_t rotated = form.rotary ? (L + rows) * D : 0;
+    return round_up(L, kNR) * D + depth * L + rows * (D + ld + depth) + rotated +
+           Factors::room(ld) + 8 * W;
   }
 
   // queries [from, to) of a head
   void run(const Head& head, int64_t from, int64_t to, float* room) const {
-    const int64_t L = head.L, D = head.D, ld = head.ld, most = block_rows(L);
+    const Form& form = head.form;
+    const int64_t L = head.L, D = form.D, depth = form.depth();
+    const int64_t ld = form.ld(L), most = form.block(L);
+    const Span all = head.keys(from, to - from);
+    const int64_t count = all.to - all.from, panels = ceil_div(count, kNR);
     float* keys = room;
-    float* values = keys + ld * D;
-    float* scores = values + head.depth * L;
+    float* values = keys + panels * kNR * D;
+    float* scores = values + depth * count;
     float* result = scores + most * ld;
-    float* factors = result + most * head.depth;
-    float* queries = factors + round_up(L, kPhiloxWords);
-    head.operand(qkv_, 1, 0, L, false).template pack<false>(0, ld / kNR, kNR, 0, D, keys);
-    head.operand(qkv_, 2, 0, L, true).template pack<false>(0, head.depth / kNR, kNR, 0, L, values);
+    float* factors = result + most * depth;
+    float* queries = factors + Factors::room(ld);
+    float* rotated = queries + most * D + 4 * W;
+    pack(head, 1, all.from, count, kNR, panels, rotated, keys);
+    head.operand(qkv_, 2, all.from, count, true)
+        .template pack<false>(0, depth / kNR, kNR, 0, count, values);
     for (int64_t i = from; i < to; i += most) {
       const int64_t rows = imin(most, to - i);
-      const int64_t span = head.causal ? imin(L, i + rows) : L;  // keys that these queries see
-      head.operand(qkv_, 0, i, rows, false)
-          .template pack<false>(0, ceil_div(rows, kMR), kMR, 0, D, queries);
-      product_packed(rows, round_up(span, kNR), D, queries, keys, scores, ld, D);
+      const Span span = head.keys(i, rows);
+      const int64_t n = span.to - span.from, first = span.from - all.from;
+      pack(head, 0, i, rows, kMR, ceil_div(rows, kMR), rotated, queries);
+      product_packed(rows, round_up(n, kNR), D, queries, keys + first * D, scores, ld, D);
+      for (int64_t r = 0; r < rows; ++r)
+        weights(head, i + r, span, factors, scores + r * ld - span.from);
+      // V is packed in panels of `count` steps, of which n are used
+      product(rows, depth, n, scores, Rows{ld}, values + first * kNR, count, result, depth, false);
       for (int64_t r = 0; r < rows; ++r) {
-        float* s = scores + r * ld;
-        const Softmax soft = softmax_row(s, head.seen(i + r), span, head.scale);
-        finish(head, i + r, soft, factors, s);
-      }
-      // V is packed in panels of L steps, of which `span` are used
-      product(rows, head.depth, span, scores, Rows{ld}, values, L, result, head.depth, false);
-      for (int64_t r = 0; r < rows; ++r) {
-        T* o = out_ + ((head.start + i + r) * head.H + head.h) * D;
-        for (int64_t d = 0; d < D; d += W) store(o + d, load(result + r * head.depth + d), D - d);
+        T* o = out_ + ((head.start + i + r) * form.H + head.h) * D;
+        for (int64_t d = 0; d < D; d += W) store(o + d, load(result + r * depth + d), D - d);
       }
     }
   }
 
  private:
-  // turns exponentials into weights, applies dropout and stores the log-sum-exp
-  void finish(const Head& head, int64_t i, const Softmax& soft, float* factors, float* s) const {
-    const int64_t n = head.seen(i);
+  // `count` rows of q or k from `first` on, rotated where the form says so, in panels
+  void pack(const Head& head, int which, int64_t first, int64_t count, int64_t width,
+            int64_t panels, float* rotated, float* to) const {
+    const int64_t D = head.form.D;
+    if (head.form.rotary) {
+      head.rotate(qkv_, which, first, count, rotated);
+      head.rotated(rotated, count, false).template pack<false>(0, panels, width, 0, D, to);
+    } else {
+      head.operand(qkv_, which, first, count, false)
+          .template pack<false>(0, panels, width, 0, D, to);
+    }
+  }
+
+  // Query i's scores become weights with dropout; the log-sum-exp is stored. Key j is at s[j].
+  void weights(const Head& head, int64_t i, Span span, float* room, float* s) const {
+    const Span seen = head.seen(i);
+    const Softmax soft = softmax_row(s, seen, span, head.form.scale, head.bias(i));
     const float inverse = 1.0f / soft.sum;
-    const bool drops = dropout_.enabled();
     if (lse_) lse_[head.h * tokens_ + head.start + i] = soft.max + __builtin_logf(soft.sum);
-    if (drops)
-      philox_factors(dropout_, static_cast<uint32_t>(i),
-                     static_cast<uint32_t>(head.b * head.H + head.h), dropout_.site, n, factors);
-    for (int64_t j = 0; j < n; j += W) {
+    const Factors factors(dropout_, head, i, seen, room);
+    for (int64_t j = seen.from / W * W; j < seen.to; j += W) {
       const F p = load(s + j) * inverse;
-      store(s + j, drops ? dropped(p, load(factors + j)) : p);
+      store(s + j, factors.drops ? dropped(p, factors[j]) : p);
     }
   }
 
@@ -136,39 +253,50 @@ class Forward {
 template <typename T>
 class Backward {
  public:
-  Backward(const T* dout, const T* qkv, const T* out, T* dqkv, const Dropout& dropout)
-      : dout_(dout), qkv_(qkv), out_(out), dqkv_(dqkv), dropout_(dropout) {}
+  Backward(const T* dout, const T* qkv, const T* out, T* dqkv, float* dbias, int64_t T_,
+           const Dropout& dropout)
+      : dout_(dout), qkv_(qkv), out_(out), dqkv_(dqkv), dbias_(dbias), tokens_(T_),
+        dropout_(dropout) {}
 
-  static int64_t room(int64_t L, int64_t D) {
-    const int64_t ld = round_up(L, kNR), rows = block_rows(L), depth = round_up(D, kNR);
-    return 2 * ld * D + 3 * depth * ld + rows * (2 * D + 2 * ld + 3 * depth) +
-           round_up(L, kPhiloxWords) + 16 * W;
+  static int64_t room(const Form& form, int64_t L) {
+    const int64_t D = form.D, ld = form.ld(L), rows = form.block(L), depth = form.depth();
+    const int64_t whole = round_up(L, kNR), rotated = form.rotary ? (L + rows) * D : 0;
+    return 2 * whole * D + 3 * depth * whole + rows * (2 * D + 2 * ld + 3 * depth) + rotated +
+           Factors::room(ld) + 16 * W;
   }
 
+  // the query heads from `head` on that read its key
   void run(const Head& head, float* room) const {
-    const int64_t L = head.L, D = head.D, ld = head.ld, depth = head.depth, most = block_rows(L);
+    const Form& form = head.form;
+    const int64_t L = head.L, D = form.D, depth = form.depth(), whole = round_up(L, kNR);
+    const int64_t ld = form.ld(L), most = form.block(L);
     Room at = {};
     float* next = room;
     const auto take = [&](int64_t floats) { return (next += floats) - floats; };
-    at.keys = take(ld * D);
-    at.values = take(ld * D);
-    at.keys_across = take(depth * ld);
-    at.dk = take(depth * ld);
-    at.dv = take(depth * ld);
+    at.keys = take(whole * D);
+    at.values = take(whole * D);
+    at.keys_across = take(depth * whole);
+    at.dk = take(depth * whole);
+    at.dv = take(depth * whole);
     at.scores = take(most * ld);
     at.grads = take(most * ld);
     at.result = take(most * depth);
     at.queries_across = take(most * depth);
     at.dout_across = take(most * depth);
-    at.factors = take(round_up(L, kPhiloxWords));
+    at.factors = take(Factors::room(ld));
     at.queries = take(most * D + 4 * W);
     at.dout = take(most * D + 4 * W);
-    head.operand(qkv_, 1, 0, L, false).template pack<false>(0, ld / kNR, kNR, 0, D, at.keys);
-    head.operand(qkv_, 2, 0, L, false).template pack<false>(0, ld / kNR, kNR, 0, D, at.values);
-    head.operand(qkv_, 1, 0, L, true)
-        .template pack<false>(0, depth / kNR, kNR, 0, L, at.keys_across);
+    at.rotated = take(0);
+    with_rows(head, 1, 0, L, at.rotated, [&](const auto& rows) {
+      rows(false).template pack<false>(0, whole / kNR, kNR, 0, D, at.keys);
+      rows(true).template pack<false>(0, depth / kNR, kNR, 0, L, at.keys_across);
+    });
+    head.operand(qkv_, 2, 0, L, false).template pack<false>(0, whole / kNR, kNR, 0, D, at.values);
     for (int64_t k = 0; k < depth * L; k += W) store(at.dk + k, zero()), store(at.dv + k, zero());
-    for (int64_t i = 0; i < L; i += most) block(head, i, imin(most, L - i), at);
+    for (int64_t q = 0; q < form.H / form.kv_heads; ++q) {
+      const Head query = {form, head.start, L, head.b, head.h + q};
+      for (int64_t i = 0; i < L; i += most) block(query, i, imin(most, L - i), at);
+    }
     for (int64_t j = 0; j < L; ++j) {
       write(head, at.dk + j * depth, j, 1);
       write(head, at.dv + j * depth, j, 2);
@@ -178,97 +306,136 @@ class Backward {
  private:
   struct Room {
     float *keys, *values, *keys_across, *dk, *dv, *scores, *grads, *result;
-    float *queries, *dout, *queries_across, *dout_across, *factors;
+    float *queries, *dout, *queries_across, *dout_across, *factors, *rotated;
   };
+
+  // body(rows), where rows(across) is an operand of q or k
+  template <typename Body>
+  void with_rows(const Head& head, int which, int64_t first, int64_t count, float* rotated,
+                 const Body& body) const {
+    if (head.form.rotary) {
+      head.rotate(qkv_, which, first, count, rotated);
+      body([&](bool across) { return head.rotated(rotated, count, across); });
+    } else {
+      body([&](bool across) { return head.operand(qkv_, which, first, count, across); });
+    }
+  }
 
   // `rows` queries from i on
   void block(const Head& head, int64_t i, int64_t rows, const Room& at) const {
-    const int64_t D = head.D, ld = head.ld, depth = head.depth, panels = ceil_div(rows, kMR);
-    const int64_t span = head.causal ? imin(head.L, i + rows) : head.L;
-    head.operand(qkv_, 0, i, rows, false).template pack<false>(0, panels, kMR, 0, D, at.queries);
+    const Form& form = head.form;
+    const int64_t D = form.D, depth = form.depth(), ld = form.ld(head.L);
+    const int64_t panels = ceil_div(rows, kMR);
+    const Span span = head.keys(i, rows);
+    const int64_t n = span.to - span.from, first = span.from;
+    with_rows(head, 0, i, rows, at.rotated, [&](const auto& queries) {
+      queries(false).template pack<false>(0, panels, kMR, 0, D, at.queries);
+      queries(true).template pack<false>(0, depth / kNR, kNR, 0, rows, at.queries_across);
+    });
     head.rows_of(dout_, i, rows, false).template pack<false>(0, panels, kMR, 0, D, at.dout);
-    head.operand(qkv_, 0, i, rows, true)
-        .template pack<false>(0, depth / kNR, kNR, 0, rows, at.queries_across);
     head.rows_of(dout_, i, rows, true)
         .template pack<false>(0, depth / kNR, kNR, 0, rows, at.dout_across);
-    product_packed(rows, round_up(span, kNR), D, at.queries, at.keys, at.scores, ld, D);
-    product_packed(rows, round_up(span, kNR), D, at.dout, at.values, at.grads, ld, D);
+    const int64_t columns = round_up(n, kNR);
+    product_packed(rows, columns, D, at.queries, at.keys + first * D, at.scores, ld, D);
+    product_packed(rows, columns, D, at.dout, at.values + first * D, at.grads, ld, D);
     for (int64_t r = 0; r < rows; ++r)
-      row(head, i + r, span, at.factors, at.scores + r * ld, at.grads + r * ld);
-    product(rows, depth, span, at.grads, Rows{ld}, at.keys_across, head.L, at.result, depth, false);
+      row(head, i + r, span, at.factors, at.scores + r * ld - first, at.grads + r * ld - first);
+    product(rows, depth, n, at.grads, Rows{ld}, at.keys_across + first * kNR, head.L, at.result,
+            depth, false);
     for (int64_t r = 0; r < rows; ++r) write(head, at.result + r * depth, i + r, 0);
-    product(span, depth, rows, at.scores, Columns{ld}, at.dout_across, rows, at.dv, depth, true);
-    product(span, depth, rows, at.grads, Columns{ld}, at.queries_across, rows, at.dk, depth, true);
+    product(n, depth, rows, at.scores, Columns{ld}, at.dout_across, rows, at.dv + first * depth,
+            depth, true);
+    product(n, depth, rows, at.grads, Columns{ld}, at.queries_across, rows, at.dk + first * depth,
+            depth, true);
   }
 
-  // in s scores become P M, in g dO V^T becomes dS
-  void row(const Head& head, int64_t i, int64_t span, float* factors, float* s, float* g) const {
-    const int64_t n = head.seen(i), D = head.D;
-    const Softmax soft = softmax_row(s, n, span, head.scale);
-    const float inverse = 1.0f / soft.sum, scale = head.scale;
-    const int64_t place = ((head.start + i) * head.H + head.h) * D;
+  // in s scores become P M, in g dO V^T becomes scale dS; key j is at s[j] and g[j]
+  void row(const Head& head, int64_t i, Span span, float* room, float* s, float* g) const {
+    const int64_t D = head.form.D;
+    const Span seen = head.seen(i);
+    const Softmax soft = softmax_row(s, seen, span, head.form.scale, head.bias(i));
+    const float inverse = 1.0f / soft.sum, scale = head.form.scale;
+    const int64_t place = ((head.start + i) * head.form.H + head.h) * D;
     F sums = zero();
     for (int64_t d = 0; d < D; d += W)
       sums += load(dout_ + place + d, D - d) * load(out_ + place + d, D - d);
     const float delta = sum(sums);
-    const bool drops = dropout_.enabled();
-    if (drops)
-      philox_factors(dropout_, static_cast<uint32_t>(i),
-                     static_cast<uint32_t>(head.b * head.H + head.h), dropout_.site, n, factors);
-    for (int64_t j = 0; j < n; j += W) {
+    const Factors factors(dropout_, head, i, seen, room);
+    // the bias's gradient for query i's key 0
+    float* db = dbias_ ? dbias_ + 2 * (head.h * tokens_ + head.start) + head.L - 1 - i : nullptr;
+    const int64_t begin = seen.from / W * W;
+    for (int64_t j = begin; j < seen.to; j += W) {
       const F p = load(s + j) * inverse;
-      const F factor = drops ? load(factors + j) : set1(1.0f);
-      F ds = p * (load(g + j) * factor - delta) * scale;
-      if (j + W > n) ds = below(n - j) ? ds : zero();
-      store(s + j, drops ? dropped(p, factor) : p);
-      store(g + j, ds);
+      const F factor = factors.drops ? factors[j] : set1(1.0f);
+      const F ds = inside(p * (load(g + j) * factor - delta), j, seen, zero());
+      store(s + j, factors.drops ? dropped(p, factor) : p);
+      store(g + j, ds * scale);
+      if (db) store(db + j, load(db + j, seen.to - j) + ds, seen.to - j);
     }
-    for (int64_t j = round_up(n, W); j < span; j += W) store(g + j, zero());
+    for (int64_t j = span.from; j < begin; j += W) store(g + j, zero());
+    for (int64_t j = round_up(seen.to, W); j < span.to; j += W) store(g + j, zero());
   }
 
+  // token i's gradient of q, k or v
   void write(const Head& head, const float* from, int64_t i, int which) const {
-    T* to = dqkv_ + (((head.start + i) * 3 + which) * head.H + head.h) * head.D;
-    for (int64_t d = 0; d < head.D; d += W) store(to + d, load(from + d), head.D - d);
+    const int64_t D = head.form.D;
+    float turned[kMostD];
+    if (which < 2 && head.form.rotary) {
+      head.form.rotate(from, i, true, turned);
+      from = turned;
+    }
+    T* to = head.row(dqkv_, which, i);
+    for (int64_t d = 0; d < D; d += W) store(to + d, load(from + d), D - d);
   }
 
   const T* dout_;
   const T* qkv_;
   const T* out_;
   T* dqkv_;
+  float* dbias_;  // (H, 2 T): of sequence b, its 2 L - 1 sums begin at 2 cu_seqlens[b]; or null
+  int64_t tokens_;
   const Dropout& dropout_;
 };
 
-struct Batch {
-  Sequences sequences;
-  int64_t H, D;
-  float scale;
-  bool causal;
-
-  Head head(int64_t task) const {
-    const int64_t b = task / H, L = sequences.length(b);
-    return {sequences.cu[b],  L,     D,     H, b, task % H, round_up(L, kNR),
-            round_up(D, kNR), scale, causal};
+// The bias's gradient, from those of the sequences in turn.
+void add_up(const Form& form, const Sequences& sequences, const float* parts, int64_t T, float* db,
+            int threads) {
+  const int64_t width = 2 * form.positions - 1;
+  const int team = team_size(form.H * 2 * T, kHeadGrain, form.H, threads);
+#pragma omp parallel for num_threads(team) if (team > 1)
+  for (int64_t h = 0; h < form.H; ++h) {
+    float* to = db + h * width;
+    zeros(to, width);
+    for (int64_t b = 0; b < sequences.B; ++b) {
+      const int64_t L = sequences.length(b), n = 2 * L - 1;
+      const float* from = parts + 2 * (h * T + sequences.cu[b]);
+      float* at = to + form.positions - L;
+      for (int64_t k = 0; k < n; k += W)
+        store(at + k, load(at + k, n - k) + load(from + k, n - k), n - k);
+    }
   }
-};
+}
 
 }  // namespace
 
 void attention_fwd(int dtype, const void* qkv, const int32_t* cu_seqlens, void* out, float* lse,
-                   int64_t T, int64_t B, int64_t H, int64_t D, float scale, bool causal,
-                   const int64_t* seed, uint32_t site, uint32_t threshold, float keep,
-                   int threads) {
+                   int64_t T, int64_t B, int64_t H, int64_t kv_heads, int64_t D, float scale,
+                   int64_t left, int64_t right, const float* rotary, int64_t half, bool pairs,
+                   const float* bias, int64_t positions, const int64_t* seed, uint32_t site,
+                   uint32_t threshold, float keep, int threads) {
   const Dropout dropout = {seed, site, threshold, keep, nullptr};
-  const Batch batch = {{cu_seqlens, B}, H, D, scale, causal};
-  const Sequences& sequences = batch.sequences;
+  const Form form = {H, kv_heads, D, scale, left, right, rotary, half, pairs, bias, positions};
+  const Sequences sequences = {cu_seqlens, B};
   const int64_t chunks = sequences.chunks(H, threads);
   with_type(dtype, [&](auto t) {
     using E = decltype(t);
     auto* y = static_cast<E*>(out);
     const Forward<E> forward(static_cast<const E*>(qkv), y, lse, T, dropout);
-    const int64_t room = sequences.most([&](int64_t L) { return Forward<E>::room(L, D); });
+    const int64_t room = sequences.most([&](int64_t L) { return Forward<E>::room(form, L); });
     each_task(B * H * chunks, sequences.pairs() * H * D, room, threads, [&](int64_t i, float* at) {
-      const Head head = batch.head(i / chunks);
-      const Span queries = part_of(head.L, i % chunks, chunks);
+      const int64_t b = i / chunks / H, L = sequences.length(b);
+      const Head head = {form, cu_seqlens[b], L, b, i / chunks % H};
+      const Span queries = part_of(L, i % chunks, chunks);
       if (queries.from < queries.to) forward.run(head, queries.from, queries.to, at);
     });
     const int64_t end = cu_seqlens[B];
@@ -278,25 +445,29 @@ void attention_fwd(int dtype, const void* qkv, const int32_t* cu_seqlens, void* 
 }
 
 void attention_bwd(int dtype, const void* dout, const void* qkv, const void* out,
-                   const int32_t* cu_seqlens, void* dqkv, int64_t T, int64_t B, int64_t H,
-                   int64_t D, float scale, bool causal, const int64_t* seed, uint32_t site,
+                   const int32_t* cu_seqlens, void* dqkv, float* dbias, float* dbias_parts,
+                   int64_t T, int64_t B, int64_t H, int64_t kv_heads, int64_t D, float scale,
+                   int64_t left, int64_t right, const float* rotary, int64_t half, bool pairs,
+                   const float* bias, int64_t positions, const int64_t* seed, uint32_t site,
                    uint32_t threshold, float keep, int threads) {
   const Dropout dropout = {seed, site, threshold, keep, nullptr};
-  const Batch batch = {{cu_seqlens, B}, H, D, scale, causal};
-  const Sequences& sequences = batch.sequences;
+  const Form form = {H, kv_heads, D, scale, left, right, rotary, half, pairs, bias, positions};
+  const Sequences sequences = {cu_seqlens, B};
   with_type(dtype, [&](auto t) {
     using E = decltype(t);
     auto* d = static_cast<E*>(dqkv);
     const Backward<E> backward(static_cast<const E*>(dout), static_cast<const E*>(qkv),
-                               static_cast<const E*>(out), d, dropout);
-    const int64_t room = sequences.most([&](int64_t L) { return Backward<E>::room(L, D); });
-    each_task(B * H, sequences.pairs() * H * D, room, threads, [&](int64_t i, float* at) {
-      const Head head = batch.head(i);
-      if (head.L > 0) backward.run(head, at);
+                               static_cast<const E*>(out), d, dbias_parts, T, dropout);
+    const int64_t room = sequences.most([&](int64_t L) { return Backward<E>::room(form, L); });
+    each_task(B * kv_heads, sequences.pairs() * H * D, room, threads, [&](int64_t i, float* at) {
+      const int64_t b = i / kv_heads, L = sequences.length(b);
+      const Head head = {form, cu_seqlens[b], L, b, i % kv_heads * (H / kv_heads)};
+      if (L > 0) backward.run(head, at);
     });
     const int64_t end = cu_seqlens[B];
-    zeros(d + end * 3 * H * D, (T - end) * 3 * H * D);
+    zeros(d + end * form.stride(), (T - end) * form.stride());
   });
+  if (dbias) add_up(form, sequences, dbias_parts, T, dbias, threads);
 }
 
 }  // namespace FASTBERT_ISA

@@ -117,8 +117,8 @@ class Encoder {
     T *context = buffer(0), *y = buffer(1), *middle = buffer(2);
     if (s.H) {
       linear(in, w.qkv, w.qkv_bias, wide, tokens_, 3 * A, C_);
-      attention_fwd(dtype_, wide, cu, context, nullptr, tokens_, B_, s.H, s.D, s.scale, false,
-                    nullptr, 0, 0, 1.0f, threads_);
+      attention_fwd(dtype_, wide, cu, context, nullptr, tokens_, B_, s.H, s.H, s.D, s.scale, -1, -1,
+                    nullptr, 0, false, nullptr, 0, nullptr, 0, 0, 1.0f, threads_);
     }
     int64_t M = tokens_;
     const T* residual = in;

@@ -71,24 +71,25 @@ inline void philox_words(int64_t seed, uint32_t first_group, uint32_t c1, uint32
   b.words(words[2], words[3]);
 }
 
-// factors[col] = scale where kept, else 0, for n columns; writes up to round_up(n, kPhiloxWords)
-inline void philox_factors(const Dropout& dropout, uint32_t c1, uint32_t c2, uint32_t c3, int64_t n,
-                           float* factors) {
+// factors[col - from] = scale where kept, else 0, for the columns [from, to), of which `from` is a
+// multiple of kPhiloxWords; writes up to the next multiple
+inline void philox_factors(const Dropout& dropout, uint32_t c1, uint32_t c2, uint32_t c3,
+                           int64_t from, int64_t to, float* factors) {
   // read once: the compiler must assume that the stores below change them
   const int64_t seed = *dropout.seed;
   const uint32_t threshold = dropout.threshold;
   const F scale = set1(dropout.scale);
-  for (int64_t start = 0; start < n; start += kPhiloxWords) {
+  for (int64_t start = from; start < to; start += kPhiloxWords) {
     U words[4];
     philox_words(seed, static_cast<uint32_t>(start / 4), c1, c2, c3, words);
     for (int k = 0; k < 4; ++k)
-      store(factors + start + k * W, words[k] >= threshold ? scale : zero());
+      store(factors + start - from + k * W, words[k] >= threshold ? scale : zero());
   }
 }
 
 // the same for row i of a matrix
 inline void row_factors(const Dropout& dropout, int64_t i, int64_t n, float* factors) {
-  philox_factors(dropout, dropout.row(i), dropout.site, 0, n, factors);
+  philox_factors(dropout, dropout.row(i), dropout.site, 0, 0, n, factors);
 }
 
 // a select, not a product: a dropped value is 0 even if it was inf or NaN

@@ -126,7 +126,7 @@ def _optional(dtype: torch.dtype) -> Iterator[Call]:
     qkv, cu = _meta(_T, 3, 12, 64, dtype=dtype), _ids(9, dtype=torch.int32)
     yield (
         "attention fwd unsaved",
-        partial(attention.forward, qkv, cu, 128, 0.125, 0.0, None, 0, True, False),
+        partial(attention.forward, qkv, cu, 128, 0.125, 0.0, None, 0, *_form(12), False),
     )
     yield "relation_loss fwd unsaved", partial(relation_loss.forward, x, x, cu, 128, 12, False)
 
@@ -193,14 +193,19 @@ def _products(dtype: torch.dtype, rows: tuple[int, ...], full: bool) -> Iterator
         )
 
 
+def _form(H: int, causal: bool = False) -> tuple[object, ...]:
+    """Attention's arguments from `left` to `bias`: all keys, or those up to the query."""
+    return -1, 0 if causal else -1, H, None, False, None
+
+
 def _attention(dtype: torch.dtype, S: int, D: int, causal: bool, p: float) -> Iterator[Call]:
     H, B = 12, 8
     qkv, cu = _meta(_T, 3, H, D, dtype=dtype), _ids(B + 1, dtype=torch.int32)
     out, lse, seed = _meta(_T, H, D, dtype=dtype), _stats(H, _T), _ids(1)
-    rest = (cu, S, D**-0.5, p, seed, 1, causal)
+    rest = (cu, S, D**-0.5, p, seed, 1, *_form(H, causal))
     label = f"S{S} D{D}{' causal' if causal else ''} p{p}"
     yield f"attention fwd {label}", partial(attention.forward, qkv, *rest, True)
-    yield f"attention bwd {label}", partial(attention.backward, out, qkv, out, lse, *rest)
+    yield f"attention bwd {label}", partial(attention.backward, out, qkv, out, lse, *rest, False)
 
 
 def _relations(dtype: torch.dtype, S: int, D: int, of_teacher: int) -> Iterator[Call]:

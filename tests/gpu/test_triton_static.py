@@ -189,11 +189,12 @@ def test_a_spill_is_seen():
         torch.empty(s, dtype=d, device="meta")
         for s, d in (((9, 3, 2, 128), torch.bfloat16), (3, torch.int32))
     )
+    form = (-1, -1, 2, None, False, None)
     with mock.patch.object(_tiles, "attention_fwd", return_value=config):
         for arch in (80, "gfx942"):
             (kernel,) = aot.compiled(
                 arch,
-                lambda: kernels.attention.forward(qkv, cu, 256, 0.1, 0.0, None, 0, False, True),
+                lambda: kernels.attention.forward(qkv, cu, 256, 0.1, 0.0, None, 0, *form, True),
             )
             assert kernel.spilled > 0, arch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastbert.backend._common import unsupported_form
 from fastbert.backend.cuda import (
     DTYPES,
     dropout_args,
@@ -13,6 +14,7 @@ from fastbert.backend.cuda import (
     unsupported_dropout,
     unsupported_dtype,
 )
+from fastbert.backend.reference.attention import sizes
 
 
 def unsupported(
@@ -23,13 +25,22 @@ def unsupported(
     p: float,
     seed: Tensor | None,
     site: int,
-    causal: bool,
+    left: int,
+    right: int,
+    kv_heads: int,
+    rotary: Tensor | None,
+    pairs: bool,
+    bias: Tensor | None,
     save: bool,
 ) -> str | None:
     """Why this call can't run here, from metadata only; None if it can."""
-    if qkv.shape[3] > 128:
-        return f"the head size is {qkv.shape[3]} and the cuda kernel goes up to 128: use the torch backend"
-    return unsupported_dtype(qkv=qkv) or unsupported_dropout(p)
+    if qkv.shape[-1] > 128:
+        return f"the head size is {qkv.shape[-1]} and the cuda kernel goes up to 128: use the torch backend"
+    return (
+        unsupported_form("cuda", qkv, left, right, kv_heads, rotary, bias)
+        or unsupported_dtype(qkv=qkv)
+        or unsupported_dropout(p)
+    )
 
 
 def forward(
@@ -40,11 +51,16 @@ def forward(
     p: float,
     seed: Tensor | None,
     site: int,
-    causal: bool,
+    left: int,
+    right: int,
+    kv_heads: int,
+    rotary: Tensor | None,
+    pairs: bool,
+    bias: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """out (T, H, D) in qkv's dtype and lse (H, T) fp32, empty without `save`; zeros past cu_seqlens[-1]."""
-    T, _, H, D = qkv.shape
+    T, (H, _, D) = qkv.shape[0], sizes(qkv, kv_heads)
     out = qkv.new_empty(T, H, D)
     lse = qkv.new_empty(H, T if save else 0, dtype=torch.float32)
     if T > 0:
@@ -60,7 +76,7 @@ def forward(
             D,
             max_seqlen,
             scale,
-            causal,
+            right == 0,
             *dropout_args(p, seed, site),
             *place(qkv),
         )
@@ -78,11 +94,17 @@ def backward(
     p: float,
     seed: Tensor | None,
     site: int,
-    causal: bool,
-) -> Tensor:
-    """dqkv (T, 3, H, D), zeros past cu_seqlens[-1]."""
-    T, _, H, D = qkv.shape
-    dqkv = torch.empty_like(qkv)
+    left: int,
+    right: int,
+    kv_heads: int,
+    rotary: Tensor | None,
+    pairs: bool,
+    bias: Tensor | None,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """dqkv (T, 3, H, D), zeros past cu_seqlens[-1], and no gradient of a bias."""
+    T, (H, _, D) = qkv.shape[0], sizes(qkv, kv_heads)
+    dqkv, none = torch.empty_like(qkv), qkv.new_empty(0)
     if T > 0:
         delta = torch.empty_like(lse)
         native.attention_bwd(
@@ -100,8 +122,8 @@ def backward(
             D,
             max_seqlen,
             scale,
-            causal,
+            right == 0,
             *dropout_args(p, seed, site),
             *place(qkv),
         )
-    return dqkv
+    return dqkv, none

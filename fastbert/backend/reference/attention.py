@@ -1,4 +1,4 @@
-"""attention: softmax(scale Q K^T) V inside each packed sequence, dropout on the weights (Vaswani et al. 2017)."""
+"""attention: softmax(scale Q K^T + bias) V inside each packed sequence, dropout on the weights (Vaswani et al. 2017)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fastbert.backend.reference import philox
 from fastbert.backend.reference.layer_norm import widen
+from fastbert.backend.reference.rope import Rotary, rotate
 from fastbert.backend.reference.samples import Cost, Draw, Sample, nbytes
 
 
@@ -18,26 +20,90 @@ def unsupported(*args: object) -> str | None:
     return None
 
 
+def sizes(qkv: Tensor, kv_heads: int) -> tuple[int, int, int]:
+    """The number of query heads H, that of key heads, and D, of qkv (T, 3, H, D) or (T, H + 2 kv_heads, D)."""
+    D = qkv.shape[-1]
+    heads = qkv.shape[1] if qkv.dim() == 3 else 3 * qkv.shape[2]
+    return heads - 2 * kv_heads, kv_heads, D
+
+
+def split(qkv: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q (L, H, D), k and v (L, kv_heads, D)."""
+    H, _, _ = sizes(qkv, kv_heads)
+    q, k, v = qkv.flatten(1, -2).split([H, kv_heads, kv_heads], 1)
+    return q, k, v
+
+
+def hidden_keys(queries: Tensor, keys: Tensor, left: int, right: int) -> Tensor | None:
+    """(Q, K) bool, True where the window hides the key from the query; None where it hides none."""
+    if left < 0 and right < 0:
+        return None
+    distance = keys[None, :] - queries[:, None]
+    hidden = torch.zeros_like(distance, dtype=torch.bool)
+    if left >= 0:
+        hidden = hidden | (distance < -left)
+    return hidden | (distance > right) if right >= 0 else hidden
+
+
+def biases(bias: Tensor, L: int) -> Tensor:
+    """The table (H, 2 P - 1) spread to scores (H, L, L): of key j for query i it is bias[:, j - i + P - 1]."""
+    places = torch.arange(L, device=bias.device)
+    return bias[:, places[None, :] - places[:, None] + bias.shape[1] // 2]
+
+
+def diagonal_sums(x: Tensor, width: int) -> Tensor:
+    """(H, L, L) -> (H, width = 2 P - 1): element j - i + P - 1 is the sum of x[:, i, j]; deterministic."""
+    H, L, _ = x.shape
+    sums = x.flatten(1)
+    if L > 1:
+        # in rows of 2 L - 1 elements, row i of x begins at column L - 1 - i: at i (2 L - 2) + L - 1 in all
+        flat = pad(pad(x, (0, L - 2)).flatten(1), (L - 1, 1))
+        sums = flat.unflatten(1, (L, 2 * L - 1)).sum(1)
+    return pad(sums, ((width - 2 * L + 1) // 2,) * 2)
+
+
+class _Sequence:
+    """One sequence's heads, and its weights before dropout."""
+
+    def __init__(
+        self,
+        qkv: Tensor,  # (L, 3, H, D), wide
+        kv_heads: int,
+        scale: float,
+        left: int,
+        right: int,
+        rotary: Tensor | None,
+        pairs: bool,
+        bias: Tensor | None,
+    ) -> None:
+        parts = [t.transpose(0, 1) for t in split(qkv, kv_heads)]  # each (heads, L, D)
+        self.group = parts[0].shape[0] // kv_heads
+        self.L = parts[0].shape[1]
+        if rotary is not None:
+            parts[:2] = (rotate(t, rotary, pairs) for t in parts[:2])
+        self.q = parts[0]
+        self.k, self.v = (t.repeat_interleave(self.group, 0) for t in parts[1:])
+        scores = scale * self.q @ self.k.mT
+        if bias is not None:
+            scores = scores + biases(bias.to(scores.dtype), self.L)
+        places = torch.arange(self.L, device=qkv.device)
+        if (hidden := hidden_keys(places, places, left, right)) is not None:
+            scores = scores.masked_fill(hidden, float("-inf"))
+        self.scores = scores
+
+    def joined(self, dq: Tensor, dk: Tensor, dv: Tensor, rotary: Tensor | None, pairs: bool) -> Tensor:
+        """Gradients (H, L, D) of the rotated, repeated heads as that of qkv (L, H + 2 kv_heads, D)."""
+        dk, dv = (t.unflatten(0, (-1, self.group)).sum(1) for t in (dk, dv))
+        if rotary is not None:
+            dq, dk = (rotate(t, rotary, pairs, back=True) for t in (dq, dk))
+        return torch.cat([dq, dk, dv]).transpose(0, 1)
+
+
 def _spans(cu_seqlens: Tensor) -> list[tuple[int, int, int]]:
     """(b, start, end) of every sequence that has a token."""
     bounds = cu_seqlens.tolist()
     pairs = enumerate(itertools.pairwise(bounds))
     return [(b, start, end) for b, (start, end) in pairs if end > start]
-
-
-def _heads(packed: Tensor) -> Tensor:
-    """(L, H, D) -> (H, L, D)."""
-    return packed.transpose(0, 1)
-
-
-def _weights(q: Tensor, k: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """softmax(scale q k^T) (H, L, L) and its log-sum-exp (H, L), for q and k (H, L, D)."""
-    scores = scale * q @ k.transpose(1, 2)
-    if causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(future, float("-inf"))
-    lse = scores.logsumexp(-1)
-    return torch.exp(scores - lse[..., None]), lse
 
 
 def _factor(
@@ -51,27 +117,34 @@ def _factor(
 
 
 def forward(
-    qkv: Tensor,  # (T, 3, H, D)
+    qkv: Tensor,  # (T, 3, H, D) or (T, H + 2 kv_heads, D)
     cu_seqlens: Tensor,  # (B + 1,) int32
     max_seqlen: int,
     scale: float,
     p: float,
     seed: Tensor | None,
     site: int,
-    causal: bool,
+    left: int,
+    right: int,
+    kv_heads: int,
+    rotary: Tensor | None,  # (P, 2, R / 2)
+    pairs: bool,
+    bias: Tensor | None,  # (H, 2 P - 1)
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """out (T, H, D) in qkv's dtype and lse (H, T) fp32, empty without `save`; zeros past cu_seqlens[-1]."""
-    T, _, H, _ = qkv.shape
+    T, (H, _, D) = qkv.shape[0], sizes(qkv, kv_heads)
     (wide,) = widen(qkv)
     outs, lses, done = [], [], 0
     for b, start, end in _spans(cu_seqlens):
-        q, k, v = (_heads(t) for t in wide[start:end].unbind(1))
-        P, lse = _weights(q, k, scale, causal)
-        outs.append(_heads((P * _factor(seed, site, b, H, end - start, p, P)) @ v))
+        s = _Sequence(wide[start:end], kv_heads, scale, left, right, rotary, pairs, bias)
+        lse = s.scores.logsumexp(-1)
+        P = torch.exp(s.scores - lse[..., None])
+        outs.append(((P * _factor(seed, site, b, H, s.L, p, P)) @ s.v).transpose(0, 1))
         lses.append(lse)
         done = end
-    outs += [wide[:0, 0], wide.new_zeros(T - done, *wide.shape[2:])]
+    # the part without rows connects a result without tokens to the graph
+    outs += [split(wide[:0], kv_heads)[0], wide.new_zeros(T - done, H, D)]
     lses.append(wide.new_zeros(H, T - done))
     lse = torch.cat(lses, 1) if save else wide.new_empty(H, 0)
     return torch.cat(outs).to(qkv.dtype), lse
@@ -79,7 +152,7 @@ def forward(
 
 def backward(
     dout: Tensor,  # (T, H, D)
-    qkv: Tensor,  # (T, 3, H, D)
+    qkv: Tensor,  # (T, 3, H, D) or (T, H + 2 kv_heads, D)
     out: Tensor,  # (T, H, D)
     lse: Tensor,  # (H, T)
     cu_seqlens: Tensor,
@@ -88,26 +161,36 @@ def backward(
     p: float,
     seed: Tensor | None,
     site: int,
-    causal: bool,
-) -> Tensor:
-    """dqkv (T, 3, H, D), zeros past cu_seqlens[-1].
+    left: int,
+    right: int,
+    kv_heads: int,
+    rotary: Tensor | None,
+    pairs: bool,
+    bias: Tensor | None,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """dqkv like qkv, zeros past cu_seqlens[-1], and dbias like bias, or empty.
 
     With P the weights, M dropout's factor and delta = rowsum(dout * out):
         dV = (P M)^T dout,  dS = P (M dout V^T - delta),  dQ = scale dS K,  dK = scale dS^T Q
+        dbias[j - i] = the sum of dS[i, j]
     """
-    H = qkv.shape[2]
+    H, _, _ = sizes(qkv, kv_heads)
     wide, g, o = widen(qkv, dout, out)
     dqkv = torch.zeros_like(wide)
+    dbias = wide.new_zeros(0) if bias is None or not needs_bias else wide.new_zeros(bias.shape)
     for b, start, end in _spans(cu_seqlens):
-        q, k, v = (_heads(t) for t in wide[start:end].unbind(1))
-        do = _heads(g[start:end])
-        P, _ = _weights(q, k, scale, causal)
-        M = _factor(seed, site, b, H, end - start, p, P)
-        delta = (do * _heads(o[start:end])).sum(-1, keepdim=True)
-        dS = P * (M * (do @ v.transpose(1, 2)) - delta)
-        grads = (scale * dS @ k, scale * dS.transpose(1, 2) @ q, (P * M).transpose(1, 2) @ do)
-        dqkv[start:end] = torch.stack([_heads(t) for t in grads], 1)
-    return dqkv.to(qkv.dtype)
+        s = _Sequence(wide[start:end], kv_heads, scale, left, right, rotary, pairs, bias)
+        do = g[start:end].transpose(0, 1)
+        P = s.scores.softmax(-1)
+        M = _factor(seed, site, b, H, s.L, p, P)
+        delta = (do * o[start:end].transpose(0, 1)).sum(-1, keepdim=True)
+        dS = P * (M * (do @ s.v.mT) - delta)
+        grads = (scale * dS @ s.k, scale * dS.mT @ s.q, (P * M).mT @ do)
+        dqkv[start:end] = s.joined(*grads, rotary, pairs).view_as(dqkv[start:end])
+        if dbias.numel():
+            dbias += diagonal_sums(dS, dbias.shape[1])
+    return dqkv.to(qkv.dtype), dbias if bias is None else dbias.to(bias.dtype)
 
 
 def eager(
@@ -118,23 +201,34 @@ def eager(
     scale: float | None = None,
     p: float = 0.0,
     causal: bool = False,
+    window: tuple[int, int] | None = None,
+    kv_heads: int | None = None,
+    rotary: Rotary | None = None,
+    bias: Tensor | None = None,
     seed: Tensor | None = None,
     site: int = 0,
     return_lse: bool = False,
 ) -> Tensor:
     """Stock ops in the tested dtype, one sequence at a time."""
-    T, _, H, D = qkv.shape
+    kv_heads = qkv.shape[2] if kv_heads is None else kv_heads
+    H, _, D = sizes(qkv, kv_heads)
     scale = D**-0.5 if scale is None else scale
+    left, right = bounds(window, causal)
+    table, pairs = (None, False) if rotary is None else (rotary.table, rotary.pairs)
     outs, done = [], 0
     for b, start, end in _spans(cu_seqlens):
-        q, k, v = (_heads(t) for t in qkv[start:end].unbind(1))
-        scores = scale * q @ k.transpose(1, 2)
-        if causal:
-            scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf"))
-        P = scores.softmax(-1)
-        outs.append(_heads((P * _factor(seed, site, b, H, end - start, p, P)) @ v))
+        s = _Sequence(qkv[start:end], kv_heads, scale, left, right, table, pairs, bias)
+        P = s.scores.softmax(-1)
+        outs.append(((P * _factor(seed, site, b, H, s.L, p, P)) @ s.v).transpose(0, 1))
         done = end
-    return torch.cat([*outs, qkv[:0, 0], qkv.new_zeros(T - done, H, D)])
+    none, _, _ = split(qkv[:0], kv_heads)
+    return torch.cat([*outs, none, qkv.new_zeros(qkv.shape[0] - done, H, D)])
+
+
+def bounds(window: tuple[int, int] | None, causal: bool) -> tuple[int, int]:
+    """The numbers of keys that a query sees before and behind itself; -1 stands for all."""
+    left, right = (-1, -1) if window is None else window
+    return left, 0 if causal else right
 
 
 def sample_inputs(
@@ -144,9 +238,16 @@ def sample_inputs(
     draw = Draw(dtype, device, seed)
 
     def call(
-        lengths: tuple[int, ...], H: int, D: int, tail: int = 0, p: float = 0.0, **options: object
+        lengths: tuple[int, ...],
+        H: int,
+        D: int,
+        tail: int = 0,
+        p: float = 0.0,
+        kv: int | None = None,
+        **options: object,
     ) -> dict:
-        qkv = draw.normal(sum(lengths) + tail, 3, H, D)
+        heads = (3, H) if kv is None else (H + 2 * kv,)
+        qkv = draw.normal(sum(lengths) + tail, *heads, D)
         if tail:
             qkv[sum(lengths) :] = float("nan")
         kwargs = {
@@ -154,7 +255,14 @@ def sample_inputs(
             "cu_seqlens": draw.cu_seqlens(*lengths),
             "max_seqlen": max(lengths, default=0),
         }
-        return kwargs | options | ({"p": p, "seed": draw.seed(), "site": 1} if p else {})
+        kwargs |= options | ({} if kv is None else {"kv_heads": kv})
+        return kwargs | ({"p": p, "seed": draw.seed(), "site": 1} if p else {})
+
+    def table(H: int, positions: int) -> Tensor:
+        return draw.normal(H, 2 * positions - 1)
+
+    def rotary(positions: int, dims: int, pairs: bool = False) -> Rotary:
+        return Rotary.of(positions, dims, 100.0, pairs=pairs, device=device)
 
     yield Sample("S1-H1-D1", call((1,), 1, 1), "one token")
     yield Sample("S5-3-1-H2-D3", call((5, 3, 1), 2, 3), "odd head size")
@@ -171,11 +279,61 @@ def sample_inputs(
     yield Sample(
         "S129-7-H1-D8-drop", call((129, 7), 1, 8, p=0.1), "longer than one tile of keys, by one"
     )
+    yield Sample(
+        "S133-9-window-drop",
+        call((133, 9), 2, 8, tail=2, p=0.1, window=(16, 16)),
+        "a sliding window",
+    )
+    yield Sample(
+        "S70-window-causal", call((70, 3), 1, 16, window=(9, -1), causal=True), "both at once"
+    )
+    yield Sample("S40-window-right", call((40,), 1, 4, window=(-1, 5)), "a window to one side")
+    yield Sample("S37-5-H4-kv2", call((37, 5), 4, 8, kv=2, p=0.2), "two queries per key")
+    yield Sample("S19-H3-kv1-D256", call((19, 2), 3, 256, kv=1), "one key for all; the largest D")
+    yield Sample("rotary", call((21, 6), 2, 16, rotary=rotary(30, 16)), "rotary positions")
+    yield Sample(
+        "rotary-pairs",
+        call((21, 6), 2, 10, rotary=rotary(21, 6, pairs=True)),
+        "neighbours are turned, part of a head only",
+    )
+    yield Sample("bias", call((35, 0, 3), 2, 8, bias=table(2, 35)), "a bias of relative positions")
+    yield Sample(
+        "modern",
+        call(
+            (67, 12),
+            4,
+            32,
+            tail=1,
+            kv=2,
+            p=0.1,
+            window=(8, 4),
+            rotary=rotary(67, 24),
+            bias=table(4, 80),
+        ),
+        "all at once",
+    )
 
 
-def cost(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, **_: object) -> Cost:
-    """Reads qkv and writes out; two products of 2 L^2 D a head forward, five backward."""
-    H, D = qkv.shape[2:]
-    product = sum(2 * (end - start) ** 2 * H * D for _, start, end in _spans(cu_seqlens))
-    moved = nbytes(qkv) * 4 // 3
+def cost(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    window: tuple[int, int] | None = None,
+    causal: bool = False,
+    kv_heads: int | None = None,
+    **_: object,
+) -> Cost:
+    """Reads qkv and writes out; two products of 2 D a head and pair of query and key forward, five backward."""
+    H, _, D = sizes(qkv, qkv.shape[2] if kv_heads is None else kv_heads)
+    left, right = bounds(window, causal)
+    seen = 0
+    for _, start, end in _spans(cu_seqlens):
+        i = torch.arange(end - start)
+        first = torch.zeros_like(i) if left < 0 else (i - left).clamp(min=0)
+        last = torch.full_like(i, end - start - 1) if right < 0 else (i + right).clamp(max=end - start - 1)
+        # a causal call's products run over whole tiles: both halves are counted, as for other kernels
+        seen += (end - start) ** 2 if (left, right) == (-1, 0) else int((last - first + 1).sum())
+    product = 2 * seen * H * D
+    moved = nbytes(qkv) + qkv.shape[0] * H * D * qkv.element_size()
     return Cost(moved, 2 * product, 2 * moved, 5 * product)

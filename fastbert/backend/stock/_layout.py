@@ -37,16 +37,24 @@ class Layout:
         rows = padded.transpose(1, 2).flatten(0, 1)[self.cell]
         return rows.masked_fill(self.tail.view(-1, *[1] * (rows.dim() - 1)), 0.0)
 
-    def scores(self, q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
-        """scale q k^T (B, H, Q, S) in q's dtype, -inf at the keys that a query must not see; causal needs Q = S."""
-        hidden = ~self.valid[:, None, :]  # (B, 1, S)
-        if causal:
-            hidden = hidden | torch.ones(self.S, self.S, dtype=torch.bool, device=q.device).triu(1)
-        bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(
-            hidden, -torch.inf
-        )
+    def scores(
+        self,
+        q: Tensor,  # (B, H, Q, D)
+        k: Tensor,  # (B, H, S, D)
+        scale: float,
+        hidden: Tensor | None = None,  # (Q, S) bool
+        bias: Tensor | None = None,  # (H, Q, S)
+    ) -> Tensor:
+        """scale q k^T + bias (B, H, Q, S) in q's dtype, -inf where `hidden` and at keys past a sequence's end."""
         H = q.shape[1]
-        # one call multiplies, scales and masks
-        bias = bias.repeat_interleave(H, 0)
+        padding = ~self.valid[:, None, :]  # (B, 1, S)
+        # a padding query sees all tokens: no weights at all are NaN
+        hidden = padding if hidden is None else padding | (hidden & self.valid[:, :, None])
+        zeros = torch.zeros((), dtype=q.dtype, device=q.device)
+        # one call multiplies, scales, adds and masks
+        if bias is None:
+            bias = zeros.where(~hidden, -torch.inf).repeat_interleave(H, 0)
+        else:
+            bias = bias.to(q.dtype).masked_fill(hidden[:, None], -torch.inf).flatten(0, 1)
         product = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)
         return product.view(self.B, H, -1, self.S)

@@ -10,6 +10,15 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.reference import philox
+from fastbert.backend.reference.attention import (
+    biases,
+    bounds,
+    diagonal_sums,
+    hidden_keys,
+    sizes,
+    split,
+)
+from fastbert.backend.reference.rope import Rotary, rotate
 from fastbert.backend.stock._layout import Layout
 
 
@@ -28,14 +37,62 @@ def _dropped(t: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
     return torch.where(keep, t * (1.0 / (1.0 - p)), 0.0)
 
 
+class _Heads:
+    """The heads of qkv, padded (B, heads, S, D), and what the scores of every sequence get."""
+
+    def __init__(
+        self,
+        padded: tuple[Tensor, Tensor, Tensor],  # q (B, H, S, D), k and v (B, kv_heads, S, D)
+        left: int,
+        right: int,
+        rotary: Tensor | None,
+        pairs: bool,
+        bias: Tensor | None,
+    ) -> None:
+        q, k, v = padded
+        S, self.group = q.shape[2], q.shape[1] // k.shape[1]
+        if rotary is not None:
+            wide = torch.promote_types(q.dtype, torch.float32)
+            q, k = (rotate(t.to(wide), rotary, pairs).to(t.dtype) for t in (q, k))
+        self.q = q
+        if self.group > 1:
+            k, v = (t.repeat_interleave(self.group, 1) for t in (k, v))
+        self.k, self.v = k, v
+        places = torch.arange(S, device=q.device)
+        self.hidden = hidden_keys(places, places, left, right)  # (S, S) bool, or None
+        self.bias = None if bias is None else biases(bias, S)  # (H, S, S)
+
+    def mask(self, seen: Tensor) -> Tensor:
+        """sdpa's mask of keys (B, 1, 1 or S, S) that may be seen: of bool, or with biases added to the scores."""
+        if self.hidden is not None:
+            seen = seen & ~self.hidden
+        if self.bias is None:
+            return seen
+        return self.bias.to(self.q.dtype).masked_fill(~seen, -torch.inf)
+
+    def joined(
+        self, dq: Tensor, dk: Tensor, dv: Tensor, rotary: Tensor | None, pairs: bool
+    ) -> Tensor:
+        """The gradients (B, H, S, D) of q, k and v as one of the heads before all that: (B, H + 2 kv_heads, S, D)."""
+        if self.group > 1:
+            dk, dv = (t.unflatten(1, (-1, self.group)).sum(2) for t in (dk, dv))
+        if rotary is not None:
+            dq, dk = (rotate(t, rotary, pairs, back=True) for t in (dq, dk))
+        return torch.cat([dq, dk, dv], 1)
+
+
 def padded(
-    qkv: Tensor,  # (T, 3, H, D)
+    qkv: Tensor,  # (T, 3, H, D) or (T, H + 2 kv_heads, D)
     cu_seqlens: Tensor,  # (B + 1,) int32, or (B, S) bool
     max_seqlen: int,
     *,
     scale: float | None = None,
     p: float = 0.0,
     causal: bool = False,
+    window: tuple[int, int] | None = None,
+    kv_heads: int | None = None,
+    rotary: Rotary | None = None,
+    bias: Tensor | None = None,
     seed: Tensor | None = None,
     site: int = 0,
     return_lse: bool = False,
@@ -46,56 +103,65 @@ def padded(
     True at tokens, of a batch whose T = B S rows keep the padding: every row attends to its sequence's tokens.
     """
     layout = None if cu_seqlens.dim() == 2 else Layout(cu_seqlens, qkv.shape[0], max_seqlen)
+    parts = split(qkv, qkv.shape[2] if kv_heads is None else kv_heads)
     if layout is None:
-        heads = qkv.unflatten(0, cu_seqlens.shape).permute(2, 0, 3, 1, 4)
-        q, k, v = heads.unbind()  # each (B, H, S, D)
+        q, k, v = (t.unflatten(0, cu_seqlens.shape).transpose(1, 2) for t in parts)
         token = cu_seqlens
     else:
-        q, k, v = layout.pad(qkv).unbind(2)
+        q, k, v = map(layout.pad, parts)
         token = layout.valid
+    table, pairs = (None, False) if rotary is None else (rotary.table, rotary.pairs)
+    heads = _Heads((q, k, v), *bounds(window, causal), table, pairs, bias)
     seen = token[:, None, None, :]
-    if causal:
-        length = token.shape[1]
-        seen = seen & torch.ones(length, length, dtype=torch.bool, device=token.device).tril()
+    if heads.hidden is not None:
+        seen = seen & ~heads.hidden
     # a query without any key sees all: no weights at all are NaN, which the next layer would spread
     seen = seen | ~seen.any(-1, keepdim=True)
-    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, p, scale=scale)
+    mask = seen if heads.bias is None else heads.mask(seen)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    y = sdpa(heads.q, heads.k, heads.v, mask, p, scale=scale)
     if layout is None:
         return y.transpose(1, 2).flatten(0, 1)
     if not return_lse:
         return layout.unpad(y)
-    lse = layout.scores(q, k, q.shape[-1] ** -0.5 if scale is None else scale, causal).logsumexp(-1)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    lse = layout.scores(heads.q, heads.k, scale, heads.hidden, heads.bias).logsumexp(-1)
     return layout.unpad(y), layout.unpad(lse).t().contiguous()
 
 
 def forward(
-    qkv: Tensor,  # (T, 3, H, D)
+    qkv: Tensor,  # (T, 3, H, D) or (T, H + 2 kv_heads, D)
     cu_seqlens: Tensor,  # (B + 1,) int32
     max_seqlen: int,
     scale: float,
     p: float,
     seed: Tensor | None,
     site: int,
-    causal: bool,
+    left: int,
+    right: int,
+    kv_heads: int,
+    rotary: Tensor | None,  # (P, 2, R / 2)
+    pairs: bool,
+    bias: Tensor | None,  # (H, 2 P - 1)
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """out (T, H, D) in qkv's dtype and lse (H, T) fp32, empty without `save`; zeros past cu_seqlens[-1]."""
-    T, _, H, D = qkv.shape
+    T, (H, _, D) = qkv.shape[0], sizes(qkv, kv_heads)
     wide = torch.promote_types(qkv.dtype, torch.float32)
     if T == 0 or max_seqlen == 0 or cu_seqlens.shape[0] == 1:
         lse = qkv.new_zeros(H, T if save else 0, dtype=wide)
         return qkv.new_zeros(T, H, D), lse
     layout = Layout(cu_seqlens, T, max_seqlen)
-    q, k, v = layout.pad(qkv).unbind(2)  # each (B, H, S, D)
+    q, k, v = map(layout.pad, split(qkv, kv_heads))
+    heads = _Heads((q, k, v), left, right, rotary, pairs, bias)
     if not save and p == 0.0:
         sdpa = torch.nn.functional.scaled_dot_product_attention
-        seen = layout.valid[:, None, None, :]
-        if causal:
-            seen = seen & torch.ones_like(layout.valid[0]).expand(layout.S, -1).tril()
-        return layout.unpad(sdpa(q, k, v, seen, scale=scale)), qkv.new_empty(H, 0, dtype=wide)
-    scores = layout.scores(q, k, scale, causal)
+        mask = heads.mask(layout.valid[:, None, None, :])
+        y = sdpa(heads.q, heads.k, heads.v, mask, scale=scale)
+        return layout.unpad(y), qkv.new_empty(H, 0, dtype=wide)
+    scores = layout.scores(heads.q, heads.k, scale, heads.hidden, heads.bias)
     P = scores.softmax(-1, dtype=wide)
-    out = layout.unpad(_dropped(P, p, seed, site).to(v.dtype) @ v)
+    out = layout.unpad(_dropped(P, p, seed, site).to(v.dtype) @ heads.v)
     if not save:
         return out, qkv.new_empty(H, 0, dtype=wide)
     # the largest weight is exp(largest score - lse)
@@ -105,7 +171,7 @@ def forward(
 
 def backward(
     dout: Tensor,  # (T, H, D)
-    qkv: Tensor,  # (T, 3, H, D)
+    qkv: Tensor,  # (T, 3, H, D) or (T, H + 2 kv_heads, D)
     out: Tensor,  # (T, H, D)
     lse: Tensor,  # (H, T)
     cu_seqlens: Tensor,
@@ -114,19 +180,30 @@ def backward(
     p: float,
     seed: Tensor | None,
     site: int,
-    causal: bool,
-) -> Tensor:
-    """dqkv (T, 3, H, D), zeros past cu_seqlens[-1]."""
+    left: int,
+    right: int,
+    kv_heads: int,
+    rotary: Tensor | None,
+    pairs: bool,
+    bias: Tensor | None,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """dqkv like qkv, zeros past cu_seqlens[-1], and dbias (H, 2 P - 1), or empty."""
     T = qkv.shape[0]
+    dbias = qkv.new_zeros(0) if bias is None or not needs_bias else torch.zeros_like(bias)
     if T == 0 or max_seqlen == 0 or cu_seqlens.shape[0] == 1:
-        return torch.zeros_like(qkv)
+        return torch.zeros_like(qkv), dbias
     layout = Layout(cu_seqlens, T, max_seqlen)
-    q, k, v = layout.pad(qkv).unbind(2)
+    q, k, v = map(layout.pad, split(qkv, kv_heads))
+    heads = _Heads((q, k, v), left, right, rotary, pairs, bias)
     # a padding query repeats a real row: its gradient must not count
     do = layout.pad(dout).masked_fill(~layout.valid[:, None, :, None], 0.0)
-    P = layout.scores(q, k, scale, causal).softmax(-1)
+    P = layout.scores(heads.q, heads.k, scale, heads.hidden, heads.bias).softmax(-1)
     dv = _dropped(P, p, seed, site).mT @ do
-    dP = _dropped(do @ v.mT, p, seed, site)
+    dP = _dropped(do @ heads.v.mT, p, seed, site)
     dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype)
-    grads = (scale * (dS @ k), scale * (dS.mT @ q), dv)
-    return torch.stack([layout.unpad(t) for t in grads], 1)
+    grads = (scale * (dS @ heads.k), scale * (dS.mT @ heads.q), dv)
+    if dbias.numel():
+        dS = dS.to(dbias.dtype).masked_fill(~layout.valid[:, None, :, None], 0.0)
+        dbias = diagonal_sums(dS.sum(0), dbias.shape[1])
+    return layout.unpad(heads.joined(*grads, rotary, pairs)).view_as(qkv), dbias

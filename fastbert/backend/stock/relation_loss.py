@@ -36,7 +36,7 @@ def _blocks(layout: Layout, num_heads: int) -> Iterator[slice]:
 def _relation(layout: Layout, z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     """log softmax of these rows of the relation of z (B, H, S, D), and each row's m and e as the reference has them."""
     scale = z.shape[3] ** -0.5
-    scores = layout.scores(z[:, :, rows], z, scale, causal=False)
+    scores = layout.scores(z[:, :, rows], z, scale)
     logs = scores.log_softmax(-1)
     return logs, torch.stack([scores.amax(-1) / scale, (-logs.amax(-1)).exp()], -1)
 
