@@ -13,9 +13,11 @@ from fastbert.ops.linear_int8 import linear_int8
 from fastbert.ops.mlm_loss import mlm_loss
 from fastbert.ops.qkv_proj import qkv_proj
 from fastbert.ops.relation_loss import relation_loss
+from fastbert.ops.relative_bias import alibi_bias, relative_bias
 
 __all__ = [
     "Rotary",
+    "alibi_bias",
     "attention",
     "bias_gelu",
     "cross_entropy",
@@ -28,4 +30,5 @@ __all__ = [
     "mlm_loss",
     "qkv_proj",
     "relation_loss",
+    "relative_bias",
 ]

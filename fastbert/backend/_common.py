@@ -77,7 +77,9 @@ def unsupported_form(
     if left >= 0 or right > 0:
         return f"the {backend} attention has no window: use the torch backend"
     if qkv.dim() == 3 and qkv.shape[1] != 3 * kv_heads:
-        return f"the {backend} attention takes as many key heads as query heads: use the torch backend"
+        return (
+            f"the {backend} attention takes as many key heads as query heads: use the torch backend"
+        )
     if rotary is not None or bias is not None:
         name = "rotary positions" if bias is None else "bias"
         return f"the {backend} attention has no {name}: use the torch backend"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastbert.files import quoted
-from fastbert.integrations import heads
+from fastbert.integrations import forms, heads
 from fastbert.integrations.families import Family
 from fastbert.nn.packing import Packing, find_tokens
 from fastbert.nn.watch import log_once, why_not_bypassed
@@ -84,6 +84,8 @@ def why_not_packed(self: Any, given: dict[str, Any]) -> str | None:
         return "attention_mask is not (B, S)"
     if given.get("position_ids") is not None and "flash" in implementation:
         return "position_ids may mark packed sequences for flash attention"
+    if reason := forms.why_not(self.fastbert_family, self, given):
+        return reason
     return why_not_bypassed()
 
 
@@ -99,20 +101,23 @@ def why_not_these_shapes(self: Any, given: dict[str, Any]) -> str | None:
         return f"token_type_ids has shape {tuple(types.shape)}, not {tuple(shape)}"
     if positions is not None and positions.shape not in (shape, (1, shape[1])):
         return f"position_ids has shape {tuple(positions.shape)}, not {tuple(shape)}"
-    if positions is None:
+    family = self.fastbert_family
+    if positions is None and family.positions:
         _check_length(self, given, shape[1])
-    stack = getattr(self, self.fastbert_family.stack)
-    ours = [stack, *stack.layer]
+    stack = family.stack_of(self)
+    ours = [stack, *family.layers_of(stack)]
     if len(ours) == 1:
         return "it has no layers"
-    if any(getattr(type(m), "fastbert_family", None) is not self.fastbert_family for m in ours):
+    if any(getattr(type(m), "fastbert_family", None) is not family for m in ours):
         return "its layers are not accelerated: call fastbert.accelerate(model) again"
     return None
 
 
 def _check_length(self: Any, given: dict[str, Any], length: int) -> None:
     """Refuse a batch (B, length) that needs more positions than the model has."""
-    table = self.embeddings.position_embeddings
+    table = getattr(self.embeddings, "position_embeddings", None)
+    if table is None:
+        return
     longest, ids = getattr(table, "num_embeddings", length), given.get("input_ids")
     if self.fastbert_family.counts_tokens:
         # the positions of tokens begin after the padding's
@@ -132,6 +137,7 @@ def indices_of(self: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor
         return None
     mask = mask if mask.device == device else mask.to(device)
     reading = "heads4" if self.fastbert_old else "heads"
+    reading = "beginnings" if self.fastbert_family.relative else reading
     ids, padding_id = given.get("input_ids"), getattr(self.config, "pad_token_id", None)
     if self.fastbert_at_padding != "auto" or ids is None or padding_id is None:
         return find_tokens(mask, reading)
@@ -152,6 +158,12 @@ def packing_of(
     if indices is None:
         return Packing.full(*full), None, None
     packing, wrong = Packing.found(indices, values.shape[1])
+    if wrong and self.fastbert_family.relative:
+        return (
+            None,
+            None,
+            "attention reads the distances of tokens, and a mask has holes or begins with padding",
+        )
     if wrong:
         other = ", or its mask is not of 0 and 1" if self.fastbert_old else ""
         return None, None, f"a sequence begins with padding, which transformers' heads read{other}"

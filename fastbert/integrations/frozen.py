@@ -22,6 +22,9 @@ def served(encoder: nn.Module, x: Tensor, call: layers.Call) -> Tensor | None:
     copies = vars(encoder).get("frozen")
     if copies is None:
         return None
+    if call.forms:
+        copies.say_unused("attention reads the distances of tokens")
+        return None
     if call.tokens is not None or not (call.packed and call.states_unused):
         reason = "padding is computed too" if call.states_unused else "hidden states are requested"
         copies.say_unused(reason)
@@ -60,9 +63,9 @@ class FrozenLayers(Copies):
             return None
         if not chooser.permits(cpu) or x.numel() == 0:
             return None
-        x = autocast(x)
-        settings = [layers.settings(m) for m in parts]
-        fields = [parameters(layers.weights(m)) for m in parts]
+        x, layout = autocast(x), call.family.layout
+        settings = [layers.settings(m, layout) for m in parts]
+        fields = [parameters(layers.weights(m, layout)) for m in parts]
         reason = cpu.unsupported_dtype("x", x) or _why_not_native(fields, settings, x, self.bits)
         if reason is not None:
             self.say_unused(reason)
@@ -95,8 +98,8 @@ class FrozenLayers(Copies):
 
 
 def _trains(m: Parts) -> bool:
-    dropouts = (m.attention_dropout, m.out_dropout, m.down_dropout)
-    return m.core.training or any(d is not None and d.training for d in dropouts)
+    dropouts = (m.attention_dropout, m.out_dropout, m.inner_dropout, m.down_dropout)
+    return m.core.training or any(getattr(d, "training", False) for d in dropouts)
 
 
 def _why_not_native(

@@ -13,6 +13,7 @@ from fastbert import functional as F
 from fastbert.backend.torch_private import exporting
 from fastbert.integrations import layers
 from fastbert.integrations.families import module_at
+from fastbert.integrations.handing import handing
 from fastbert.nn.packing import find_labelled
 from fastbert.nn.watch import hooked, log_once, why_not_bypassed
 
@@ -24,7 +25,7 @@ def token_labels(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
     tensors = values(given), given.get("labels"), given.get("attention_mask")
     known = all(isinstance(t, Tensor) for t in tensors) and not exporting()
     if known and _labelled(given)[1]:
-        given |= _encoder_argument(self, None)
+        return _stock_for(self, None, stock, given)
     return stock(self, **given)
 
 
@@ -36,13 +37,21 @@ def first_token(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
         own = type(m).__module__ == family.module or type(m) in (nn.Linear, nn.Dropout)
         if name != base and (not own or hooked(m)):
             return stock(self, **given)
-    return stock(self, **given, **_encoder_argument(self, "first"))
+    pooling = getattr(self.config, "classifier_pooling", "cls")
+    if pooling not in ("cls", "bos"):
+        return stock(self, **given)
+    return _stock_for(self, "first", stock, given)
 
 
-def _encoder_argument(self: Any, tokens: Any) -> dict[str, Any]:
-    """The accelerated encoder's extra argument: the tokens that this head reads. None stands for all, unpacked."""
+def _stock_for(self: Any, tokens: Any, stock: Stock, given: dict[str, Any]) -> Any:
+    """The head's own forward, whose encoder gets the tokens that the head reads. None stands for all, unpacked."""
     base = getattr(self, self.base_model_prefix, None)
-    return {"fastbert": tokens} if hasattr(type(base), "fastbert_family") else {}
+    if not hasattr(type(base), "fastbert_family"):
+        return stock(self, **given)
+    if self.fastbert_family.passes:
+        return stock(self, **given, fastbert=tokens)
+    with handing(tokens):
+        return stock(self, **given)
 
 
 def values(given: dict[str, Any]) -> Any:
@@ -91,12 +100,12 @@ def _with_mlm_loss(self: Any, stock: Stock, given: dict[str, Any], others: tuple
         log_once(f"accelerate: {type(self).__name__} computes all logits: {reason}")
         return token_labels(self, stock, given)
     if outside:
-        return stock(self, **given, **_encoder_argument(self, None))
+        return _stock_for(self, None, stock, given)
     as_dict = given.pop("return_dict", None)
     inputs = {k: v for k, v in given.items() if k not in ("labels", *others)}
-    if not others:
-        inputs |= _encoder_argument(self, rows)
-    encoded = getattr(self, self.base_model_prefix)(**inputs, return_dict=True)
+    encoded = _stock_for(
+        self, "all" if others else rows, _base_forward, inputs | {"return_dict": True}
+    )
     # labels are read only after the encoder ran: torch.compile would make one more graph of work before it
     labels = given["labels"].reshape(-1).index_select(0, rows)
     rows, labels = (t.to(encoded[0].device) for t in (rows, labels))
@@ -114,6 +123,10 @@ def _with_mlm_loss(self: Any, stock: Stock, given: dict[str, Any], others: tuple
     output = self.fastbert_output(**fields)
     as_dict = getattr(self.config, "return_dict", True) if as_dict is None else as_dict
     return output if as_dict else output.to_tuple()
+
+
+def _base_forward(self: Any, **given: Any) -> Any:
+    return getattr(self, self.base_model_prefix)(**given)
 
 
 def _why_not_labelled_rows(self: Any, given: dict[str, Any]) -> str | None:

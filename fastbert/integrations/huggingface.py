@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.files import quoted
-from fastbert.integrations import batch, frozen, heads, layers, transformers4
+from fastbert.integrations import batch, forms, frozen, heads, layers, transformers4
 from fastbert.integrations.families import FAMILIES, Family, Parts
+from fastbert.integrations.handing import handing, taken
 from fastbert.integrations.layers import Call
 from fastbert.nn.exports import fx_leaf, refuse_script
 from fastbert.nn.packing import Packing
@@ -41,6 +42,12 @@ def replacement(kind: type[nn.Module]) -> type[nn.Module] | None:
     if not transformers4.supported(version):
         log_once(
             f"accelerate: transformers {version} is older than 4.48: only its torch.nn layers are accelerated"
+        )
+        return None
+    if not transformers4.supported(version, family.oldest):
+        oldest = ".".join(map(str, family.oldest))
+        log_once(
+            f"accelerate: transformers {version} is older than {oldest}: its {family.prefix} models are not accelerated"
         )
         return None
     return globals().get(kind.__name__) or _make(family, kind.__name__)
@@ -134,7 +141,7 @@ def _register_recorders(made: Any) -> None:
 
 def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     """The encoder model's forward: on packed tokens, or transformers' code with one logged sentence."""
-    wanted = given.pop("fastbert", "all")
+    wanted = given.pop("fastbert", "all") if self.fastbert_family.passes else taken("all")
     if wanted is None:
         return stock(self, **given)
     reason = batch.why_not_packed(self, given)
@@ -149,31 +156,66 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
         return stock(self, **given)
     values = heads.values(given)
     family = self.fastbert_family
-    parts = tuple(family.layout.of(layer) for layer in getattr(self, family.stack).layer)
+    stacked = family.layers_of(family.stack_of(self))
+    parts = tuple(family.layout.of(layer) for layer in stacked)
     # one seed for the whole forward: layers that are recomputed in backward must draw the same masks. None is drawn
     # where nothing is dropped: the user's next random numbers are those of an unaccelerated run
     dropped = max(max(layers.rates(m)) for m in parts) if self.training else 0.0
     seed = seed_for(dropped, None, values)
-    reason = _why_not_packed_between_layers(self, parts)
-    call = Call(packing, seed, reason is None, parts=parts, tokens=tokens)
+    reason = _why_not_packed_between_layers(self, stacked, parts)
+    call = Call(
+        family,
+        packing,
+        seed,
+        reason is None,
+        parts=parts,
+        forms=forms.forms(family, self, stacked, parts, packing.max_seqlen),
+        numbers=None if family.encoder else {id(layer): i for i, layer in enumerate(stacked)},
+        tokens=tokens,
+    )
     if reason is not None:
         log_once(f"accelerate: {type(self).__name__} takes padding out layer by layer: {reason}")
-        return stock(self, **given, fastbert=call)
+        return _stock_with(call, self, stock, given)
     if not given.get("output_hidden_states", getattr(self.config, "output_hidden_states", False)):
         call = _narrowed(self, call, wanted, values)._replace(states_unused=True)
     if self.fastbert_old:  # transformers4.encoder packs
         return stock(self, **given, fastbert=call)
     as_dict = given.pop("return_dict", getattr(self.config, "return_dict", True))
-    shape = values.shape[:2]
-    given["position_ids"] = batch.positions(self, given, shape)
+    given = _packed(self, given, packing)
+    output = _stock_with(call, self, stock, given | {"return_dict": True})
+    last = output.last_hidden_state
+    if output.get("hidden_states"):
+        output["hidden_states"] = tuple(_padded(h, last, packing) for h in output.hidden_states)
+    if family.last and not family.encoder:
+        shown = call.padded(last[0])
+        if output.get("hidden_states"):
+            states = (shown if h is last else h for h in output.hidden_states)
+            output["hidden_states"] = tuple(states)
+        output["last_hidden_state"] = shown
+    return output if as_dict else output.to_tuple()
+
+
+def _stock_with(call: Call, self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """transformers' forward of the model, whose encoder or layers get the call."""
+    if self.fastbert_family.passes:
+        return stock(self, **given, fastbert=call)
+    with handing(call):
+        return stock(self, **given)
+
+
+def _packed(self: Any, given: dict[str, Any], packing: Packing) -> dict[str, Any]:
+    """The arguments of transformers' forward for a batch of one sequence (1, T)."""
+    family = self.fastbert_family
+    if family.padded_embeddings and given.get("inputs_embeds") is None:
+        read = {n: given.pop(n, None) for n in ("input_ids", "position_ids")}
+        given["inputs_embeds"] = self.embeddings(**read, attention_mask=given.get("attention_mask"))
+    elif family.positions:
+        given["position_ids"] = batch.positions(self, given, heads.values(given).shape[:2])
     for name in ("input_ids", "inputs_embeds", "token_type_ids", "position_ids"):
         if given.get(name) is not None:
             given[name] = packing.unpad(given[name])[None]
-    given["attention_mask"] = None
-    output = stock(self, **given, return_dict=True, fastbert=call)
-    if output.get("hidden_states"):
-        output["hidden_states"] = tuple(_padded(h, output, packing) for h in output.hidden_states)
-    return output.to_tuple() if as_dict is False else output
+    given["attention_mask"] = dict.fromkeys(family.masks) if family.masks else None
+    return given
 
 
 def _narrowed(self: Any, call: Call, wanted: str | Tensor, values: Tensor) -> Call:
@@ -194,34 +236,44 @@ def _narrowed(self: Any, call: Call, wanted: str | Tensor, values: Tensor) -> Ca
     return call._replace(rows=rows)
 
 
-def _padded(hidden: Tensor | None, output: Any, packing: Packing) -> Tensor | None:
+def _padded(hidden: Tensor | None, last: Tensor, packing: Packing) -> Tensor | None:
     # the last hidden state is the output itself; states that were not requested are None
-    if hidden is None or hidden is output.last_hidden_state:
+    if hidden is None or hidden is last:
         return hidden
     return packing.pad(hidden[0])
 
 
-def _why_not_packed_between_layers(self: Any, parts: tuple[Parts, ...]) -> str | None:
+def _why_not_packed_between_layers(
+    self: Any, stacked: list[nn.Module], parts: tuple[Parts, ...]
+) -> str | None:
     """Why hidden states must pass from layer to layer as (B, S, C): other code sees them there."""
     family = self.fastbert_family
-    stack = getattr(self, family.stack)
-    embeddings = self.embeddings
-    if type(embeddings).__module__ != family.module:
-        return f"the embeddings are a {type(embeddings).__name__}"
-    inputs = list(embeddings.modules())
-    if (project := self._modules.get("embeddings_project")) is not None:
-        inputs.append(project)
-    for m in inputs[1:]:
+    stack, embeddings = family.stack_of(self), getattr(self, family.embeddings)
+    inputs = []
+    if not family.padded_embeddings:
+        if type(embeddings).__module__ != family.module and type(embeddings) is not nn.Embedding:
+            return f"the embeddings are a {type(embeddings).__name__}"
+        inputs = list(embeddings.modules())
+        if (project := self._modules.get("embeddings_project")) is not None:
+            inputs.append(project)
+        for m in inputs[type(embeddings) is not nn.Embedding :]:
+            if not layers.tokenwise(m):
+                return f"the embeddings hold a {type(m).__name__}"
+    ends = [
+        m for name in (family.first, family.last) if (m := stack._modules.get(name)) is not None
+    ]
+    for m in ends:
         if not layers.tokenwise(m):
-            return f"the embeddings hold a {type(m).__name__}"
-    stacked = list(stack.layer)
-    seen = first_hooked((*inputs, stack, *stacked), *layers.RECORDERS, layers.SHARDING)
+            return f"beside the layers is a {type(m).__name__}"
+    holders = [stack] if family.encoder else []
+    seen = first_hooked((*inputs, *holders, *ends, *stacked), *layers.RECORDERS, layers.SHARDING)
     if seen is not None:
         name = "encoder" if seen is stack else "embeddings"
+        name = "norm beside the layers" if any(seen is m for m in ends) else name
         name = f"layer {stacked.index(seen)}" if seen in stacked else name
         return f"hooks are attached to the {name}"
     for i, layer in enumerate(stacked):
-        if reason := layers.why_not_packed(layer, parts[i], family.layout, family.module):
+        if reason := layers.why_not_packed(layer, parts[i], family):
             return f"layer {i} runs transformers' code: {reason}"
     return None
 
@@ -231,32 +283,50 @@ def _why_not_packed_between_layers(self: Any, parts: tuple[Parts, ...]) -> str |
 
 def _encoder(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     """Run all layers on hidden states (1, T, C), or (B, S, C) unless call.packed; the output is zero at padding."""
-    call = given.pop("fastbert", None)
+    family = self.fastbert_family
+    call = given.pop("fastbert", None) if family.passes else taken(None)
     if call is None:
         return stock(self, **given)
     x, mask = given.pop("hidden_states"), given.pop("attention_mask", None)
     given.pop("use_cache", None)
+    # only encoders that record hidden states themselves get these arguments
+    states: list[Tensor] | None = [] if given.pop("output_hidden_states", False) else None
+    given.pop("return_dict", None)
     dtype = x.dtype
+    if family.first:
+        x = getattr(self, family.first)(x)
+    if family.bias and not call.packed:
+        given["position_bias"] = self.compute_position_bias(x)
+    stacked = family.layers_of(self)
     y = frozen.served(self, x, call)
-    for i, layer in enumerate(self.layer if y is None else ()):
-        x = layer(x, mask, fastbert=call.at(i, last=i == len(self.layer) - 1), **given)
+    for i, layer in enumerate(stacked if y is None else ()):
+        if states is not None:
+            states.append(x)
+        x = layer(x, mask, fastbert=call.at(i, last=i == len(stacked) - 1), **given)
+        x = x[0] if isinstance(x, tuple) else x
     x = x if y is None else y
-    x = call.padded(x[0] if call.packed else call.packing.unpad(x))
+    if family.last and (norm := getattr(self, family.last)) is not None:
+        x = norm(x)
     # under autocast layers compute in autocast's dtype, while transformers' output has the embeddings' dtype
-    return self.fastbert_output(last_hidden_state=x.to(dtype))
+    x = call.padded(x[0] if call.packed else call.packing.unpad(x)).to(dtype)
+    shown = {} if states is None else {"hidden_states": (*states, x)}
+    return self.fastbert_output(last_hidden_state=x, **shown)
 
 
 def _layer(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     call = given.pop("fastbert", None)
     if call is None:
         return stock(self, **given)
-    x = given["hidden_states"]
+    x, family = given["hidden_states"], self.fastbert_family
+    call = call.numbered(self)
     if call.packed:
-        return layers.run(call.parts[0], x[0], call)[None]
-    family = self.fastbert_family
+        y = layers.run(call.parts[0], x[0], call)
+        # a model that holds its layers itself, without a norm behind them, reads the last one's output next
+        ends = call.last and not family.encoder and not family.last
+        return call.padded(y).to(x.dtype) if ends else y[None]
     # a hook on another module may have changed this layer since the forward began
     parts = family.layout.of(self)
-    if layers.why_not_packed(self, parts, family.layout, family.module):
+    if layers.why_not_packed(self, parts, family):
         return stock(self, **given)
     packing = call.packing
     return packing.pad(layers.run(parts, packing.unpad(x), call))

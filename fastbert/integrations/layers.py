@@ -14,7 +14,8 @@ from torch.nn import functional as tnf
 
 from fastbert import nn as drop_in
 from fastbert.files import quoted
-from fastbert.integrations.families import Layout, Parts
+from fastbert.functional import Rotary
+from fastbert.integrations.families import Family, Layout, Parts
 from fastbert.nn.layer import (
     LayerCall,
     LayerSettings,
@@ -28,9 +29,21 @@ from fastbert.nn.packing import Packing
 from fastbert.nn.watch import first_hooked, hooked, log_once
 
 
+class Form(NamedTuple):
+    """What one layer's attention reads beside its weights."""
+
+    window: tuple[int, int] | None = None  # the tokens before and behind that a token sees
+    rotary: Rotary | None = None
+    bias: Tensor | None = None  # (H, 2 P - 1)
+
+
+_PLAIN = Form()
+
+
 class Call(NamedTuple):
     """What the layers of one forward share."""
 
+    family: Family
     packing: Packing
     seed: Tensor | None
     packed: bool  # True: hidden states go from layer to layer as (1, T, C); False: as (B, S, C)
@@ -38,17 +51,32 @@ class Call(NamedTuple):
     rows: Tensor | None = None
     firsts: bool = False  # True: `rows` are the sequences' first tokens
     layer: int = 0
+    last: bool = False  # True: of the last layer
     states_unused: bool = False  # True: no caller wants the intermediate hidden states
     # the parts of all layers, found and checked at the start of the forward; `at` leaves one layer's
     parts: tuple[Parts, ...] = ()
+    forms: tuple[Form, ...] = ()  # of all layers, or of one as `parts`
+    # the layers' numbers by id, where the model's own code runs them; `numbered` reads it
+    numbers: dict[int, int] | None = None
     # True: transformers' own layers take masks for sdpa; set with transformers 4 only
     sdpa: bool = False
     tokens: Tensor | None = None  # (B, S) bool: nothing is packed, and padding is computed too
 
     def at(self, layer: int, last: bool) -> Call:
         """The call for the layer of this number."""
-        rows, parts = self.rows if last else None, self.parts[layer : layer + 1]
-        return self._replace(layer=layer, rows=rows, parts=parts)
+        one = slice(layer, layer + 1)
+        parts, forms = self.parts[one], self.forms[one]
+        rows = self.rows if last else None
+        return self._replace(
+            layer=layer, last=last, rows=rows, parts=parts, forms=forms, numbers=None
+        )
+
+    def numbered(self, layer: nn.Module) -> Call:
+        """The call for this layer, which the model's own code runs."""
+        if self.numbers is None:
+            return self
+        number = self.numbers[id(layer)]
+        return self.at(number, last=number == len(self.parts) - 1)
 
     def padded(self, x: Tensor) -> Tensor:
         """The last layer's output (T, C) or (R, C) as (B, S, C), with zeros elsewhere."""
@@ -111,7 +139,15 @@ def _linear_like(m: nn.Module) -> bool:
 
 
 def _norm_like(m: nn.Module) -> bool:
-    return type(m).forward in (nn.LayerNorm.forward, drop_in.LayerNorm.forward) or _adapter(m)
+    known = type(m).forward in (nn.LayerNorm.forward, drop_in.LayerNorm.forward)
+    return known or rms_norm(m) or type(m) is nn.Identity or _adapter(m)
+
+
+def rms_norm(m: Any) -> bool:
+    """Whether a module is a family's own RMSNorm: a weight and an epsilon, statistics in fp32."""
+    kind = type(m)
+    own = kind.__name__.endswith("RMSNorm") and kind.__module__.startswith("transformers.models.")
+    return own and m.__dict__.keys() >= {"variance_epsilon"}
 
 
 def tokenwise(m: nn.Module) -> bool:
@@ -120,8 +156,11 @@ def tokenwise(m: nn.Module) -> bool:
     return known or _linear_like(m) or _norm_like(m)
 
 
-def _dropout_like(m: nn.Module | None) -> bool:
-    return m is None or (type(m) is nn.Dropout and 0.0 <= m.p < 1.0)
+def _dropout_like(m: Any) -> bool:
+    # some families keep the rate itself, or put an Identity in the place of a dropout of rate 0
+    if isinstance(m, float):
+        return 0.0 <= m < 1.0
+    return m is None or type(m) is nn.Identity or (type(m) is nn.Dropout and 0.0 <= m.p < 1.0)
 
 
 def elementwise(m: Any) -> bool:
@@ -135,15 +174,16 @@ def elementwise(m: Any) -> bool:
 
 # (classes that fit, the test for other classes, names of the parts to check)
 _CHECKS: tuple[tuple[tuple[type, ...], Callable[[Any], bool], tuple[str, ...]], ...] = (
-    ((nn.Linear,), _linear_like, ("query", "key", "value", "out", "up", "down")),
+    ((nn.Linear,), _linear_like, ("query", "key", "value", "out", "up", "down", "fused", "gate")),
     (NORMS, _norm_like, ("attention_norm", "output_norm")),
-    ((), _dropout_like, ("attention_dropout", "out_dropout", "down_dropout")),
+    ((), _dropout_like, ("attention_dropout", "out_dropout", "down_dropout", "inner_dropout")),
     ((), elementwise, ("activation",)),
 )
 
 
-def why_not_packed(layer: nn.Module, parts: Parts, layout: Layout, module: str) -> str | None:
+def why_not_packed(layer: nn.Module, parts: Parts, family: Family) -> str | None:
     """Why a layer of these parts must be run by transformers' own code, None if it can be run here."""
+    layout, module = family.layout, family.module
     holders = layout.holding(layer)
     for path, holder in zip(layout.holders, holders, strict=True):
         if type(holder).__module__ != module:
@@ -152,18 +192,26 @@ def why_not_packed(layer: nn.Module, parts: Parts, layout: Layout, module: str) 
         return f"hooks are attached to its {'.'.join(layout.holders[holders.index(seen)])}"
     if "feed_forward_chunk" in layer.__dict__ or "ff_chunk" in layer.__dict__:
         return "its feed_forward_chunk was replaced"
+    window = getattr(parts.core, "sliding_window", None)
+    if window is not None and window < 2:
+        return f"its sliding window is of {window - 1} tokens to each side"
     if getattr(parts.core, "is_causal", False):
         return "its attention is causal"
-    # transformers 4 only
-    if getattr(parts.core, "position_embedding_type", "absolute") != "absolute":
+    # transformers 4, and ESM
+    known = ("absolute", "rotary") if family.rotary else ("absolute",)
+    if getattr(parts.core, "position_embedding_type", "absolute") not in known:
         return f"its attention has {quoted(parts.core.position_embedding_type)} positions"
     # transformers 4's sdpa classes have a rate of their own
     if not 0.0 <= getattr(parts.core, "dropout_prob", 0.0) < 1.0:
         return f"its attention's dropout_prob is {parts.core.dropout_prob}"
     named: dict[str, nn.Module] = {}
+    absent = {n for n, path in zip(Parts._fields, layout.parts, strict=False) if not path}
+    absent |= {*Parts._fields[len(layout.parts) :]}
     for known, fits, names in _CHECKS:
         for name in names:
             m = getattr(parts, name)
+            if name in absent:
+                continue
             if type(m) not in known and not fits(m):
                 return f"its {name} is {str(m).splitlines()[0]}"
             if isinstance(m, nn.Module):
@@ -177,23 +225,37 @@ def why_not_packed(layer: nn.Module, parts: Parts, layout: Layout, module: str) 
 
 
 def run(m: Parts, x: Tensor, call: Call) -> Tensor:
-    """One layer of these parts on packed tokens: (T, C), or (R, C) at call.rows. It takes three dropout sites."""
-    packing, site = call.packing, 1 + 3 * call.layer
+    """One layer of these parts on packed tokens: (T, C), or (R, C) at call.rows."""
+    packing, layout = call.packing, call.family.layout
+    s = settings(m, layout)
+    form = call.forms[0] if call.forms else _PLAIN
+    site = 1 + (3 + s.inner_site) * call.layer
     batch = LayerCall(
-        packing.cu_seqlens, packing.max_seqlen, call.seed, site, call.rows, call.tokens
+        packing.cu_seqlens,
+        packing.max_seqlen,
+        call.seed,
+        site,
+        call.rows,
+        call.tokens,
+        form.rotary,
+        form.bias,
     )
-    return encoder_layer(x, weights(m), settings(m), batch)
+    return encoder_layer(x, weights(m, layout), s._replace(window=form.window), batch)
 
 
-def weights(m: Parts) -> LayerWeights:
+def weights(m: Parts, layout: Layout) -> LayerWeights:
     """The layer's parameters; a module that must be called takes the place of its weight."""
-    qkv, qkv_bias = _fused(plain(m.query), plain(m.key), plain(m.value)) or (_separate(m), None)
+    if m.fused is not None:
+        qkv, qkv_bias = _listed(_projection(m, m.fused))
+    else:
+        known = _fused(plain(m.query), plain(m.key), plain(m.value))
+        qkv, qkv_bias = known or (_separate(m), None)
     return LayerWeights(
         qkv,
         qkv_bias,
         *_weight_and_bias(m.out),
         *_norm(m.attention_norm),
-        *_weight_and_bias(m.up),
+        *(_halves(m) if layout.gated else _weight_and_bias(m.up)),
         *_weight_and_bias(m.down),
         *_norm(m.output_norm),
     )
@@ -204,20 +266,50 @@ def _weight_and_bias(m: nn.Module) -> tuple[Any, Tensor | None]:
     return plain(m) or ((lambda x: m(x[None])[0]), None)
 
 
+def _listed(pair: tuple[Any, Tensor | None]) -> tuple[Any, list[Tensor] | None]:
+    """A weight and a bias as lists of one; a function stays alone."""
+    weight, bias = pair
+    return (weight, None) if callable(weight) else ([weight], None if bias is None else [bias])
+
+
+def _projection(m: Parts, fused: nn.Module) -> tuple[Any, Tensor | None]:
+    """The weight and bias of one projection of queries, keys and values, or a function x (T, C) -> (T, 3, H, D)."""
+    if (own := plain(fused)) is not None:
+        return own
+    size = head_size(m)
+    return (lambda x: fused(x[None])[0].view(x.shape[0], 3, -1, size)), None
+
+
+def _halves(m: Parts) -> tuple[Any, Any]:
+    """The first weights and biases of a gated feed-forward as lists, with the gate first."""
+    if m.gate is None:
+        return _listed(_weight_and_bias(m.up))
+    known = _fused(plain(m.gate), plain(m.up))
+    if known is not None:
+        return known
+    return (lambda x: torch.cat([_tokens(p, x) for p in (m.gate, m.up)], -1)), None
+
+
 def _norm(m: Any) -> tuple[Any, Tensor | None]:
     """A norm's weight and bias, or the norm itself."""
-    if type(m) in NORMS and len(m.normalized_shape) == 1 and m.bias is not None:
+    if type(m) in NORMS and len(m.normalized_shape) == 1 and m.weight is not None:
         return m.weight, m.bias
-    return m, None
+    return (m.weight, None) if rms_norm(m) else (m, None)
+
+
+def head_size(m: Parts) -> int:
+    """D of the layer's attention."""
+    size = getattr(m.core, "attention_head_size", None)
+    return m.core.head_dim if size is None else size
 
 
 def _separate(m: Parts) -> Callable[[Tensor], Tensor]:
-    """x (T, C) -> (T, 3, H, D) by three calls, for projections that do not fit into one product."""
+    """x (T, C) -> (T, 3, H, D) or (T, H + 2 kv_heads, D) by three calls: they do not fit into one product."""
 
     def project(x: Tensor) -> Tensor:
-        qkv = torch.stack([_tokens(p, x) for p in (m.query, m.key, m.value)], 1)
-        size = m.core.attention_head_size
-        return qkv.view(*qkv.shape[:2], qkv.shape[2] // size, size)
+        parts = [_tokens(p, x).unflatten(1, (-1, head_size(m))) for p in (m.query, m.key, m.value)]
+        equal = parts[0].shape == parts[1].shape
+        return torch.stack(parts, 1) if equal else torch.cat(parts, 1)
 
     return project
 
@@ -249,36 +341,63 @@ def _fused(
 
 def rates(m: Parts) -> Rates:
     """The probabilities of the layer's dropouts now."""
-    # transformers 4 keeps this rate on its sdpa classes
-    attention = getattr(m.core, "dropout_prob", m.attention_dropout.p) if m.core.training else 0.0
+    attention = 0.0
+    if m.core.training:
+        kept = m.attention_dropout
+        # transformers 4 keeps this rate on its sdpa classes
+        attention = getattr(m.core, "dropout_prob", kept if isinstance(kept, float) else kept.p)
     # written out, since every layer of every forward runs this
-    out, down = m.out_dropout, m.down_dropout
+    out, inner, down = m.out_dropout, m.inner_dropout, m.down_dropout
     return Rates(
         attention,
-        out.p if out is not None and out.training else 0.0,
-        0.0,
-        down.p if down is not None and down.training else 0.0,
+        out.p if type(out) is nn.Dropout and out.training else 0.0,
+        inner.p if type(inner) is nn.Dropout and inner.training else 0.0,
+        down.p if type(down) is nn.Dropout and down.training else 0.0,
     )
 
 
-def settings(m: Parts) -> LayerSettings:
+def settings(m: Parts, layout: Layout) -> LayerSettings:
     """The layer's settings as its modules hold them now."""
-    core, size = m.core, m.core.attention_head_size
-    activation = gelu(m.activation)
-    if activation is None:
+    core, size = m.core, head_size(m)
+    activation = "none" if m.activation is None else gelu(m.activation)
+    fused = activation is not None or (layout.gated and silu(m.activation))
+    if not fused:
         log_once(
             f"accelerate: the activation {type(m.activation).__name__} is transformers', not fused"
         )
+    # transformers 4 names no scale
+    scale = getattr(core, "scaling", size**-0.5) if layout.scale is None else layout.scale(size)
+    # an adapter's projection has its own shape
+    heads = getattr(m.query, "out_features", 0) // size
+    kv_heads = getattr(m.key, "out_features", 0) // size
+    if m.fused is not None:
+        heads = kv_heads = getattr(m.fused, "out_features", size) // (3 * size)
+    name = m.activation if activation is None else activation_name(activation)
     return LayerSettings(
-        # an adapter's projection has its own shape
-        getattr(m.query, "out_features", size) // size,
-        m.activation if activation is None else activation_name(activation),
-        getattr(m.attention_norm, "eps", 0.0),
-        getattr(m.output_norm, "eps", 0.0),
+        heads,
+        "silu" if activation is None and fused else name,
+        getattr(m.attention_norm, "eps", 0.0) or _epsilon(m.attention_norm),
+        getattr(m.output_norm, "eps", 0.0) or _epsilon(m.output_norm),
         rates(m),
-        # transformers 4 names no scale
-        getattr(core, "scaling", size**-0.5),
+        scale,
+        pre_norm=layout.pre_norm,
+        inner_site=m.inner_dropout is not None,
+        gated=layout.gated,
+        kv_heads=None if kv_heads in (0, heads) else kv_heads,
+        rms_norm=type(m.attention_norm) not in NORMS and rms_norm(m.attention_norm),
     )
+
+
+def _epsilon(m: Any) -> float:
+    return getattr(m, "variance_epsilon", 0.0)
+
+
+def silu(activation: Any) -> bool:
+    """Whether an activation is the SiLU."""
+    if activation is nn.functional.silu or type(activation) is nn.SiLU:
+        return True
+    kind = type(activation)
+    return kind.__name__ == "SiLUActivation" and kind.__module__ == "transformers.activations"
 
 
 def gelu(activation: Any) -> str | None:

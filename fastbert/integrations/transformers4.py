@@ -31,10 +31,10 @@ class Handed(NamedTuple):
     value: Any
 
 
-def supported(version: str) -> bool:
-    """Whether accelerate() knows the models of this version of transformers."""
+def supported(version: str, oldest: tuple[int, int] = OLDEST) -> bool:
+    """Whether this version of transformers is `oldest` or newer."""
     major, minor = version.split(".")[:2]
-    return (int(major), int(minor)) >= OLDEST
+    return (int(major), int(minor)) >= oldest
 
 
 def is_old(stock: Callable[..., Any]) -> bool:

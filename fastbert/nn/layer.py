@@ -78,6 +78,10 @@ class LayerSettings(NamedTuple):
     inner_site: bool = False
     # norms keep their outputs for backward, not their inputs (functional.dropout_add_layer_norm)
     norms_from_output: bool = False
+    window: tuple[int, int] | None = None  # the tokens before and behind that a token sees
+    kv_heads: int | None = None  # None: as many as `heads`; then `qkv` gives (T, H + 2 kv_heads, D)
+    gated: bool = False
+    rms_norm: bool = False
 
 
 class LayerCall(NamedTuple):
@@ -90,6 +94,8 @@ class LayerCall(NamedTuple):
     rows: Tensor | None = None  # (R,) int64: the rows to compute after attention; None: all
     # (B, S) bool, True at tokens: x is a padded batch (B * S, C), and padding attends to the tokens as in torch.nn
     tokens: Tensor | None = None
+    rotary: F.Rotary | None = None
+    bias: Tensor | None = None  # (H, 2 P - 1), of relative positions
 
 
 Block = Callable[[Tensor], Tensor]
@@ -128,12 +134,20 @@ def attention_block(x: Tensor, w: LayerWeights, s: LayerSettings, c: LayerCall) 
     """Self-attention inside each sequence and the output projection: (T, C) -> (T, C), or (R, C) at c.rows."""
     qkv = w.qkv(x) if callable(w.qkv) else F.qkv_proj(x, w.qkv, w.qkv_bias, s.heads)
     p = s.rates.attention
+    form: dict[str, Any] = {
+        "scale": s.scale,
+        "p": p,
+        "causal": s.causal,
+        "window": s.window,
+        "kv_heads": s.kv_heads,
+        "rotary": c.rotary,
+        "bias": c.bias,
+    }
     if c.tokens is not None:
-        y = padded(qkv, c.tokens, c.max_seqlen, scale=s.scale, p=p, causal=s.causal)
+        y = padded(qkv, c.tokens, c.max_seqlen, **form)
     else:
         seed = c.seed if p else None
-        batch = (qkv, c.cu_seqlens, c.max_seqlen)
-        y = F.attention(*batch, scale=s.scale, p=p, causal=s.causal, seed=seed, site=c.site)
+        y = F.attention(qkv, c.cu_seqlens, c.max_seqlen, **form, seed=seed, site=c.site)
     assert isinstance(y, Tensor)  # a pair only with return_lse
     y = y.flatten(1)
     return project(y if c.rows is None else y.index_select(0, c.rows), w.out, w.out_bias)

@@ -29,6 +29,11 @@ def _mask_of_heads4(mask: Tensor) -> tuple[Tensor, Tensor]:
     return token, left | (mask != token)
 
 
+def _mask_of_beginnings(mask: Tensor) -> tuple[Tensor, Tensor]:
+    token = mask != 0
+    return token, token[:, 1:] & ~token[:, :-1]
+
+
 def _key_padding(mask: Tensor) -> tuple[Tensor, Tensor]:
     token = mask == 0
     if mask.dtype == torch.bool:
@@ -41,6 +46,7 @@ READINGS = {
     "mask": _mask,  # 1 at tokens, 0 at padding; other values are wrong
     "heads": _mask_of_heads,  # 0 at padding; sequences that begin with padding are wrong
     "heads4": _mask_of_heads4,  # also wrong: values other than 0 and 1, which are no tokens to transformers 4
+    "beginnings": _mask_of_beginnings,  # 0 at padding; tokens that follow padding are wrong
     "key_padding": _key_padding,  # True or -inf at padding; other numbers than 0 are wrong
 }
 

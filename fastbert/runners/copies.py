@@ -205,6 +205,10 @@ def why_not_prepacked(
     """
     if settings.activation not in GELUS:
         return "the activation is not GELU"
+    if settings.pre_norm or settings.gated or settings.rms_norm:
+        return "the layer is not BERT's: its norms stand before the blocks, or its feed-forward is gated"
+    if settings.window is not None or settings.kv_heads is not None:
+        return "attention has a window, or shared key heads"
     if fields is None:
         return "a Linear or a norm is not torch.nn's own, or has no bias"
     for name, field in zip(LayerWeights._fields, fields, strict=True):

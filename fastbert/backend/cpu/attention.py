@@ -39,9 +39,7 @@ def unsupported(
     """Why this call can't run here, from metadata only; None if it can."""
     D = qkv.shape[-1]
     if D > _MOST:
-        return (
-            f"the head size is {D} and the cpu kernel goes up to {_MOST}: use the torch backend"
-        )
+        return f"the head size is {D} and the cpu kernel goes up to {_MOST}: use the torch backend"
     return unsupported_dtype("qkv", qkv) or unsupported_dropout(p)
 
 

@@ -1,4 +1,4 @@
-"""attention: softmax(scale Q K^T + bias) V inside each packed sequence, dropout on the weights (Vaswani et al. 2017)."""
+"""attention: softmax(scale Q K^T + bias) V inside each packed sequence, with dropout (Vaswani et al. 2017)."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def biases(bias: Tensor, L: int) -> Tensor:
 
 def diagonal_sums(x: Tensor, width: int) -> Tensor:
     """(H, L, L) -> (H, width = 2 P - 1): element j - i + P - 1 is the sum of x[:, i, j]; deterministic."""
-    H, L, _ = x.shape
+    L = x.shape[1]
     sums = x.flatten(1)
     if L > 1:
         # in rows of 2 L - 1 elements, row i of x begins at column L - 1 - i: at i (2 L - 2) + L - 1 in all
@@ -91,7 +91,9 @@ class _Sequence:
             scores = scores.masked_fill(hidden, float("-inf"))
         self.scores = scores
 
-    def joined(self, dq: Tensor, dk: Tensor, dv: Tensor, rotary: Tensor | None, pairs: bool) -> Tensor:
+    def joined(
+        self, dq: Tensor, dk: Tensor, dv: Tensor, rotary: Tensor | None, pairs: bool
+    ) -> Tensor:
         """Gradients (H, L, D) of the rotated, repeated heads as that of qkv (L, H + 2 kv_heads, D)."""
         dk, dv = (t.unflatten(0, (-1, self.group)).sum(1) for t in (dk, dv))
         if rotary is not None:
@@ -331,7 +333,11 @@ def cost(
     for _, start, end in _spans(cu_seqlens):
         i = torch.arange(end - start)
         first = torch.zeros_like(i) if left < 0 else (i - left).clamp(min=0)
-        last = torch.full_like(i, end - start - 1) if right < 0 else (i + right).clamp(max=end - start - 1)
+        last = (
+            torch.full_like(i, end - start - 1)
+            if right < 0
+            else (i + right).clamp(max=end - start - 1)
+        )
         # a causal call's products run over whole tiles: both halves are counted, as for other kernels
         seen += (end - start) ** 2 if (left, right) == (-1, 0) else int((last - first + 1).sum())
     product = 2 * seen * H * D

@@ -17,8 +17,8 @@ from torch import Tensor
 class Rotary:
     """The rotary positions of a call of `attention`: cosines and sines of every position, which get no gradient.
 
-    `table` is (P, 2, R / 2) fp32; position i of a sequence reads row i, and P is at least the longest sequence. R, even,
-    are the turned elements of a head: all D, or the first. `pairs`: neighbours are turned together, not halves.
+    `table` is (P, 2, R / 2) fp32; position i of a sequence reads row i, and P is at least the longest sequence. The
+    first R elements of a head are turned, R even. `pairs`: neighbours are turned together, not the two halves of R.
     """
 
     table: Tensor
