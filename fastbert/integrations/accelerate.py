@@ -11,7 +11,7 @@ from torch import nn
 
 from fastbert import nn as drop_in
 from fastbert.files import quoted
-from fastbert.integrations.families import FAMILIES
+from fastbert.integrations.known_families import FAMILIES
 from fastbert.nn.watch import hooked_by
 
 _log = logging.getLogger("fastbert")

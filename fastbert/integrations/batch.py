@@ -66,7 +66,8 @@ def why_not_packed(self: Any, given: dict[str, Any]) -> str | None:
     if implementation not in ("eager", "sdpa") and "flash_attention" not in implementation:
         return f"the attention implementation is {quoted(implementation)}"
     for name, value in given.items():
-        if name in _KNOWN or value is None or value is False:
+        known = name in _KNOWN or name in self.fastbert_family.per_token
+        if known or value is None or value is False:
             continue
         read = self.fastbert_arguments
         if name in read or not read or "flash" in implementation:
@@ -99,6 +100,9 @@ def why_not_these_shapes(self: Any, given: dict[str, Any]) -> str | None:
         return "attention_mask is not (B, S)"
     if types is not None and types.shape != shape:
         return f"token_type_ids has shape {tuple(types.shape)}, not {tuple(shape)}"
+    for name in self.fastbert_family.per_token:
+        if (t := given.get(name)) is not None and t.shape[:2] != shape:
+            return f"{name} has shape {tuple(t.shape)}, not {tuple(shape)} and more"
     if positions is not None and positions.shape not in (shape, (1, shape[1])):
         return f"position_ids has shape {tuple(positions.shape)}, not {tuple(shape)}"
     family = self.fastbert_family

@@ -11,7 +11,7 @@ from torch.nn import functional as tnf
 
 from fastbert import functional as F
 from fastbert.backend.torch_private import exporting
-from fastbert.integrations import layers
+from fastbert.integrations import recognise
 from fastbert.integrations.families import module_at
 from fastbert.integrations.handing import handing
 from fastbert.nn.packing import find_labelled
@@ -144,11 +144,11 @@ def _why_not_labelled_rows(self: Any, given: dict[str, Any]) -> str | None:
             if type(holder).__module__ != family.module:
                 return f"its {step} is a {type(holder).__name__}"
         for m in getattr(self, top).modules():
-            if hooked(m, *layers.RECORDERS, layers.SHARDING):
+            if hooked(m, *recognise.RECORDERS, recognise.SHARDING):
                 return f"hooks are attached to its {top}"
         m = module_at(self, name)
         parts = m.children() if type(m).__module__ == family.module else (m,)
-        if not all(layers.tokenwise(part) or layers.elementwise(part) for part in parts):
+        if not all(recognise.tokenwise(part) or recognise.elementwise(part) for part in parts):
             return f"its {name} is not transformers' own"
     return why_not_bypassed()
 
@@ -159,7 +159,7 @@ def _mlm_loss(self: Any, x: Tensor, labels: Tensor) -> Tensor:
     for name in family.transform:
         x = tnf.gelu(x) if name == "gelu" else module_at(self, name)(x)
     decoder = module_at(self, family.decoder)
-    if (own := layers.plain(decoder)) is not None:
+    if (own := recognise.plain(decoder)) is not None:
         return F.mlm_loss(x, *own, labels, compacted=True)
     # an adapter or another module is called on the labelled rows
     total = F.cross_entropy(decoder(x), labels, reduction="sum")

@@ -19,9 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.files import quoted
-from fastbert.integrations import batch, forms, frozen, heads, layers, transformers4
-from fastbert.integrations.families import FAMILIES, Family, Parts
+from fastbert.integrations import (
+    batch,
+    forms,
+    frozen,
+    heads,
+    layers,
+    recognise,
+    transformers4,
+)
+from fastbert.integrations.families import Family, Parts
 from fastbert.integrations.handing import handing, taken
+from fastbert.integrations.known_families import FAMILIES
 from fastbert.integrations.layers import Call
 from fastbert.nn.exports import fx_leaf, refuse_script
 from fastbert.nn.packing import Packing
@@ -192,6 +201,8 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
             states = (shown if h is last else h for h in output.hidden_states)
             output["hidden_states"] = tuple(states)
         output["last_hidden_state"] = shown
+    if family.end:
+        output["last_hidden_state"] = packing.pad(packing.unpad(last))
     return output if as_dict else output.to_tuple()
 
 
@@ -211,7 +222,8 @@ def _packed(self: Any, given: dict[str, Any], packing: Packing) -> dict[str, Any
         given["inputs_embeds"] = self.embeddings(**read, attention_mask=given.get("attention_mask"))
     elif family.positions:
         given["position_ids"] = batch.positions(self, given, heads.values(given).shape[:2])
-    for name in ("input_ids", "inputs_embeds", "token_type_ids", "position_ids"):
+    names = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids", *family.per_token)
+    for name in names:
         if given.get(name) is not None:
             given[name] = packing.unpad(given[name])[None]
     given["attention_mask"] = dict.fromkeys(family.masks) if family.masks else None
@@ -257,16 +269,19 @@ def _why_not_packed_between_layers(
         if (project := self._modules.get("embeddings_project")) is not None:
             inputs.append(project)
         for m in inputs[type(embeddings) is not nn.Embedding :]:
-            if not layers.tokenwise(m):
+            own = type(m) is nn.ModuleList or type(m).__module__ == family.module
+            if not (own or recognise.tokenwise(m) or recognise.elementwise(m)):
                 return f"the embeddings hold a {type(m).__name__}"
     ends = [
         m for name in (family.first, family.last) if (m := stack._modules.get(name)) is not None
     ]
     for m in ends:
-        if not layers.tokenwise(m):
+        if not recognise.tokenwise(m):
             return f"beside the layers is a {type(m).__name__}"
     holders = [stack] if family.encoder else []
-    seen = first_hooked((*inputs, *holders, *ends, *stacked), *layers.RECORDERS, layers.SHARDING)
+    seen = first_hooked(
+        (*inputs, *holders, *ends, *stacked), *recognise.RECORDERS, recognise.SHARDING
+    )
     if seen is not None:
         name = "encoder" if seen is stack else "embeddings"
         name = "norm beside the layers" if any(seen is m for m in ends) else name
