@@ -14,6 +14,7 @@ from fastbert.ops.mlm_loss import mlm_loss
 from fastbert.ops.qkv_proj import qkv_proj
 from fastbert.ops.relation_loss import relation_loss
 from fastbert.ops.relative_bias import alibi_bias, relative_bias
+from fastbert.ops.rms_norm import rms_norm
 
 __all__ = [
     "Rotary",
@@ -31,4 +32,5 @@ __all__ = [
     "qkv_proj",
     "relation_loss",
     "relative_bias",
+    "rms_norm",
 ]

@@ -34,7 +34,7 @@ def _dropout_add_layer_norm_fwd_kernel(
     x_ptr,  # (N, C)
     residual_ptr,  # (N, C)
     weight_ptr,  # (C,)
-    bias_ptr,  # (C,)
+    bias_ptr,  # (C,), or None
     y_ptr,  # (N, C)
     z_ptr,  # (N, C), or None
     mean_ptr,  # (N,)
@@ -63,7 +63,9 @@ def _dropout_add_layer_norm_fwd_kernel(
     if z_ptr is not None:
         tl.store(z_ptr + at, z, mask=inside)
     centred, mean, rstd = moments(z, inside, C, eps)
-    y = centred * rstd[:, None] * load_vector(weight_ptr, cols, C) + load_vector(bias_ptr, cols, C)
+    y = centred * rstd[:, None] * load_vector(weight_ptr, cols, C)
+    if bias_ptr is not None:
+        y += load_vector(bias_ptr, cols, C)
     tl.store(y_ptr + at, y, mask=inside)
     tl.store(mean_ptr + rows, mean, mask=rows < N)
     tl.store(rstd_ptr + rows, rstd, mask=rows < N)
@@ -77,6 +79,7 @@ def _dropout_add_layer_norm_bwd_kernel(
     bias_ptr,  # (C,), or None
     mean_ptr,  # (N,)
     rstd_ptr,  # (N,)
+    dz_ptr,  # (N, C), or None
     dx_ptr,  # (N, C)
     dresidual_ptr,  # (N, C)
     partial_ptr,  # (2, programs, C) fp32
@@ -91,7 +94,7 @@ def _dropout_add_layer_norm_bwd_kernel(
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # dresidual = dz, dx = dropout(dz); sums of dy xhat and dy as in layer_norm
+    # dsum is LayerNorm's gradient + dz, dresidual = dsum, dx = dropout(dsum); sums of dy xhat and dy as in layer_norm
     program, programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK_C)
     dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
@@ -105,13 +108,15 @@ def _dropout_add_layer_norm_bwd_kernel(
         at = rows.to(tl.int64)[:, None] * C + cols[None, :]
         z = tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dz, xhat = row_gradient(g, z, weight, bias, mean_ptr, rstd_ptr, rows, inside, N, C)
+        dsum, xhat = row_gradient(g, z, weight, bias, mean_ptr, rstd_ptr, rows, inside, N, C)
         dweight += g * xhat
         dbias += g
-        tl.store(dresidual_ptr + at, dz, mask=inside)
+        if dz_ptr is not None:
+            dsum += tl.load(dz_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dresidual_ptr + at, dsum, mask=inside)
         numbers = _numbers(numbers_ptr, rows, N)
-        dz = drop_rows(dz, inside, seed_ptr, numbers, site, threshold, scale, ROWS, BLOCK_C, wide)
-        tl.store(dx_ptr + at, dz, mask=inside)
+        dx = drop_rows(dsum, inside, seed_ptr, numbers, site, threshold, scale, ROWS, BLOCK_C, wide)
+        tl.store(dx_ptr + at, dx, mask=inside)
     store_sums(partial_ptr, dweight, dbias, cols, C)
 
 
@@ -119,7 +124,7 @@ def unsupported(
     x: Tensor,  # (N, C)
     residual: Tensor,  # (N, C)
     weight: Tensor,  # (C,)
-    bias: Tensor,  # (C,)
+    bias: Tensor | None,  # (C,)
     eps: float,
     p: float,
     seed: Tensor | None,  # (1,) int64
@@ -139,7 +144,7 @@ def forward(
     x: Tensor,  # (N, C)
     residual: Tensor,  # (N, C)
     weight: Tensor,  # (C,)
-    bias: Tensor,  # (C,)
+    bias: Tensor | None,  # (C,)
     eps: float,
     p: float,
     seed: Tensor | None,  # (1,) int64
@@ -188,6 +193,7 @@ def backward(
     site: int,
     rows: Tensor | None,  # (N,) int64
     bias: Tensor | None = None,  # (C,)
+    dz: Tensor | None = None,  # (N, C): the gradient that reaches z itself
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx and dresidual (N, C) in z's dtype, dweight (C,) in weight's and dbias in fp32."""
     N, C = z.shape
@@ -205,6 +211,7 @@ def backward(
         dense(bias),
         mean,
         rstd,
+        dz,
         dx,
         dresidual,
         partial,

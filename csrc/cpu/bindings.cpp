@@ -119,6 +119,8 @@ PYBIND11_MODULE(_cpu, m) {
   FASTBERT_DEFINE(linear_int8_unpack);
   FASTBERT_DEFINE(relation_loss_fwd);
   FASTBERT_DEFINE(relation_loss_bwd);
+  FASTBERT_DEFINE(rms_norm_fwd);
+  FASTBERT_DEFINE(rms_norm_bwd);
   FASTBERT_DEFINE(fma_peak);
   FASTBERT_DEFINE(dot_peak);
 }

@@ -1,10 +1,12 @@
-// BERT's post-LN step in one pass over memory.
+// The step between two blocks of a layer in one pass over memory; post-norm uses y, pre-norm y and
+// z.
 //
 //   z = residual + dropout(x)
 //   y = (z - mean) * rstd * weight + bias,   mean, var over the row,   rstd = 1 / sqrt(var + eps)
 //
-// backward, with xhat = (z - mean) * rstd and g = dy * weight:
-//   dz = rstd * (g - mean(g) - xhat * mean(g * xhat)),   dresidual = dz,   dx = dropout'(dz)
+// backward, with dz the gradient that reaches z itself, xhat = (z - mean) * rstd, g = dy * weight:
+//   dsum = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dz,   dresidual = dsum,
+//   dx = dropout'(dsum)
 //   dweight = sum over rows of dy * xhat,   dbias = sum over rows of dy
 #include "dropout_add_layer_norm.h"
 
@@ -45,7 +47,7 @@ void forward(const T* x, const T* residual, const float* weight, const float* bi
 
 template <typename T>
 void backward(const T* dy, const T* z, const float* weight, const float* mean, const float* rstd,
-              T* dx, T* dresidual, float* dweight, float* dbias, int64_t N, int64_t C,
+              const T* dz, T* dx, T* dresidual, float* dweight, float* dbias, int64_t N, int64_t C,
               const Dropout& dropout, int threads) {
   const int64_t room = round_up(C, kPhiloxWords);
   norm_partitions(N, C, dweight, dbias, 2 * room, threads,
@@ -55,12 +57,13 @@ void backward(const T* dy, const T* z, const float* weight, const float* mean, c
                     for (int r = 0; drops && r < kRows; ++r)
                       row_factors(dropout, i + r, C, factors + r * room);
                     norm_bwd_rows<kRows>(dy + i * C, z + i * C, C, weight, mean + i, rstd + i, C,
-                                         dw, db, [=](int r, int64_t c, int64_t n, F dz) {
+                                         dw, db, [=](int r, int64_t c, int64_t n, F dsum) {
                                            const int64_t at = (i + r) * C + c;
-                                           store(dresidual + at, dz, n);
+                                           if (dz) dsum += load(dz + at, n);
+                                           store(dresidual + at, dsum, n);
                                            if (drops)
-                                             dz = dropped(dz, load(factors + r * room + c));
-                                           store(dx + at, dz, n);
+                                             dsum = dropped(dsum, load(factors + r * room + c));
+                                           store(dx + at, dsum, n);
                                          });
                   });
 }
@@ -80,16 +83,16 @@ void dropout_add_layer_norm_fwd(int dtype, const void* x, const void* residual, 
 }
 
 void dropout_add_layer_norm_bwd(int dtype, const void* dy, const void* z, const float* weight,
-                                const float* mean, const float* rstd, void* dx, void* dresidual,
-                                float* dweight, float* dbias, int64_t N, int64_t C,
+                                const float* mean, const float* rstd, const void* dz, void* dx,
+                                void* dresidual, float* dweight, float* dbias, int64_t N, int64_t C,
                                 const int64_t* seed, uint32_t site, uint32_t threshold, float scale,
                                 const int64_t* rows, int threads) {
   const Dropout dropout = {seed, site, threshold, scale, rows};
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
     backward(static_cast<const T*>(dy), static_cast<const T*>(z), weight, mean, rstd,
-             static_cast<T*>(dx), static_cast<T*>(dresidual), dweight, dbias, N, C, dropout,
-             threads);
+             static_cast<const T*>(dz), static_cast<T*>(dx), static_cast<T*>(dresidual), dweight,
+             dbias, N, C, dropout, threads);
   });
 }
 

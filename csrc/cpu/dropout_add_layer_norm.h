@@ -9,7 +9,7 @@ void dropout_add_layer_norm_fwd(int dtype,
                                 const void* x,         // (N, C)
                                 const void* residual,  // (N, C)
                                 const float* weight,   // (C,)
-                                const float* bias,     // (C,)
+                                const float* bias,     // (C,), or null: zeros
                                 void* y,               // (N, C)
                                 void* z,               // (N, C), or null: not saved
                                 float* mean,           // (N,)
@@ -23,6 +23,7 @@ void dropout_add_layer_norm_bwd(int dtype,
                                 const float* weight,  // (C,)
                                 const float* mean,    // (N,)
                                 const float* rstd,    // (N,)
+                                const void* dz,       // (N, C), or null: no gradient of z
                                 void* dx,             // (N, C)
                                 void* dresidual,      // (N, C)
                                 float* dweight,       // (C,)

@@ -14,3 +14,4 @@
 #include "linear_int8.h"
 #include "peak.h"
 #include "relation_loss.h"
+#include "rms_norm.h"

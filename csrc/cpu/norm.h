@@ -1,5 +1,5 @@
-// Helpers of layer_norm, dropout_add_layer_norm and embed: a row's statistics and output, and a
-// backward that sums over rows in fixed partitions, whatever the thread count.
+// Helpers of layer_norm, rms_norm, dropout_add_layer_norm and embed: a row's statistics and output,
+// and a backward that sums over rows in fixed partitions, whatever the thread count.
 #pragma once
 
 #include <array>
@@ -69,8 +69,25 @@ inline F lanes_below(int64_t n) { return n >= W ? set1(1.0f) : (below(n) ? set1(
 // `put` is passed by value here and below and should capture by value: stores might change what a
 // reference points to, so it would be read again for every vector.
 
-// Calls put(c, n, y) with y = (z - mean) rstd weight + bias for z (C), whose sum is `total`; weight
-// and bias may be null (1 and 0).
+// Calls put(c, n, y) with y = (z - mean) rstd weight + bias for z (C); weight and bias may be null
+// (1 and 0).
+template <typename Z, typename Put>
+inline void scale_row(const Z* z, float mean, float rstd, const float* weight, const float* bias,
+                      int64_t C, Put put) {
+  columns(C, [&](int64_t c, int64_t n, int) {
+    const F xhat = (load(z + c, n) - mean) * rstd;
+    const F w = weight ? load(weight + c, n) : set1(1.0f);
+    // one expression, so that it is one multiply-add: rounded once
+    put(c, n, bias ? xhat * w + load(bias + c, n) : xhat * w);
+  });
+}
+
+// 1 / sqrt(squares / C + eps)
+inline float reciprocal_root(float squares, int64_t C, float eps) {
+  return 1.0f / sqrt1(squares / static_cast<float>(C) + eps);
+}
+
+// LayerNorm of z (C), whose sum is `total`: put, weight and bias as in scale_row.
 template <typename Z, typename Put>
 inline void norm_row(const Z* z, float total, const float* weight, const float* bias, int64_t C,
                      float eps, float* mean, float* rstd, Put put) {
@@ -80,13 +97,8 @@ inline void norm_row(const Z* z, float total, const float* weight, const float* 
     const F centred = (load(z + c, n) - m) * lanes_below(n);
     sums->of[k] += centred * centred;
   });
-  const float r = 1.0f / sqrt1(squares / static_cast<float>(C) + eps);
-  columns(C, [&](int64_t c, int64_t n, int) {
-    const F xhat = (load(z + c, n) - m) * r;
-    const F w = weight ? load(weight + c, n) : set1(1.0f);
-    // one expression, so that it is one multiply-add: rounded once
-    put(c, n, bias ? xhat * w + load(bias + c, n) : xhat * w);
-  });
+  const float r = reciprocal_root(squares, C, eps);
+  scale_row(z, m, r, weight, bias, C, put);
   *mean = m;
   *rstd = r;
 }
@@ -114,17 +126,19 @@ inline void norm_rows(int64_t N, int64_t C, const Dropout& dropout, int threads,
 // halves the traffic of the sums.
 //
 //   dz = rstd (g - mean(g) - xhat mean(g xhat)),  g = dy weight
-template <int R, typename D, typename Z, typename Put>
+//
+// Centred = false is RMSNorm: without mean(g); mean and dbias are not read.
+template <int R, bool Centred = true, typename D, typename Z, typename Put>
 inline void norm_bwd_rows(const D* dy, const Z* z, int64_t stride, const float* weight,
                           const float* mean, const float* rstd, int64_t C, float* dweight,
                           float* dbias, Put put) {
   float mean_g[R], mean_gx[R], m[R], s[R];
   for (int r = 0; r < R; ++r) {
-    m[r] = mean[r], s[r] = rstd[r];
+    m[r] = Centred ? mean[r] : 0.0f, s[r] = rstd[r];
     const auto [total, product] = column_sums<2>(C, [&](int64_t c, int64_t n, int k, Chains* sums) {
       const F d = load(dy + r * stride + c, n);
       const F g = weight ? d * load(weight + c, n) : d;
-      sums[0].of[k] += g;
+      if (Centred) sums[0].of[k] += g;
       sums[1].of[k] += g * ((load(z + r * stride + c, n) - m[r]) * s[r]);
     });
     mean_g[r] = total / static_cast<float>(C);
@@ -132,7 +146,7 @@ inline void norm_bwd_rows(const D* dy, const Z* z, int64_t stride, const float* 
   }
   columns(C, [&](int64_t c, int64_t n, int) {
     const F w = weight ? load(weight + c, n) : set1(1.0f);
-    F dw = load(dweight + c), db = load(dbias + c);
+    F dw = load(dweight + c), db = Centred ? load(dbias + c) : zero();
     for (int r = 0; r < R; ++r) {
       const F d = load(dy + r * stride + c, n);
       const F xhat = (load(z + r * stride + c, n) - m[r]) * s[r];
@@ -141,7 +155,7 @@ inline void norm_bwd_rows(const D* dy, const Z* z, int64_t stride, const float* 
       put(r, c, n, (d * w - mean_g[r] - xhat * mean_gx[r]) * s[r]);
     }
     store(dweight + c, dw);
-    store(dbias + c, db);
+    if (Centred) store(dbias + c, db);
   });
 }
 
@@ -153,7 +167,7 @@ struct Count {
 
 // Runs rows(i, Count<R>, dweight, dbias, room) for all N rows, R = 1 or 2 of them from i on. Each
 // partition has its own sums and `room` floats. dweight and dbias (C) are the partitions' sums,
-// added in order.
+// added in order; dbias may be null.
 template <typename Rows>
 inline void norm_partitions(int64_t N, int64_t C, float* dweight, float* dbias, int64_t room,
                             int threads, const Rows& rows) {
@@ -177,7 +191,7 @@ inline void norm_partitions(int64_t N, int64_t C, float* dweight, float* dbias, 
       b += load(partials[part] + wide + c);
     }
     store(dweight + c, w, C - c);
-    store(dbias + c, b, C - c);
+    if (dbias) store(dbias + c, b, C - c);
   }
 }
 

@@ -53,6 +53,8 @@ PYBIND11_MODULE(_cuda, m) {
   FASTBERT_DEFINE(column_blocks);
   FASTBERT_DEFINE(layer_norm_fwd);
   FASTBERT_DEFINE(layer_norm_bwd);
+  FASTBERT_DEFINE(rms_norm_fwd);
+  FASTBERT_DEFINE(rms_norm_bwd);
   FASTBERT_DEFINE(dropout_add_layer_norm_fwd);
   FASTBERT_DEFINE(dropout_add_layer_norm_bwd);
   FASTBERT_DEFINE(bias_gelu_fwd);

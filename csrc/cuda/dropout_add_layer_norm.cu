@@ -11,7 +11,7 @@ __global__ void __launch_bounds__(S::kForwardBlock)
     dropout_add_layer_norm_fwd_kernel(const T* x,         // (N, C)
                                       const T* residual,  // (N, C)
                                       Table weight,       // (C,)
-                                      Table bias,         // (C,)
+                                      Table bias,         // (C,), or null
                                       T* y,               // (N, C)
                                       T* saved,           // (N, C): z, or null
                                       float* mean,        // (N,)
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(S::kForwardBlock)
   }
 }
 
-// dresidual = dz of the LayerNorm, dx = dropout(dz)
+// dresidual = dsum, the LayerNorm's gradient + dz;  dx = dropout(dsum)
 template <typename T, typename S>
 __global__ void __launch_bounds__(S::kBackwardBlock, S::kBackwardBlocks)
     dropout_add_layer_norm_bwd_kernel(const T* dy,        // (N, C)
@@ -41,6 +41,7 @@ __global__ void __launch_bounds__(S::kBackwardBlock, S::kBackwardBlocks)
                                       Table weight,       // (C,)
                                       const float* mean,  // (N,)
                                       const float* rstd,  // (N,)
+                                      const T* dz,        // (N, C), or null
                                       T* dx,              // (N, C)
                                       T* dresidual,       // (N, C)
                                       float* partial,     // (2, blocks, C)
@@ -54,6 +55,7 @@ __global__ void __launch_bounds__(S::kBackwardBlock, S::kBackwardBlocks)
     z.load(saved + row * C, C, wide);
     g.load(dy + row * C, C, wide);
     sums.backward(g, z, weight, mean[row], rstd[row], C, wide);
+    if (dz) g.add(dz + row * C, C, wide);
     g.store(dresidual + row * C, C, wide);
     g.drop(dropout, row);
     g.store(dx + row * C, C, wide);
@@ -86,23 +88,24 @@ void dropout_add_layer_norm_fwd(int dtype, const void* x, const void* residual, 
 }
 
 void dropout_add_layer_norm_bwd(int dtype, const void* dy, const void* z, const void* weight,
-                                int weight_dtype, const float* mean, const float* rstd, void* dx,
-                                void* dresidual, float* partial, void* dweight, int dweight_dtype,
-                                float* dbias, int blocks, const int64_t* seed, int64_t site,
-                                int64_t threshold, float scale, const int64_t* rows, int64_t N,
-                                int64_t C, int device, cudaStream_t stream) {
+                                int weight_dtype, const float* mean, const float* rstd,
+                                const void* dz, void* dx, void* dresidual, float* partial,
+                                void* dweight, int dweight_dtype, float* dbias, int blocks,
+                                const int64_t* seed, int64_t site, int64_t threshold, float scale,
+                                const int64_t* rows, int64_t N, int64_t C, int device,
+                                cudaStream_t stream) {
   const Launch launch("dropout_add_layer_norm_bwd", N, C, device, stream);
   const Dropout dropout = make_dropout(seed, site, threshold, scale, rows);
   by_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    const bool wide = aligned(C, kVec<T>, dy, z, weight, dx, dresidual, partial);
+    const bool wide = aligned(C, kVec<T>, dy, z, weight, dz, dx, dresidual, partial);
     by_width<T>(C, [&](auto s) {
       using S = decltype(s);
       dropout_add_layer_norm_bwd_kernel<T, S>
           <<<blocks, S::kBackwardBlock, backward_shared<S>(C), stream>>>(
               static_cast<const T*>(dy), static_cast<const T*>(z), {weight, weight_dtype}, mean,
-              rstd, static_cast<T*>(dx), static_cast<T*>(dresidual), partial, dropout, N,
-              static_cast<int>(C), wide);
+              rstd, static_cast<const T*>(dz), static_cast<T*>(dx), static_cast<T*>(dresidual),
+              partial, dropout, N, static_cast<int>(C), wide);
     });
   });
   launch.check();

@@ -37,11 +37,28 @@ void layer_norm_bwd(int dtype,
                     float* dbias,                          // (C,)
                     int blocks, int64_t N, int64_t C, int device, cudaStream_t stream);
 
+void rms_norm_fwd(int dtype,
+                  const void* x,                         // (N, C)
+                  const void* weight, int weight_dtype,  // (C,), or null
+                  void* y,                               // (N, C)
+                  float* rstd,                           // (N,)
+                  int64_t N, int64_t C, float eps, int device, cudaStream_t stream);
+
+void rms_norm_bwd(int dtype,
+                  const void* dy,                        // (N, C)
+                  const void* x,                         // (N, C)
+                  const void* weight, int weight_dtype,  // (C,), or null
+                  const float* rstd,                     // (N,)
+                  void* dx,                              // (N, C)
+                  float* partial,                        // (1, blocks, C), or null: no sum
+                  void* dweight, int dweight_dtype,      // (C,)
+                  int blocks, int64_t N, int64_t C, int device, cudaStream_t stream);
+
 void dropout_add_layer_norm_fwd(int dtype,
                                 const void* x,                         // (N, C)
                                 const void* residual,                  // (N, C)
                                 const void* weight, int weight_dtype,  // (C,)
-                                const void* bias, int bias_dtype,      // (C,)
+                                const void* bias, int bias_dtype,      // (C,), or null
                                 void* y,                               // (N, C)
                                 void* z,                               // (N, C), or null: not saved
                                 float* mean,                           // (N,)
@@ -57,6 +74,7 @@ void dropout_add_layer_norm_bwd(int dtype,
                                 const void* weight, int weight_dtype,  // (C,)
                                 const float* mean,                     // (N,)
                                 const float* rstd,                     // (N,)
+                                const void* dz,                        // (N, C), or null
                                 void* dx,                              // (N, C)
                                 void* dresidual,                       // (N, C)
                                 float* partial,                        // (2, blocks, C)

@@ -103,6 +103,20 @@ struct Row {
       for (int i = 0; i < kV; ++i) at[k][i] *= rstd;
     return make_float2(mean, rstd);
   }
+  // at becomes at rstd with rstd = 1 / sqrt(mean(at^2) + eps); at is 0 outside the row
+  __device__ float normalise_rms(int C, float eps) {
+    float squares = 0.f;
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k)
+#pragma unroll
+      for (int i = 0; i < kV; ++i) squares += at[k][i] * at[k][i];
+    const float rstd = rsqrtf(row_sum<S::kThreads>(squares) / C + eps);
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k)
+#pragma unroll
+      for (int i = 0; i < kV; ++i) at[k][i] *= rstd;
+    return rstd;
+  }
   // at becomes at weight + bias; either may be null
   __device__ void affine(const Table& weight, const Table& bias, int C, bool wide) {
 #pragma unroll
@@ -128,8 +142,9 @@ __device__ inline int64_t forward_row() {
   return static_cast<int64_t>(blockIdx.x) * S::kForwardRows + threadIdx.x / S::kThreads;
 }
 
-// A persistent block's sums over its rows, for the gradients of weight and bias.
-template <typename T, typename S>
+// A persistent block's sums over its rows, for the gradients of weight and bias. Centred = false is
+// RMSNorm: no mean, no bias.
+template <typename T, typename S, bool Centred = true>
 struct Sums {
   using R = Row<T, S>;
   R weight, bias;
@@ -139,7 +154,7 @@ struct Sums {
     bias.fill(0.f);
   }
   // dy in g becomes dz, for y = xhat weight + bias and xhat = (z - mean) rstd; with g = dy weight
-  //   dz = rstd (g - mean(g) - xhat mean(g xhat))
+  //   dz = rstd (g - mean(g) - xhat mean(g xhat)),   not centred: without mean(g), mean = 0
   // dy xhat and dy are added to the sums. dy is 0 outside the row
   template <typename Z>
   __device__ void backward(R& g, const Z& z, const Table& w, float mean, float rstd, int C,
@@ -153,26 +168,32 @@ struct Sums {
       for (int i = 0; i < R::kV; ++i) {
         const float xhat = (z(k, i) - mean) * rstd;
         weight.at[k][i] += g.at[k][i] * xhat;
-        bias.at[k][i] += g.at[k][i];
+        if constexpr (Centred) bias.at[k][i] += g.at[k][i];
         if (w.data) g.at[k][i] *= scale[i];
-        plain += g.at[k][i];
+        if constexpr (Centred) plain += g.at[k][i];
         along += g.at[k][i] * xhat;
       }
     }
-    const float2 sums = row_sums<S::kThreads>(plain, along);
-    plain = sums.x / C;
-    along = sums.y / C;
+    if constexpr (Centred) {
+      const float2 sums = row_sums<S::kThreads>(plain, along);
+      plain = sums.x / C;
+      along = sums.y / C;
+    } else {
+      along = row_sum<S::kThreads>(along) / C;
+    }
 #pragma unroll
     for (int k = 0; k < R::kChunks; ++k)
 #pragma unroll
       for (int i = 0; i < R::kV; ++i)
         g.at[k][i] = rstd * (g.at[k][i] - plain - (z(k, i) - mean) * rstd * along);
   }
-  // stores the sums in partial (2, blocks, C); `shared`: room for C floats if a warp holds a row
+  // stores the sums in partial (2, blocks, C), (1, blocks, C) if not centred; `shared`: room for C
+  // floats if a warp holds a row
   __device__ void store(float* partial, float* shared, int C, bool wide) {
     float* at = partial + static_cast<int64_t>(blockIdx.x) * C;
     store_one(weight, at, shared, C, wide);
-    store_one(bias, at + static_cast<int64_t>(gridDim.x) * C, shared, C, wide);
+    if constexpr (Centred)
+      store_one(bias, at + static_cast<int64_t>(gridDim.x) * C, shared, C, wide);
   }
 
  private:

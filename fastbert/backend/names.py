@@ -50,6 +50,7 @@ SLUGS = (
     "attention",
     "layer_norm",
     "dropout_add_layer_norm",
+    "rms_norm",
     "bias_gelu",
     "feed_forward",
     "cross_entropy",

@@ -19,6 +19,7 @@ M = TypeVar("M", bound=nn.Module)
 
 _TORCH: dict[type[nn.Module], type[nn.Module]] = {
     nn.LayerNorm: drop_in.LayerNorm,
+    nn.RMSNorm: drop_in.RMSNorm,
     nn.GELU: drop_in.GELU,
     nn.CrossEntropyLoss: drop_in.CrossEntropyLoss,
     nn.MultiheadAttention: drop_in.MultiheadAttention,
@@ -35,7 +36,7 @@ AT_PADDING = ("auto", "zeros", "stock")
 def accelerate(model: M, *, at_padding: str | None = None) -> M:
     """Make a model's layers run on fastbert's kernels, in place, and return the model; restore() undoes it.
 
-    Changes the class of every module that is exactly one of torch.nn's LayerNorm, GELU, CrossEntropyLoss,
+    Changes the class of every module that is exactly one of torch.nn's LayerNorm, RMSNorm, GELU, CrossEntropyLoss,
     MultiheadAttention, TransformerEncoder, TransformerEncoderLayer, or one of transformers' BERT, RoBERTa, XLM-RoBERTa,
     CamemBERT, DistilBERT and ELECTRA encoders and heads, to a subclass of the same name. Modules, parameters, their
     names, state-dict keys, hooks and signatures stay the same. Where a layer cannot run on packed tokens, its original

@@ -16,7 +16,7 @@ from fastbert.nn.blocks import (
     SelfAttention,
     sinusoidal_positions,
 )
-from fastbert.nn.drop_in import GELU, CrossEntropyLoss, LayerNorm
+from fastbert.nn.drop_in import GELU, CrossEntropyLoss, LayerNorm, RMSNorm
 from fastbert.nn.int8 import Int8Embedding, Int8Linear
 from fastbert.nn.packing import Packing
 from fastbert.nn.transformer import (
@@ -41,6 +41,7 @@ __all__ = [
     "NSPHead",
     "Packing",
     "QKVProjection",
+    "RMSNorm",
     "SelfAttention",
     "TrainingRunner",
     "TransformerEncoder",

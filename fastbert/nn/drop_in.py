@@ -1,4 +1,4 @@
-"""Drop-ins for torch.nn.LayerNorm, GELU and CrossEntropyLoss."""
+"""Drop-ins for torch.nn.LayerNorm, RMSNorm, GELU and CrossEntropyLoss."""
 
 from __future__ import annotations
 
@@ -27,6 +27,14 @@ def why_not_fused(x: Tensor) -> str | None:
     return why_not_ops()
 
 
+def _rows(m: LayerNorm | RMSNorm, x: Tensor) -> Tensor | None:
+    """x with the normalised dimensions flattened to one; None where its shape is another."""
+    k = len(m.normalized_shape)
+    if tuple(x.shape[-k:]) != tuple(m.normalized_shape):
+        return None
+    return x if k == 1 else x.flatten(-k)
+
+
 class LayerNorm(nn.LayerNorm):
     """torch.nn.LayerNorm over one or more trailing dimensions; returns the input's dtype, also under autocast."""
 
@@ -35,12 +43,26 @@ class LayerNorm(nn.LayerNorm):
         if reason := why_not_fused(input):
             log_stock(self, reason)
             return super().forward(input)
-        k = len(self.normalized_shape)
-        if tuple(input.shape[-k:]) != tuple(self.normalized_shape):
+        x = _rows(self, input)
+        if x is None:
             return super().forward(input)  # torch.nn's own error
         weight, bias = (None if t is None else t.flatten() for t in (self.weight, self.bias))
-        x = input if k == 1 else input.flatten(-k)
         return F.layer_norm(x, weight, bias, self.eps).view(input.shape)
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch.nn.RMSNorm over one or more trailing dimensions; returns the input's dtype, also under autocast."""
+
+    @replaces(nn.RMSNorm)
+    def forward(self, x: Tensor) -> Tensor:
+        if reason := why_not_fused(x):
+            log_stock(self, reason)
+            return super().forward(x)
+        rows = _rows(self, x)
+        if rows is None:
+            return super().forward(x)  # torch.nn's own error
+        weight = None if self.weight is None else self.weight.flatten()
+        return F.rms_norm(rows, weight, self.eps).view(x.shape)
 
 
 class GELU(nn.GELU):

@@ -118,16 +118,15 @@ def encoder_layer(
     first = _norm(x, w.attention_norm, w.attention_norm_bias, s.attention_eps) if s.pre_norm else x
     y = attention_block(first, w, s, c) if attention is None else attention(first)
     x = x if c.rows is None else x.index_select(0, c.rows)
+    second = (w.output_norm, w.output_norm_bias, s.output_eps)
     if s.pre_norm:
-        x = x + _dropout(y, p.out, c, c.site + 1)
-        y = _norm(x, w.output_norm, w.output_norm_bias, s.output_eps)
+        y, x = _add_norm_and_sum(y, x, *second, p.out, c, c.site + 1)
         y = feed_forward_block(y, w, s, c) if feed_forward is None else feed_forward(y)
         return x + _dropout(y, p.down, c, last)
     norm = (w.attention_norm, w.attention_norm_bias, s.attention_eps)
     x = _add_norm(y, x, *norm, p.out, c, c.site + 1, s.norms_from_output)
     y = feed_forward_block(x, w, s, c) if feed_forward is None else feed_forward(x)
-    norm = (w.output_norm, w.output_norm_bias, s.output_eps)
-    return _add_norm(y, x, *norm, p.down, c, last, s.norms_from_output)
+    return _add_norm(y, x, *second, p.down, c, last, s.norms_from_output)
 
 
 def attention_block(x: Tensor, w: LayerWeights, s: LayerSettings, c: LayerCall) -> Tensor:
@@ -210,9 +209,9 @@ def _add_norm(
     from_output: bool,
 ) -> Tensor:
     """LN(residual + dropout(y))."""
-    if bias is None:
+    if weight is None or callable(weight):
         return _norm(residual + _dropout(y, p, c, site), weight, bias, eps)
-    return F.dropout_add_layer_norm(
+    found = F.dropout_add_layer_norm(
         y,
         residual,
         weight,
@@ -222,8 +221,31 @@ def _add_norm(
         seed=c.seed if p else None,
         site=site,
         rows=c.rows if p else None,
-        from_output=from_output,
+        from_output=from_output and bias is not None,
     )
+    assert isinstance(found, Tensor)  # a pair only with return_sum
+    return found
+
+
+def _add_norm_and_sum(
+    y: Tensor,
+    residual: Tensor,
+    weight: Any,
+    bias: Tensor | None,
+    eps: float,
+    p: float,
+    c: LayerCall,
+    site: int,
+) -> tuple[Tensor, Tensor]:
+    """LN(z) and z = residual + dropout(y), in the wider dtype of the two: the sum of all blocks is not rounded."""
+    if weight is None or callable(weight):
+        z = residual + _dropout(y, p, c, site)
+        return _norm(z, weight, bias, eps), z
+    y = y.to(torch.promote_types(y.dtype, residual.dtype))
+    drop = {"p": p, "seed": c.seed if p else None, "site": site, "rows": c.rows if p else None}
+    found = F.dropout_add_layer_norm(y, residual, weight, bias, eps=eps, **drop, return_sum=True)
+    assert isinstance(found, tuple)
+    return found
 
 
 def parameters(w: LayerWeights) -> Sequence[Sequence[Tensor]] | None:

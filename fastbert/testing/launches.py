@@ -25,6 +25,7 @@ from fastbert.kernels import (
     mlm_loss,
     qkv_proj,
     relation_loss,
+    rms_norm,
 )
 
 Call = tuple[str, Callable[[], object]]
@@ -74,6 +75,8 @@ def _norms(dtype: torch.dtype, widths: tuple[int, ...], full: bool) -> Iterator[
         x, w = _meta(_T, C, dtype=dtype), _stats(C)
         yield f"layer_norm fwd C{C}", partial(layer_norm.forward, x, w, w, 1e-12)
         yield f"layer_norm bwd C{C}", partial(layer_norm.backward, x, x, w, mean, mean)
+        yield f"rms_norm fwd C{C}", partial(rms_norm.forward, x, w, 1e-6)
+        yield f"rms_norm bwd C{C}", partial(rms_norm.backward, x, x, w, mean)
         fused = dropout_add_layer_norm
         for p in (0.0, 0.1) if full else (0.1,):
             label = f"C{C} p{p}"
@@ -81,6 +84,7 @@ def _norms(dtype: torch.dtype, widths: tuple[int, ...], full: bool) -> Iterator[
             backward = partial(fused.backward, x, x, w, mean, mean, p, seed, 3, None)
             yield f"dropout_add_layer_norm fwd {label}", forward
             yield f"dropout_add_layer_norm bwd {label}", backward
+            yield f"dropout_add_layer_norm bwd {label} sum", partial(backward, None, x)
 
 
 def _optional(dtype: torch.dtype) -> Iterator[Call]:
@@ -90,7 +94,11 @@ def _optional(dtype: torch.dtype) -> Iterator[Call]:
     yield "layer_norm fwd plain", partial(layer_norm.forward, x, None, None, 1e-12)
     yield "layer_norm bwd plain", partial(layer_norm.backward, x, x, None, mean, mean)
     yield "layer_norm bwd from output", partial(layer_norm.backward, x, x, w, mean, mean, w)
+    yield "rms_norm fwd plain", partial(rms_norm.forward, x, None, 1e-6)
+    yield "rms_norm bwd plain", partial(rms_norm.backward, x, x, None, mean)
     fused = dropout_add_layer_norm
+    unbiased = partial(fused.forward, x, x, w, None, 1e-12, 0.1, seed, 3, None, True)
+    yield "dropout_add_layer_norm fwd no bias", unbiased
     for p, rows in ((0.0, None), (0.1, ids)):
         label, drop = f"p{p}{' rows' if p else ''}", (p, seed, 3, rows)
         yield (

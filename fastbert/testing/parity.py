@@ -70,7 +70,7 @@ def call(
     backward: bool,
     gradient: Callable[[Tensor], Tensor] = upstream,
 ) -> Results:
-    """The op's outputs, and with `backward` the gradient of every float input for a fixed upstream gradient."""
+    """The op's outputs, and with `backward` the gradient of every float input for fixed upstream gradients."""
     kwargs = detached(kwargs, backward)
     out = op(**kwargs)
     outs = out if isinstance(out, tuple) else (out,)
@@ -78,9 +78,11 @@ def call(
     if not backward:
         return results
     leaves = dict(leaves_of(kwargs))
-    grads = torch.autograd.grad(
-        outs[0], list(leaves.values()), gradient(outs[0]).to(outs[0].dtype), allow_unused=True
-    )
+    found = [t for t in outs if t.requires_grad]
+    # outputs of one shape get different gradients: the first one as drawn, the others reversed
+    upstreams = [g if i == 0 else g.flip(-1) for i, g in enumerate(map(gradient, found))]
+    upstreams = [g.to(t.dtype) for g, t in zip(upstreams, found, strict=True)]
+    grads = torch.autograd.grad(found, list(leaves.values()), upstreams, allow_unused=True)
     for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
         results[f"d{name}"] = torch.zeros_like(leaf) if grad is None else grad
     return results

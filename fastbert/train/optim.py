@@ -1,4 +1,4 @@
-"""BERT's optimisers, AdamW and LAMB without decay on biases and LayerNorm; linear warm-up and decay to zero."""
+"""BERT's optimisers, AdamW and LAMB without decay on biases and norms; linear warm-up and decay to zero."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fastbert.train.settings import TrainingSettings
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The trained parameters in two groups, decayed and not, with their names; a group may be empty."""
-    # by module and not by name: a LayerNorm may be called anything
+    # by module and not by name: a norm may be called anything
     norms = {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
-        if isinstance(module, nn.LayerNorm)
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm))
         for name, _ in module.named_parameters(recurse=False)
     }
     decayed: list[tuple[str, Tensor]] = []

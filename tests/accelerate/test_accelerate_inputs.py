@@ -294,6 +294,8 @@ TORCH = {
     "norm of columns": (lambda: nn.LayerNorm(7), (X.transpose(1, 2),), {}),
     "norm of two dimensions": (lambda: nn.LayerNorm((7, 32)), (X,), {}),
     "bare norm": (lambda: nn.LayerNorm(32, elementwise_affine=False), (X,), {}),
+    "rms norm": (lambda: nn.RMSNorm(32), (X,), {}),
+    "rms norm of two dimensions": (lambda: nn.RMSNorm((7, 32), 1e-3, False), (X,), {}),
     "gelu of a number": (nn.GELU, (torch.tensor(0.5),), {}),
     "gelu of nothing": (nn.GELU, (X[..., :0],), {}),
     "gelu, tanh": (lambda: nn.GELU("tanh"), (X.transpose(0, 2),), {}),

@@ -170,8 +170,34 @@ void check_layer_norm(int t, i64 N, i64 C) {
   check("layer_norm_bwd dbias", t, db, norm.dbias);
 }
 
+void check_rms_norm(int t, i64 N, i64 C) {
+  Array x = drawn(t, N * C), w = drawn(kFloat32, C), dy = drawn(t, N * C);
+  Array y(t, N * C), dx(t, N * C), rstd(kFloat32, N), dw(kFloat32, C);
+  FASTBERT_ENTRY(rms_norm_fwd)
+  (t, x.data(), w.floats(), y.data(), rstd.floats(), N, C, kEps, kThreads);
+  FASTBERT_ENTRY(rms_norm_bwd)
+  (t, dy.data(), x.data(), w.floats(), rstd.floats(), dx.data(), dw.floats(), N, C, kThreads);
+  Doubles value(N * C), gradient(N * C), dweight(C);
+  for (i64 start = 0; start < N * C; start += C) {
+    double square = 0, along = 0;
+    for (i64 i = start; i < start + C; ++i) square += x[i] * x[i] / C;
+    const double r = 1.0 / std::sqrt(square + kEps);
+    for (i64 c = 0; c < C; ++c) {
+      const i64 i = start + c;
+      value[i] = x[i] * r * w[c], dweight[c] += dy[i] * x[i] * r;
+      along += dy[i] * w[c] * x[i] * r / C;
+    }
+    for (i64 c = 0; c < C; ++c)
+      gradient[start + c] = (dy[start + c] * w[c] - x[start + c] * r * along) * r;
+  }
+  check("rms_norm_fwd", t, y, value);
+  check("rms_norm_bwd dx", t, dx, gradient);
+  check("rms_norm_bwd dweight", t, dw, dweight);
+}
+
 void check_dropout_add_layer_norm(int t, i64 N, i64 C) {
   Array x = drawn(t, N * C), residual = drawn(t, N * C), dy = drawn(t, N * C);
+  Array of_sum = drawn(t, N * C);
   Array w = drawn(kFloat32, C), b = drawn(kFloat32, C);
   Doubles sum = doubles(residual), mask(N * C);
   for (i64 i = 0; i < N * C; ++i)
@@ -183,11 +209,12 @@ void check_dropout_add_layer_norm(int t, i64 N, i64 C) {
   (t, x.data(), residual.data(), w.floats(), b.floats(), y.data(), z.data(), mean.floats(),
    rstd.floats(), N, C, kEps, &kSeed, kSite, kThreshold, scale, nullptr, kThreads);
   FASTBERT_ENTRY(dropout_add_layer_norm_bwd)
-  (t, dy.data(), z.data(), w.floats(), mean.floats(), rstd.floats(), dx.data(), dresidual.data(),
-   dw.floats(), db.floats(), N, C, &kSeed, kSite, kThreshold, scale, nullptr, kThreads);
-  const Norm norm(sum, w, b, doubles(dy), C);
+  (t, dy.data(), z.data(), w.floats(), mean.floats(), rstd.floats(), of_sum.data(), dx.data(),
+   dresidual.data(), dw.floats(), db.floats(), N, C, &kSeed, kSite, kThreshold, scale, nullptr,
+   kThreads);
+  Norm norm(sum, w, b, doubles(dy), C);
   Doubles dropped(N * C);
-  for (i64 i = 0; i < N * C; ++i) dropped[i] = mask[i] * norm.dz[i];
+  for (i64 i = 0; i < N * C; ++i) dropped[i] = mask[i] * (norm.dz[i] += of_sum[i]);
   check("dropout_add_layer_norm_fwd", t, y, norm.y);
   check("dropout_add_layer_norm_bwd dx", t, dx, dropped);
   check("dropout_add_layer_norm_bwd dresidual", t, dresidual, norm.dz);
@@ -392,6 +419,7 @@ void check_all(int t) {
   check_attentions(t);
   check_relation_loss(t, 33, 64), check_relation_loss(t, 300, 8);
   check_layer_norm(t, 301, 133), check_layer_norm(t, 2, 7);
+  check_rms_norm(t, 301, 133), check_rms_norm(t, 2, 7);
   check_dropout_add_layer_norm(t, 301, 133);
   check_bias_gelu(t, 301, 133, false), check_bias_gelu(t, 301, 133, true);
   check_cross_entropy(t, 41, 2053), check_cross_entropy(t, 3, 2);

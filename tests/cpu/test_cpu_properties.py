@@ -258,9 +258,20 @@ def test_layer_norm(d: Drawn, N: int, C: int, weight: bool, bias: bool, mean: fl
 
 
 @EXAMPLES
-@given(DRAWN, ROWS, SIZES, P, st.booleans())
-def test_dropout_add_layer_norm(d: Drawn, N: int, C: int, p: float, compacted: bool) -> None:
-    kwargs = {"x": d.x(N, C), "residual": d.x(N, C), "weight": d.w(C), "bias": d.w(C)}
+@given(DRAWN, ROWS, SIZES, st.booleans(), st.sampled_from([0.0, 20.0]))
+@example(FIRST, 3, 1, True, 0.0)
+def test_rms_norm(d: Drawn, N: int, C: int, weight: bool, mean: float) -> None:
+    kwargs = {"x": d.x(N, C, mean=mean), "weight": d.vector(weight, C), "eps": 1e-6}
+    check("rms_norm", kwargs, d)
+
+
+@EXAMPLES
+@given(DRAWN, ROWS, SIZES, P, st.booleans(), st.booleans(), st.booleans())
+def test_dropout_add_layer_norm(
+    d: Drawn, N: int, C: int, p: float, compacted: bool, bias: bool, both: bool
+) -> None:
+    kwargs = {"x": d.x(N, C), "residual": d.x(N, C), "weight": d.w(C), "return_sum": both}
+    kwargs["bias"] = d.vector(bias, C)
     if compacted and p:
         kwargs["rows"] = d.ids(2**32, N)
     check("dropout_add_layer_norm", kwargs | dropout(d, p), d, C > FLAT)

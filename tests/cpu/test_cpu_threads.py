@@ -48,6 +48,7 @@ def calls(dtype: torch.dtype) -> dict[str, dict]:
         "attention": {**qkv, "max_seqlen": 170, **drop},
         "layer_norm": {"x": x, **norm},
         "dropout_add_layer_norm": {"x": x, "residual": draw.normal(T, C), **norm, **drop},
+        "rms_norm": {"x": x, "weight": norm["weight"]},
         "bias_gelu": {"x": draw.normal(T, F), "bias": draw.normal(F)},
         "feed_forward": {"x": x, **ffn},
         "cross_entropy": {"logits": draw.normal(T, V), "labels": draw.labels(V, T, 0.6)},

@@ -24,6 +24,8 @@ LIMITS = {
     "layer_norm_bwd_kernel": 168,
     "dropout_add_layer_norm_fwd_kernel": 96,
     "dropout_add_layer_norm_bwd_kernel": 168,
+    "rms_norm_fwd_kernel": 80,
+    "rms_norm_bwd_kernel": 168,
     "bias_gelu_fwd_kernel": 64,
     "bias_gelu_bwd_kernel": 128,
     "cross_entropy_kernel": 96,

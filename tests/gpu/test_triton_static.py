@@ -47,11 +47,16 @@ KERNELS = {
     "_mlm_loss_bwd_scale_kernel",
     "_relation_loss_bwd_kernel",
     "_relation_loss_fwd_kernel",
+    "_rms_norm_bwd_kernel",
+    "_rms_norm_fwd_kernel",
     "_sum_partials_kernel",
     "_sum_rows_kernel",
 }
 # kernels limited by memory bandwidth, and the accesses of less than 4 bytes a lane on NVIDIA
-MEMORY = r"_((layer_norm|dropout_add_layer_norm|bias_gelu|embed|cross_entropy)_(fwd|bwd)|linear_int8_rows)_kernel"
+MEMORY = (
+    r"_((layer_norm|rms_norm|dropout_add_layer_norm|bias_gelu|embed|cross_entropy)_(fwd|bwd)"
+    r"|linear_int8_rows)_kernel"
+)
 NARROW = r"(LDG|STG)\.E\.[US](8|16)\b.*"
 
 

@@ -13,6 +13,8 @@ import fastbert.nn as fnn
 SMALL = {
     "LayerNorm": (lambda k: k.LayerNorm(6), (4, 6)),
     "LayerNorm without bias": (lambda k: k.LayerNorm(6, bias=False), (4, 6)),
+    "RMSNorm": (lambda k: k.RMSNorm(6), (4, 6)),
+    "RMSNorm without weight": (lambda k: k.RMSNorm(6, elementwise_affine=False), (4, 6)),
     "GELU": (lambda k: k.GELU(), (4, 6)),
     "tanh GELU": (lambda k: k.GELU("tanh"), (4, 6)),
     "TransformerEncoderLayer": (

@@ -301,7 +301,7 @@ def _layer() -> nn.Module:
 
 NETS = {
     "norm": lambda: nn.Sequential(
-        nn.LayerNorm((7, 16)), nn.LayerNorm(16, bias=False), nn.GELU("tanh")
+        nn.LayerNorm((7, 16)), nn.LayerNorm(16, bias=False), nn.RMSNorm(16), nn.GELU("tanh")
     ),
     "attention": Attention,
     "layer": lambda: nn.Sequential(_layer()),
@@ -351,6 +351,7 @@ def test_fx_treats_drop_ins_as_modules_of_torch():
 
     assert targets(m, Tracer) == [nn.functional.layer_norm, "1", "2"]
     assert targets(fnn.LayerNorm(16)) == [nn.functional.layer_norm]
+    assert targets(fnn.RMSNorm(16)) == [nn.functional.rms_norm]
 
     class Shifted(fnn.LayerNorm):
         """A class of the user's own, which torch.fx looks into."""

@@ -69,25 +69,29 @@ def compare(
         close(p.grad, q.grad, f"gradient of {name}")
 
 
-# --- LayerNorm, GELU, CrossEntropyLoss ---
+# --- LayerNorm, RMSNorm, GELU, CrossEntropyLoss ---
 
 
 @pytest.mark.parametrize(
-    ("shape", "kwargs"),
+    ("kind", "shape", "kwargs"),
     [
-        (24, {}),
-        ((3, 8), {}),
-        ((2, 3, 8), {"eps": 1e-2}),
-        (24, {"bias": False}),
-        (24, {"elementwise_affine": False}),
+        ("LayerNorm", 24, {}),
+        ("LayerNorm", (3, 8), {}),
+        ("LayerNorm", (2, 3, 8), {"eps": 1e-2}),
+        ("LayerNorm", 24, {"bias": False}),
+        ("LayerNorm", 24, {"elementwise_affine": False}),
+        ("RMSNorm", 24, {}),
+        ("RMSNorm", (2, 3, 8), {"eps": 1e-2, "elementwise_affine": False}),
     ],
 )
-def test_layer_norm(shape: Any, kwargs: dict[str, Any]) -> None:
-    ours, theirs = twins("LayerNorm", shape, **kwargs)
+def test_norms(kind: str, shape: Any, kwargs: dict[str, Any]) -> None:
+    ours, theirs = twins(kind, shape, **kwargs)
     size = (5, 2, 24) if isinstance(shape, int) else (5, *shape)
-    compare(ours, theirs, lambda m, x: m(x), torch.randn(size) * 3 + 1)
+    # rows far from zero, and rows as small as eps
+    for x in (torch.randn(size) * 3 + 1, torch.randn(size) * 1e-4):
+        compare(ours, theirs, lambda m, x: m(x), x)
     for m in (ours, theirs):  # torch.nn's own error
-        with pytest.raises(RuntimeError, match="normalized_shape"):
+        with pytest.raises((RuntimeError, ValueError), match="normalized_shape|dimensions"):
             m(torch.randn(5, 23))
 
 
@@ -385,7 +389,12 @@ def test_dropout_keeps_the_mean() -> None:
 
 def test_compile_without_a_break() -> None:
     """A drop-in without a mask is one graph."""
-    for module in (fnn.LayerNorm((7, 24)), fnn.GELU(), encoders(activation="gelu")[0].eval()):
+    for module in (
+        fnn.LayerNorm((7, 24)),
+        fnn.RMSNorm(24),
+        fnn.GELU(),
+        encoders(activation="gelu")[0].eval(),
+    ):
         fast = torch.compile(module, backend="eager", fullgraph=True)
         close(fast(X), module(X))
     torch._dynamo.reset()

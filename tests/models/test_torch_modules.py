@@ -18,6 +18,7 @@ from torch.testing._internal.common_modules import module_db
 
 KINDS = (
     nn.LayerNorm,
+    nn.RMSNorm,
     nn.GELU,
     nn.CrossEntropyLoss,
     nn.MultiheadAttention,

@@ -98,8 +98,7 @@ def gradcheck(slug: str, name: str) -> None:
                 else given.get(k, v)
                 for k, v in sample.kwargs.items()
             }
-            out = getattr(functional, slug)(**kwargs)
-            return out[0] if isinstance(out, tuple) else out
+            return getattr(functional, slug)(**kwargs)
 
         with chooser.use(name):
             inputs = tuple(t.clone().requires_grad_() for t in leaves.values())

@@ -43,6 +43,12 @@ CASES = [
     (lambda: F.layer_norm(X, W.to("meta")), ValueError, "weight is on meta but x is on cpu"),
     (lambda: F.layer_norm(X[:, :0]), ValueError, "last dimension must not be 0"),
     (lambda: F.layer_norm(X, eps=float("nan")), ValueError, "eps is nan"),
+    # rms_norm
+    (lambda: F.rms_norm(LONG), TypeError, "x is torch.int64"),
+    (lambda: F.rms_norm(X, torch.randn(7)), ValueError, r"weight has shape \(7,\), expected"),
+    (lambda: F.rms_norm(torch.tensor(1.0)), ValueError, "no dimension"),
+    (lambda: F.rms_norm(X, W.to("meta")), ValueError, "weight is on meta but x is on cpu"),
+    (lambda: F.rms_norm(X, eps=-1e-6), ValueError, "eps is -1e-06"),
     # dropout_add_layer_norm
     (lambda: F.dropout_add_layer_norm(X, X, None, B), TypeError, "weight is None"),
     (lambda: F.dropout_add_layer_norm(X, X, W, B, eps=-1.0), ValueError, "eps is -1.0"),
@@ -70,6 +76,16 @@ CASES = [
         lambda: F.dropout_add_layer_norm(X, X, W, B, rows=X[:, 0]),
         TypeError,
         "rows is torch.float32",
+    ),
+    (
+        lambda: F.dropout_add_layer_norm(X, X, W, from_output=True),
+        ValueError,
+        "from_output is set without bias: pass a bias of zeros",
+    ),
+    (
+        lambda: F.dropout_add_layer_norm(X, X, W, B, from_output=True, return_sum=True),
+        ValueError,
+        "from_output and return_sum are both set: .* leave from_output out",
     ),
     # bias_gelu
     (lambda: F.bias_gelu(X, W[:3]), ValueError, r"bias has shape \(3,\)"),

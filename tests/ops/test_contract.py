@@ -112,11 +112,14 @@ def test_explicit_backward_is_autograd_of_the_reference_forward(slug):
 
         args = [parity.tree_map(a, leaf) for a in args[:-1]]
         out = chooser.module("reference", slug).forward(*args)
-        out = out[0] if isinstance(out, tuple) else out
-        upstream = recorder.calls[1][1][0]  # the gradient that the backward op took
-        grads = torch.autograd.grad(
-            out, list(leaves.values()), upstream.reshape(out.shape), allow_unused=True
-        )
+        outs = list(out) if isinstance(out, tuple) else [out]
+        # the gradients that the backward op took, dy first, dz before the backend's name
+        taken = recorder.calls[1][1]
+        pairs = [(outs[0], taken[0])]
+        if sample.kwargs.get("return_sum"):
+            pairs.append((outs[1], taken[-2]))
+        outs, upstreams = zip(*((t, g.reshape(t.shape)) for t, g in pairs), strict=True)
+        grads = torch.autograd.grad(outs, list(leaves.values()), upstreams, allow_unused=True)
         explicit = [v for k, v in ours.items() if k.startswith("d")]
         padding = "padding" in sample.id
         for mine, theirs in zip(explicit, grads, strict=True):
@@ -131,7 +134,7 @@ def test_explicit_backward_is_autograd_of_the_reference_forward(slug):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 def test_autocast(slug, dtype):
     """Outputs have the dtypes of the table in docs/ops.md, and gradients those of the parameters."""
-    stays = {"layer_norm", "dropout_add_layer_norm"}
+    stays = {"layer_norm", "dropout_add_layer_norm", "rms_norm"}
     fp32 = {"cross_entropy", "mlm_loss", "relation_loss"}
     sample = small(slug)[1]
     with torch.autocast("cpu", dtype=dtype):
@@ -187,7 +190,7 @@ def test_no_second_derivative(slug):
     leaf = next(t for _, t in parity.leaves_of(kwargs))
     scale = torch.ones(out.shape, dtype=out.dtype, requires_grad=True)
     (grad,) = torch.autograd.grad(out, leaf, scale, create_graph=True)
-    if slug in ("layer_norm", "bias_gelu"):  # through plain torch
+    if slug in ("layer_norm", "rms_norm", "bias_gelu"):  # through plain torch
         grad.sum().backward()
         assert scale.grad.any()
         return

@@ -51,7 +51,13 @@ SMALL = {
         "triton": "dropout_add_layer_norm_fwd dropout_add_layer_norm_bwd sum_partials",
         "cuda": "dropout_add_layer_norm_fwd dropout_add_layer_norm_bwd sum_partials",
     },
+    ("dropout_add_layer_norm", "sum-nobias"): {},
     ("dropout_add_layer_norm", "rows"): {},
+    ("rms_norm", "N7x13"): {
+        "triton": "rms_norm_fwd rms_norm_bwd sum_partials",
+        "cuda": "rms_norm_fwd rms_norm_bwd sum_partials",
+    },
+    ("rms_norm", "plain"): {},
     ("bias_gelu", "T7-F13"): {
         "triton": "bias_gelu_fwd bias_gelu_bwd sum_partials",
         "cuda": "bias_gelu_fwd bias_gelu_bwd sum_partials",

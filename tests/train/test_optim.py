@@ -24,6 +24,8 @@ def test_biases_and_layer_norms_do_not_decay():
     expected |= {f"bert.layers.{i}.{name}" for i in range(2) for name in layer}
     expected |= {"bert.pooler.weight", "mlm_head.dense.weight", "nsp_head.weight"}
     assert set(decayed["names"]) == expected
+    (none, kept) = parameter_groups(torch.nn.Sequential(torch.nn.RMSNorm(4)), 0.01)
+    assert (none["names"], kept["names"]) == ([], ["0.weight"])
 
 
 def test_optimiser_is_fused_and_leaves_fixed_positions_alone():

@@ -23,7 +23,7 @@ def unsupported(
     x: Tensor,  # (N, C)
     residual: Tensor,  # (N, C)
     weight: Tensor,  # (C,)
-    bias: Tensor,  # (C,)
+    bias: Tensor | None,  # (C,)
     eps: float,
     p: float,
     seed: Tensor | None,  # (1,) int64
@@ -39,7 +39,7 @@ def forward(
     x: Tensor,  # (N, C)
     residual: Tensor,  # (N, C)
     weight: Tensor,  # (C,)
-    bias: Tensor,  # (C,)
+    bias: Tensor | None,  # (C,)
     eps: float,
     p: float,
     seed: Tensor | None,  # (1,) int64
@@ -58,8 +58,8 @@ def forward(
             DTYPES[x.dtype],
             x.data_ptr(),
             residual.data_ptr(),
-            weight.data_ptr(),
-            bias.data_ptr(),
+            address(weight),
+            address(bias),
             y.data_ptr(),
             z.data_ptr() if save else 0,
             mean.data_ptr(),
@@ -85,6 +85,7 @@ def backward(
     site: int,
     rows: Tensor | None,  # (N,) int64
     bias: Tensor | None = None,  # (C,)
+    dz: Tensor | None = None,  # (N, C): the gradient that reaches z itself
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx and dresidual (N, C) in z's dtype, dweight (C,) in weight's and dbias in fp32."""
     z = rebuilt(z, weight, bias, mean, rstd)
@@ -101,6 +102,7 @@ def backward(
         address(weight32),
         mean.data_ptr(),
         rstd.data_ptr(),
+        address(dz),
         dx.data_ptr(),
         dresidual.data_ptr(),
         dweight.data_ptr(),

@@ -111,12 +111,12 @@ def place(t: Tensor) -> tuple[int, int]:
     return index, raw_stream(index)
 
 
-def row_partials(x: Tensor) -> Tensor:
-    """Memory for the partial sums (2, blocks, C) fp32 that the blocks of a backward over x (N, C) write."""
+def row_partials(x: Tensor, sums: int = 2) -> Tensor:
+    """Memory for the partial sums (sums, blocks, C) fp32 that the blocks of a backward over x (N, C) write."""
     N, C = x.shape
     count = multiprocessors(x.get_device())
     blocks = native.row_blocks(N, C, DTYPES[x.dtype], count)
-    return x.new_empty(2, blocks, C, dtype=torch.float32)
+    return x.new_empty(sums, blocks, C, dtype=torch.float32)
 
 
 def column_partials(x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def unsupported(
     x: Tensor,  # (N, C)
     residual: Tensor,  # (N, C)
     weight: Tensor,  # (C,)
-    bias: Tensor,  # (C,)
+    bias: Tensor | None,  # (C,)
     eps: float,
     p: float,
     seed: Tensor | None,  # (1,) int64
@@ -46,7 +46,7 @@ def forward(
     x: Tensor,  # (N, C)
     residual: Tensor,  # (N, C)
     weight: Tensor,  # (C,)
-    bias: Tensor,  # (C,)
+    bias: Tensor | None,  # (C,)
     eps: float,
     p: float,
     seed: Tensor | None,  # (1,) int64
@@ -94,6 +94,7 @@ def backward(
     site: int,
     rows: Tensor | None,  # (N,) int64
     bias: Tensor | None = None,  # (C,)
+    dz: Tensor | None = None,  # (N, C): the gradient that reaches z itself
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx and dresidual (N, C) in z's dtype, dweight (C,) in weight's and dbias in fp32."""
     z = rebuilt(z, weight, bias, mean, rstd)
@@ -113,6 +114,7 @@ def backward(
         code(scale),
         mean.data_ptr(),
         rstd.data_ptr(),
+        address(dz),
         dx.data_ptr(),
         dresidual.data_ptr(),
         partial.data_ptr(),

@@ -1,4 +1,7 @@
-"""dropout_add_layer_norm: y = LayerNorm(residual + dropout(x)), BERT's post-LN step (Devlin et al. 2018)."""
+"""dropout_add_layer_norm: z = residual + dropout(x), y = LayerNorm(z): post-norm layers (Devlin et al. 2018) use y.
+
+Pre-norm layers (Xiong et al. 2020) use both.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def forward(
     x: Tensor,  # (N, C)
     residual: Tensor,  # (N, C)
     weight: Tensor,  # (C,)
-    bias: Tensor,  # (C,)
+    bias: Tensor | None,  # (C,)
     eps: float,
     p: float,
     seed: Tensor | None,  # (1,) int64
@@ -47,20 +50,27 @@ def backward(
     site: int,
     rows: Tensor | None,
     bias: Tensor | None = None,  # (C,)
+    dz: Tensor | None = None,  # (N, C): the gradient that reaches z itself
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx and dresidual (N, C), dweight and dbias (C,): layer_norm's backward gives dz = dresidual, dx = dropout(dz)."""
-    wide_dy, wide_z = widen(dy, z)
+    """dx and dresidual (N, C), dweight and dbias (C,).
+
+    With dsum the gradient that layer_norm's backward gives, plus dz:  dresidual = dsum,  dx = dropout(dsum)
+    """
+    wide_dy, wide_z, wide_dz = widen(dy, z, dz)
     wide_z = layer_norm.rebuilt(wide_z, weight, bias, mean, rstd)
-    dz, dweight, dbias = layer_norm.backward(wide_dy, wide_z, weight, mean, rstd)
-    dx = philox.dropout(dz, p, seed, site, rows).to(z.dtype)
-    return dx.clone() if p == 0.0 and dz.dtype == z.dtype else dx, dz.to(z.dtype), dweight, dbias
+    dsum, dweight, dbias = layer_norm.backward(wide_dy, wide_z, weight, mean, rstd)
+    if wide_dz is not None:
+        dsum = dsum + wide_dz
+    dx = philox.dropout(dsum, p, seed, site, rows).to(z.dtype)
+    dx = dx.clone() if p == 0.0 and dsum.dtype == z.dtype else dx
+    return dx, dsum.to(z.dtype), dweight, dbias
 
 
 def eager(
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None = None,
     *,
     eps: float = 1e-12,
     p: float = 0.0,
@@ -68,10 +78,12 @@ def eager(
     site: int = 0,
     rows: Tensor | None = None,
     from_output: bool = False,
-) -> Tensor:
+    return_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Stock ops in the tested dtype, dropout as a given mask."""
     z = residual + philox.dropout(x, p, seed, site, rows)
-    return layer_norm.eager(z, weight, bias, eps)
+    y = layer_norm.eager(z, weight, bias, eps)
+    return (y, z) if return_sum else y
 
 
 def sample_inputs(
@@ -100,9 +112,15 @@ def sample_inputs(
         yield Sample("mixed", call(8, 64, 0.1, torch.float32), "fp32 weights")
     kept = call(37, 96, 0.1) | {"bias": draw.normal(96, scale=0.1), "from_output": True}
     yield Sample("T37-output", kept, "xhat rebuilt from the output, with BERT's kind of biases")
+    pre_norm = {k: v for k, v in call(9, 24, 0.1).items() if k != "bias"}
+    yield Sample("nobias", pre_norm, "a layer without biases")
+    yield Sample("sum", call(7, 13, 0.1) | {"return_sum": True}, "z too, as in pre-norm layers")
+    yield Sample("sum-nobias", pre_norm | {"return_sum": True}, "z too, without a bias")
 
 
-def cost(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, **_: object) -> Cost:
+def cost(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, **_: object
+) -> Cost:
     """Forward reads x and residual, writes y and z; backward reads dy and z, writes dx and dresidual."""
     rows, affine = 8 * x.shape[0], nbytes(weight, bias)
     return Cost(

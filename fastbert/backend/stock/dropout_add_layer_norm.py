@@ -19,7 +19,7 @@ def forward(
     x: Tensor,  # (N, C)
     residual: Tensor,  # (N, C)
     weight: Tensor,  # (C,)
-    bias: Tensor,  # (C,)
+    bias: Tensor | None,  # (C,)
     eps: float,
     p: float,
     seed: Tensor | None,
@@ -44,9 +44,12 @@ def backward(
     site: int,
     rows: Tensor | None,
     bias: Tensor | None = None,  # (C,)
+    dz: Tensor | None = None,  # (N, C): the gradient that reaches z itself
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx and dresidual (N, C), dweight and dbias (C,)."""
     z = rebuilt(z, weight, bias, mean, rstd)
-    dz, dweight, dbias = layer_norm.backward(dy, z, weight, mean, rstd)
-    dx = torch.clone(dz) if p == 0.0 else philox.dropout(dz, p, seed, site, rows)
-    return dx, dz, dweight, dbias
+    dsum, dweight, dbias = layer_norm.backward(dy, z, weight, mean, rstd)
+    if dz is not None:
+        dsum = dsum + dz
+    dx = torch.clone(dsum) if p == 0.0 else philox.dropout(dsum, p, seed, site, rows)
+    return dx, dsum, dweight, dbias
