@@ -269,6 +269,50 @@ def feed_forward_down_bwd(
     threads: int,
     /,
 ) -> None: ...
+def gated_feed_forward_up(
+    x_dtype: int,
+    w_dtype: int,
+    activation: int,
+    x: int,
+    wa: int,
+    wg: int,
+    packed: int,
+    bias: int,
+    u: int,
+    h: int,
+    M: int,
+    F_: int,
+    C: int,
+    threads: int,
+    /,
+) -> None: ...
+def gated_feed_forward_down_bwd(
+    x_dtype: int,
+    w_dtype: int,
+    activation: int,
+    dy: int,
+    w2: int,
+    u: int,
+    du: int,
+    h: int,
+    M: int,
+    F_: int,
+    C: int,
+    threads: int,
+    /,
+) -> None: ...
+def gated_feed_forward_packed_size(x_dtype: int, F_: int, C: int, /) -> int: ...
+def gated_feed_forward_pack(
+    x_dtype: int,
+    w_dtype: int,
+    wa: int,
+    wg: int,
+    packed: int,
+    F_: int,
+    C: int,
+    threads: int,
+    /,
+) -> None: ...
 def lamb_moments(
     tensors: int,
     corrections: int,

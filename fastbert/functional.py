@@ -7,6 +7,7 @@ from fastbert.ops.cross_entropy import cross_entropy
 from fastbert.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from fastbert.ops.embed import embed
 from fastbert.ops.feed_forward import feed_forward
+from fastbert.ops.gated_feed_forward import gated_feed_forward
 from fastbert.ops.layer_norm import layer_norm
 from fastbert.ops.linear import linear
 from fastbert.ops.linear_int8 import linear_int8
@@ -25,6 +26,7 @@ __all__ = [
     "dropout_add_layer_norm",
     "embed",
     "feed_forward",
+    "gated_feed_forward",
     "layer_norm",
     "linear",
     "linear_int8",

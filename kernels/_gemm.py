@@ -1,6 +1,6 @@
-"""A persistent Triton GEMM: y = x w^T + bias for one weight or three, and gelu(y).
+"""A persistent Triton GEMM: y = x w^T + bias for one to three weights, and gelu(y).
 
-It reads three separate weights in place if BLOCK_N divides their rows, and casts fp32 weights while it reads them. gelu
+It reads separate weights in place if BLOCK_N divides their rows, and casts fp32 weights while it reads them. gelu
 is in its epilogue.
 """
 
@@ -82,9 +82,17 @@ def _linear_fwd_kernel(
             tl.store(h_ptr + at, h, mask=inside)
 
 
+def _three(parts: Sequence[Tensor]) -> list[Tensor | None]:
+    """The kernel's three arguments for up to three tensors. The third is never read where there are two."""
+    given: list[Tensor | None] = [dense(t) for t in parts]
+    if len(given) == 2:
+        return [*given, given[1]]
+    return given + [None] * (3 - len(given))
+
+
 def project(
     x: Tensor,  # (T, K)
-    weights: Sequence[Tensor],  # one (N, K), or three (N / 3, K)
+    weights: Sequence[Tensor],  # one (N, K), or two or three with as many rows each
     biases: Sequence[Tensor],  # likewise, or none
     approximate: str | None = None,
     product: bool = True,
@@ -100,13 +108,10 @@ def project(
     h = x.new_empty(T if approximate else 0, N)
     tiles = triton.cdiv(T, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
     if tiles > 0:
-        absent = [None] * (3 - len(weights))
         _linear_fwd_kernel[(min(tiles, _launch.multiprocessors(x.device)),)](
             x,
-            *map(dense, weights),
-            *absent,
-            *(map(dense, biases) if biases else [None] * len(weights)),
-            *absent,
+            *_three(weights),
+            *_three(biases),
             y if product else None,
             h if approximate else None,
             T,

@@ -1,4 +1,4 @@
-"""Device maths shared by the kernels, without loads and stores; gelu comes with its derivative."""
+"""Device maths shared by the kernels, without loads and stores; activations come with their derivatives."""
 
 from __future__ import annotations
 
@@ -37,6 +37,18 @@ def gelu_and_derivative(u, TANH: tl.constexpr, SHORT: tl.constexpr):
             cdf = 0.5 + 0.5 * tl.erf(u * RSQRT_2)
         density = RSQRT_2PI * power
     return u * cdf, cdf + u * density
+
+
+@triton.jit
+def activation_and_derivative(u, ACTIVATION: tl.constexpr, SHORT: tl.constexpr):
+    """act(u) and its derivative for "gelu", "gelu_tanh" or "silu": u s and s + u s (1 - s) with s = sigmoid(u)."""
+    if ACTIVATION == "silu":
+        s = 1.0 / (1.0 + tl.exp(0.0 - u))
+        value = u * s
+        derivative = s + value * (1.0 - s)
+    else:
+        value, derivative = gelu_and_derivative(u, ACTIVATION == "gelu_tanh", SHORT)
+    return value, derivative
 
 
 @triton.jit

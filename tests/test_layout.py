@@ -48,7 +48,7 @@ SHARED_HELPERS = {
         "quantize_weight",
     },
     "fastbert/backend/stock/attention.py": {"padded"},
-    "fastbert/backend/stock/linear.py": {"cast"},
+    "fastbert/backend/stock/linear.py": {"cast", "joined"},
 }
 SYNCS = {"fastbert/ops/_check.py": "values are read only where checks_values says so"}
 ENVIRONMENT = {

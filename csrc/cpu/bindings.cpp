@@ -102,6 +102,10 @@ PYBIND11_MODULE(_cpu, m) {
   FASTBERT_DEFINE(encoder_infer);
   FASTBERT_DEFINE(feed_forward_up);
   FASTBERT_DEFINE(feed_forward_down_bwd);
+  FASTBERT_DEFINE(gated_feed_forward_up);
+  FASTBERT_DEFINE(gated_feed_forward_down_bwd);
+  FASTBERT_DEFINE(gated_feed_forward_packed_size);
+  FASTBERT_DEFINE(gated_feed_forward_pack);
   FASTBERT_DEFINE(lamb_moments);
   FASTBERT_DEFINE(lamb_update);
   FASTBERT_DEFINE(layer_norm_fwd);

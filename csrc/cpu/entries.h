@@ -8,6 +8,7 @@
 #include "embed.h"
 #include "encoder.h"
 #include "feed_forward.h"
+#include "gated_feed_forward.h"
 #include "lamb.h"
 #include "layer_norm.h"
 #include "linear.h"

@@ -55,7 +55,7 @@ struct WriteDown {
       const int64_t at = r * stride + c;
       __builtin_prefetch(us + at + stride);
       __builtin_prefetch(dus + at + stride, 1);
-      const Gelu g = gelu<kTanh>(load(us + at, n));
+      const Activated g = gelu<kTanh>(load(us + at, n));
       store(dus + at, load(tile + r * tile_ld + c) * g.derivative, n);
       if (hs) {
         __builtin_prefetch(hs + at + stride, 1);

@@ -145,9 +145,9 @@ inline int64_t even(int64_t total, int64_t limit) {
 inline int64_t slice_units(int64_t count) { return even(count, kKC); }
 
 // panels [p0, p1) of an operand for units [from, to) of K, in slices of kc
-template <bool kPairs, typename T>
-inline void pack_slices(const Operand<T>& operand, int64_t p0, int64_t p1, int64_t width,
-                        int64_t from, int64_t to, int64_t kc, int64_t K, float* out) {
+template <bool kPairs, typename Lines>
+inline void pack_slices(const Lines& operand, int64_t p0, int64_t p1, int64_t width, int64_t from,
+                        int64_t to, int64_t kc, int64_t K, float* out) {
   for (int64_t u = from; u < to; u += kc) {
     const int64_t steps = imin(kc, to - u), k0 = kPairs ? 2 * u : u;
     operand.template pack<kPairs>(p0, p1, width, k0, imin(kPairs ? 2 * steps : steps, K - k0),

@@ -1,12 +1,7 @@
 // No include guard: isas.h includes this, by entries.h, once per instruction set.
 #include <cstdint>
 
-#ifndef FASTBERT_ACTIVATION
-#define FASTBERT_ACTIVATION
-namespace fastbert {
-enum Activation : int { kIdentity, kGelu, kGeluTanh };
-}  // namespace fastbert
-#endif
+#include "runtime.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {

@@ -1,7 +1,9 @@
-// Elementary functions of a vector of floats, and GELU next to its derivative. The polynomials were
-// fitted for this file by iterated weighted least squares against fp64 (errors beside them).
+// Elementary functions of a vector of floats, and activations next to their derivatives. The
+// polynomials were fitted for this file by iterated weighted least squares against fp64 (errors
+// beside them).
 #pragma once
 
+#include "runtime.h"
 #include "vec.h"
 
 namespace fastbert {
@@ -27,7 +29,7 @@ inline F exp_nonpositive(F x) {
   return power * bits_as<F>(bits_as<U>(biased) << 23);
 }
 
-struct Gelu {
+struct Activated {
   F value, derivative;
 };
 
@@ -36,7 +38,7 @@ struct Gelu {
 //   cdf(-|x|) = e^(-x^2 / 2) t poly(t),  t = 1 / (1 + 0.3 |x|),  relative error of the fit 3.5e-9
 //
 // so that the left tail keeps its relative precision; the exponential also gives the density.
-inline Gelu gelu_erf(F x) {
+inline Activated gelu_erf(F x) {
   // beyond 14 the exponential is 0: the bounds avoid infinity times 0, and keep a NaN
   const F above = max(set1(-14.0f), x);
   const F inside = min(set1(14.0f), above);
@@ -57,7 +59,7 @@ inline Gelu gelu_erf(F x) {
 }
 
 // x s and s + x s (1 - s) 2 y',  s = sigmoid(2 y),  y = sqrt(2 / pi) (x + 0.044715 x^3)
-inline Gelu gelu_tanh(F x) {
+inline Activated gelu_tanh(F x) {
   const F above = max(set1(-15.0f), x);
   const F inside = min(set1(15.0f), above);
   const F square = inside * inside;
@@ -71,8 +73,25 @@ inline Gelu gelu_tanh(F x) {
 }
 
 template <bool kTanh>
-inline Gelu gelu(F x) {
+inline Activated gelu(F x) {
   return kTanh ? gelu_tanh(x) : gelu_erf(x);
+}
+
+// x s and s + x s (1 - s),  s = sigmoid(x), from e^-|x|: the left tail keeps its relative precision
+inline Activated silu(F x) {
+  // beyond 88 the exponential is 0: the bounds avoid infinity times 0, and keep a NaN
+  const F above = max(set1(-88.0f), x);
+  const F inside = min(set1(88.0f), above);
+  const F e = exp_nonpositive(-abs(inside));
+  const F right = 1.0f / (1.0f + e);
+  const F left = e * right;
+  const F s = x < zero() ? left : right;
+  return {above * s, s + inside * (left * right)};
+}
+
+template <Activation kActivation>
+inline Activated activate(F x) {
+  return kActivation == kSilu ? silu(x) : gelu<kActivation == kGeluTanh>(x);
 }
 
 }  // namespace FASTBERT_ISA

@@ -96,8 +96,8 @@ inline float load_unit(const T* p, int64_t u, int64_t stride, int64_t K) {
 // in [k0, k0 + K): out[unit * width + line]. Line i is m.at(first + i), its element k at k * m.col.
 // The other lines get arbitrary values, whose results are never used. Up to W floats behind the
 // panel are overwritten.
-template <bool kPairs, typename T>
-inline void pack_lines(const Matrix<T>& m, int64_t first, int64_t lines, int64_t width, int64_t k0,
+template <bool kPairs, typename Lines>
+inline void pack_lines(const Lines& m, int64_t first, int64_t lines, int64_t width, int64_t k0,
                        int64_t K, float* out) {
   const int64_t count = units(K, kPairs), whole = kPairs ? K / 2 : K;
   int64_t line = 0;
@@ -105,7 +105,7 @@ inline void pack_lines(const Matrix<T>& m, int64_t first, int64_t lines, int64_t
   // also written in vectors, and each unit overwrites the end of the one before
   const int64_t blocks = m.col != 1 ? 0 : width < W ? 1 : width / W;
   for (int64_t block = 0; block < blocks; ++block, line += W) {
-    const T* source[W];
+    decltype(m.at(0)) source[W];
     for (int j = 0; j < W; ++j) source[j] = m.at(first + imin(line + j, lines - 1)) + k0;
     const int64_t stored = imin(W, width);
     int64_t u = 0;
@@ -120,7 +120,7 @@ inline void pack_lines(const Matrix<T>& m, int64_t first, int64_t lines, int64_t
         out[u * width + line + j] = load_unit<kPairs>(source[j], u, 1, K);
   }
   for (; line < width; ++line) {
-    const T* p = m.at(first + imin(line, lines - 1)) + k0 * m.col;
+    const auto* p = m.at(first + imin(line, lines - 1)) + k0 * m.col;
     for (int64_t u = 0; u < count; ++u) out[u * width + line] = load_unit<kPairs>(p, u, m.col, K);
   }
 }
@@ -148,9 +148,9 @@ inline void pack_unit(const T* p, const T* q, bool loose, int64_t lines, int64_t
 
 // An operand: `lines` are rows of A or columns of B. Either line i is m.at(i) with stride m.col, or
 // (`across`) element k of line i is m.at(k)[i].
-template <typename T>
+template <typename T, typename Lines = Matrix<T>>
 struct Operand {
-  Matrix<T> m;
+  Lines m;
   int64_t lines;
   bool across;
 

@@ -53,6 +53,7 @@ SLUGS = (
     "rms_norm",
     "bias_gelu",
     "feed_forward",
+    "gated_feed_forward",
     "cross_entropy",
     "mlm_loss",
     "relation_loss",

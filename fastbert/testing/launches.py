@@ -18,6 +18,7 @@ from fastbert.kernels import (
     dropout_add_layer_norm,
     embed,
     feed_forward,
+    gated_feed_forward,
     layer_norm,
     linear,
     linear_int8,
@@ -126,6 +127,14 @@ def _optional(dtype: torch.dtype) -> Iterator[Call]:
     few, w1, w2 = _meta(64, 768, dtype=dtype), _stats(3072, 768), _stats(768, 3072)
     unsaved = partial(feed_forward.forward, few, w1, None, w2, None, "none", False)
     yield "feed_forward fwd few unsaved", unsaved
+    gated, halves = gated_feed_forward, [w1, w1]
+    unsaved = partial(gated.forward, few, halves, [], w2, None, "gelu", False)
+    yield "gated_feed_forward fwd few unsaved", unsaved
+    u, needs = _meta(64, 6144, dtype=dtype), [True, True, False, False, False]
+    yield (
+        "gated_feed_forward bwd frozen",
+        partial(gated.backward, few, few, u, halves, w2, "gelu", needs, w1.dtype),
+    )
     integers = _meta(3072, 768, dtype=torch.int8)
     yield (
         "linear_int8 fwd 8 bits no bias",
@@ -145,6 +154,18 @@ def _activations(dtype: torch.dtype, widths: tuple[int, ...], full: bool) -> Ite
         for form in ("none", "tanh") if full else ("none",):
             yield f"bias_gelu fwd F{F} {form}", partial(bias_gelu.forward, x, b, form)
             yield f"bias_gelu bwd F{F} {form}", partial(bias_gelu.backward, x, x, b, form)
+        yield from _gated(dtype, F, ("gelu", "gelu_tanh", "silu") if full else ("gelu",))
+
+
+def _gated(dtype: torch.dtype, F: int, activations: tuple[str, ...]) -> Iterator[Call]:
+    gated, C = gated_feed_forward, 64
+    x, u, w2 = _meta(_T, C, dtype=dtype), _meta(_T, 2 * F, dtype=dtype), _stats(C, F)
+    w1, b1, needs = [_stats(F, C), _stats(F, C)], [_stats(F), _stats(F)], [True] * 5
+    for name in activations:
+        forward = partial(gated.forward, x, w1, b1, w2, None, name, True)
+        yield f"gated_feed_forward fwd F{F} {name}", forward
+        backward = partial(gated.backward, x, x, u, w1, w2, name, needs, w2.dtype)
+        yield f"gated_feed_forward bwd F{F} {name}", backward
 
 
 def _losses(dtype: torch.dtype, sizes: tuple[int, ...]) -> Iterator[Call]:

@@ -1,7 +1,7 @@
 // The kernels against plain loops in double, in every instruction set of this build that the
 // machine has. There is no Python in it: tests/cpu/test_cross_build.py builds it for
-// other processors and runs it in an emulator. embed, feed_forward and encoder_infer are left out:
-// they are made of the same parts.
+// other processors and runs it in an emulator. embed, both feed-forwards and encoder_infer are left
+// out: they are made of the same parts.
 #include <algorithm>
 
 #include "native_relations.h"

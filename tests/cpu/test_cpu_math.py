@@ -10,11 +10,11 @@ from fastbert.backend import cpu
 if cpu.native is None:
     pytest.skip(str(cpu.unavailable), allow_module_level=True)
 
-from fastbert.backend.cpu import bias_gelu, cross_entropy
+from fastbert.backend.cpu import bias_gelu, cross_entropy, gated_feed_forward
 
 EPS = torch.finfo(torch.float32).eps
 ISAS = pytest.mark.parametrize("isa", cpu.native.isas())
-FORMS = pytest.mark.parametrize("approximate", ["none", "tanh"])
+FORMS = pytest.mark.parametrize("form", ["none", "tanh", "silu"])
 
 
 @pytest.fixture(autouse=True)
@@ -33,17 +33,26 @@ def grid() -> torch.Tensor:
     return torch.cat([fine, near, edges, torch.tensor([1e10, -1e10, 3e38, -3e38])])
 
 
-def gelu(x: torch.Tensor, approximate: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The native value and derivative, (N,)."""
+def native(x: torch.Tensor, form: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The native value and derivative, (N,), of GELU by its `approximate`, or of SiLU."""
     row = x[None]
-    value = bias_gelu.forward(row, None, approximate)
-    return value[0], bias_gelu.backward(torch.ones_like(row), row, None, approximate)[0][0]
+    one = torch.ones_like(row)
+    if form == "silu":
+        # a gate of 1 and a gradient of 1: dg is the value, da the derivative
+        u, needs = torch.cat([row, one], 1), [False, False, True, False, False]
+        args = (one[:, :1], one[:, :1], u, [one.t()], one, form, needs, x.dtype)
+        derivative, value = gated_feed_forward.backward(*args)[2].chunk(2)
+        return value, derivative
+    return bias_gelu.forward(row, None, form)[0], bias_gelu.backward(one, row, None, form)[0][0]
 
 
-def truth(x: torch.Tensor, approximate: str) -> tuple[torch.Tensor, torch.Tensor]:
+def truth(x: torch.Tensor, form: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in fp64, from formulas that keep the left tail's digits."""
     x = x.double().clamp(-200.0)
-    if approximate == "tanh":
+    if form == "silu":
+        s, other = torch.sigmoid(x), torch.sigmoid(-x)
+        return x * s, s + x * s * other
+    if form == "tanh":
         inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
         s, other = torch.sigmoid(2 * inner), torch.sigmoid(-2 * inner)
         slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x.clamp(-200, 200) ** 2)
@@ -55,27 +64,27 @@ def truth(x: torch.Tensor, approximate: str) -> tuple[torch.Tensor, torch.Tensor
 
 @ISAS
 @FORMS
-def test_gelu_and_its_derivative_are_within_a_few_ulp(isa, approximate):
+def test_activations_and_their_derivatives_are_within_a_few_ulp(isa, form):
     cpu.native.use_isa(isa)
     x = grid()
-    value, derivative = gelu(x, approximate)
-    expected, slope = truth(x, approximate)
-    # the left tail is about e^-u, so its relative error has that of u times u
-    u = x.double().square() / 2 if approximate == "none" else 2 * x.double().abs() ** 3
+    value, derivative = native(x, form)
+    expected, slope = truth(x, form)
+    # the left tail is about e^-u, so its relative error has that of u times u; SiLU's u is exact
+    u = {"none": x.double().square() / 2, "tanh": 2 * x.double().abs() ** 3}.get(form, 0 * x)
     relative = EPS * (6 + torch.where(x < 0, u.clamp(max=100.0), 0.0))
     assert ((value - expected).abs() <= relative * expected.abs() + 1e-36).all()
-    # near its zero cdf + x pdf is a difference of numbers of at most 0.3
+    # near its zero the derivative is a difference of numbers of at most 0.3
     size = slope.abs() + torch.where(x.abs() < 2, 0.3, 0.0)
     assert ((derivative - slope).abs() <= 2 * relative * size + 1e-35).all()
 
 
 @ISAS
 @FORMS
-def test_gelu_of_infinities_and_nan(isa, approximate):
+def test_activations_of_infinities_and_nan(isa, form):
     cpu.native.use_isa(isa)
     # 20 elements: a whole vector of every width, and a rest
     x = torch.tensor([math.inf, -math.inf, math.nan, 1.0]).repeat(5)
-    value, derivative = gelu(x, approximate)
+    value, derivative = native(x, form)
     assert torch.equal(value[0::4], torch.full((5,), math.inf))
     assert torch.equal(derivative[0::4], torch.ones(5))
     assert torch.equal(value[1::4], torch.zeros(5))

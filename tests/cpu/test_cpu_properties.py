@@ -306,6 +306,35 @@ def test_feed_forward(d: Drawn, T: int, C: int, F: int, bias: bool, approximate:
 
 
 @EXAMPLES
+@given(
+    DRAWN,
+    ROWS,
+    SIZES,
+    SIZES,
+    st.sampled_from([1, 2]),
+    st.booleans(),
+    st.sampled_from(["gelu", "gelu_tanh", "silu"]),
+)
+# K beyond one pass, and several blocks of rows and of columns
+@example(FIRST, 3, 3073, 9, 2, False, "silu")
+@example(PAIRS, 3, 6147, 9, 1, True, "gelu")
+@example(FIRST, 101, 9, 197, 2, True, "silu")
+def test_gated_feed_forward(
+    d: Drawn, T: int, C: int, F: int, pieces: int, bias: bool, activation: str
+) -> None:
+    rows = 2 * F // pieces
+    kwargs = {
+        "x": d.x(T, C),
+        "w1": [d.w(rows, C, scale=C**-0.5) for _ in range(pieces)],
+        "b1": [d.w(rows) for _ in range(pieces)] if bias else None,
+        "w2": d.w(C, F, scale=F**-0.5),
+        "b2": d.vector(bias, C),
+        "activation": activation,
+    }
+    check("gated_feed_forward", kwargs, d)
+
+
+@EXAMPLES
 @given(DRAWN, ROWS, SIZES, st.integers(1, 40), st.sampled_from([0, 1, 2]), P, st.booleans())
 def test_embed(d: Drawn, T: int, C: int, V: int, Y: int, p: float, padding: bool) -> None:
     d.weights = d.dtype  # the three tables are of one dtype

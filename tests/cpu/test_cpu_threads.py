@@ -51,6 +51,7 @@ def calls(dtype: torch.dtype) -> dict[str, dict]:
         "rms_norm": {"x": x, "weight": norm["weight"]},
         "bias_gelu": {"x": draw.normal(T, F), "bias": draw.normal(F)},
         "feed_forward": {"x": x, **ffn},
+        "gated_feed_forward": {"x": x, **ffn, "w1": [up, -up], "b1": None, "activation": "silu"},
         "cross_entropy": {"logits": draw.normal(T, V), "labels": draw.labels(V, T, 0.6)},
         "mlm_loss": {"hidden": x, **decoder, "labels": draw.labels(V, T, 0.6)},
         "relation_loss": {

@@ -38,6 +38,8 @@ KERNELS = {
     "_cross_entropy_fwd_kernel",
     "_cross_entropy_bwd_kernel",
     "_embed_fwd_kernel",
+    "_gated_feed_forward_bwd_kernel",
+    "_gated_feed_forward_fwd_kernel",
     "_embed_bwd_kernel",
     "_embed_bwd_segments_kernel",
     "_embed_bwd_crossing_kernel",
@@ -54,7 +56,7 @@ KERNELS = {
 }
 # kernels limited by memory bandwidth, and the accesses of less than 4 bytes a lane on NVIDIA
 MEMORY = (
-    r"_((layer_norm|rms_norm|dropout_add_layer_norm|bias_gelu|embed|cross_entropy)_(fwd|bwd)"
+    r"_((layer_norm|rms_norm|dropout_add_layer_norm|bias_gelu|gated_feed_forward|embed|cross_entropy)_(fwd|bwd)"
     r"|linear_int8_rows)_kernel"
 )
 NARROW = r"(LDG|STG)\.E\.[US](8|16)\b.*"

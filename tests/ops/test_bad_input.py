@@ -176,6 +176,42 @@ CASES = [
         ValueError,
         r"w1 has shape \(4, 7\)",
     ),
+    # gated_feed_forward
+    (
+        lambda: F.gated_feed_forward(X, [WORD, WORD], None, torch.randn(8, 4), None),
+        ValueError,
+        r"w2 has shape \(8, 4\), expected \(-1, 5\)",
+    ),
+    (
+        lambda: F.gated_feed_forward(X, [WORD], None, torch.randn(8, 2), None),
+        ValueError,
+        r"w1\[0\] has 5 rows: half of them are activated, pass an even number",
+    ),
+    (
+        lambda: F.gated_feed_forward(X, [WORD] * 3, None, WORD.t(), None),
+        ValueError,
+        r"w1 holds 3 tensors: pass one \(2F, C\) or two",
+    ),
+    (
+        lambda: F.gated_feed_forward(X, [WORD, WORD], [X[0, :5]], WORD.t(), None),
+        ValueError,
+        "b1 holds 1 tensors for 2 in w1: pass as many, or None",
+    ),
+    (
+        lambda: F.gated_feed_forward(X, [WORD, WORD[:4]], None, WORD.t(), None),
+        ValueError,
+        r"w1\[1\] has shape \(4, 8\)",
+    ),
+    (
+        lambda: F.gated_feed_forward(X, [WORD, WORD.half()], None, WORD.t(), None),
+        TypeError,
+        "w1 holds torch.float32 and torch.float16: use one dtype for both",
+    ),
+    (
+        lambda: F.gated_feed_forward(X, [WORD, WORD], None, WORD.t(), None, "relu"),
+        ValueError,
+        "activation is 'relu': choose one of gelu, gelu_tanh, silu",
+    ),
     # cross_entropy
     (lambda: F.cross_entropy(X, LONG + 8), IndexError, r"is 8, outside \[0, 8\)"),
     (lambda: F.cross_entropy(X[:, :0], LONG), ValueError, "no class to choose"),

@@ -68,6 +68,10 @@ SMALL = {
         "cuda": "qkv_proj_fwd linear_bwd_db sum_partials",
     },
     ("feed_forward", "T5-C7-F11"): {"triton": "linear_fwd bias_gelu_bwd"},
+    ("gated_feed_forward", "T7-C9-F13-silu"): {
+        "triton": "linear_fwd gated_feed_forward_fwd gated_feed_forward_bwd sum_rows"
+    },
+    ("gated_feed_forward", "T67-C16-F24"): {},
     ("cross_entropy", "N7-V13"): {
         "triton": "cross_entropy_fwd cross_entropy_bwd",
         "cuda": "cross_entropy",

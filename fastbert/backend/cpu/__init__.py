@@ -24,6 +24,8 @@ from fastbert.files import quoted
 
 # numbers of the element types in csrc/cpu/runtime.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+# numbers of the activations of gated_feed_forward there
+ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "silu": 3}
 
 
 class _Symbol(ctypes.Structure):

@@ -1,4 +1,4 @@
-"""x times the rows of one or three weights, and its gradients, on csrc/cpu/linear.cpp: shared by the ops with GEMMs."""
+"""x times the rows of one to three weights, and its gradients, on csrc/cpu/linear.cpp: shared by the ops with GEMMs."""
 
 from __future__ import annotations
 
@@ -86,9 +86,7 @@ def gradients(
 
 
 def stacked(weights: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor, Tensor], int, int]:
-    """Three contiguous pieces (the first again where there is one), the rows of each, and of all."""
-    first = weights[0].contiguous()
-    rest = (
-        (first, first) if len(weights) == 1 else (weights[1].contiguous(), weights[2].contiguous())
-    )
-    return (first, *rest), first.shape[0], first.shape[0] * len(weights)
+    """Three contiguous pieces (the last again where there are fewer), the rows of each, and of all."""
+    given = [w.contiguous() for w in weights]
+    first, second, third = given + given[-1:] * (3 - len(given))
+    return (first, second, third), first.shape[0], first.shape[0] * len(given)

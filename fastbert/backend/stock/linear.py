@@ -22,6 +22,26 @@ def cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
     return weight, bias
 
 
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The parts stacked on their rows: a view where they already lie side by side in memory, else a copy."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    stride = first.numel() * first.element_size()
+    storage = first.untyped_storage().data_ptr()
+    adjacent = all(
+        p.is_contiguous()
+        and p.untyped_storage().data_ptr() == storage
+        and p.data_ptr() == first.data_ptr() + i * stride
+        for i, p in enumerate(parts)
+    )
+    if adjacent:
+        return first.detach().as_strided(
+            (len(parts) * first.shape[0], *first.shape[1:]), first.stride()
+        )
+    return torch.cat(list(parts))
+
+
 # CUDA's library stores its fp32 sums as fp32 from torch 2.8 on
 _WIDE = torch.version.cuda is not None and "dtype" in torch.ops.aten.mm.overloads()
 
