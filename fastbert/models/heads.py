@@ -12,7 +12,8 @@ from fastbert.models.encoder import BertModel, Encoded, Pretrained
 from fastbert.models.inputs import Inputs, prepare
 from fastbert.models.losses import class_loss, position_loss, sequence_loss
 from fastbert.models.output import Output, SequenceOutput
-from fastbert.nn.blocks import Linear, MLMHead, NSPHead
+from fastbert.nn.base import Linear
+from fastbert.nn.blocks import MLMHead, NSPHead
 from fastbert.nn.exports import fx_leaf
 from fastbert.nn.int8 import Int8Embedding
 from fastbert.nn.tied import tied

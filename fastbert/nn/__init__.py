@@ -5,11 +5,10 @@ docs/modules.md lists the cases. Encoders do not compute padding: their outputs 
 """
 
 from fastbert._lazy import lazy
+from fastbert.nn.base import Linear
 from fastbert.nn.blocks import (
     Embeddings,
     EncoderLayer,
-    FeedForward,
-    Linear,
     MLMHead,
     NSPHead,
     QKVProjection,
@@ -17,6 +16,7 @@ from fastbert.nn.blocks import (
     sinusoidal_positions,
 )
 from fastbert.nn.drop_in import GELU, CrossEntropyLoss, LayerNorm, RMSNorm
+from fastbert.nn.feed_forward import FeedForward, GatedFeedForward
 from fastbert.nn.int8 import Int8Embedding, Int8Linear
 from fastbert.nn.packing import Packing
 from fastbert.nn.transformer import (
@@ -31,6 +31,7 @@ __all__ = [
     "Embeddings",
     "EncoderLayer",
     "FeedForward",
+    "GatedFeedForward",
     "InferenceRunner",
     "Int8Embedding",
     "Int8Linear",

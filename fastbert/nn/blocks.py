@@ -10,54 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import functional as F
-from fastbert.nn.exports import refuse_script, replaces
+from fastbert.nn.base import Block, Linear, bias_alone, without_gradients
+from fastbert.nn.feed_forward import FeedForward
 from fastbert.nn.int8 import Int8Embedding
 from fastbert.nn.layer import (
     LayerCall,
     LayerSettings,
     LayerWeights,
     Rates,
-    activation_name,
     attention_block,
     encoder_layer,
-    feed_forward_block,
 )
 from fastbert.nn.packing import Packing
 from fastbert.nn.watch import first_hooked
-
-
-class Linear(nn.Linear):
-    """torch.nn.Linear through the `linear` op."""
-
-    def reset_parameters(self) -> None:
-        """Draw the weight and the bias as torch.nn does, of a matrix without numbers the bias alone."""
-        if self.weight.numel():
-            super().reset_parameters()
-        elif self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    @replaces(nn.Linear)
-    def forward(self, input: Tensor) -> Tensor:  # (..., K) -> (..., N)
-        return F.linear(input, self.weight, self.bias)
-
-
-class Block(nn.Module):
-    """The base of the blocks, which torch.jit.script refuses with a sentence."""
-
-    __prepare_scriptable__ = refuse_script
-
-
-def without_gradients(block: nn.Module) -> None:
-    """Let parameters without numbers require no gradient: they never get one, and DistributedDataParallel waits."""
-    for p in block.parameters():
-        if not p.numel():
-            p.requires_grad_(False)
-
-
-def bias_alone(x: Tensor, last: nn.Module) -> Tensor:
-    """The output (N, C) of a block that has no columns left for x (N, C): the bias of its last matrix."""
-    bias: Tensor = last.bias  # type: ignore[assignment]
-    return bias.to(x.dtype).expand(x.shape[0], -1)
 
 
 def sinusoidal_positions(positions: int, hidden_size: int) -> Tensor:
@@ -207,36 +172,6 @@ class SelfAttention(Block):
         # a finite floor: rows without any token stay finite and are zeroed below
         scores = scores.masked_fill(~token[..., None, :], torch.finfo(scores.dtype).min)
         return (scores.softmax(-1) * (token[..., :, None] & token[..., None, :])).to(q.dtype)
-
-
-class FeedForward(Block):
-    """act(x W1' + b1) W2' + b2; `approximate` names the GELU ("none" is exact, "tanh"), None means ReLU.
-
-    Of width 0 it is b2.
-    """
-
-    def __init__(
-        self, hidden_size: int, intermediate_size: int, approximate: str | None = "none"
-    ) -> None:
-        super().__init__()
-        self.up = Linear(hidden_size, intermediate_size)
-        self.down = Linear(intermediate_size, hidden_size)
-        self.approximate = approximate
-        without_gradients(self)
-
-    def forward(self, x: Tensor) -> Tensor:  # (T, C) -> (T, C)
-        up, down = self.up, self.down
-        if getattr(down, "in_features", 1) == 0:
-            return bias_alone(x, down)
-        if {type(up), type(down)} <= {Linear, nn.Linear} and first_hooked((up, down)) is None:
-            weights = LayerWeights(
-                up=up.weight, up_bias=up.bias, down=down.weight, down_bias=down.bias
-            )
-        else:
-            # an adapter computes more than its weight
-            weights = LayerWeights(up=up, down=down)
-        settings = LayerSettings(activation=activation_name(self.approximate))
-        return feed_forward_block(x, weights, settings)
 
 
 class EncoderLayer(Block):

@@ -19,15 +19,18 @@ from fastbert.ops.context import seed_for
 
 # the values of `approximate` of the activations that are fused with the feed-forward's products
 GELUS = {"gelu": "none", "gelu_tanh": "tanh"}
+# the activations that are fused with a gate
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
 
 
 class LayerWeights(NamedTuple):
     """The parameters of an encoder layer; csrc/cpu/encoder.h reads them in this order.
 
     A matrix is (outputs, inputs). `qkv` is a list: one (3 H D, C), or queries, keys and values (H D, C) each; so is
-    `qkv_bias`. A bias is None where the layer has none. A module in the place of a weight is called, and its bias is
-    None: `qkv` gives (T, 3, H, D). That serves adapters, hooks and norms of another kind. A function that runs a part
-    of the layer reads the fields of that part only.
+    `qkv_bias`. In a gated layer `up` and `up_bias` are lists too: one (2 F, C), or two (F, C), of which the first is
+    activated. A bias is None where the layer has none. A module in the place of a weight is called, and its bias is
+    None: `qkv` gives (T, 3, H, D), a gated `up` (T, 2 F). That serves adapters, hooks and norms of another kind. A
+    function that runs a part of the layer reads the fields of that part only.
     """
 
     qkv: Any = None  # [(3 H D, C)]
@@ -66,7 +69,7 @@ class LayerSettings(NamedTuple):
     """What a layer computes, beside its weights; every layer of a model may have its own."""
 
     heads: int = 1
-    activation: Any = "gelu"  # gelu, gelu_tanh, relu, or a function of a tensor
+    activation: Any = "gelu"  # gelu, gelu_tanh, silu, relu, or a function of a tensor
     attention_eps: float = 1e-12
     output_eps: float = 1e-12
     rates: Rates = Rates()
@@ -80,6 +83,7 @@ class LayerSettings(NamedTuple):
     norms_from_output: bool = False
     window: tuple[int, int] | None = None  # the tokens before and behind that a token sees
     kv_heads: int | None = None  # None: as many as `heads`; then `qkv` gives (T, H + 2 kv_heads, D)
+    # the feed-forward is (act(a) * g) down' with [a, g] = x up'
     gated: bool = False
     rms_norm: bool = False
 
@@ -155,10 +159,15 @@ def attention_block(x: Tensor, w: LayerWeights, s: LayerSettings, c: LayerCall) 
 def feed_forward_block(
     x: Tensor, w: LayerWeights, s: LayerSettings, c: LayerCall | None = None
 ) -> Tensor:
-    """act(x up' + up_bias) down' + down_bias: (T, C) -> (T, C); `c` is read for an inner dropout only."""
+    """act(x up' + up_bias) down' + down_bias, or gated: (T, C) -> (T, C); `c` is read for an inner dropout only."""
     approximate = GELUS.get(s.activation) if isinstance(s.activation, str) else None
     p = s.rates.inner
-    if approximate is not None and not callable(w.up):
+    if s.gated:
+        up = w.up if isinstance(w.up, (list, tuple)) else [w.up]
+        if p == 0.0 and s.activation in ACTIVATIONS and not any(map(callable, (*up, w.down))):
+            return F.gated_feed_forward(x, up, w.up_bias, w.down, w.down_bias, s.activation)
+        hidden = _gated(x, up, w.up_bias, s.activation)
+    elif approximate is not None and not callable(w.up):
         if p == 0.0 and not callable(w.down):
             return F.feed_forward(x, w.up, w.up_bias, w.down, w.down_bias, approximate)
         hidden = F.bias_gelu(F.linear(x, w.up), w.up_bias, approximate)
@@ -170,10 +179,22 @@ def feed_forward_block(
     return project(hidden, w.down, w.down_bias)
 
 
+def _gated(
+    x: Tensor, weights: Sequence[Any], biases: Sequence[Tensor] | None, activation: Any
+) -> Tensor:
+    """act(a) * g with [a, g] = x up' + up_bias, which one weight or two give."""
+    biases = [None] * len(weights) if biases is None else biases
+    products = [project(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    a, g = products if len(products) == 2 else products[0].chunk(2, -1)
+    return activate(a, activation) * g
+
+
 def activate(x: Tensor, activation: Any) -> Tensor:
     """The activation, by its name or as a function, of a tensor."""
     if activation == "relu":
         return torch.relu(x)
+    if activation == "silu":
+        return torch.nn.functional.silu(x)
     if callable(activation):
         return activation(x)
     return F.bias_gelu(x, None, GELUS[activation])

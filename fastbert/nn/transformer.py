@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastbert.nn.blocks import Linear
+from fastbert.nn.base import Linear
 from fastbert.nn.drop_in import GELU, LayerNorm, log_stock, why_not_fused
 from fastbert.nn.exports import replaces
 from fastbert.nn.layer import (

@@ -203,6 +203,8 @@ def why_not_prepacked(
 
     `bits` are those of quantised activations, None for floating-point products.
     """
+    if settings.gated:
+        return "its feed-forward has a gate"
     if settings.activation not in GELUS:
         return "the activation is not GELU"
     if settings.pre_norm or settings.gated or settings.rms_norm:

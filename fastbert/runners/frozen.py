@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fastbert.backend import chooser, cpu
 from fastbert.backend.torch_private import exporting
-from fastbert.nn.blocks import PARAMETERS, EncoderLayer, FeedForward, QKVProjection, SelfAttention
-from fastbert.nn.blocks import Linear as BlockLinear
+from fastbert.nn.base import Linear as BlockLinear
+from fastbert.nn.blocks import PARAMETERS, EncoderLayer, QKVProjection, SelfAttention
+from fastbert.nn.feed_forward import FeedForward
 from fastbert.nn.int8 import Int8Linear
 from fastbert.nn.layer import LayerSettings, activation_name
 from fastbert.nn.packing import Packing

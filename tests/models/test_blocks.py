@@ -51,6 +51,47 @@ def test_packing_of_empty_rows_and_batches() -> None:
         fnn.Packing.from_mask(mask[None])
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["nobias", "bias"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+def test_gated_feed_forward(activation: str, bias: bool) -> None:
+    """The block agrees with stock operations; an adapter in the place of `up` is called; hooks see its calls."""
+    block, x = fnn.GatedFeedForward(24, 20, activation, bias), torch.randn(9, 24)
+    assert block.up.weight.shape == (40, 24)
+    act = {
+        "gelu": nn.functional.gelu,
+        "gelu_tanh": lambda a: nn.functional.gelu(a, approximate="tanh"),
+        "silu": nn.functional.silu,
+    }[activation]
+
+    def stock() -> Tensor:
+        a, g = nn.functional.linear(x, block.up.weight, block.up.bias).chunk(2, -1)
+        return nn.functional.linear(act(a) * g, block.down.weight, block.down.bias)
+
+    ours, theirs = block(x), stock()
+    close(ours, theirs)
+    params = list(block.parameters())
+    assert len(params) == (4 if bias else 2)
+    pair = (torch.autograd.grad(y.square().sum(), params) for y in (ours, theirs))
+    for mine, stocks in zip(*pair, strict=True):
+        close(mine, stocks)
+    seen: list[int] = []
+    block.up.register_forward_hook(lambda m, args, y: seen.append(1))
+    close(block(x), theirs)
+    assert seen == [1]
+    assert block.state_dict().keys() >= {"up.weight", "down.weight"}
+
+
+def test_a_gated_feed_forward_without_columns_is_its_last_bias() -> None:
+    x = torch.randn(5, 8)
+    assert fnn.GatedFeedForward(8, 0)(x).equal(torch.zeros(5, 8))
+    block = fnn.GatedFeedForward(8, 0, bias=True)
+    assert block(x).equal(block.down.bias.expand(5, -1))
+    with pytest.raises(
+        ValueError, match="activation is 'relu': choose one of gelu, gelu_tanh, silu"
+    ):
+        fnn.GatedFeedForward(8, 4, "relu")
+
+
 def test_blocks_stand_alone() -> None:
     """Single blocks run on packed tokens, draw their own dropout, and agree with torch.nn's layer."""
     cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)

@@ -14,6 +14,7 @@ from fastbert.nn.layer import (
     LayerWeights,
     Rates,
     encoder_layer,
+    feed_forward_block,
     parameters,
 )
 
@@ -21,12 +22,15 @@ C, H, FFN = 24, 3, 40
 BOUNDS = torch.tensor([0, 5, 5, 12], dtype=torch.int32)
 
 
-def weights(heads_width: int = C, bias: bool = True) -> LayerWeights:
-    """Random weights; `heads_width` is H * D."""
+def weights(heads_width: int = C, bias: bool = True, up: int = 0) -> LayerWeights:
+    """Random weights; `heads_width` is H * D, `up` the number of weights that a gated layer's `up` is, 0 without."""
     fields = LayerWeights(
         *(torch.randn(*s) * 0.2 for s in LayerWeights.shapes(C, heads_width, FFN))
     )
     fields = fields._replace(qkv=[fields.qkv], qkv_bias=[fields.qkv_bias])
+    if up:
+        matrices = list((torch.randn(2 * FFN, C) * 0.2).chunk(up))
+        fields = fields._replace(up=matrices, up_bias=list(torch.randn(2 * FFN).chunk(up)))
     if bias:
         return fields
     return fields._replace(**{name: None for name in fields._fields if name.endswith("bias")})
@@ -56,8 +60,14 @@ def written_out(x: Tensor, w: LayerWeights, s: LayerSettings, c: LayerCall) -> T
             "gelu": nn.functional.gelu,
             "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
             "relu": torch.relu,
+            "silu": nn.functional.silu,
         }.get(s.activation, s.activation)
-        hidden = act(nn.functional.linear(x, w.up, w.up_bias))
+        if s.gated:
+            bias = None if w.up_bias is None else torch.cat(w.up_bias)
+            a, g = nn.functional.linear(x, torch.cat(w.up), bias).chunk(2, -1)
+            hidden = act(a) * g
+        else:
+            hidden = act(nn.functional.linear(x, w.up, w.up_bias))
         return nn.functional.linear(hidden, w.down, w.down_bias)
 
     first = (w.attention_norm, w.attention_norm_bias, s.attention_eps)
@@ -75,7 +85,11 @@ SETTINGS = {
     "tanh": LayerSettings(H, "gelu_tanh", 1e-5, 1e-3),
     "relu": LayerSettings(H, "relu", scale=0.3),
     "function": LayerSettings(H, torch.nn.functional.silu),
+    "silu": LayerSettings(H, "silu"),
     "causal": LayerSettings(H, causal=True),
+    "gated": LayerSettings(H, pre_norm=True, gated=True),
+    "gated-silu": LayerSettings(H, "silu", gated=True),
+    "gated-relu": LayerSettings(H, "relu", gated=True),
 }
 
 
@@ -83,7 +97,8 @@ SETTINGS = {
 @pytest.mark.parametrize("heads_width", [C, 12], ids=["whole", "pruned"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_written_out(name, heads_width, bias):
-    w, s = weights(heads_width, bias), SETTINGS[name]
+    s = SETTINGS[name]
+    w = weights(heads_width, bias, up=(2 if s.activation == "silu" else 1) * s.gated)
     x, call = torch.randn(12, C), LayerCall(BOUNDS, 7)
     expected = written_out(x, w, s, call)
     torch.testing.assert_close(encoder_layer(x, w, s, call), expected, rtol=1e-4, atol=1e-4)
@@ -112,6 +127,23 @@ def test_modules_stand_in_the_place_of_weights(pre_norm):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert parameters(called) is None
     assert [len(field) for field in parameters(w)] == [1] * 12
+
+
+@pytest.mark.parametrize("up", [1, 2])
+def test_modules_stand_in_the_place_of_gated_weights(up):
+    """One function gives both halves, or each half has its own; inner dropout leaves the fused op too."""
+    w, s = weights(up=up), LayerSettings(H, "silu", gated=True)
+    x, call = torch.randn(12, C), LayerCall(BOUNDS, 7, torch.tensor([5]), 2)
+    whole, bias = torch.cat(w.up), torch.cat(w.up_bias)
+    one = w._replace(up=lambda x: F.linear(x, whole, bias), up_bias=None)
+    pairs = list(zip(w.up, w.up_bias, strict=True))
+    parts = [lambda x, p=p, b=b: F.linear(x, p, b) for p, b in pairs]
+    for rates in (Rates(), Rates(inner=0.4)):
+        s = s._replace(rates=rates)
+        expected = feed_forward_block(x, w, s, call)
+        for called in (one, w._replace(up=parts, up_bias=None)):
+            found = feed_forward_block(x, called, s, call)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("inner_site", [False, True], ids=["three", "four"])

@@ -1,0 +1,45 @@
+"""What BERT's own blocks are made of: the linear layer, the class of all blocks, blocks without columns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import functional as F
+from fastbert.nn.exports import refuse_script, replaces
+
+
+class Linear(nn.Linear):
+    """torch.nn.Linear through the `linear` op."""
+
+    def reset_parameters(self) -> None:
+        """Draw the weight and the bias as torch.nn does, of a matrix without numbers the bias alone."""
+        if self.weight.numel():
+            super().reset_parameters()
+        elif self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @replaces(nn.Linear)
+    def forward(self, input: Tensor) -> Tensor:  # (..., K) -> (..., N)
+        return F.linear(input, self.weight, self.bias)
+
+
+class Block(nn.Module):
+    """The base of the blocks, which torch.jit.script refuses with a sentence."""
+
+    __prepare_scriptable__ = refuse_script
+
+
+def without_gradients(block: nn.Module) -> None:
+    """Let parameters without numbers require no gradient: they never get one, and DistributedDataParallel waits."""
+    for p in block.parameters():
+        if not p.numel():
+            p.requires_grad_(False)
+
+
+def bias_alone(x: Tensor, last: nn.Module) -> Tensor:
+    """The output (N, C) of a block that has no columns left for x (N, C): the bias of its last matrix, or zeros."""
+    bias: Tensor | None = last.bias  # type: ignore[assignment]
+    if bias is None:
+        return torch.zeros_like(x)
+    return bias.to(x.dtype).expand(x.shape[0], -1)
