@@ -119,18 +119,18 @@ def encoder_layer(
     x + feed_forward(LN(x)). `attention` and `feed_forward` are called in place of the blocks below where given.
     """
     p, last = s.rates, c.site + 2 + s.inner_site
-    first = _norm(x, w.attention_norm, w.attention_norm_bias, s.attention_eps) if s.pre_norm else x
+    before = _Norm(w.attention_norm, w.attention_norm_bias, s.attention_eps, s.rms_norm)
+    after = _Norm(w.output_norm, w.output_norm_bias, s.output_eps, s.rms_norm)
+    first = before(x) if s.pre_norm else x
     y = attention_block(first, w, s, c) if attention is None else attention(first)
     x = x if c.rows is None else x.index_select(0, c.rows)
-    second = (w.output_norm, w.output_norm_bias, s.output_eps)
     if s.pre_norm:
-        y, x = _add_norm_and_sum(y, x, *second, p.out, c, c.site + 1)
+        y, x = _add_norm_and_sum(y, x, after, p.out, c, c.site + 1)
         y = feed_forward_block(y, w, s, c) if feed_forward is None else feed_forward(y)
         return x + _dropout(y, p.down, c, last)
-    norm = (w.attention_norm, w.attention_norm_bias, s.attention_eps)
-    x = _add_norm(y, x, *norm, p.out, c, c.site + 1, s.norms_from_output)
+    x = _add_norm(y, x, before, p.out, c, c.site + 1, s.norms_from_output)
     y = feed_forward_block(x, w, s, c) if feed_forward is None else feed_forward(x)
-    return _add_norm(y, x, *second, p.down, c, last, s.norms_from_output)
+    return _add_norm(y, x, after, p.down, c, last, s.norms_from_output)
 
 
 def attention_block(x: Tensor, w: LayerWeights, s: LayerSettings, c: LayerCall) -> Tensor:
@@ -214,57 +214,61 @@ def _dropout(x: Tensor, p: float, c: LayerCall, site: int) -> Tensor:
     return x if p == 0.0 else philox.dropout(x, p, seed_for(p, c.seed, x), site, c.rows)
 
 
-def _norm(x: Tensor, weight: Any, bias: Tensor | None, eps: float) -> Tensor:
-    return weight(x) if callable(weight) else F.layer_norm(x, weight, bias, eps)
+class _Norm(NamedTuple):
+    """One of the layer's norms: a LayerNorm, an RMSNorm, or a module in the place of the weight, which is called."""
+
+    weight: Any
+    bias: Tensor | None
+    eps: float
+    rms: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if callable(self.weight):
+            return self.weight(x)
+        if self.rms:
+            return F.rms_norm(x, self.weight, self.eps)
+        return F.layer_norm(x, self.weight, self.bias, self.eps)
+
+    @property
+    def fused(self) -> bool:
+        """Whether functional.dropout_add_layer_norm computes it."""
+        return not (self.rms or self.weight is None or callable(self.weight))
 
 
 def _add_norm(
-    y: Tensor,
-    residual: Tensor,
-    weight: Any,
-    bias: Tensor | None,
-    eps: float,
-    p: float,
-    c: LayerCall,
-    site: int,
-    from_output: bool,
+    y: Tensor, residual: Tensor, norm: _Norm, p: float, c: LayerCall, site: int, from_output: bool
 ) -> Tensor:
-    """LN(residual + dropout(y))."""
-    if weight is None or callable(weight):
-        return _norm(residual + _dropout(y, p, c, site), weight, bias, eps)
+    """norm(residual + dropout(y))."""
+    if not norm.fused:
+        return norm(residual + _dropout(y, p, c, site))
     found = F.dropout_add_layer_norm(
         y,
         residual,
-        weight,
-        bias,
-        eps=eps,
+        norm.weight,
+        norm.bias,
+        eps=norm.eps,
         p=p,
         seed=c.seed if p else None,
         site=site,
         rows=c.rows if p else None,
-        from_output=from_output and bias is not None,
+        from_output=from_output and norm.bias is not None,
     )
     assert isinstance(found, Tensor)  # a pair only with return_sum
     return found
 
 
 def _add_norm_and_sum(
-    y: Tensor,
-    residual: Tensor,
-    weight: Any,
-    bias: Tensor | None,
-    eps: float,
-    p: float,
-    c: LayerCall,
-    site: int,
+    y: Tensor, residual: Tensor, norm: _Norm, p: float, c: LayerCall, site: int
 ) -> tuple[Tensor, Tensor]:
-    """LN(z) and z = residual + dropout(y), in the wider dtype of the two: the sum of all blocks is not rounded."""
-    if weight is None or callable(weight):
+    """norm(z) and z = residual + dropout(y), in the wider dtype of the two: the sum of all blocks is not rounded."""
+    if not norm.fused:
         z = residual + _dropout(y, p, c, site)
-        return _norm(z, weight, bias, eps), z
+        return norm(z), z
     y = y.to(torch.promote_types(y.dtype, residual.dtype))
     drop = {"p": p, "seed": c.seed if p else None, "site": site, "rows": c.rows if p else None}
-    found = F.dropout_add_layer_norm(y, residual, weight, bias, eps=eps, **drop, return_sum=True)
+    found = F.dropout_add_layer_norm(
+        y, residual, norm.weight, norm.bias, eps=norm.eps, **drop, return_sum=True
+    )
     assert isinstance(found, tuple)
     return found
 

@@ -1,0 +1,181 @@
+"""accelerate() on the families that only transformers 5 has, or that are new since: outputs, gradients, fallbacks."""
+
+import copy
+import logging
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", minversion="5.0")
+
+from modern_models import FAMILIES, LENGTHS, MASK, B, S, V, accelerated, batch, build  # noqa: E402
+
+from fastbert.integrations import layers  # noqa: E402
+from fastbert.nn import watch  # noqa: E402
+
+HEADS = (
+    "ForMaskedLM",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+)
+# Splinter's head for answers looks for a question's tokens, and is transformers' own
+MODELS = [(f, h) for f in FAMILIES for h in HEADS if hasattr(transformers, f + h)]
+MODELS.remove(("Splinter", "ForQuestionAnswering"))
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """The sentences of the log, each said anew."""
+    monkeypatch.setattr(watch, "_logged", set())
+    caplog.set_level(logging.INFO, "fastbert")
+    return lambda: [r.getMessage() for r in caplog.records]
+
+
+def count_layers(monkeypatch):
+    """The number of calls of our layer, counted from now on."""
+    calls, run = [], layers.run
+    monkeypatch.setattr(layers, "run", lambda *args: calls.append(1) or run(*args))
+    return calls
+
+
+def close(ours, stock, truth, name, floor=0.0):
+    """ours is as near to the fp64 truth as transformers' own result is, or 1e-5 of the largest element."""
+    largest = truth.abs().max().item()
+    error, allowed = ((t.double() - truth).abs().max().item() for t in (ours, stock))
+    assert error <= 3 * allowed + 1e-5 * largest + floor, (name, error, allowed, largest)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_gives_the_hidden_states_of_transformers(family, monkeypatch):
+    model = build(family)
+    given, calls = batch(model), count_layers(monkeypatch)
+    ours = accelerated(model)(**given, output_hidden_states=True)
+    assert len(calls) == model.config.num_hidden_layers
+    stock = model(**given, output_hidden_states=True)
+    truth = copy.deepcopy(model).double()(**given, output_hidden_states=True)
+    assert list(ours) == list(stock)
+    assert ours.last_hidden_state.shape == (B, S, 48)
+    assert not ours.last_hidden_state[MASK == 0].any()
+    token = MASK.bool()
+    close(ours[0][token], stock[0][token], truth[0][token], "last_hidden_state")
+    for i, states in enumerate(zip(*(m.hidden_states for m in (ours, stock, truth)), strict=True)):
+        close(*(s[token] for s in states), f"hidden state {i}")
+
+
+@pytest.mark.parametrize(("family", "head"), MODELS, ids=[f + h for f, h in MODELS])
+def test_a_head_trains_as_in_transformers(family, head, monkeypatch):
+    model = build(family, head)
+    given, calls, found = batch(model, head), count_layers(monkeypatch), []
+    if head == "ForQuestionAnswering":
+        # transformers' loss also runs over padding, where accelerated models find no answer
+        given["attention_mask"] = torch.ones_like(MASK)
+    for m in (accelerated(model), model, copy.deepcopy(model).double()):
+        m.train()
+        out = m(**given)
+        out.loss.backward()
+        found.append((out, {n: p.grad for n, p in m.named_parameters()}))
+    assert len(calls) == model.config.num_hidden_layers
+    (ours, of_ours), (stock, of_stock), (truth, of_truth) = found
+    close(ours.loss, stock.loss, truth.loss, "loss")
+    assert sum(g is not None for g in of_truth.values()) > 10
+    # a key's bias changes no softmax without rotary positions: its gradient is rounding alone
+    floor = 1e-7 * max(g.abs().max().item() for g in of_truth.values() if g is not None)
+    for name, gradient in of_truth.items():
+        if gradient is None:
+            # transformers connects parts to the graph that no loss reaches, such as a decoder's unlabelled rows
+            assert of_ours[name] is None or not of_ours[name].any(), name
+        else:
+            close(of_ours[name], of_stock[name], gradient, name, floor)
+
+
+@pytest.mark.parametrize("family", ["Esm", "MPNet", "ModernBert", "NomicBert"])
+@pytest.mark.parametrize("mask", ["left", "holes"])
+def test_masks_that_move_tokens_run_transformers_code(family, mask, said, monkeypatch):
+    model = build(family)
+    given, calls = batch(model), count_layers(monkeypatch)
+    moved = MASK.flip(1) if mask == "left" else MASK.clone()
+    if mask == "holes":
+        moved[0, 5] = 0
+    given["attention_mask"] = moved
+    given["input_ids"] = torch.randint(6, V, (B, S)).where(moved.bool(), model.config.pad_token_id)
+    ours, stock = accelerated(model)(**given), model(**given)
+    assert not calls
+    assert torch.equal(ours[0], stock[0]) or torch.allclose(ours[0], stock[0], atol=1e-5)
+    assert any("a mask has holes or begins with padding" in line for line in said())
+
+
+@pytest.mark.parametrize("family", ["ModernBert", "JinaEmbeddingsV3"])
+def test_position_ids_run_transformers_code(family, said, monkeypatch):
+    model = build(family)
+    given, calls = batch(model), count_layers(monkeypatch)
+    given["position_ids"] = torch.arange(S).expand(B, S) * 2
+    accelerated(model)(**given)
+    assert not calls
+    assert any("position_ids are given" in line for line in said())
+
+
+def test_rates_that_change_with_the_length_run_transformers_code(said, monkeypatch):
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = build("NomicBert", rope_parameters=rope)
+    calls = count_layers(monkeypatch)
+    accelerated(model)(**batch(model))
+    assert not calls
+    assert any("rope_type is 'dynamic'" in line for line in said())
+
+
+def test_a_window_of_no_tokens_is_named(said):
+    model = build("ModernBert", local_attention=0)
+    accelerated(model)(**batch(model))
+    assert any("its sliding window is of 0 tokens to each side" in line for line in said())
+
+
+def test_a_long_window_is_none(monkeypatch):
+    """Attention with a window wider than the batch is full attention."""
+    narrow, wide = (build("ModernBert", local_attention=n) for n in (8, 200))
+    given = batch(narrow)
+    assert not torch.allclose(accelerated(narrow)(**given)[0], accelerated(wide)(**given)[0])
+    assert torch.allclose(
+        accelerated(wide)(**given)[0] * MASK[..., None],
+        wide(**given)[0] * MASK[..., None],
+        atol=1e-5,
+    )
+
+
+def test_mean_pooling_reads_all_tokens():
+    model = build("ModernBert", "ForSequenceClassification", classifier_pooling="mean")
+    given = batch(model, "ForSequenceClassification")
+    assert torch.allclose(accelerated(model)(**given).logits, model(**given).logits, atol=1e-5)
+
+
+def test_two_threads_may_run_one_model():
+    """MPNet's calls go through a thread's own memory."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = build("MPNet")
+    given, fast = batch(model), accelerated(model)
+    expected = fast(**given)[0]
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(lambda _: fast(**given)[0], range(8)):
+            assert torch.equal(found, expected)
+
+
+def test_labels_at_padding_count_as_in_transformers():
+    model = build("MPNet", "ForTokenClassification")
+    given = batch(model, "ForTokenClassification")
+    given["labels"] = torch.randint(0, 3, (B, S))
+    assert torch.allclose(accelerated(model)(**given).loss, model(**given).loss, atol=1e-5)
+
+
+def test_dropout_of_shared_layers_differs_from_run_to_run():
+    """ALBERT's layers run several times in one forward: each run has dropout sites of its own."""
+    model = build("Albert", attention_probs_dropout_prob=0.0)
+    for m in model.modules():
+        if isinstance(m, torch.nn.Dropout):
+            m.p = 0.5
+    fast = accelerated(model).train()
+    torch.manual_seed(3)
+    first = fast(**batch(model))[0]
+    torch.manual_seed(3)
+    assert torch.equal(fast(**batch(model))[0], first)
+    assert LENGTHS.sum() < B * S
