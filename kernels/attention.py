@@ -7,8 +7,6 @@ which are zeroed and never read. backward has no atomics. If the keys of a whole
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -231,8 +229,7 @@ def backward(
         return dqkv, none
     kind = (D, qkv.dtype, _launch.arch(qkv.device), p > 0)
     seed, site, threshold, keep_scale = dropout_args(p, seed, site)
-    rest = (scale, site, threshold, keep_scale)
-    constants: dict[str, Any] = {"H": H, "D": D, "CAUSAL": right == 0}
+    rest, constants = (scale, site, threshold, keep_scale), {"H": H, "D": D, "CAUSAL": right == 0}
     short = _tiles.attention_bwd(_tiles.tile(max_seqlen, 512), *kind)
     if short is not None:
         _attention_bwd_kernel[(H * (B + 1),)](

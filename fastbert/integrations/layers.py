@@ -291,7 +291,8 @@ def rates(m: Parts) -> Rates:
 
 def settings(m: Parts, layout: Layout) -> LayerSettings:
     """The layer's settings as its modules hold them now."""
-    core, size = m.core, head_size(m)
+    core = m.core
+    size = getattr(core, "attention_head_size", None) or core.head_dim
     activation = "none" if m.activation is None else gelu(m.activation)
     fused = activation is not None or (layout.gated and silu(m.activation))
     if not fused:

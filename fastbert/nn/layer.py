@@ -229,17 +229,13 @@ class _Norm(NamedTuple):
             return F.rms_norm(x, self.weight, self.eps)
         return F.layer_norm(x, self.weight, self.bias, self.eps)
 
-    @property
-    def fused(self) -> bool:
-        """Whether functional.dropout_add_layer_norm computes it."""
-        return not (self.rms or self.weight is None or callable(self.weight))
-
 
 def _add_norm(
     y: Tensor, residual: Tensor, norm: _Norm, p: float, c: LayerCall, site: int, from_output: bool
 ) -> Tensor:
     """norm(residual + dropout(y))."""
-    if not norm.fused:
+    # written out here and below, since every layer of every forward runs this
+    if norm.rms or norm.weight is None or callable(norm.weight):
         return norm(residual + _dropout(y, p, c, site))
     found = F.dropout_add_layer_norm(
         y,
@@ -261,7 +257,7 @@ def _add_norm_and_sum(
     y: Tensor, residual: Tensor, norm: _Norm, p: float, c: LayerCall, site: int
 ) -> tuple[Tensor, Tensor]:
     """norm(z) and z = residual + dropout(y), in the wider dtype of the two: the sum of all blocks is not rounded."""
-    if not norm.fused:
+    if norm.rms or norm.weight is None or callable(norm.weight):
         z = residual + _dropout(y, p, c, site)
         return norm(z), z
     y = y.to(torch.promote_types(y.dtype, residual.dtype))

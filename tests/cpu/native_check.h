@@ -81,4 +81,32 @@ void check(const std::string& name, int dtype, const Array& found, const Doubles
   good = good && fine;
 }
 
+// --- dropout: one word of Philox4x32-10, as philox.h defines it ---
+
+constexpr i64 kSeed = 0x123456789ABCDEF;
+constexpr uint32_t kSite = 7, kThreshold = uint32_t{1} << 30;  // a quarter is dropped
+constexpr double kKeep = 4.0 / 3.0;
+
+uint32_t philox(i64 seed, const uint32_t counter[4], int word) {
+  uint32_t c[4], low = static_cast<uint32_t>(seed),
+                 high = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
+  std::memcpy(c, counter, sizeof(c));
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t first = uint64_t{0xD2511F53} * c[0], second = uint64_t{0xCD9E8D57} * c[2];
+    c[0] = static_cast<uint32_t>(second >> 32) ^ c[1] ^ low;
+    c[1] = static_cast<uint32_t>(second);
+    c[2] = static_cast<uint32_t>(first >> 32) ^ c[3] ^ high;
+    c[3] = static_cast<uint32_t>(first);
+    low += 0x9E3779B9;
+    high += 0xBB67AE85;
+  }
+  return c[word];
+}
+
+double factor(i64 col, i64 c1, i64 c2, i64 c3) {
+  const uint32_t counter[] = {static_cast<uint32_t>(col / 4), static_cast<uint32_t>(c1),
+                              static_cast<uint32_t>(c2), static_cast<uint32_t>(c3)};
+  return philox(kSeed, counter, col % 4) >= kThreshold ? kKeep : 0.0;
+}
+
 }  // namespace

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -233,39 +235,26 @@ def bounds(window: tuple[int, int] | None, causal: bool) -> tuple[int, int]:
     return left, 0 if causal else right
 
 
+def _call(draw: Draw, lengths: tuple[int, ...], H: int, D: int, **options: Any) -> dict:
+    """The arguments of a call; rows of the `tail` are NaN, `p` adds a seed and a site."""
+    tail, p, kv = (options.pop(name, None) for name in ("tail", "p", "kv_heads"))
+    qkv = draw.normal(sum(lengths) + (tail or 0), *((3, H) if kv is None else (H + 2 * kv,)), D)
+    if tail:
+        qkv[sum(lengths) :] = float("nan")
+    kwargs = {
+        "qkv": qkv,
+        "cu_seqlens": draw.cu_seqlens(*lengths),
+        "max_seqlen": max(lengths, default=0),
+    }
+    kwargs |= options | ({} if kv is None else {"kv_heads": kv})
+    return kwargs | ({"p": p, "seed": draw.seed(), "site": 1} if p else {})
+
+
 def sample_inputs(
     dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
 ) -> Iterator[Sample]:
     """Calls of `functional.attention`."""
-    draw = Draw(dtype, device, seed)
-
-    def call(
-        lengths: tuple[int, ...],
-        H: int,
-        D: int,
-        tail: int = 0,
-        p: float = 0.0,
-        kv: int | None = None,
-        **options: object,
-    ) -> dict:
-        heads = (3, H) if kv is None else (H + 2 * kv,)
-        qkv = draw.normal(sum(lengths) + tail, *heads, D)
-        if tail:
-            qkv[sum(lengths) :] = float("nan")
-        kwargs = {
-            "qkv": qkv,
-            "cu_seqlens": draw.cu_seqlens(*lengths),
-            "max_seqlen": max(lengths, default=0),
-        }
-        kwargs |= options | ({} if kv is None else {"kv_heads": kv})
-        return kwargs | ({"p": p, "seed": draw.seed(), "site": 1} if p else {})
-
-    def table(H: int, positions: int) -> Tensor:
-        return draw.normal(H, 2 * positions - 1)
-
-    def rotary(positions: int, dims: int, pairs: bool = False) -> Rotary:
-        return Rotary.of(positions, dims, 100.0, pairs=pairs, device=device)
-
+    call = partial(_call, Draw(dtype, device, seed))
     yield Sample("S1-H1-D1", call((1,), 1, 1), "one token")
     yield Sample("S5-3-1-H2-D3", call((5, 3, 1), 2, 3), "odd head size")
     yield Sample("S5-3-H2-D4-drop", call((5, 3), 2, 4, p=0.25), "dropout")
@@ -281,39 +270,31 @@ def sample_inputs(
     yield Sample(
         "S129-7-H1-D8-drop", call((129, 7), 1, 8, p=0.1), "longer than one tile of keys, by one"
     )
-    yield Sample(
-        "S133-9-window-drop",
-        call((133, 9), 2, 8, tail=2, p=0.1, window=(16, 16)),
-        "a sliding window",
-    )
-    yield Sample(
-        "S70-window-causal", call((70, 3), 1, 16, window=(9, -1), causal=True), "both at once"
-    )
+    yield from _modern_samples(Draw(dtype, device, seed + 1), device)
+
+
+def _modern_samples(draw: Draw, device: str | torch.device) -> Iterator[Sample]:
+    """Windows, shared key heads, rotary positions, biases of relative positions."""
+    call, turned = partial(_call, draw), partial(Rotary.of, theta=100.0, device=device)
+
+    def table(H: int, positions: int) -> Tensor:
+        return draw.normal(H, 2 * positions - 1)
+
+    window = call((133, 9), 2, 8, tail=2, p=0.1, window=(16, 16))
+    yield Sample("S133-9-window-drop", window, "a sliding window")
+    both = call((70, 3), 1, 16, window=(9, -1), causal=True)
+    yield Sample("S70-window-causal", both, "both at once")
     yield Sample("S40-window-right", call((40,), 1, 4, window=(-1, 5)), "a window to one side")
-    yield Sample("S37-5-H4-kv2", call((37, 5), 4, 8, kv=2, p=0.2), "two queries per key")
-    yield Sample("S19-H3-kv1-D256", call((19, 2), 3, 256, kv=1), "one key for all; the largest D")
-    yield Sample("rotary", call((21, 6), 2, 16, rotary=rotary(30, 16)), "rotary positions")
-    yield Sample(
-        "rotary-pairs",
-        call((21, 6), 2, 10, rotary=rotary(21, 6, pairs=True)),
-        "neighbours are turned, part of a head only",
-    )
+    shared = call((37, 5), 4, 8, kv_heads=2, p=0.2)
+    yield Sample("S37-5-H4-kv2", shared, "two queries per key")
+    yield Sample("S19-H3-kv1-D256", call((19, 2), 3, 256, kv_heads=1), "one key; the largest D")
+    yield Sample("rotary", call((21, 6), 2, 16, rotary=turned(30, 16)), "rotary positions")
+    pairs = call((21, 6), 2, 10, rotary=turned(21, 6, pairs=True))
+    yield Sample("rotary-pairs", pairs, "neighbours are turned, in a part of the head")
     yield Sample("bias", call((35, 0, 3), 2, 8, bias=table(2, 35)), "a bias of relative positions")
-    yield Sample(
-        "modern",
-        call(
-            (67, 12),
-            4,
-            32,
-            tail=1,
-            kv=2,
-            p=0.1,
-            window=(8, 4),
-            rotary=rotary(67, 24),
-            bias=table(4, 80),
-        ),
-        "all at once",
-    )
+    form = {"window": (8, 4), "rotary": turned(67, 24), "bias": table(4, 80)}
+    modern = call((67, 12), 4, 32, tail=1, kv_heads=2, p=0.1, **form)
+    yield Sample("modern", modern, "all at once")
 
 
 def cost(
