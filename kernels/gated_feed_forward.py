@@ -89,14 +89,14 @@ def unsupported(
     return unsupported_dtype(x=x, w1=w1[0], w2=w2)
 
 
-def _launch_over(kernel: triton.JITFunction, rows: int, width: int, *args: object) -> None:
-    """Launch one of the two kernels over (rows, width) elements of a half."""
-    *tensors, activation = args
-    if rows * width == 0:
+def _over(kernel: triton.JITFunction, u: Tensor, activation: str, *args: Tensor | None) -> None:
+    """Launch one of the two kernels over the elements of a half of u (T, 2F)."""
+    if u.numel() == 0:
         return
-    config = _gated_feed_forward_tiles(width, _launch.arch(tensors[0].device))
-    grid = triton.cdiv(rows, config.BLOCK_M), triton.cdiv(width, config.BLOCK_N)
-    kernel[grid](*tensors, rows, width, ACTIVATION=activation, **vars(config))
+    T, F = u.shape[0], u.shape[1] // 2
+    config = _gated_feed_forward_tiles(F, _launch.arch(u.device))
+    grid = triton.cdiv(T, config.BLOCK_M), triton.cdiv(F, config.BLOCK_N)
+    kernel[grid](*args, T, F, ACTIVATION=activation, **vars(config))
 
 
 def forward(
@@ -115,7 +115,7 @@ def forward(
     else:
         u = library.forward(x, library.joined(w1), library.joined(b1) if b1 else None)
     h = x.new_empty(T, F)
-    _launch_over(_gated_feed_forward_fwd_kernel, T, F, u, h, activation)
+    _over(_gated_feed_forward_fwd_kernel, u, activation, u, h)
     return library.forward(h, w2, b2), u if save else x.new_empty(0, 2 * F)
 
 
@@ -136,10 +136,10 @@ def backward(
     dh, _, db2 = linear.backward(dy, u, w2, [any(needs[:3]), False, needs[4]], dtype)
     if any(needs[:3]):
         du = torch.empty_like(u)
-        _launch_over(_gated_feed_forward_bwd_kernel, T, F, dh, u, du, h, activation)
+        _over(_gated_feed_forward_bwd_kernel, u, activation, dh, u, du, h)
         dx, dw1, db1 = linear.backward(du, x, library.joined(w1), needs[:3], dtype)
     elif h is not None:
-        _launch_over(_gated_feed_forward_fwd_kernel, T, F, u, h, activation)
+        _over(_gated_feed_forward_fwd_kernel, u, activation, u, h)
     if h is not None:
         _, dw2, _ = linear.backward(dy, h, w2, [False, True, False], dtype)
     return dx, dw1, db1, dw2, db2

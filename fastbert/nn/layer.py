@@ -183,8 +183,10 @@ def _gated(
     x: Tensor, weights: Sequence[Any], biases: Sequence[Tensor] | None, activation: Any
 ) -> Tensor:
     """act(a) * g with [a, g] = x up' + up_bias, which one weight or two give."""
-    biases = [None] * len(weights) if biases is None else biases
-    products = [project(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    products = [
+        project(x, weight, None if biases is None else biases[i])
+        for i, weight in enumerate(weights)
+    ]
     a, g = products if len(products) == 2 else products[0].chunk(2, -1)
     return activate(a, activation) * g
 
