@@ -1,6 +1,7 @@
 """The public ops. Each op's docstring has its shapes and its contract; docs/ops.md has the table of dtypes."""
 
-from fastbert.backend.reference.rope import Rotary
+from fastbert.backend.reference.attention_form import Rotary
+from fastbert.ops._relative_bias import alibi_bias, relative_bias
 from fastbert.ops.attention import attention
 from fastbert.ops.bias_gelu import bias_gelu
 from fastbert.ops.cross_entropy import cross_entropy
@@ -14,7 +15,6 @@ from fastbert.ops.linear_int8 import linear_int8
 from fastbert.ops.mlm_loss import mlm_loss
 from fastbert.ops.qkv_proj import qkv_proj
 from fastbert.ops.relation_loss import relation_loss
-from fastbert.ops.relative_bias import alibi_bias, relative_bias
 from fastbert.ops.rms_norm import rms_norm
 
 __all__ = [

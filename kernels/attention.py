@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.backend._common import unsupported_form
-from fastbert.backend.reference.attention import sizes
+from fastbert.backend.reference.attention_form import sizes
 from fastbert.kernels import _launch, _tiles, dropout_args, unsupported_dropout, unsupported_dtype
 from fastbert.kernels._attend import VARYING, attend, load_tile, span, store_tile, zero_tail
 from fastbert.kernels._attention_bwd import (
@@ -236,8 +236,7 @@ def backward(
             dout, qkv, lse, cu_seqlens, dqkv, seed, T, B, *rest, **constants, **vars(short)
         )
         return dqkv, none
-    delta = torch.empty_like(lse)
-    BLOCK_D = _tiles.head_block(D)
+    delta, BLOCK_D = torch.empty_like(lse), _tiles.head_block(D)
     _attention_bwd_delta_kernel[(triton.cdiv(T * H, 64),)](
         dout,
         out,

@@ -24,6 +24,7 @@ LONG_FILES, LONG_FUNCTIONS = dict[str, str](), dict[str, str]()
 # modules beside the slugs in a folder of ops
 NOT_SLUGS = {
     "fastbert/backend/reference/samples.py": "sample inputs and costs, which every slug's reference offers",
+    "fastbert/backend/reference/attention_form.py": "windows, rotary positions and biases, in every backend",
     "fastbert/ops/context.py": "seed, autocast and dispatch around a call, shared by the slugs",
     "fastbert/backend/reference/philox.py": "the definition of the dropout bits, shared by the slugs",
     "csrc/cpu/bindings.cpp": "the module's entry, for all slugs",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -34,6 +35,7 @@ Path = tuple[str, ...]
 
 
 def paths(*names: str) -> tuple[Path, ...]:
+    """Dotted names as paths; an empty name is an empty path."""
     return tuple(tuple(name.split(".")) if name else () for name in names)
 
 
@@ -54,6 +56,12 @@ class Layout:
     gated: bool = False  # the feed-forward multiplies two halves
     # the scale of attention scores, of the head size, where the layer's own `scaling` is another number
     scale: Callable[[int], float] | None = None
+
+    @cached_property
+    def absent(self) -> frozenset[str]:
+        """The names of the parts that such layers do not have."""
+        paths = dict(zip(Parts._fields, self.parts, strict=False))
+        return frozenset(name for name in Parts._fields if not paths.get(name))
 
     def of(self, layer: nn.Module) -> Parts:
         """The layer's parts as they are now."""

@@ -145,7 +145,7 @@ _MODERNBERT = Layout(
 def _like_bert(
     name: str, prefix: str, transform: tuple[str, ...], decoder: str, **others: Any
 ) -> Family:
-    kind = {
+    kind: dict[str, Any] = {
         "layout": _BERT,
         "stack": "encoder",
         "encoder": f"{prefix}Encoder",
@@ -163,7 +163,7 @@ def _like_bert(
 
 def _flat(name: str, prefix: str, layout: Layout, **others: Any) -> Family:
     """A family whose models hold their layers themselves and turn queries and keys by their positions."""
-    kind = {
+    kind: dict[str, Any] = {
         "stack": "",
         "encoder": "",
         "layer": f"{prefix}Layer",

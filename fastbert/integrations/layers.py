@@ -131,19 +131,17 @@ def why_not_packed(layer: nn.Module, parts: Parts, family: Family) -> str | None
     if getattr(parts.core, "is_causal", False):
         return "its attention is causal"
     # transformers 4, and ESM
-    known = ("absolute", "rotary") if family.rotary else ("absolute",)
-    if getattr(parts.core, "position_embedding_type", "absolute") not in known:
+    turned = "rotary" if family.rotary else "absolute"
+    if getattr(parts.core, "position_embedding_type", turned) not in ("absolute", turned):
         return f"its attention has {quoted(parts.core.position_embedding_type)} positions"
     # transformers 4's sdpa classes have a rate of their own
     if not 0.0 <= getattr(parts.core, "dropout_prob", 0.0) < 1.0:
         return f"its attention's dropout_prob is {parts.core.dropout_prob}"
     named: dict[str, nn.Module] = {}
-    absent = {n for n, path in zip(Parts._fields, layout.parts, strict=False) if not path}
-    absent |= {*Parts._fields[len(layout.parts) :]}
     for known, fits, names in _CHECKS:
         for name in names:
             m = getattr(parts, name)
-            if name in absent:
+            if name in layout.absent:
                 continue
             if type(m) not in known and not fits(m):
                 return f"its {name} is {str(m).splitlines()[0]}"
@@ -183,12 +181,14 @@ def weights(m: Parts, layout: Layout) -> LayerWeights:
     else:
         known = _fused(plain(m.query), plain(m.key), plain(m.value))
         qkv, qkv_bias = known or (_separate(m), None)
+    up, up_bias = _halves(m) if layout.gated else _weight_and_bias(m.up)
     return LayerWeights(
         qkv,
         qkv_bias,
         *_weight_and_bias(m.out),
         *_norm(m.attention_norm),
-        *(_halves(m) if layout.gated else _weight_and_bias(m.up)),
+        up,
+        up_bias,
         *_weight_and_bias(m.down),
         *_norm(m.output_norm),
     )

@@ -52,11 +52,13 @@ def _adapter(m: nn.Module) -> bool:
 
 
 def linear_like(m: nn.Module) -> bool:
+    """Whether a module computes what an nn.Linear computes, or is an adapter around one."""
     # a parametrized or quantised Linear has another class but keeps this forward
     return type(m).forward is nn.Linear.forward or _adapter(m)
 
 
 def norm_like(m: nn.Module) -> bool:
+    """Whether a module is a norm of the last dimension, an adapter around one, or passes its input on."""
     known = type(m).forward in (nn.LayerNorm.forward, drop_in.LayerNorm.forward)
     return known or rms_norm(m) or type(m) is nn.Identity or _adapter(m)
 
@@ -75,6 +77,7 @@ def tokenwise(m: nn.Module) -> bool:
 
 
 def dropout_like(m: Any) -> bool:
+    """Whether a part is a dropout that fastbert can draw itself, or its rate, or none."""
     # some families keep the rate itself, or put an Identity in the place of a dropout of rate 0
     if isinstance(m, float):
         return 0.0 <= m < 1.0

@@ -263,7 +263,9 @@ def _add_norm_and_sum(
         z = residual + _dropout(y, p, c, site)
         return norm(z), z
     y = y.to(torch.promote_types(y.dtype, residual.dtype))
-    drop = {"p": p, "seed": c.seed if p else None, "site": site, "rows": c.rows if p else None}
+    drop: dict[str, Any] = {"p": p, "site": site}
+    if p:
+        drop |= {"seed": c.seed, "rows": c.rows}
     found = F.dropout_add_layer_norm(
         y, residual, norm.weight, norm.bias, eps=norm.eps, **drop, return_sum=True
     )

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.chooser import choose
-from fastbert.backend.reference.attention import bounds, sizes
-from fastbert.backend.reference.rope import Rotary
+from fastbert.backend.reference.attention_form import Rotary, bounds, sizes
 from fastbert.backend.stock.attention import padded
 from fastbert.backend.tuned import TunedBy
 from fastbert.ops import _check

@@ -91,7 +91,7 @@ def test_norms(kind: str, shape: Any, kwargs: dict[str, Any]) -> None:
     for x in (torch.randn(size) * 3 + 1, torch.randn(size) * 1e-4):
         compare(ours, theirs, lambda m, x: m(x), x)
     for m in (ours, theirs):  # torch.nn's own error
-        with pytest.raises((RuntimeError, ValueError), match="normalized_shape|dimensions"):
+        with pytest.raises((RuntimeError, ValueError), match=r"normalized_shape|dimensions"):
             m(torch.randn(5, 23))
 
 

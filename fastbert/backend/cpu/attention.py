@@ -14,7 +14,7 @@ from fastbert.backend.cpu import (
     unsupported_dropout,
     unsupported_dtype,
 )
-from fastbert.backend.reference.attention import sizes
+from fastbert.backend.reference.attention_form import sizes
 
 # csrc/cpu/attention.cpp: kMostD
 _MOST = 256
@@ -52,7 +52,7 @@ def _form(
     rotary: Tensor | None,
     pairs: bool,
     bias: Tensor | None,
-) -> tuple[object, ...]:
+) -> tuple[int, int, int, float, int, int, int, int, bool, int, int]:
     """The arguments H to `positions` of both kernels."""
     return (
         *sizes(qkv, kv_heads),

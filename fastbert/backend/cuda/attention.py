@@ -14,7 +14,7 @@ from fastbert.backend.cuda import (
     unsupported_dropout,
     unsupported_dtype,
 )
-from fastbert.backend.reference.attention import sizes
+from fastbert.backend.reference.attention_form import sizes
 
 
 def unsupported(

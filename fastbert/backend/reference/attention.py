@@ -9,59 +9,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from fastbert.backend.reference import philox
+from fastbert.backend.reference.attention_form import (
+    Rotary,
+    biases,
+    bounds,
+    diagonal_sums,
+    hidden_keys,
+    rotate,
+    sizes,
+    split,
+)
 from fastbert.backend.reference.layer_norm import widen
-from fastbert.backend.reference.rope import Rotary, rotate
 from fastbert.backend.reference.samples import Cost, Draw, Sample, nbytes
 
 
 def unsupported(*args: object) -> str | None:
     """The reference runs every call."""
     return None
-
-
-def sizes(qkv: Tensor, kv_heads: int) -> tuple[int, int, int]:
-    """The number of query heads H, that of key heads, and D, of qkv (T, 3, H, D) or (T, H + 2 kv_heads, D)."""
-    D = qkv.shape[-1]
-    heads = qkv.shape[1] if qkv.dim() == 3 else 3 * qkv.shape[2]
-    return heads - 2 * kv_heads, kv_heads, D
-
-
-def split(qkv: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q (L, H, D), k and v (L, kv_heads, D)."""
-    H, _, _ = sizes(qkv, kv_heads)
-    q, k, v = qkv.flatten(1, -2).split([H, kv_heads, kv_heads], 1)
-    return q, k, v
-
-
-def hidden_keys(queries: Tensor, keys: Tensor, left: int, right: int) -> Tensor | None:
-    """(Q, K) bool, True where the window hides the key from the query; None where it hides none."""
-    if left < 0 and right < 0:
-        return None
-    distance = keys[None, :] - queries[:, None]
-    hidden = torch.zeros_like(distance, dtype=torch.bool)
-    if left >= 0:
-        hidden = hidden | (distance < -left)
-    return hidden | (distance > right) if right >= 0 else hidden
-
-
-def biases(bias: Tensor, L: int) -> Tensor:
-    """The table (H, 2 P - 1) spread to scores (H, L, L): of key j for query i it is bias[:, j - i + P - 1]."""
-    places = torch.arange(L, device=bias.device)
-    return bias[:, places[None, :] - places[:, None] + bias.shape[1] // 2]
-
-
-def diagonal_sums(x: Tensor, width: int) -> Tensor:
-    """(H, L, L) -> (H, width = 2 P - 1): element j - i + P - 1 is the sum of x[:, i, j]; deterministic."""
-    L = x.shape[1]
-    sums = x.flatten(1)
-    if L > 1:
-        # in rows of 2 L - 1 elements, row i of x begins at column L - 1 - i: at i (2 L - 2) + L - 1 in all
-        flat = pad(pad(x, (0, L - 2)).flatten(1), (L - 1, 1))
-        sums = flat.unflatten(1, (L, 2 * L - 1)).sum(1)
-    return pad(sums, ((width - 2 * L + 1) // 2,) * 2)
 
 
 class _Sequence:
@@ -229,12 +195,6 @@ def eager(
     return torch.cat([*outs, none, qkv.new_zeros(qkv.shape[0] - done, H, D)])
 
 
-def bounds(window: tuple[int, int] | None, causal: bool) -> tuple[int, int]:
-    """The numbers of keys that a query sees before and behind itself; -1 stands for all."""
-    left, right = (-1, -1) if window is None else window
-    return left, 0 if causal else right
-
-
 def _call(draw: Draw, lengths: tuple[int, ...], H: int, D: int, **options: Any) -> dict:
     """The arguments of a call; rows of the `tail` are NaN, `p` adds a seed and a site."""
     tail, p, kv = (options.pop(name, None) for name in ("tail", "p", "kv_heads"))
@@ -305,13 +265,13 @@ def cost(
     window: tuple[int, int] | None = None,
     causal: bool = False,
     kv_heads: int | None = None,
-    **_: object,
+    **options: object,
 ) -> Cost:
     """Reads qkv and writes out; two products of 2 D a head and pair of query and key forward, five backward."""
-    H, _, D = sizes(qkv, qkv.shape[2] if kv_heads is None else kv_heads)
+    H, _kv, D = sizes(qkv, qkv.shape[2] if kv_heads is None else kv_heads)
     left, right = bounds(window, causal)
     seen = 0
-    for _, start, end in _spans(cu_seqlens):
+    for _b, start, end in _spans(cu_seqlens):
         i = torch.arange(end - start)
         first = torch.zeros_like(i) if left < 0 else (i - left).clamp(min=0)
         last = (

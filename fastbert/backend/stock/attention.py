@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.reference import philox
-from fastbert.backend.reference.attention import (
+from fastbert.backend.reference.attention_form import (
+    Rotary,
     biases,
     bounds,
     diagonal_sums,
     hidden_keys,
+    rotate,
     sizes,
     split,
 )
-from fastbert.backend.reference.rope import Rotary, rotate
 from fastbert.backend.stock._layout import Layout
 
 
