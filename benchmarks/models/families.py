@@ -1,0 +1,260 @@
+"""Encoders of transformers, as they are and accelerated: `python -m benchmarks.models.families [--rows NAME ...]`.
+
+Random weights at the sizes of the published models. A batch is 8 sequences of 128 columns, of which 41 % are tokens.
+transformers computes with sdpa. Before a row is timed, the outputs at tokens, or the losses, must agree. Every round
+times both in turns; the figure is the ratio round by round: the median, with p20 and p80. docs/accelerate.md has the
+table; --quick tries everything with small models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fastbert
+from benchmarks import RESULTS, ROOT
+from benchmarks.report.readme import filled, replaced
+from fastbert.files import write_text
+from fastbert.integrations import layers
+from fastbert.machine import machine_info
+from fastbert.testing.peaks import peaks
+from fastbert.testing.timing import rotated
+
+JSON = RESULTS / "families.json"
+PAGE = ROOT / "docs" / "accelerate.md"
+BEGIN, END = "<!-- table: python -m benchmarks.models.families -->", "<!-- end of table -->"
+LENGTHS = (128, 30, 45, 22, 80, 17, 60, 33)
+LONG = 8192
+BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+MODERN = BASE | {"num_hidden_layers": 22, "intermediate_size": 1152, "vocab_size": 50368}
+ESM = {
+    "hidden_size": 480,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 20,
+    "intermediate_size": 1920,
+    "vocab_size": 33,
+    "pad_token_id": 1,
+    "mask_token_id": 32,
+    "position_embedding_type": "rotary",
+    "token_dropout": True,
+    "emb_layer_norm_before": False,
+}
+EURO = BASE | {
+    "num_key_value_heads": 12,
+    "intermediate_size": 3072,
+    "vocab_size": 32768,
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "mask_token_id": 3},
+}
+# row: (transformers' names of the family and the head, its sizes, whether a step is trained, the goal)
+ROWS: dict[str, tuple[str, str, dict[str, Any], bool, float | None]] = {
+    "ModernBERT-base, inference": ("ModernBert", "Model", MODERN, False, 2.2),
+    "ModernBERT-base, MLM training step": ("ModernBert", "ForMaskedLM", MODERN, True, 3.0),
+    "ESM-2 35M, inference": ("Esm", "Model", ESM, False, 2.0),
+    "ESM-2 35M, fine-tuning step": ("Esm", "ForSequenceClassification", ESM, True, 2.0),
+    "MPNet-base, inference": ("MPNet", "Model", BASE, False, 2.0),
+    "MPNet-base, fine-tuning step": ("MPNet", "ForSequenceClassification", BASE, True, 2.0),
+    "NomicBERT-base, inference": ("NomicBert", "Model", BASE, False, None),
+    "ALBERT-base, inference": ("Albert", "Model", BASE | {"intermediate_size": 3072}, False, None),
+    "EuroBERT-210M, inference": ("EuroBert", "Model", EURO, False, None),
+}
+WINDOW = "ModernBERT-base, a local layer: 8,192 tokens as one sequence / as 8"
+WINDOW_GOAL = 1.25
+
+
+def build(family: str, head: str, sizes: dict[str, Any], quick: bool) -> Any:
+    """The model with random weights; `quick` makes it small."""
+    import transformers
+
+    torch.manual_seed(0)
+    small = {"num_hidden_layers": 2} if quick else {}
+    config = getattr(transformers, f"{family}Config")(**sizes | small)
+    return getattr(transformers, family + head)(config)
+
+
+def batch(model: Any, head: str) -> dict[str, torch.Tensor]:
+    """A padded batch of random ids with the head's labels, 30 % of the tokens for a masked LM."""
+    torch.manual_seed(1)
+    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
+    vocabulary, pad = model.config.vocab_size, model.config.pad_token_id or 0
+    ids = torch.randint(4, min(vocabulary, 30000) - 1, mask.shape).where(mask.bool(), pad)
+    given = {"input_ids": ids, "attention_mask": mask}
+    if head == "ForMaskedLM":
+        given["labels"] = ids.where((torch.rand(mask.shape) < 0.3) & mask.bool(), -100)
+    if head == "ForSequenceClassification":
+        given["labels"] = torch.randint(0, 2, (len(LENGTHS),))
+    return given
+
+
+def call_of(model: Any, given: dict[str, torch.Tensor], trained: bool) -> Callable[[], Any]:
+    """One forward in inference mode, or one step with AdamW; it returns what both forms must agree in."""
+    if not trained:
+        model.eval()
+
+        def infer() -> Any:
+            with torch.inference_mode():
+                return model(**given).last_hidden_state[given["attention_mask"].bool()]
+
+        return infer
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step() -> Any:
+        loss = model(**given).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def ratios(calls: dict[str, Callable[[], Any]], rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds of the first call over those of the second, and of the second, round by round."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(-1, rounds):
+        for name in rotated(list(calls), number):
+            started = time.perf_counter()
+            calls[name]()
+            if number >= 0:
+                taken[name].append(time.perf_counter() - started)
+    first, second = taken.values()
+    return [a / b for a, b in zip(first, second, strict=True)], second
+
+
+def measured(row: str, quick: bool, rounds: int) -> dict[str, Any]:
+    """The result of one row. Raises AssertionError where the two forms do not agree."""
+    family, head, sizes, trained, goal = ROWS[row]
+    stock = build(family, head, sizes, quick)
+    fast = fastbert.accelerate(copy.deepcopy(stock))
+    given = batch(stock, head)
+    for m in (stock, fast):
+        m.eval()
+    runs, run = [], layers.run
+    layers.run = lambda *args: runs.append(1) or run(*args)  # type: ignore[func-returns-value]
+    try:
+        with torch.no_grad():
+            ours, theirs = (m(**given)[0] for m in (fast, stock))
+    finally:
+        layers.run = run
+    assert len(runs) == stock.config.num_hidden_layers, f"{row}: transformers' own code ran"
+    if ours.dim() == 3:
+        ours, theirs = (y[given["attention_mask"].bool()] for y in (ours, theirs))
+    error = (ours - theirs).abs().max() / theirs.abs().max()
+    assert error < 1e-4, f"{row}: the outputs differ by {error:.1e} of the largest"
+    for m in (stock, fast):
+        m.train(trained)
+    calls = {"stock": call_of(stock, given, trained), "fast": call_of(fast, given, trained)}
+    return summary(*ratios(calls, rounds), goal, float(error))
+
+
+def window(quick: bool, rounds: int) -> dict[str, Any]:
+    """A layer with a window, on one sequence and on eight of the same tokens together: seconds of one / of eight."""
+    length = LONG // 8 if quick else LONG
+    model = build("ModernBert", "Model", MODERN | {"max_position_embeddings": LONG}, True)
+    model.config.layer_types[:] = ["sliding_attention"] * len(model.layers)
+    fast = fastbert.accelerate(model).eval()
+    layer, family = fast.layers[1], type(fast).fastbert_family
+    parts = (family.layout.of(layer),)
+    x = torch.randn(length, model.config.hidden_size)
+
+    def call(count: int) -> Callable[[], Any]:
+        from fastbert.integrations.forms import forms
+        from fastbert.nn.packing import Packing
+
+        packing = Packing.full(count, length // count, x.device)
+        form = forms(family, fast, [layer], parts, packing.max_seqlen)
+        given = layers.Call(family, packing, None, True, parts=parts, forms=form)
+
+        def run() -> Any:
+            with torch.inference_mode():
+                return layers.run(parts[0], x, given)
+
+        return run
+
+    return summary(*ratios({"one": call(1), "eight": call(8)}, rounds), WINDOW_GOAL, 0.0)
+
+
+def summary(
+    found: list[float], seconds: list[float], goal: float | None, error: float
+) -> dict[str, Any]:
+    """Percentiles of the ratios, as the JSON has them."""
+    p20, median, p80 = np.percentile(found, [20, 50, 80]).tolist()
+    return {
+        "ratio": {"median": median, "p20": p20, "p80": p80},
+        "seconds": float(np.median(seconds)),
+        "rounds": len(found),
+        "goal": goal,
+        "error": error,
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = ["| model and work | times as fast as transformers | goal |", "|---|---|---|"]
+    for name, row in found["rows"].items():
+        r, goal = row["ratio"], row["goal"]
+        shown = f"{r['median']:.2f} ({r['p20']:.2f} to {r['p80']:.2f})"
+        if name == WINDOW:
+            met = "met" if r["median"] <= goal else "**missed**"
+            lines.append(f"| {name} | {shown} times the time | at most {goal}: {met} |")
+            continue
+        met = "" if goal is None else f"{goal}: {'met' if r['median'] >= goal else '**missed**'}"
+        lines.append(f"| {name} | {shown} | {met} |")
+    m, (before, after) = found["machine"], found["peaks"]
+    v = m["versions"]
+    lines += [
+        "",
+        filled(
+            f"{m['date']}, {m['cpu']} ({m['instructions']}), {m['threads']} threads, fp32, fastbert {v['fastbert']}, "
+            f"torch {v['torch']}, transformers {found['transformers']}: {sum(LENGTHS)} tokens in "
+            f"{len(LENGTHS)} x {max(LENGTHS)}, AdamW included in steps. Multiply-adds on registers: {before:.0f} and "
+            f"{after:.0f} GFLOP/s before and after."
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure, print, write; the page only where the JSON is the repository's."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="models of two layers, to see it run")
+    parser.add_argument("--rows", nargs="+", default=[*ROWS, WINDOW], choices=[*ROWS, WINDOW])
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of every row")
+    parser.add_argument("--out", type=Path, default=JSON, help="JSON to write; rows in it are kept")
+    options = parser.parse_args()
+    # another process's log would end up among the results
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    kept = json.loads(options.out.read_text())["rows"] if options.out.exists() else {}
+    before = peaks(1.0 if options.quick else 4.0)["fma_gflops_fp32"]
+    for name in options.rows:
+        one = window if name == WINDOW else None
+        rounds = 2 if options.quick else options.rounds
+        kept[name] = one(options.quick, rounds) if one else measured(name, options.quick, rounds)
+        print(name, json.dumps(kept[name]), flush=True)
+    found = {
+        "rows": {name: kept[name] for name in (*ROWS, WINDOW) if name in kept},
+        "peaks": [before, peaks(1.0 if options.quick else 4.0)["fma_gflops_fp32"]],
+        "machine": machine_info(),
+        "transformers": transformers.__version__,
+    }
+    write_text(options.out, json.dumps(found, indent=1) + "\n")
+    print(table(found))
+    if options.out == JSON:
+        write_text(PAGE, replaced(PAGE.read_text(), table(found), BEGIN, END))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
