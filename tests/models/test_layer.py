@@ -146,6 +146,25 @@ def test_modules_stand_in_the_place_of_gated_weights(up):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+@pytest.mark.parametrize("pre_norm", [False, True], ids=["post", "pre"])
+def test_sums_and_norms_are_one_pass(monkeypatch, pre_norm, bias):
+    """Under autocast too, where the sum of a pre-norm layer's blocks stays in fp32."""
+    calls, op = [], F.dropout_add_layer_norm
+    monkeypatch.setattr(
+        F, "dropout_add_layer_norm", lambda *a, **k: calls.append(k.get("p")) or op(*a, **k)
+    )
+    s = LayerSettings(H, pre_norm=pre_norm, rates=Rates(0.0, 0.1, 0.0, 0.2))
+    call = LayerCall(BOUNDS, 7, torch.tensor([3]))
+    x = torch.randn(12, C, requires_grad=True)
+    y = encoder_layer(x, weights(bias=bias), s, call)
+    y.sum().backward()
+    assert calls == ([0.1] if pre_norm else [0.1, 0.2])
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = encoder_layer(x, weights(bias=bias), s, call)
+    assert rounded.dtype == (torch.float32 if pre_norm else torch.bfloat16)
+
+
 @pytest.mark.parametrize("inner_site", [False, True], ids=["three", "four"])
 def test_dropout_sites(inner_site):
     """Each dropout uses the bits of its own site, by the row's number in the whole input."""
