@@ -81,16 +81,22 @@ def rows(width: int, arch: Arch) -> Rows:
 
 
 @configured()
-def persistent_rows(width: int, arch: Arch, gathers: bool = False) -> PersistentRows:
+def persistent_rows(
+    width: int, arch: Arch, gathers: bool = False, reads: int = 2
+) -> PersistentRows:
     """One warp for a row of up to 768 elements (AMD: 1536): a backward also holds the sums of two gradients.
 
-    With `gathers` loads wait for ids: running ahead gains little then, and nothing on Hopper.
+    With `gathers` loads wait for ids: running ahead gains little then, and nothing on Hopper. `reads` is the number of
+    tensors whose rows are loaded ahead, into shared memory on NVIDIA.
     """
     block, warps = max(16, triton.next_power_of_2(width)), _warps(width, 24, arch)
     stages = 3 if not gathers else 1 if arch == 90 else 2
     if block == 8192 and arch == 100:
         # a row this wide leaves no registers for loads ahead
         stages = 1
+    elif block == 8192 and reads > 2:
+        # three stages of three fp32 rows do not fit Ampere's shared memory
+        stages = min(stages, 2)
     two = arch == 90 and warps == 2 and block == 1024
     return PersistentRows(2 if two else 1, block, stages, warps)
 

@@ -200,7 +200,8 @@ def backward(
     dx, dresidual = torch.empty_like(z), torch.empty_like(z)
     if N == 0:
         return dx, dresidual, torch.zeros_like(weight), z.new_zeros(C, dtype=torch.float32)
-    config = _launch.persistent_rows(C, _launch.arch(z.device))
+    reads = 2 if dz is None else 3
+    config = _launch.persistent_rows(C, _launch.arch(z.device), False, reads)
     programs = _launch.programs(N, config, z.device)
     partial = z.new_empty(2, programs, C, dtype=torch.float32)
     seed, site, threshold, scale = dropout_args(p, seed, site)

@@ -187,6 +187,10 @@ def test_row_configurations(width, arch):
         assert width <= config.BLOCK_C
         # a thread holds at most `most` elements
         assert lanes * most * config.num_warps >= config.ROWS * width
+    for reads in (2, 3):
+        config = _launch.persistent_rows(width, arch, False, reads)
+        ahead = reads * (config.STAGES - 1) * config.ROWS * config.BLOCK_C * 4
+        assert arch == "gfx942" or ahead <= aot.SHARED[arch]
 
 
 def test_a_spill_is_seen():
