@@ -10,6 +10,7 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 
 from modern_models import FAMILIES, LENGTHS, MASK, B, S, V, accelerated, batch, build  # noqa: E402
 
+import fastbert  # noqa: E402
 from fastbert.integrations import layers  # noqa: E402
 from fastbert.nn import watch  # noqa: E402
 
@@ -179,3 +180,80 @@ def test_dropout_of_shared_layers_differs_from_run_to_run():
     torch.manual_seed(3)
     assert torch.equal(fast(**batch(model))[0], first)
     assert LENGTHS.sum() < B * S
+
+
+LORA = {
+    "Esm": ["query", "value"],
+    "MPNet": ["q", "v"],
+    "Albert": ["query", "ffn"],
+    "ModernBert": ["Wqkv", "Wi"],
+    "NomicBert": ["q_proj", "up_proj"],
+    "EuroBert": ["k_proj", "down_proj"],
+}
+
+
+@pytest.mark.parametrize("first", ["adapters", "accelerate"])
+@pytest.mark.parametrize("family", LORA)
+def test_adapters_train_as_in_transformers(family, first):
+    peft = pytest.importorskip("peft")
+    model, found = build(family), []
+    given = batch(model)
+
+    def adapted(m):
+        torch.manual_seed(5)
+        config = peft.LoraConfig(target_modules=LORA[family], init_lora_weights=False)
+        return peft.get_peft_model(m, config)
+
+    fast = accelerated(adapted(copy.deepcopy(model)) if first == "adapters" else model)
+    for m in (fast if first == "adapters" else adapted(fast), adapted(model)):
+        m.eval()
+        y = m(**given)[0] * MASK[..., None]
+        (y * torch.arange(y.numel()).view(y.shape).sin()).sum().backward()
+        found.append((y, {n: p.grad for n, p in m.named_parameters() if p.grad is not None}))
+    (ours, of_ours), (stock, of_stock) = found
+    assert torch.allclose(ours, stock, atol=1e-5)
+    assert of_ours.keys() == of_stock.keys()
+    largest = max(g.abs().max() for g in of_stock.values())
+    for name, gradient in of_stock.items():
+        assert torch.allclose(of_ours[name], gradient, rtol=1e-4, atol=1e-5 * largest), name
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "ModernBert"])
+def test_outputs_at_padding_on_request(family):
+    """at_padding="stock" computes the padding too; a window's padding may see no token, and is left out."""
+    model = build(family)
+    fast = fastbert.accelerate(copy.deepcopy(model), at_padding="stock")
+    given = batch(model)
+    assert torch.allclose(fast(**given)[0], model(**given)[0], atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["ModernBert", "MPNet", "Esm"])
+def test_bf16_stays_near(family):
+    model = build(family)
+    given, token = batch(model), MASK.bool()
+    truth = model(**given)[0][token]
+    half = model.bfloat16()
+    ours, stock = (m(**given)[0][token].float() for m in (accelerated(half), half))
+    assert (ours - truth).abs().max() <= 2 * (stock - truth).abs().max()
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model = build("ModernBert", "ForMaskedLM")
+    given, found = batch(model, "ForMaskedLM"), []
+    for checkpointed in (False, True):
+        fast = accelerated(model).train()
+        if checkpointed:
+            fast.gradient_checkpointing_enable()
+        fast(**given).loss.backward()
+        found.append([p.grad for p in fast.parameters() if p.grad is not None])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_restored_models_are_transformers_again():
+    model = build("ModernBert")
+    fast = accelerated(model)
+    restored = fastbert.restore(fast)
+    given = batch(model)
+    assert torch.equal(restored(**given)[0], model(**given)[0])
+    assert type(restored) is type(model)
