@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -88,6 +89,29 @@ def call(
     return results
 
 
+def _arguments(slug: str, sample_id: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """The arguments of one of the op's samples."""
+    reference = importlib.import_module(f"fastbert.backend.reference.{slug}")
+    return next(s for s in reference.sample_inputs(dtype, device) if s.id == sample_id).kwargs
+
+
+# the backends and instruction sets that are tested share it
+@lru_cache(maxsize=512)
+def _expected(
+    slug: str, sample_id: str, dtype: torch.dtype, device: str, backward: bool
+) -> tuple[Results, Results]:
+    """A sample's results by the reference in fp64, and by stock ops in its own dtype."""
+    kwargs = _arguments(slug, sample_id, dtype, device)
+    wide = {
+        k: tree_map(v, lambda t: t.double() if t.is_floating_point() else t)
+        for k, v in kwargs.items()
+    }
+    with chooser.use("reference"):
+        truth = call(getattr(functional, slug), wide, backward)
+    reference = importlib.import_module(f"fastbert.backend.reference.{slug}")
+    return truth, call(reference.eager, kwargs, backward)
+
+
 def check(
     slug: str,
     name: str,
@@ -101,19 +125,12 @@ def check(
     `again=False` omits the second run, for a device whose results cannot vary. A backend that does not support the call
     raises `backend.Unsupported` with its reason, which tests turn into a skip.
     """
-    reference = importlib.import_module(f"fastbert.backend.reference.{slug}")
     op, device = getattr(functional, slug), chooser.device_of(name) or "cpu"
-    kwargs = next(s for s in samples(slug, dtype, device) if s.id == sample_id).kwargs
-    wide = {
-        k: tree_map(v, lambda t: t.double() if t.is_floating_point() else t)
-        for k, v in kwargs.items()
-    }
-    with chooser.use("reference"):
-        truth = call(op, wide, backward)
-    eager = call(reference.eager, kwargs, backward)
+    kwargs = _arguments(slug, sample_id, dtype, device)
     with chooser.use(name), poison.outputs():
         first = call(op, {k: tree_map(v, poison.surround) for k, v in kwargs.items()}, backward)
         second = call(op, kwargs, backward) if again else first
+    truth, eager = _expected(slug, sample_id, dtype, device, backward)
     for key, expected in truth.items():
         ours = first[key]
         assert_within_budget(f"{slug} {name} {sample_id} {key}", ours, expected, eager[key])
