@@ -1,6 +1,7 @@
 """Helpers of the attention kernels: a sequence's span, its tiles, the softmax step and the products of backward.
 
 Queries i and keys j are numbered within a sequence. `drop` is (seed, b H + h, site, threshold), None without dropout.
+Query i sees the keys from i - LEFT to i + RIGHT, where -1 stands for no bound.
 """
 
 from __future__ import annotations
@@ -71,12 +72,38 @@ def kept(drop, i, j0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def hide(s, i, j, length, MASKED: tl.constexpr, CAUSAL: tl.constexpr):
-    """Scores s (len(i), len(j)); with MASKED -inf past the last key and, if CAUSAL, where key j is after query i."""
+def seen(
+    first,
+    COUNT: tl.constexpr,
+    length,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Start and stop of the tokens from BEFORE before to AFTER behind any of COUNT tokens; -1 stands for no bound.
+
+    The COUNT tokens begin at `first`. The start is a multiple of BLOCK.
+    """
+    start = 0
+    stop = length
+    if BEFORE >= 0:
+        start = tl.maximum(first - BEFORE, 0) // BLOCK * BLOCK
+    if AFTER >= 0:
+        stop = tl.minimum(length, first + COUNT + AFTER)
+    return start, stop
+
+
+@triton.jit
+def hide(s, i, j, length, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Scores s (len(i), len(j)); with MASKED -inf past the last key and outside the window of query i."""
     if MASKED:
         s = tl.where((j < length)[None, :], s, -float("inf"))
-        if CAUSAL:
-            s = tl.where(j[None, :] <= i[:, None], s, -float("inf"))
+        if RIGHT >= 0:
+            s = tl.where(j[None, :] <= i[:, None] + RIGHT, s, -float("inf"))
+        if LEFT >= 0:
+            # rows past the last query get a finite score too
+            first = tl.minimum(i, length - 1) - LEFT
+            s = tl.where(j[None, :] >= first[:, None], s, -float("inf"))
     return s
 
 
@@ -91,7 +118,8 @@ def attend(
     scale,  # in base 2, positive
     drop,
     MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
     FIRST: tl.constexpr,
     H: tl.constexpr,
@@ -106,7 +134,7 @@ def attend(
     k = load_tile(qkv_ptr + H * D, j, 3 * H * D, length, D, BLOCK_D)
     v = load_tile(qkv_ptr + 2 * H * D, j, 3 * H * D, length, D, BLOCK_D)
     s = tl.dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), input_precision=PRECISION)
-    s = hide(s, i, j, length, MASKED, CAUSAL)
+    s = hide(s, i, j, length, MASKED, LEFT, RIGHT)
     top = tl.max(s, 1) * scale
     if not FIRST:
         top = tl.maximum(m, top)
@@ -135,7 +163,8 @@ def weights_and_ds(
     drop,
     keep_scale,
     MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -146,7 +175,7 @@ def weights_and_ds(
     """
     none = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     s = tl.dot(q, tl.trans(k), none, input_precision=PRECISION)
-    s = hide(s, i, j0 + tl.arange(0, BLOCK_N), length, MASKED, CAUSAL)
+    s = hide(s, i, j0 + tl.arange(0, BLOCK_N), length, MASKED, LEFT, RIGHT)
     p = tl.exp2(s * scale - lse[:, None])
     dp = tl.dot(do, tl.trans(v), none, input_precision=PRECISION)
     dropped = p

@@ -8,6 +8,7 @@ import triton.language as tl
 from fastbert.kernels._attend import (
     VARYING,
     load_tile,
+    seen,
     span,
     store_tile,
     weights_and_ds,
@@ -51,7 +52,8 @@ def _whole(
     keep_scale,
     H: tl.constexpr,
     D: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -85,7 +87,8 @@ def _whole(
             drop,
             keep_scale,
             True,
-            CAUSAL,
+            LEFT,
+            RIGHT,
             PRECISION,
             BLOCK_M,
             BLOCK_N,
@@ -114,7 +117,8 @@ def _attention_bwd_kernel(
     keep_scale,
     H: tl.constexpr,
     D: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -152,7 +156,8 @@ def _attention_bwd_kernel(
                     keep_scale,
                     H,
                     D,
-                    CAUSAL,
+                    LEFT,
+                    RIGHT,
                     PRECISION,
                     BLOCK_M,
                     BLOCK_N >> halvings,
@@ -178,13 +183,14 @@ def _attention_bwd_dkdv_kernel(
     keep_scale,
     H: tl.constexpr,
     D: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # BLOCK_N keys against every tile of queries: dV = (P M)^T dO,  dK = scale dS^T Q
+    # BLOCK_N keys against the tiles of queries that see them: dV = (P M)^T dO,  dK = scale dS^T Q
     block, bh = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
     b, h = bh // H, bh % H
     start, length = span(cu_ptr, b, B, T)
@@ -210,10 +216,8 @@ def _attention_bwd_dkdv_kernel(
     v = load_tile(qkv_ptr + 2 * H * D, j, 3 * H * D, length, D, BLOCK_D)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    begin = 0
-    if CAUSAL:
-        begin = (j0 // BLOCK_M) * BLOCK_M
-    for i0 in range(begin, length, BLOCK_M):
+    begin, stop = seen(j0, BLOCK_N, length, RIGHT, LEFT, BLOCK_M)
+    for i0 in range(begin, stop, BLOCK_M):
         i = i0 + tl.arange(0, BLOCK_M)
         q = load_tile(qkv_ptr, i, 3 * H * D, length, D, BLOCK_D)
         do = load_tile(dout_ptr, i, H * D, length, D, BLOCK_D)
@@ -232,8 +236,9 @@ def _attention_bwd_dkdv_kernel(
             scale * LOG2E,
             drop,
             keep_scale,
-            CAUSAL,
-            CAUSAL,
+            LEFT >= 0 or RIGHT >= 0,
+            LEFT,
+            RIGHT,
             PRECISION,
             BLOCK_M,
             BLOCK_N,
@@ -262,13 +267,14 @@ def _attention_bwd_dq_kernel(
     keep_scale,
     H: tl.constexpr,
     D: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # BLOCK_M queries against every tile of keys: dQ = scale dS K
+    # BLOCK_M queries against the tiles of keys that they see: dQ = scale dS K
     block, bh = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
     b, h = bh // H, bh % H
     start, length = span(cu_ptr, b, B, T)
@@ -290,10 +296,8 @@ def _attention_bwd_dq_kernel(
     lse = tl.load(lse_ptr + at + i, mask=i < length, other=0.0) * LOG2E
     delta = tl.load(delta_ptr + at + i, mask=i < length, other=0.0)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    stop = length
-    if CAUSAL:
-        stop = tl.minimum(length, (block + 1) * BLOCK_M)
-    for j0 in range(0, stop, BLOCK_N):
+    begin, stop = seen(block * BLOCK_M, BLOCK_M, length, LEFT, RIGHT, BLOCK_N)
+    for j0 in range(begin, stop, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
         k = load_tile(qkv_ptr + H * D, j, 3 * H * D, length, D, BLOCK_D)
         v = load_tile(qkv_ptr + 2 * H * D, j, 3 * H * D, length, D, BLOCK_D)
@@ -311,7 +315,8 @@ def _attention_bwd_dq_kernel(
             drop,
             keep_scale,
             True,
-            CAUSAL,
+            LEFT,
+            RIGHT,
             PRECISION,
             BLOCK_M,
             BLOCK_N,

@@ -1,4 +1,4 @@
-"""attention in Triton: packed sequences, exact softmax, dropout replayed by absolute index, tiles past the end skipped.
+"""attention in Triton: packed sequences, exact softmax, dropout replayed by absolute index, only tiles in the window.
 
 A program takes BLOCK_M queries of one (sequence, head). Sequence number B stands for the rows past cu_seqlens[-1],
 which are zeroed and never read. backward has no atomics. If the keys of a whole sequence fit a tile
@@ -15,7 +15,7 @@ from torch import Tensor
 from fastbert.backend._common import unsupported_form
 from fastbert.backend.reference.attention_form import sizes
 from fastbert.kernels import _launch, _tiles, dropout_args, unsupported_dropout, unsupported_dtype
-from fastbert.kernels._attend import VARYING, attend, load_tile, span, store_tile, zero_tail
+from fastbert.kernels._attend import VARYING, attend, load_tile, seen, span, store_tile, zero_tail
 from fastbert.kernels._attention_bwd import (
     _attention_bwd_delta_kernel,
     _attention_bwd_dkdv_kernel,
@@ -23,6 +23,8 @@ from fastbert.kernels._attention_bwd import (
     _attention_bwd_kernel,
 )
 from fastbert.kernels._math import LN2, LOG2E
+
+LOWEST = tl.constexpr(-3e38)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -41,7 +43,8 @@ def _attention_fwd_kernel(
     keep_scale,
     H: tl.constexpr,
     D: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
     ONE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -68,18 +71,21 @@ def _attention_fwd_kernel(
     drop = None
     if seed_ptr is not None:
         drop = (tl.load(seed_ptr), bh, site, threshold)
-    m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    # a finite maximum: the first tile may lie outside the windows of some queries
+    m = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    # first the tiles without masked keys, then the others
-    whole, stop = length // BLOCK_N * BLOCK_N, length
-    if CAUSAL:
-        whole = block * BLOCK_M // BLOCK_N * BLOCK_N
-        stop = tl.minimum(length, (block + 1) * BLOCK_M)
+    # first the tiles without masked keys, then the others; a window to the left leaves few of the first kind
+    begin, stop = seen(block * BLOCK_M, BLOCK_M, length, LEFT, RIGHT, BLOCK_N)
+    whole = length // BLOCK_N * BLOCK_N
+    if RIGHT >= 0:
+        whole = tl.minimum(length, block * BLOCK_M + RIGHT + 1) // BLOCK_N * BLOCK_N
+    if LEFT >= 0:
+        whole = begin
     if ONE:
         # all keys are in one tile: no running maximum
         whole, stop = 0, 1
-    else:
+    elif LEFT < 0:
         for j0 in range(0, whole, BLOCK_N):
             m, total, acc = attend(
                 q,
@@ -91,7 +97,8 @@ def _attention_fwd_kernel(
                 scale * LOG2E,
                 drop,
                 False,
-                CAUSAL,
+                LEFT,
+                RIGHT,
                 PRECISION,
                 ONE,
                 H,
@@ -111,7 +118,8 @@ def _attention_fwd_kernel(
             scale * LOG2E,
             drop,
             True,
-            CAUSAL,
+            LEFT,
+            RIGHT,
             PRECISION,
             ONE,
             H,
@@ -124,6 +132,12 @@ def _attention_fwd_kernel(
     if lse_ptr is not None:
         lse_ptr += h.to(tl.int64) * T + row
         tl.store(lse_ptr + i, (m + tl.log2(total)) * LN2, mask=i < length)
+
+
+def _window(left: int, right: int, max_seqlen: int) -> dict[str, int]:
+    """The bounds as constants of the kernels; -1, no bound, in the place of a bound that hides no key."""
+    last = max_seqlen - 1
+    return {"LEFT": left if left < last else -1, "RIGHT": right if right < last else -1}
 
 
 def unsupported(
@@ -148,7 +162,7 @@ def unsupported(
     if not scale > 0:
         return f"the scale is {scale} and the triton kernel needs a positive one: use the torch backend"
     return (
-        unsupported_form("triton", qkv, left, right, kv_heads, rotary, bias)
+        unsupported_form("triton", qkv, -1, -1, kv_heads, rotary, bias)
         or unsupported_dtype(qkv=qkv)
         or unsupported_dropout(p)
     )
@@ -195,7 +209,7 @@ def forward(
             keep_scale,
             H=H,
             D=D,
-            CAUSAL=right == 0,
+            **_window(left, right, max_seqlen),
             ONE=max_seqlen <= config.BLOCK_N,
             **vars(config),
         )
@@ -229,7 +243,8 @@ def backward(
         return dqkv, none
     kind = (D, qkv.dtype, _launch.arch(qkv.device), p > 0)
     seed, site, threshold, keep_scale = dropout_args(p, seed, site)
-    rest, constants = (scale, site, threshold, keep_scale), {"H": H, "D": D, "CAUSAL": right == 0}
+    rest = (scale, site, threshold, keep_scale)
+    constants = {"H": H, "D": D, **_window(left, right, max_seqlen)}
     short = _tiles.attention_bwd(_tiles.tile(max_seqlen, 512), *kind)
     if short is not None:
         _attention_bwd_kernel[(H * (B + 1),)](

@@ -65,6 +65,11 @@ def calls(dtype: torch.dtype, full: bool, optional: bool = True) -> Iterator[Cal
             for causal in (False, True) if full and D == 64 else (False,):
                 for p in (0.0, 0.1) if full else (0.1,):
                     yield from _attention(dtype, S, D, causal, p)
+    for S in (128, 512) if full else (512,):
+        for D in (64, 128) if full else (64,):
+            for p in (0.0, 0.1) if full else (0.1,):
+                for form in _FORMS:
+                    yield from _attention(dtype, S, D, False, p, form)
     for S in (16, 32, 512) if full else (512,):
         for D, of_teacher in ((8, 16), (32, 64), (64, 64), (128, 128)) if full else ((32, 64),):
             yield from _relations(dtype, S, D, of_teacher)
@@ -222,17 +227,24 @@ def _products(dtype: torch.dtype, rows: tuple[int, ...], full: bool) -> Iterator
         )
 
 
-def _form(H: int, causal: bool = False) -> tuple[object, ...]:
-    """Attention's arguments from `left` to `bias`: all keys, or those up to the query."""
-    return -1, 0 if causal else -1, H, None, False, None
+def _form(kv_heads: int, left: int = -1, right: int = -1) -> tuple[object, ...]:
+    """Attention's arguments from `left` to `bias`."""
+    return left, right, kv_heads, None, False, None
 
 
-def _attention(dtype: torch.dtype, S: int, D: int, causal: bool, p: float) -> Iterator[Call]:
+# attention's other forms, by name
+_FORMS: dict[str, dict[str, int]] = {"window": {"left": 64, "right": 64}}
+
+
+def _attention(
+    dtype: torch.dtype, S: int, D: int, causal: bool, p: float, form: str = ""
+) -> Iterator[Call]:
     H, B = 12, 8
     qkv, cu = _meta(_T, 3, H, D, dtype=dtype), _ids(B + 1, dtype=torch.int32)
     out, lse, seed = _meta(_T, H, D, dtype=dtype), _stats(H, _T), _ids(1)
-    rest = (cu, S, D**-0.5, p, seed, 1, *_form(H, causal))
-    label = f"S{S} D{D}{' causal' if causal else ''} p{p}"
+    options = _FORMS.get(form, {}) | ({"right": 0} if causal else {})
+    rest = (cu, S, D**-0.5, p, seed, 1, *_form(H, **options))
+    label = f"S{S} D{D}{' causal' if causal else ''} p{p} {form}"
     yield f"attention fwd {label}", partial(attention.forward, qkv, *rest, True)
     yield f"attention bwd {label}", partial(attention.backward, out, qkv, out, lse, *rest, False)
 
