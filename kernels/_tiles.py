@@ -8,7 +8,7 @@ import torch
 import triton
 
 from fastbert.kernels._configured import configured
-from fastbert.kernels._launch import Arch
+from fastbert.kernels._launch import Arch, Tiles
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,15 @@ def attention_bwd_dq(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> Atte
     warps = 8 if block > 64 else 4
     stages = 3 if arch == 90 and block <= 64 else 2
     return _loop(D, dtype, arch) or Attention(64, 32, block, "ieee", warps, stages)
+
+
+def rope(half: int) -> Tiles:
+    """BLOCK_M tokens and `half` pairs of one head. tune() leaves it alone.
+
+    A tile has 16 elements for each thread, so that each element of memory has one thread: gradients turn in place.
+    """
+    pairs = max(16, triton.next_power_of_2(half))
+    return Tiles(max(16, 2048 // pairs), pairs, 4)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from fastbert.kernels._attention_bwd import (
     _attention_bwd_kernel,
 )
 from fastbert.kernels._math import LN2, LOG2E
+from fastbert.kernels._rope import rotate
 
 LOWEST = tl.constexpr(-3e38)
 
@@ -162,7 +163,7 @@ def unsupported(
     if not scale > 0:
         return f"the scale is {scale} and the triton kernel needs a positive one: use the torch backend"
     return (
-        unsupported_form("triton", qkv, -1, -1, kv_heads, rotary, bias)
+        unsupported_form("triton", qkv, -1, -1, kv_heads, None, bias)
         or unsupported_dtype(qkv=qkv)
         or unsupported_dropout(p)
     )
@@ -190,6 +191,9 @@ def forward(
     out = qkv.new_empty(T, H, D)
     lse = qkv.new_empty(H, T if save else 0, dtype=torch.float32)
     if T > 0:
+        if rotary is not None:
+            place = (cu_seqlens, max_seqlen, kv_heads, rotary, pairs)
+            qkv = rotate(qkv, torch.empty_like(qkv), *place)
         length = _tiles.tile(max_seqlen, 512)
         config = _tiles.attention_fwd(length, D, qkv.dtype, _launch.arch(qkv.device), p > 0)
         blocks = max(1, triton.cdiv(max_seqlen, config.BLOCK_M))
@@ -236,11 +240,38 @@ def backward(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor]:
     """dqkv (T, 3, H, D), zeros past cu_seqlens[-1], and no gradient of a bias."""
+    dqkv, none = torch.empty_like(qkv), qkv.new_empty(0)
+    if qkv.shape[0] == 0:
+        return dqkv, none
+    if rotary is not None:
+        place = (cu_seqlens, max_seqlen, kv_heads, rotary, pairs)
+        qkv = rotate(qkv, torch.empty_like(qkv), *place)
+    rest = (scale, p, seed, site, left, right, kv_heads)
+    _gradients(dout, qkv, out, lse, cu_seqlens, dqkv, max_seqlen, *rest)
+    if rotary is not None:
+        rotate(dqkv, dqkv, *place, back=True)
+    return dqkv, none
+
+
+def _gradients(
+    dout: Tensor,  # (T, H, D)
+    qkv: Tensor,  # (T, 3, H, D), its queries and keys turned
+    out: Tensor,  # (T, H, D)
+    lse: Tensor,  # (H, T)
+    cu_seqlens: Tensor,
+    dqkv: Tensor,  # (T, 3, H, D), written
+    max_seqlen: int,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+    left: int,
+    right: int,
+    kv_heads: int,
+) -> None:
+    """Launch the kernels that write dqkv."""
     T, (H, _, D) = qkv.shape[0], sizes(qkv, kv_heads)
     B = cu_seqlens.shape[0] - 1
-    dqkv, none = torch.empty_like(qkv), qkv.new_empty(0)
-    if T == 0:
-        return dqkv, none
     kind = (D, qkv.dtype, _launch.arch(qkv.device), p > 0)
     seed, site, threshold, keep_scale = dropout_args(p, seed, site)
     rest = (scale, site, threshold, keep_scale)
@@ -250,7 +281,7 @@ def backward(
         _attention_bwd_kernel[(H * (B + 1),)](
             dout, qkv, lse, cu_seqlens, dqkv, seed, T, B, *rest, **constants, **vars(short)
         )
-        return dqkv, none
+        return
     delta, BLOCK_D = torch.empty_like(lse), _tiles.head_block(D)
     _attention_bwd_delta_kernel[(triton.cdiv(T * H, 64),)](
         dout,
@@ -276,4 +307,3 @@ def backward(
     _attention_bwd_dq_kernel[(blocks * H * (B + 1),)](
         *inputs, blocks, *rest, **constants, **vars(config)
     )
-    return dqkv, none

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def calls(dtype: torch.dtype, full: bool, optional: bool = True) -> Iterator[Cal
     for S in (128, 512) if full else (512,):
         for D in (64, 128) if full else (64,):
             for p in (0.0, 0.1) if full else (0.1,):
-                for form in _FORMS:
+                for form in _forms(D):
                     yield from _attention(dtype, S, D, False, p, form)
     for S in (16, 32, 512) if full else (512,):
         for D, of_teacher in ((8, 16), (32, 64), (64, 64), (128, 128)) if full else ((32, 64),):
@@ -227,13 +228,25 @@ def _products(dtype: torch.dtype, rows: tuple[int, ...], full: bool) -> Iterator
         )
 
 
-def _form(kv_heads: int, left: int = -1, right: int = -1) -> tuple[object, ...]:
+def _form(
+    kv_heads: int,
+    left: int = -1,
+    right: int = -1,
+    rotary: Tensor | None = None,
+    pairs: bool = False,
+) -> tuple[object, ...]:
     """Attention's arguments from `left` to `bias`."""
-    return left, right, kv_heads, None, False, None
+    return left, right, kv_heads, rotary, pairs, None
 
 
-# attention's other forms, by name
-_FORMS: dict[str, dict[str, int]] = {"window": {"left": 64, "right": 64}}
+def _forms(D: int) -> dict[str, dict[str, Any]]:
+    """The names of attention's other forms, and their arguments."""
+    whole, part = _stats(512, 2, D // 2), _stats(512, 2, D // 4)
+    return {
+        "window": {"left": 64, "right": 64},
+        "rotary": {"rotary": whole},
+        "rotary pairs": {"rotary": part, "pairs": True},
+    }
 
 
 def _attention(
@@ -242,7 +255,7 @@ def _attention(
     H, B = 12, 8
     qkv, cu = _meta(_T, 3, H, D, dtype=dtype), _ids(B + 1, dtype=torch.int32)
     out, lse, seed = _meta(_T, H, D, dtype=dtype), _stats(H, _T), _ids(1)
-    options = _FORMS.get(form, {}) | ({"right": 0} if causal else {})
+    options = _forms(D).get(form, {}) | ({"right": 0} if causal else {})
     rest = (cu, S, D**-0.5, p, seed, 1, *_form(H, **options))
     label = f"S{S} D{D}{' causal' if causal else ''} p{p} {form}"
     yield f"attention fwd {label}", partial(attention.forward, qkv, *rest, True)

@@ -29,6 +29,7 @@ KERNELS = {
     "_attention_bwd_delta_kernel",
     "_attention_bwd_dkdv_kernel",
     "_attention_bwd_dq_kernel",
+    "_attention_rope_kernel",
     "_layer_norm_fwd_kernel",
     "_layer_norm_bwd_kernel",
     "_dropout_add_layer_norm_fwd_kernel",
