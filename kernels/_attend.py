@@ -110,7 +110,8 @@ def hide(s, i, j, length, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.co
 @triton.jit
 def attend(
     q,  # (BLOCK_M, BLOCK_D)
-    qkv_ptr,  # of this sequence and head
+    k_ptr,  # of this sequence and head, as v_ptr
+    v_ptr,
     i,  # (BLOCK_M,)
     j0,  # the number of the first key
     length,
@@ -122,7 +123,7 @@ def attend(
     RIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
     FIRST: tl.constexpr,
-    H: tl.constexpr,
+    STRIDE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -131,8 +132,8 @@ def attend(
     """Add a tile of keys to the running maximum, the sum of powers and the weighted sum of values."""
     m, total, acc = state
     j = j0 + tl.arange(0, BLOCK_N)
-    k = load_tile(qkv_ptr + H * D, j, 3 * H * D, length, D, BLOCK_D)
-    v = load_tile(qkv_ptr + 2 * H * D, j, 3 * H * D, length, D, BLOCK_D)
+    k = load_tile(k_ptr, j, STRIDE, length, D, BLOCK_D)
+    v = load_tile(v_ptr, j, STRIDE, length, D, BLOCK_D)
     s = tl.dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), input_precision=PRECISION)
     s = hide(s, i, j, length, MASKED, LEFT, RIGHT)
     top = tl.max(s, 1) * scale

@@ -165,22 +165,21 @@ def _attention_bwd_kernel(
                 )
 
 
-@triton.jit(do_not_specialize=VARYING)
-def _attention_bwd_dkdv_kernel(
-    dout_ptr,  # (T, H, D)
-    qkv_ptr,  # (T, 3, H, D)
-    lse_ptr,  # (H, T)
-    delta_ptr,  # (H, T)
-    cu_ptr,  # (B + 1,)
-    dqkv_ptr,  # (T, 3, H, D)
-    seed_ptr,  # (1,), or None
-    T,
-    B,
-    BLOCKS,
+@triton.jit
+def _add_queries(
+    sums,  # dK / scale and dV, each (BLOCK_N, BLOCK_D)
+    q_ptr,  # this and the next three: of this sequence and query head
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    k,  # (BLOCK_N, BLOCK_D)
+    v,  # (BLOCK_N, BLOCK_D)
+    j0,  # the number of the first key
+    length,
     scale,
-    site,
-    threshold,
+    drop,
     keep_scale,
+    STRIDE: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
     LEFT: tl.constexpr,
@@ -190,36 +189,12 @@ def _attention_bwd_dkdv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # BLOCK_N keys against the tiles of queries that see them: dV = (P M)^T dO,  dK = scale dS^T Q
-    block, bh = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
-    b, h = bh // H, bh % H
-    start, length = span(cu_ptr, b, B, T)
-    row = start.to(tl.int64)
-    dqkv_ptr += row * (3 * H * D) + h * D
-    if b == B:
-        for part in tl.static_range(1, 3):
-            base_ptr = dqkv_ptr + part * H * D
-            zero_tail(base_ptr, 3 * H * D, length, block, BLOCKS, BLOCK_N, D, BLOCK_D)
-        return
-    if block * BLOCK_N >= length:
-        return
-    qkv_ptr += row * (3 * H * D) + h * D
-    dout_ptr += row * (H * D) + h * D
-    lse_ptr += h.to(tl.int64) * T + row
-    delta_ptr += h.to(tl.int64) * T + row
-    drop = None
-    if seed_ptr is not None:
-        drop = (tl.load(seed_ptr), bh, site, threshold)
-    j0 = block * BLOCK_N
-    j = j0 + tl.arange(0, BLOCK_N)
-    k = load_tile(qkv_ptr + H * D, j, 3 * H * D, length, D, BLOCK_D)
-    v = load_tile(qkv_ptr + 2 * H * D, j, 3 * H * D, length, D, BLOCK_D)
-    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    """Add the queries of one head that see the keys."""
+    dk, dv = sums
     begin, stop = seen(j0, BLOCK_N, length, RIGHT, LEFT, BLOCK_M)
     for i0 in range(begin, stop, BLOCK_M):
         i = i0 + tl.arange(0, BLOCK_M)
-        q = load_tile(qkv_ptr, i, 3 * H * D, length, D, BLOCK_D)
+        q = load_tile(q_ptr, i, STRIDE, length, D, BLOCK_D)
         do = load_tile(dout_ptr, i, H * D, length, D, BLOCK_D)
         lse = tl.load(lse_ptr + i, mask=i < length, other=0.0) * LOG2E
         delta = tl.load(delta_ptr + i, mask=i < length, other=0.0)
@@ -245,18 +220,17 @@ def _attention_bwd_dkdv_kernel(
         )
         dv = tl.dot(tl.trans(dropped), do, dv, input_precision=PRECISION)
         dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
-    store_tile(dqkv_ptr + H * D, dk * scale, j, 3 * H * D, length, D, BLOCK_D)
-    store_tile(dqkv_ptr + 2 * H * D, dv, j, 3 * H * D, length, D, BLOCK_D)
+    return dk, dv
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _attention_bwd_dq_kernel(
+def _attention_bwd_dkdv_kernel(
     dout_ptr,  # (T, H, D)
-    qkv_ptr,  # (T, 3, H, D)
+    qkv_ptr,  # (T, H + 2 KV, D)
     lse_ptr,  # (H, T)
     delta_ptr,  # (H, T)
     cu_ptr,  # (B + 1,)
-    dqkv_ptr,  # (T, 3, H, D)
+    dqkv_ptr,  # (T, H + 2 KV, D)
     seed_ptr,  # (1,), or None
     T,
     B,
@@ -266,6 +240,90 @@ def _attention_bwd_dq_kernel(
     threshold,
     keep_scale,
     H: tl.constexpr,
+    KV: tl.constexpr,
+    D: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # BLOCK_N keys against the tiles of queries that see them: dV = (P M)^T dO,  dK = scale dS^T Q, summed in order over
+    # the H // KV query heads that read key head `kv`
+    block, kv = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS % KV
+    b = tl.program_id(0) // BLOCKS // KV
+    start, length = span(cu_ptr, b, B, T)
+    row = start.to(tl.int64)
+    STRIDE: tl.constexpr = (H + 2 * KV) * D
+    dk_ptr = dqkv_ptr + row * STRIDE + (H + kv) * D
+    dv_ptr = dk_ptr + KV * D
+    if b == B:
+        zero_tail(dk_ptr, STRIDE, length, block, BLOCKS, BLOCK_N, D, BLOCK_D)
+        zero_tail(dv_ptr, STRIDE, length, block, BLOCKS, BLOCK_N, D, BLOCK_D)
+        return
+    if block * BLOCK_N >= length:
+        return
+    qkv_ptr += row * STRIDE
+    dout_ptr += row * (H * D)
+    j0 = block * BLOCK_N
+    j = j0 + tl.arange(0, BLOCK_N)
+    k = load_tile(qkv_ptr + (H + kv) * D, j, STRIDE, length, D, BLOCK_D)
+    v = load_tile(qkv_ptr + (H + KV + kv) * D, j, STRIDE, length, D, BLOCK_D)
+    sums = (tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32))
+    GROUP: tl.constexpr = H // KV
+    for g in range(GROUP):
+        h = kv * GROUP + g
+        at = h.to(tl.int64) * T + row
+        drop = None
+        if seed_ptr is not None:
+            drop = (tl.load(seed_ptr), b * H + h, site, threshold)
+        sums = _add_queries(
+            sums,
+            qkv_ptr + h * D,
+            dout_ptr + h * D,
+            lse_ptr + at,
+            delta_ptr + at,
+            k,
+            v,
+            j0,
+            length,
+            scale,
+            drop,
+            keep_scale,
+            STRIDE,
+            H,
+            D,
+            LEFT,
+            RIGHT,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+        )
+    dk, dv = sums
+    store_tile(dk_ptr, dk * scale, j, STRIDE, length, D, BLOCK_D)
+    store_tile(dv_ptr, dv, j, STRIDE, length, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _attention_bwd_dq_kernel(
+    dout_ptr,  # (T, H, D)
+    qkv_ptr,  # (T, H + 2 KV, D)
+    lse_ptr,  # (H, T)
+    delta_ptr,  # (H, T)
+    cu_ptr,  # (B + 1,)
+    dqkv_ptr,  # (T, H + 2 KV, D)
+    seed_ptr,  # (1,), or None
+    T,
+    B,
+    BLOCKS,
+    scale,
+    site,
+    threshold,
+    keep_scale,
+    H: tl.constexpr,
+    KV: tl.constexpr,
     D: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
@@ -279,19 +337,21 @@ def _attention_bwd_dq_kernel(
     b, h = bh // H, bh % H
     start, length = span(cu_ptr, b, B, T)
     row = start.to(tl.int64)
-    dqkv_ptr += row * (3 * H * D) + h * D
+    STRIDE: tl.constexpr = (H + 2 * KV) * D
+    dqkv_ptr += row * STRIDE + h * D
     if b == B:
-        zero_tail(dqkv_ptr, 3 * H * D, length, block, BLOCKS, BLOCK_M, D, BLOCK_D)
+        zero_tail(dqkv_ptr, STRIDE, length, block, BLOCKS, BLOCK_M, D, BLOCK_D)
         return
     if block * BLOCK_M >= length:
         return
-    qkv_ptr += row * (3 * H * D) + h * D
+    qkv_ptr += row * STRIDE
+    k_ptr = qkv_ptr + (H + h // (H // KV)) * D
     at = h.to(tl.int64) * T + row
     drop = None
     if seed_ptr is not None:
         drop = (tl.load(seed_ptr), bh, site, threshold)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = load_tile(qkv_ptr, i, 3 * H * D, length, D, BLOCK_D)
+    q = load_tile(qkv_ptr + h * D, i, STRIDE, length, D, BLOCK_D)
     do = load_tile(dout_ptr + row * (H * D) + h * D, i, H * D, length, D, BLOCK_D)
     lse = tl.load(lse_ptr + at + i, mask=i < length, other=0.0) * LOG2E
     delta = tl.load(delta_ptr + at + i, mask=i < length, other=0.0)
@@ -299,8 +359,8 @@ def _attention_bwd_dq_kernel(
     begin, stop = seen(block * BLOCK_M, BLOCK_M, length, LEFT, RIGHT, BLOCK_N)
     for j0 in range(begin, stop, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
-        k = load_tile(qkv_ptr + H * D, j, 3 * H * D, length, D, BLOCK_D)
-        v = load_tile(qkv_ptr + 2 * H * D, j, 3 * H * D, length, D, BLOCK_D)
+        k = load_tile(k_ptr, j, STRIDE, length, D, BLOCK_D)
+        v = load_tile(k_ptr + KV * D, j, STRIDE, length, D, BLOCK_D)
         _, ds = weights_and_ds(
             q,
             do,
@@ -322,4 +382,4 @@ def _attention_bwd_dq_kernel(
             BLOCK_N,
         )
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-    store_tile(dqkv_ptr, dq * scale, i, 3 * H * D, length, D, BLOCK_D)
+    store_tile(dqkv_ptr, dq * scale, i, STRIDE, length, D, BLOCK_D)

@@ -30,7 +30,7 @@ def _turned(
     return c * a - s * b, c * b + s * a
 
 
-@triton.jit(do_not_specialize=["T", "B", "BLOCKS"])
+@triton.jit(do_not_specialize=["T", "B", "P", "BLOCKS"])
 def _attention_rope_kernel(
     x_ptr,  # (T, HEADS, D)
     y_ptr,  # (T, HEADS, D); x without COPY
@@ -38,6 +38,7 @@ def _attention_rope_kernel(
     cu_ptr,  # (B + 1,)
     T,
     B,
+    P,
     BLOCKS,
     HEADS: tl.constexpr,
     TURNED: tl.constexpr,
@@ -54,6 +55,8 @@ def _attention_rope_kernel(
     count: tl.constexpr = HEADS if COPY else TURNED
     h, block = tl.program_id(0) % count, tl.program_id(0) // count % BLOCKS
     start, length = span(cu_ptr, tl.program_id(0) // count // BLOCKS, B, T)
+    # a wrong max_seqlen reads nothing past the table
+    length = tl.minimum(length, P)
     if block * BLOCK_M >= length:
         return
     stride: tl.constexpr = HEADS * D
@@ -104,6 +107,7 @@ def rotate(
         cu_seqlens,
         x.shape[0],
         B,
+        table.shape[0],
         blocks,
         HEADS=heads,
         TURNED=turned,

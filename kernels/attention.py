@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.backend._common import unsupported_form
-from fastbert.backend.reference.attention_form import sizes
+from fastbert.backend.reference.attention import sizes
 from fastbert.kernels import _launch, _tiles, dropout_args, unsupported_dropout, unsupported_dtype
 from fastbert.kernels._attend import VARYING, attend, load_tile, seen, span, store_tile, zero_tail
 from fastbert.kernels._attention_bwd import (
@@ -30,7 +29,7 @@ LOWEST = tl.constexpr(-3e38)
 
 @triton.jit(do_not_specialize=VARYING)
 def _attention_fwd_kernel(
-    qkv_ptr,  # (T, 3, H, D)
+    qkv_ptr,  # (T, H + 2 KV, D)
     cu_ptr,  # (B + 1,)
     out_ptr,  # (T, H, D)
     lse_ptr,  # (H, T), or None
@@ -43,6 +42,7 @@ def _attention_fwd_kernel(
     threshold,
     keep_scale,
     H: tl.constexpr,
+    KV: tl.constexpr,
     D: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
@@ -67,8 +67,11 @@ def _attention_fwd_kernel(
     if block * BLOCK_M >= length:
         return
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    qkv_ptr += row * (3 * H * D) + h * D
-    q = load_tile(qkv_ptr, i, 3 * H * D, length, D, BLOCK_D)
+    STRIDE: tl.constexpr = (H + 2 * KV) * D
+    qkv_ptr += row * STRIDE
+    q = load_tile(qkv_ptr + h * D, i, STRIDE, length, D, BLOCK_D)
+    k_ptr = qkv_ptr + (H + h // (H // KV)) * D
+    v_ptr = k_ptr + KV * D
     drop = None
     if seed_ptr is not None:
         drop = (tl.load(seed_ptr), bh, site, threshold)
@@ -90,7 +93,8 @@ def _attention_fwd_kernel(
         for j0 in range(0, whole, BLOCK_N):
             m, total, acc = attend(
                 q,
-                qkv_ptr,
+                k_ptr,
+                v_ptr,
                 i,
                 j0,
                 length,
@@ -102,7 +106,7 @@ def _attention_fwd_kernel(
                 RIGHT,
                 PRECISION,
                 ONE,
-                H,
+                STRIDE,
                 D,
                 BLOCK_M,
                 BLOCK_N,
@@ -111,7 +115,8 @@ def _attention_fwd_kernel(
     for j0 in range(whole, stop, BLOCK_N):
         m, total, acc = attend(
             q,
-            qkv_ptr,
+            k_ptr,
+            v_ptr,
             i,
             j0,
             length,
@@ -123,7 +128,7 @@ def _attention_fwd_kernel(
             RIGHT,
             PRECISION,
             ONE,
-            H,
+            STRIDE,
             D,
             BLOCK_M,
             BLOCK_N,
@@ -163,7 +168,7 @@ def unsupported(
     if not scale > 0:
         return f"the scale is {scale} and the triton kernel needs a positive one: use the torch backend"
     return (
-        unsupported_form("triton", qkv, -1, -1, kv_heads, None, bias)
+        ("the triton attention has no bias: use the torch backend" if bias is not None else None)
         or unsupported_dtype(qkv=qkv)
         or unsupported_dropout(p)
     )
@@ -212,6 +217,7 @@ def forward(
             threshold,
             keep_scale,
             H=H,
+            KV=kv_heads,
             D=D,
             **_window(left, right, max_seqlen),
             ONE=max_seqlen <= config.BLOCK_N,
@@ -276,7 +282,10 @@ def _gradients(
     seed, site, threshold, keep_scale = dropout_args(p, seed, site)
     rest = (scale, site, threshold, keep_scale)
     constants = {"H": H, "D": D, **_window(left, right, max_seqlen)}
-    short = _tiles.attention_bwd(_tiles.tile(max_seqlen, 512), *kind)
+    short = None
+    if kv_heads == H:
+        # several query heads add to a key head's gradient in the loops only
+        short = _tiles.attention_bwd(_tiles.tile(max_seqlen, 512), *kind)
     if short is not None:
         _attention_bwd_kernel[(H * (B + 1),)](
             dout, qkv, lse, cu_seqlens, dqkv, seed, T, B, *rest, **constants, **vars(short)
@@ -297,9 +306,10 @@ def _gradients(
         **_launch.FUSED,
     )
     inputs = (dout, qkv, lse, delta, cu_seqlens, dqkv, seed, T, B)
+    constants["KV"] = kv_heads
     config = _tiles.attention_bwd_dkdv(*kind)
     blocks = max(1, triton.cdiv(max_seqlen, config.BLOCK_N))
-    _attention_bwd_dkdv_kernel[(blocks * H * (B + 1),)](
+    _attention_bwd_dkdv_kernel[(blocks * kv_heads * (B + 1),)](
         *inputs, blocks, *rest, **constants, **vars(config)
     )
     config = _tiles.attention_bwd_dq(*kind)
