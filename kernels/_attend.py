@@ -1,7 +1,8 @@
 """Helpers of the attention kernels: a sequence's span, its tiles, the softmax step and the products of backward.
 
 Queries i and keys j are numbered within a sequence. `drop` is (seed, b H + h, site, threshold), None without dropout.
-Query i sees the keys from i - LEFT to i + RIGHT, where -1 stands for no bound.
+Query i sees the keys from i - LEFT to i + RIGHT, where -1 stands for no bound. `bias` is (the 2 P - 1 biases of this
+head, P), or None.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastbert.kernels._math import keep
+from fastbert.kernels._math import LOG2E, keep
 
 # arguments that vary between calls; excluded from Triton's specialisation
-VARYING = ["T", "B", "BLOCKS", "site", "threshold"]
+VARYING = ["T", "B", "P", "BLOCKS", "site", "threshold"]
 
 
 @triton.jit
@@ -108,6 +109,24 @@ def hide(s, i, j, length, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.co
 
 
 @triton.jit
+def head_bias(bias_ptr, h, P):
+    """The tuple `bias` of head h; None if bias_ptr (H, 2 P - 1) is."""
+    bias = None
+    if bias_ptr is not None:
+        bias = (bias_ptr + h * (2 * P - 1), P)
+    return bias
+
+
+@triton.jit
+def biased(s, scale, bias, i, j, length):
+    """scale s plus the bias of the distance j - i, in base 2; 0 past the last query."""
+    head_ptr, P = bias
+    at = j[None, :] - i[:, None] + (P - 1)
+    inside = (i < length)[:, None] & (at >= 0) & (at < 2 * P - 1)
+    return s * scale + tl.load(head_ptr + at, mask=inside, other=0.0) * LOG2E
+
+
+@triton.jit
 def attend(
     q,  # (BLOCK_M, BLOCK_D)
     k_ptr,  # of this sequence and head, as v_ptr
@@ -118,6 +137,7 @@ def attend(
     state,  # m, total (BLOCK_M,), acc (BLOCK_M, BLOCK_D)
     scale,  # in base 2, positive
     drop,
+    bias,
     MASKED: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
@@ -135,6 +155,9 @@ def attend(
     k = load_tile(k_ptr, j, STRIDE, length, D, BLOCK_D)
     v = load_tile(v_ptr, j, STRIDE, length, D, BLOCK_D)
     s = tl.dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), input_precision=PRECISION)
+    if bias is not None:
+        s = biased(s, scale, bias, i, j, length)
+        scale = 1.0
     s = hide(s, i, j, length, MASKED, LEFT, RIGHT)
     top = tl.max(s, 1) * scale
     if not FIRST:
@@ -163,6 +186,7 @@ def weights_and_ds(
     scale,  # in base 2
     drop,
     keep_scale,
+    bias,
     MASKED: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
@@ -176,7 +200,11 @@ def weights_and_ds(
     """
     none = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     s = tl.dot(q, tl.trans(k), none, input_precision=PRECISION)
-    s = hide(s, i, j0 + tl.arange(0, BLOCK_N), length, MASKED, LEFT, RIGHT)
+    j = j0 + tl.arange(0, BLOCK_N)
+    if bias is not None:
+        s = biased(s, scale, bias, i, j, length)
+        scale = 1.0
+    s = hide(s, i, j, length, MASKED, LEFT, RIGHT)
     p = tl.exp2(s * scale - lse[:, None])
     dp = tl.dot(do, tl.trans(v), none, input_precision=PRECISION)
     dropped = p

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from fastbert.kernels._attend import (
     VARYING,
+    head_bias,
     load_tile,
     seen,
     span,
@@ -50,6 +51,7 @@ def _whole(
     scale,
     drop,
     keep_scale,
+    bias,
     H: tl.constexpr,
     D: tl.constexpr,
     LEFT: tl.constexpr,
@@ -86,6 +88,7 @@ def _whole(
             scale * LOG2E,
             drop,
             keep_scale,
+            bias,
             True,
             LEFT,
             RIGHT,
@@ -109,8 +112,10 @@ def _attention_bwd_kernel(
     cu_ptr,  # (B + 1,)
     dqkv_ptr,  # (T, 3, H, D)
     seed_ptr,  # (1,), or None
+    bias_ptr,  # (H, 2 P - 1), or None
     T,
     B,
+    P,
     scale,
     site,
     threshold,
@@ -154,6 +159,7 @@ def _attention_bwd_kernel(
                     scale,
                     drop,
                     keep_scale,
+                    head_bias(bias_ptr, h, P),
                     H,
                     D,
                     LEFT,
@@ -179,6 +185,7 @@ def _add_queries(
     scale,
     drop,
     keep_scale,
+    bias,
     STRIDE: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
@@ -211,6 +218,7 @@ def _add_queries(
             scale * LOG2E,
             drop,
             keep_scale,
+            bias,
             LEFT >= 0 or RIGHT >= 0,
             LEFT,
             RIGHT,
@@ -232,8 +240,10 @@ def _attention_bwd_dkdv_kernel(
     cu_ptr,  # (B + 1,)
     dqkv_ptr,  # (T, H + 2 KV, D)
     seed_ptr,  # (1,), or None
+    bias_ptr,  # (H, 2 P - 1), or None
     T,
     B,
+    P,
     BLOCKS,
     scale,
     site,
@@ -291,6 +301,7 @@ def _attention_bwd_dkdv_kernel(
             scale,
             drop,
             keep_scale,
+            head_bias(bias_ptr, h, P),
             STRIDE,
             H,
             D,
@@ -315,8 +326,10 @@ def _attention_bwd_dq_kernel(
     cu_ptr,  # (B + 1,)
     dqkv_ptr,  # (T, H + 2 KV, D)
     seed_ptr,  # (1,), or None
+    bias_ptr,  # (H, 2 P - 1), or None
     T,
     B,
+    P,
     BLOCKS,
     scale,
     site,
@@ -355,6 +368,7 @@ def _attention_bwd_dq_kernel(
     do = load_tile(dout_ptr + row * (H * D) + h * D, i, H * D, length, D, BLOCK_D)
     lse = tl.load(lse_ptr + at + i, mask=i < length, other=0.0) * LOG2E
     delta = tl.load(delta_ptr + at + i, mask=i < length, other=0.0)
+    bias = head_bias(bias_ptr, h, P)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     begin, stop = seen(block * BLOCK_M, BLOCK_M, length, LEFT, RIGHT, BLOCK_N)
     for j0 in range(begin, stop, BLOCK_N):
@@ -374,6 +388,7 @@ def _attention_bwd_dq_kernel(
             scale * LOG2E,
             drop,
             keep_scale,
+            bias,
             True,
             LEFT,
             RIGHT,

@@ -127,6 +127,13 @@ def attention_bwd_dq(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> Atte
     return _loop(D, dtype, arch) or Attention(64, 32, block, "ieee", warps, stages)
 
 
+def attention_bwd_dbias(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> Attention:
+    """BLOCK_M distances and queries. tune() leaves it alone, for BLOCK_N must be twice BLOCK_M."""
+    block, exact = head_block(D), precision(dtype, arch)
+    small = dtype == torch.float32
+    return Attention(16 if small else 32, 32 if small else 64, block, exact, 4, 1)
+
+
 def rope(half: int) -> Tiles:
     """BLOCK_M tokens and `half` pairs of one head. tune() leaves it alone.
 

@@ -14,13 +14,23 @@ from torch import Tensor
 
 from fastbert.backend.reference.attention import sizes
 from fastbert.kernels import _launch, _tiles, dropout_args, unsupported_dropout, unsupported_dtype
-from fastbert.kernels._attend import VARYING, attend, load_tile, seen, span, store_tile, zero_tail
+from fastbert.kernels._attend import (
+    VARYING,
+    attend,
+    head_bias,
+    load_tile,
+    seen,
+    span,
+    store_tile,
+    zero_tail,
+)
 from fastbert.kernels._attention_bwd import (
     _attention_bwd_delta_kernel,
     _attention_bwd_dkdv_kernel,
     _attention_bwd_dq_kernel,
     _attention_bwd_kernel,
 )
+from fastbert.kernels._attention_dbias import dbias
 from fastbert.kernels._math import LN2, LOG2E
 from fastbert.kernels._rope import rotate
 
@@ -34,8 +44,10 @@ def _attention_fwd_kernel(
     out_ptr,  # (T, H, D)
     lse_ptr,  # (H, T), or None
     seed_ptr,  # (1,), or None
+    bias_ptr,  # (H, 2 P - 1), or None
     T,
     B,
+    P,
     BLOCKS,
     scale,
     site,
@@ -75,6 +87,7 @@ def _attention_fwd_kernel(
     drop = None
     if seed_ptr is not None:
         drop = (tl.load(seed_ptr), bh, site, threshold)
+    bias = head_bias(bias_ptr, h, P)
     # a finite maximum: the first tile may lie outside the windows of some queries
     m = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -101,6 +114,7 @@ def _attention_fwd_kernel(
                 (m, total, acc),
                 scale * LOG2E,
                 drop,
+                bias,
                 False,
                 LEFT,
                 RIGHT,
@@ -123,6 +137,7 @@ def _attention_fwd_kernel(
             (m, total, acc),
             scale * LOG2E,
             drop,
+            bias,
             True,
             LEFT,
             RIGHT,
@@ -167,11 +182,7 @@ def unsupported(
         return f"the head size is {qkv.shape[-1]} and the triton kernel goes up to 128: use the torch backend"
     if not scale > 0:
         return f"the scale is {scale} and the triton kernel needs a positive one: use the torch backend"
-    return (
-        ("the triton attention has no bias: use the torch backend" if bias is not None else None)
-        or unsupported_dtype(qkv=qkv)
-        or unsupported_dropout(p)
-    )
+    return unsupported_dtype(qkv=qkv) or unsupported_dropout(p)
 
 
 def forward(
@@ -209,8 +220,10 @@ def forward(
             out,
             lse if save else None,
             seed,
+            bias,
             T,
             B,
+            0 if bias is None else bias.shape[1] // 2 + 1,
             blocks,
             scale,
             site,
@@ -245,18 +258,20 @@ def backward(
     bias: Tensor | None,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dqkv (T, 3, H, D), zeros past cu_seqlens[-1], and no gradient of a bias."""
-    dqkv, none = torch.empty_like(qkv), qkv.new_empty(0)
+    """dqkv like qkv, zeros past cu_seqlens[-1], and dbias like bias, or empty."""
+    dqkv = torch.empty_like(qkv)
     if qkv.shape[0] == 0:
-        return dqkv, none
+        return dqkv, dqkv.new_empty(0) if bias is None or not needs_bias else bias.new_zeros(
+            bias.shape
+        )
     if rotary is not None:
         place = (cu_seqlens, max_seqlen, kv_heads, rotary, pairs)
         qkv = rotate(qkv, torch.empty_like(qkv), *place)
-    rest = (scale, p, seed, site, left, right, kv_heads)
-    _gradients(dout, qkv, out, lse, cu_seqlens, dqkv, max_seqlen, *rest)
+    rest = (scale, p, seed, site, left, right, kv_heads, bias, needs_bias)
+    of_bias = _gradients(dout, qkv, out, lse, cu_seqlens, dqkv, max_seqlen, *rest)
     if rotary is not None:
         rotate(dqkv, dqkv, *place, back=True)
-    return dqkv, none
+    return dqkv, of_bias
 
 
 def _gradients(
@@ -274,13 +289,15 @@ def _gradients(
     left: int,
     right: int,
     kv_heads: int,
-) -> None:
-    """Launch the kernels that write dqkv."""
+    bias: Tensor | None,
+    needs_bias: bool,
+) -> Tensor:
+    """Launch the kernels that write dqkv; returns dbias, or an empty tensor."""
     T, (H, _, D) = qkv.shape[0], sizes(qkv, kv_heads)
     B = cu_seqlens.shape[0] - 1
     kind = (D, qkv.dtype, _launch.arch(qkv.device), p > 0)
-    seed, site, threshold, keep_scale = dropout_args(p, seed, site)
-    rest = (scale, site, threshold, keep_scale)
+    seed, *rest = dropout_args(p, seed, site)
+    rest, P = (scale, *rest), 0 if bias is None else bias.shape[1] // 2 + 1
     constants = {"H": H, "D": D, **_window(left, right, max_seqlen)}
     short = None
     if kv_heads == H:
@@ -288,9 +305,13 @@ def _gradients(
         short = _tiles.attention_bwd(_tiles.tile(max_seqlen, 512), *kind)
     if short is not None:
         _attention_bwd_kernel[(H * (B + 1),)](
-            dout, qkv, lse, cu_seqlens, dqkv, seed, T, B, *rest, **constants, **vars(short)
+            *(dout, qkv, lse, cu_seqlens, dqkv, seed, bias, T, B, P),
+            *rest,
+            **constants,
+            **vars(short),
         )
-        return
+        if not needs_bias:
+            return qkv.new_empty(0)
     delta, BLOCK_D = torch.empty_like(lse), _tiles.head_block(D)
     _attention_bwd_delta_kernel[(triton.cdiv(T * H, 64),)](
         dout,
@@ -305,8 +326,14 @@ def _gradients(
         num_warps=4,
         **_launch.FUSED,
     )
-    inputs = (dout, qkv, lse, delta, cu_seqlens, dqkv, seed, T, B)
-    constants["KV"] = kv_heads
+    inputs, constants["KV"] = (dout, qkv, lse, delta, cu_seqlens), kv_heads
+    if bias is not None and needs_bias:
+        of_bias = dbias(inputs, seed, bias, rest, constants, _tiles.attention_bwd_dbias(*kind))
+    else:
+        of_bias = qkv.new_empty(0)
+    if short is not None:
+        return of_bias
+    inputs += (dqkv, seed, bias, T, B, P)
     config = _tiles.attention_bwd_dkdv(*kind)
     blocks = max(1, triton.cdiv(max_seqlen, config.BLOCK_N))
     _attention_bwd_dkdv_kernel[(blocks * kv_heads * (B + 1),)](
@@ -317,3 +344,4 @@ def _gradients(
     _attention_bwd_dq_kernel[(blocks * H * (B + 1),)](
         *inputs, blocks, *rest, **constants, **vars(config)
     )
+    return of_bias

@@ -69,7 +69,7 @@ def calls(dtype: torch.dtype, full: bool, optional: bool = True) -> Iterator[Cal
     for S in (128, 512) if full else (512,):
         for D in (64, 128) if full else (64,):
             for p in (0.0, 0.1) if full else (0.1,):
-                for form in _forms(D):
+                for form in _forms(12, D, full):
                     yield from _attention(dtype, S, D, False, p, form)
     for S in (16, 32, 512) if full else (512,):
         for D, of_teacher in ((8, 16), (32, 64), (64, 64), (128, 128)) if full else ((32, 64),):
@@ -234,32 +234,38 @@ def _form(
     right: int = -1,
     rotary: Tensor | None = None,
     pairs: bool = False,
+    bias: Tensor | None = None,
 ) -> tuple[object, ...]:
     """Attention's arguments from `left` to `bias`."""
-    return left, right, kv_heads, rotary, pairs, None
+    return left, right, kv_heads, rotary, pairs, bias
 
 
-def _forms(D: int) -> dict[str, dict[str, Any]]:
+def _forms(H: int, D: int, full: bool) -> dict[str, dict[str, Any]]:
     """The names of attention's other forms, and their arguments."""
-    whole, part = _stats(512, 2, D // 2), _stats(512, 2, D // 4)
-    return {
-        "window": {"left": 64, "right": 64},
-        "rotary": {"rotary": whole},
-        "rotary pairs": {"rotary": part, "pairs": True},
+    window = {"left": 64, "right": 64}
+    halves, pairs = _stats(512, 2, D // 2), _stats(512, 2, D // 4)
+    bias = {"bias": _stats(H, 1023)}
+    forms: dict[str, dict[str, Any]] = {
+        "all": window | bias | {"kv_heads": H // 3, "rotary": pairs, "pairs": True}
     }
+    alone = {"window": window, "rotary": {"rotary": halves}, "kv": {"kv_heads": H // 3}}
+    return forms | alone | {"bias": bias} if full else forms
 
 
 def _attention(
     dtype: torch.dtype, S: int, D: int, causal: bool, p: float, form: str = ""
 ) -> Iterator[Call]:
     H, B = 12, 8
-    qkv, cu = _meta(_T, 3, H, D, dtype=dtype), _ids(B + 1, dtype=torch.int32)
+    options = {"kv_heads": H, "right": 0 if causal else -1}
+    options |= _forms(H, D, True).get(form, {})
+    heads = H + 2 * options["kv_heads"]
+    qkv, cu = _meta(_T, heads, D, dtype=dtype), _ids(B + 1, dtype=torch.int32)
     out, lse, seed = _meta(_T, H, D, dtype=dtype), _stats(H, _T), _ids(1)
-    options = _forms(D).get(form, {}) | ({"right": 0} if causal else {})
-    rest = (cu, S, D**-0.5, p, seed, 1, *_form(H, **options))
-    label = f"S{S} D{D}{' causal' if causal else ''} p{p} {form}"
+    rest = (cu, S, D**-0.5, p, seed, 1, *_form(**options))
+    label = " ".join(filter(None, (f"S{S} D{D}", "causal" * causal, f"p{p}", form)))
     yield f"attention fwd {label}", partial(attention.forward, qkv, *rest, True)
-    yield f"attention bwd {label}", partial(attention.backward, out, qkv, out, lse, *rest, False)
+    inputs, of_bias = (out, qkv, out, lse, *rest), "bias" in options
+    yield f"attention bwd {label}", partial(attention.backward, *inputs, of_bias)
 
 
 def _relations(dtype: torch.dtype, S: int, D: int, of_teacher: int) -> Iterator[Call]:

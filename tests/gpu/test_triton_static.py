@@ -22,13 +22,14 @@ if kernels.INTERPRETED:
     pytest.skip("under TRITON_INTERPRET=1 nothing is compiled", allow_module_level=True)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MATRIX = r"_(attention_(fwd|bwd|bwd_dkdv|bwd_dq)|linear_fwd|linear_int8_fwd|relation_loss_(fwd|bwd))_kernel"
+MATRIX = r"_(attention_(fwd|bwd|bwd_dkdv|bwd_dq|bwd_dbias)|linear_fwd|linear_int8_fwd|relation_loss_(fwd|bwd))_kernel"
 KERNELS = {
     "_attention_fwd_kernel",
     "_attention_bwd_kernel",
     "_attention_bwd_delta_kernel",
     "_attention_bwd_dkdv_kernel",
     "_attention_bwd_dq_kernel",
+    "_attention_bwd_dbias_kernel",
     "_attention_rope_kernel",
     "_layer_norm_fwd_kernel",
     "_layer_norm_bwd_kernel",
