@@ -87,7 +87,9 @@ def seen(
     """
     start = 0
     stop = length
-    if BEFORE >= 0:
+    if BEFORE == 0:
+        start = first // BLOCK * BLOCK
+    elif BEFORE > 0:
         start = tl.maximum(first - BEFORE, 0) // BLOCK * BLOCK
     if AFTER >= 0:
         stop = tl.minimum(length, first + COUNT + AFTER)

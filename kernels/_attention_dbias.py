@@ -19,6 +19,9 @@ from fastbert.kernels._attend import VARYING, head_bias, load_tile, span, weight
 from fastbert.kernels._math import LOG2E
 from fastbert.kernels._reduce import sum_partials
 
+# programs per multiprocessor
+_PROGRAMS = 16
+
 
 @triton.jit(do_not_specialize=[*VARYING, "PARTS", "RANGES"])
 def _attention_bwd_dbias_kernel(
@@ -111,28 +114,29 @@ def _attention_bwd_dbias_kernel(
     tl.store(partial_ptr + place, tl.sum(sums, 0), mask=(place >= 0) & (place < 2 * P - 1))
 
 
-def dbias(
-    inputs: tuple[Tensor, ...],  # dout, qkv, lse, delta, cu_seqlens
+def bias_gradient(
+    dout: Tensor,  # (T, H, D)
+    qkv: Tensor,  # (T, H + 2 kv_heads, D), its queries and keys turned
+    lse: Tensor,  # (H, T)
+    delta: Tensor,  # (H, T)
+    cu_seqlens: Tensor,
     seed: Tensor | None,
     bias: Tensor,  # (H, 2 P - 1)
     rest: tuple[Any, ...],  # scale, site, threshold, keep_scale
     constants: dict[str, int],
-    config: _tiles.Attention,
+    kind: tuple[Any, ...],  # D, dtype, architecture, whether there is dropout
 ) -> Tensor:
     """The gradient of the biases, (H, 2 P - 1)."""
-    dout, qkv, lse, delta, cu_seqlens = inputs
     H, width = bias.shape
-    P, B = width // 2 + 1, cu_seqlens.shape[0] - 1
+    config = _tiles.attention_bwd_dbias(*kind)
+    T, B, P = qkv.shape[0], cu_seqlens.shape[0] - 1, width // 2 + 1
     ranges = triton.cdiv(P - 1, config.BLOCK_M) + triton.cdiv(P, config.BLOCK_M)
-    most = triton.cdiv(16 * _launch.multiprocessors(qkv.device), ranges * H)
+    most = triton.cdiv(_PROGRAMS * _launch.multiprocessors(qkv.device), ranges * H)
     parts = max(1, min(B, most))
     partial = bias.new_empty(1, parts, H * width)
+    inputs = (dout, qkv, lse, delta, cu_seqlens, partial, seed, bias)
     _attention_bwd_dbias_kernel[(ranges * H * parts,)](
-        *(dout, qkv, lse, delta, cu_seqlens),
-        *(partial, seed, bias, qkv.shape[0], B, P, parts, ranges),
-        *rest,
-        **constants,
-        **vars(config),
+        *inputs, T, B, P, parts, ranges, *rest, **constants, **vars(config)
     )
     if parts == 1:
         return partial.view(H, width)

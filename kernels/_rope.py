@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.backend.reference.attention import sizes
+from fastbert.backend.reference.attention_form import sizes
 from fastbert.kernels import _tiles
 from fastbert.kernels._attend import load_tile, span, store_tile
 

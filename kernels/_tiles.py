@@ -107,14 +107,16 @@ def _loop(D: int, dtype: torch.dtype, arch: Arch) -> Attention | None:
 
 
 @configured()
-def attention_bwd_dkdv(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> Attention:
-    """A program holds BLOCK_N keys and loops over queries."""
+def attention_bwd_dkdv(
+    D: int, dtype: torch.dtype, arch: Arch, drop: bool, bias: bool = False
+) -> Attention:
+    """A program holds BLOCK_N keys and loops over queries; a tile of biases takes registers too."""
     block = head_block(D)
-    if arch == 90 and block <= 64 and dtype != torch.float32:
+    if arch == 90 and block <= 64 and dtype != torch.float32 and not bias:
         return Attention(64, 64, block, "ieee", 4, 3)
     if isinstance(arch, str) and block > 64 and dtype != torch.float32:
         return Attention(32, 32, block, "ieee", 4, 1)
-    rows = 32 if block > 64 or (arch == 100 and block == 64) else 64
+    rows = 32 if block > 64 or bias or (arch == 100 and block == 64) else 64
     return _loop(D, dtype, arch) or Attention(rows, 64, block, "ieee", 8, 1)
 
 

@@ -7,12 +7,14 @@ which are zeroed and never read. backward has no atomics. If the keys of a whole
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.backend.reference.attention import sizes
+from fastbert.backend.reference.attention_form import sizes
 from fastbert.kernels import _launch, _tiles, dropout_args, unsupported_dropout, unsupported_dtype
 from fastbert.kernels._attend import (
     VARYING,
@@ -30,7 +32,7 @@ from fastbert.kernels._attention_bwd import (
     _attention_bwd_dq_kernel,
     _attention_bwd_kernel,
 )
-from fastbert.kernels._attention_dbias import dbias
+from fastbert.kernels._attention_dbias import bias_gradient
 from fastbert.kernels._math import LN2, LOG2E
 from fastbert.kernels._rope import rotate
 
@@ -223,7 +225,7 @@ def forward(
             bias,
             T,
             B,
-            0 if bias is None else bias.shape[1] // 2 + 1,
+            _positions(bias),
             blocks,
             scale,
             site,
@@ -259,84 +261,67 @@ def backward(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor]:
     """dqkv like qkv, zeros past cu_seqlens[-1], and dbias like bias, or empty."""
-    dqkv = torch.empty_like(qkv)
-    if qkv.shape[0] == 0:
-        return dqkv, dqkv.new_empty(0) if bias is None or not needs_bias else bias.new_zeros(
-            bias.shape
-        )
+    T, (H, _, D) = qkv.shape[0], sizes(qkv, kv_heads)
+    B = cu_seqlens.shape[0] - 1
+    dqkv, dbias = torch.empty_like(qkv), qkv.new_empty(0)
+    if T == 0:
+        return dqkv, torch.zeros_like(bias) if bias is not None and needs_bias else dbias
     if rotary is not None:
         place = (cu_seqlens, max_seqlen, kv_heads, rotary, pairs)
         qkv = rotate(qkv, torch.empty_like(qkv), *place)
-    rest = (scale, p, seed, site, left, right, kv_heads, bias, needs_bias)
-    of_bias = _gradients(dout, qkv, out, lse, cu_seqlens, dqkv, max_seqlen, *rest)
-    if rotary is not None:
-        rotate(dqkv, dqkv, *place, back=True)
-    return dqkv, of_bias
-
-
-def _gradients(
-    dout: Tensor,  # (T, H, D)
-    qkv: Tensor,  # (T, 3, H, D), its queries and keys turned
-    out: Tensor,  # (T, H, D)
-    lse: Tensor,  # (H, T)
-    cu_seqlens: Tensor,
-    dqkv: Tensor,  # (T, 3, H, D), written
-    max_seqlen: int,
-    scale: float,
-    p: float,
-    seed: Tensor | None,
-    site: int,
-    left: int,
-    right: int,
-    kv_heads: int,
-    bias: Tensor | None,
-    needs_bias: bool,
-) -> Tensor:
-    """Launch the kernels that write dqkv; returns dbias, or an empty tensor."""
-    T, (H, _, D) = qkv.shape[0], sizes(qkv, kv_heads)
-    B = cu_seqlens.shape[0] - 1
     kind = (D, qkv.dtype, _launch.arch(qkv.device), p > 0)
-    seed, *rest = dropout_args(p, seed, site)
-    rest, P = (scale, *rest), 0 if bias is None else bias.shape[1] // 2 + 1
+    seed, *drop = dropout_args(p, seed, site)
+    rest, more = (scale, *drop), (dqkv, seed, bias, T, B, _positions(bias))
     constants = {"H": H, "D": D, **_window(left, right, max_seqlen)}
     short = None
     if kv_heads == H:
-        # several query heads add to a key head's gradient in the loops only
+        # only the loops add the gradients of several query heads to a key head's
         short = _tiles.attention_bwd(_tiles.tile(max_seqlen, 512), *kind)
     if short is not None:
         _attention_bwd_kernel[(H * (B + 1),)](
-            *(dout, qkv, lse, cu_seqlens, dqkv, seed, bias, T, B, P),
-            *rest,
-            **constants,
-            **vars(short),
+            dout, qkv, lse, cu_seqlens, *more, *rest, **constants, **vars(short)
         )
-        if not needs_bias:
-            return qkv.new_empty(0)
-    delta, BLOCK_D = torch.empty_like(lse), _tiles.head_block(D)
+    constants["KV"] = kv_heads
+    if short is None or needs_bias:
+        inputs = (dout, qkv, lse, _delta(dout, out), cu_seqlens)
+        if short is None:
+            _loops((*inputs, *more), max_seqlen, rest, constants, kind)
+        if bias is not None and needs_bias:
+            dbias = bias_gradient(*inputs, seed, bias, rest, constants, kind)
+    if rotary is not None:
+        rotate(dqkv, dqkv, *place, back=True)
+    return dqkv, dbias
+
+
+def _positions(bias: Tensor | None) -> int:
+    """P of a bias (H, 2 P - 1), 0 without one."""
+    return 0 if bias is None else bias.shape[1] // 2 + 1
+
+
+def _delta(dout: Tensor, out: Tensor) -> Tensor:
+    """The sums of dout * out over the head size, (H, T) fp32."""
+    T, H, D = out.shape
+    delta = out.new_empty(H, T, dtype=torch.float32)
+    sizes = {"H": H, "D": D, "BLOCK_M": 64, "BLOCK_D": _tiles.head_block(D)}
     _attention_bwd_delta_kernel[(triton.cdiv(T * H, 64),)](
-        dout,
-        out,
-        delta,
-        T * H,
-        T,
-        H=H,
-        D=D,
-        BLOCK_M=64,
-        BLOCK_D=BLOCK_D,
-        num_warps=4,
-        **_launch.FUSED,
+        dout, out, delta, T * H, T, **sizes, num_warps=4, **_launch.FUSED
     )
-    inputs, constants["KV"] = (dout, qkv, lse, delta, cu_seqlens), kv_heads
-    if bias is not None and needs_bias:
-        of_bias = dbias(inputs, seed, bias, rest, constants, _tiles.attention_bwd_dbias(*kind))
-    else:
-        of_bias = qkv.new_empty(0)
-    if short is not None:
-        return of_bias
-    inputs += (dqkv, seed, bias, T, B, P)
-    config = _tiles.attention_bwd_dkdv(*kind)
+    return delta
+
+
+def _loops(
+    inputs: tuple[Any, ...],  # of both kernels: dout to P
+    max_seqlen: int,
+    rest: tuple[Any, ...],  # scale, site, threshold, keep_scale
+    constants: dict[str, int],
+    kind: tuple[Any, ...],  # D, dtype, architecture, whether there is dropout
+) -> None:
+    """Launch the kernel that writes dK and dV, and the one that writes dQ."""
+    (*_, bias, _, B, _), H, KV = inputs, constants["H"], constants["KV"]
+    # tuned configurations are found by the arguments: no fifth without a bias
+    config = _tiles.attention_bwd_dkdv(*kind, *[True] * (bias is not None))
     blocks = max(1, triton.cdiv(max_seqlen, config.BLOCK_N))
-    _attention_bwd_dkdv_kernel[(blocks * kv_heads * (B + 1),)](
+    _attention_bwd_dkdv_kernel[(blocks * KV * (B + 1),)](
         *inputs, blocks, *rest, **constants, **vars(config)
     )
     config = _tiles.attention_bwd_dq(*kind)
@@ -344,4 +329,3 @@ def _gradients(
     _attention_bwd_dq_kernel[(blocks * H * (B + 1),)](
         *inputs, blocks, *rest, **constants, **vars(config)
     )
-    return of_bias

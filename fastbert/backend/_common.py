@@ -64,28 +64,6 @@ def unsupported_width(backend: str, width: int) -> str | None:
     return None
 
 
-def unsupported_form(
-    backend: str,
-    qkv: Tensor,
-    left: int,
-    right: int,
-    kv_heads: int,
-    rotary: Tensor | None,
-    bias: Tensor | None,
-) -> str | None:
-    """Why an attention kernel of a GPU, which knows equal heads and `causal` only, does not take this call, or None."""
-    if left >= 0 or right > 0:
-        return f"the {backend} attention has no window: use the torch backend"
-    if qkv.dim() == 3 and qkv.shape[1] != 3 * kv_heads:
-        return (
-            f"the {backend} attention takes as many key heads as query heads: use the torch backend"
-        )
-    if rotary is not None or bias is not None:
-        name = "rotary positions" if bias is None else "bias"
-        return f"the {backend} attention has no {name}: use the torch backend"
-    return None
-
-
 def picked(hidden: Tensor, rows: Tensor | None) -> Tensor:
     """These rows of hidden (T, C), or all of them."""
     return hidden if rows is None else hidden.index_select(0, rows)

@@ -199,6 +199,27 @@ def test_requests_of_attention_fill_their_sectors(name):
     assert sum(launch.counts.macs for launch in launches) == 7 * 64**3
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs it")
+def test_the_cost_of_a_window_is_linear():
+    """Of a sequence twice as long, each of Triton's kernels computes some twice the products, not four times."""
+    macs = []
+    for S in (256, 512):
+        call = {
+            "qkv": torch.randn(S, 3, 1, 16).bfloat16(),
+            "cu_seqlens": torch.tensor([0, S], dtype=torch.int32),
+            "max_seqlen": S,
+            "window": (16, 16),
+        }
+        with on_machine("triton") as launches, chooser.use("triton"):
+            parity.call(functional.attention, call, backward=True)
+        macs.append({launch.kernel: launch.counts.macs for launch in launches})
+    short, long = macs
+    products = [kernel for kernel in short if short[kernel]]
+    assert len(products) == 3
+    for kernel in products:
+        assert long[kernel] < 2.5 * short[kernel], kernel
+
+
 def test_the_small_samples_promise_every_kernel():
     promised = {
         name: {

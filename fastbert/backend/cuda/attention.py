@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastbert.backend._common import unsupported_form
 from fastbert.backend.cuda import (
     DTYPES,
     dropout_args,
@@ -37,10 +36,30 @@ def unsupported(
     if qkv.shape[-1] > 128:
         return f"the head size is {qkv.shape[-1]} and the cuda kernel goes up to 128: use the torch backend"
     return (
-        unsupported_form("cuda", qkv, left, right, kv_heads, rotary, bias)
+        _unsupported_form(qkv, left, right, kv_heads, rotary, bias)
         or unsupported_dtype(qkv=qkv)
         or unsupported_dropout(p)
     )
+
+
+def _unsupported_form(
+    qkv: Tensor,
+    left: int,
+    right: int,
+    kv_heads: int,
+    rotary: Tensor | None,
+    bias: Tensor | None,
+) -> str | None:
+    """Why the kernels, which know equal heads and `causal` only, do not take this call, or None."""
+    elsewhere = "use the triton or the torch backend"
+    if left >= 0 or right > 0:
+        return f"the cuda attention has no window: {elsewhere}"
+    if qkv.dim() == 3 and qkv.shape[1] != 3 * kv_heads:
+        return f"the cuda attention takes as many key heads as query heads: {elsewhere}"
+    if rotary is not None or bias is not None:
+        name = "rotary positions" if bias is None else "bias"
+        return f"the cuda attention has no {name}: {elsewhere}"
+    return None
 
 
 def forward(
