@@ -130,16 +130,17 @@ def attention_bwd_dq(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> Atte
 
 
 def attention_bwd_dbias(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> Attention:
-    """BLOCK_M distances and queries. tune() leaves it alone, for BLOCK_N must be twice BLOCK_M."""
+    """BLOCK_M distances and queries, BLOCK_N keys, which must be twice as many: tune() leaves both as they are."""
     block, exact = head_block(D), precision(dtype, arch)
     small = dtype == torch.float32
     return Attention(16 if small else 32, 32 if small else 64, block, exact, 4, 1)
 
 
 def rope(half: int) -> Tiles:
-    """BLOCK_M tokens and `half` pairs of one head. tune() leaves it alone.
+    """BLOCK_M tokens and `half` pairs of one head.
 
-    A tile has 16 elements for each thread, so that each element of memory has one thread: gradients turn in place.
+    A thread holds at least 8 pairs, so that no two threads load the same element, and gradients can turn in place.
+    tune() leaves these sizes as they are.
     """
     pairs = max(16, triton.next_power_of_2(half))
     return Tiles(max(16, 2048 // pairs), pairs, 4)

@@ -2,7 +2,8 @@
 
 A program takes BLOCK_M queries of one (sequence, head). Sequence number B stands for the rows past cu_seqlens[-1],
 which are zeroed and never read. backward has no atomics. If the keys of a whole sequence fit a tile
-(_tiles.attention_bwd), one kernel makes all five products; else one makes dK and dV, and another dQ.
+(_tiles.attention_bwd), one kernel makes all five products; else one makes dK and dV, and another dQ. Rotary positions
+are passes before and after (_rope.py); the gradient of a bias has a kernel of its own (_attention_dbias.py).
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ def _window(left: int, right: int, max_seqlen: int) -> dict[str, int]:
 
 
 def unsupported(
-    qkv: Tensor,  # (T, 3, H, D)
+    qkv: Tensor,  # (T, 3, H, D) or (T, H + 2 kv_heads, D)
     cu_seqlens: Tensor,  # (B + 1,) int32
     max_seqlen: int,
     scale: float,
@@ -188,7 +189,7 @@ def unsupported(
 
 
 def forward(
-    qkv: Tensor,  # (T, 3, H, D)
+    qkv: Tensor,  # (T, 3, H, D) or (T, H + 2 kv_heads, D)
     cu_seqlens: Tensor,  # (B + 1,) int32
     max_seqlen: int,
     scale: float,
@@ -243,7 +244,7 @@ def forward(
 
 def backward(
     dout: Tensor,  # (T, H, D)
-    qkv: Tensor,  # (T, 3, H, D)
+    qkv: Tensor,  # (T, 3, H, D) or (T, H + 2 kv_heads, D)
     out: Tensor,  # (T, H, D)
     lse: Tensor,  # (H, T)
     cu_seqlens: Tensor,

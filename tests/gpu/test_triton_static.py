@@ -133,7 +133,14 @@ def test_configurations(arch, dtype):
                 assert short is None or short.BLOCK_N >= S
                 # where a length has no one-kernel backward a longer one has none
                 assert short is not None or _tiles.attention_bwd(S + 1, *kind) is None
-                loops = (_tiles.attention_bwd_dkdv(*kind), _tiles.attention_bwd_dq(*kind))
+                bias = _tiles.attention_bwd_dbias(*kind)
+                assert bias.BLOCK_N == 2 * bias.BLOCK_M
+                loops = (
+                    _tiles.attention_bwd_dkdv(*kind),
+                    _tiles.attention_bwd_dkdv(*kind, True),
+                    _tiles.attention_bwd_dq(*kind),
+                    bias,
+                )
                 for config in filter(None, (forward, short, *loops)):
                     assert max(16, D) <= config.BLOCK_D
                     assert (
@@ -146,6 +153,14 @@ def test_configurations(arch, dtype):
     if dtype != "fp32" and arch != "gfx942":
         assert _tiles.attention_bwd(128, 64, DTYPES[dtype], arch, False) is not None
         assert _tiles.attention_bwd(65, 128, DTYPES[dtype], arch, False) is None
+
+
+def test_gradients_turn_in_place():
+    """Every element of a tile has one thread, of AMD's 64 lanes too, that loads it and those beside it in 16 bytes."""
+    for half in (0, 1, 3, 16, 17, 64):
+        config = _tiles.rope(half)
+        assert half <= config.BLOCK_N
+        assert 64 * config.num_warps * 8 <= config.BLOCK_M * config.BLOCK_N
 
 
 @pytest.mark.parametrize("arch", aot.ARCHS)
