@@ -241,12 +241,12 @@ def _form(
 
 def _forms(H: int, D: int) -> dict[str, dict[str, Any]]:
     """The names of attention's other forms, and their arguments."""
-    window, bias = {"left": 64, "right": 64}, {"bias": _stats(H, 1023)}
+    window: dict[str, Any] = {"left": 64, "right": 64, "bias": _stats(H, 1023)}
     halves, pairs = _stats(512, 2, D // 2), _stats(512, 2, D // 4)
     return {
-        "all": window | bias | {"kv_heads": H // 3, "rotary": pairs, "pairs": True},
+        "all": window | {"kv_heads": H // 3, "rotary": pairs, "pairs": True},
         "rotary": {"rotary": halves},
-        "window bias": window | bias,
+        "window bias": window,
     }
 
 
@@ -254,7 +254,7 @@ def _attention(
     dtype: torch.dtype, S: int, D: int, causal: bool, p: float, form: str = ""
 ) -> Iterator[Call]:
     H, B = 12, 8
-    options = {"kv_heads": H, "right": 0 if causal else -1}
+    options: dict[str, Any] = {"kv_heads": H, "right": 0 if causal else -1}
     options |= _forms(H, D).get(form, {})
     heads = H + 2 * options["kv_heads"]
     qkv, cu = _meta(_T, heads, D, dtype=dtype), _ids(B + 1, dtype=torch.int32)
