@@ -228,6 +228,7 @@ def encoder_infer(
     layers: int,
     sizes: int,
     numbers: int,
+    forms: int,
     n: int,
     rows: int,
     R: int,

@@ -15,6 +15,9 @@ namespace fastbert {
 namespace FASTBERT_ISA {
 namespace {
 
+// elements per thread: fewer do not pay for starting one
+constexpr int64_t kGateGrain = int64_t{1} << 14;
+
 // columns of the product for F features; the last panel may have columns that stand for none
 inline int64_t gated_columns(int64_t F_) { return ceil_div(F_, W) * kNR; }
 
@@ -134,6 +137,23 @@ void gated_feed_forward_up(int x_dtype, int w_dtype, int activation, const void*
     if (packed) return gemm<kKindOf<T>>(M, N, C, a, Packed<kKindOf<T>>{packed}, threads, write);
     with_type(w_dtype, [&](auto w) {
       gemm<kKindOf<T>>(M, N, C, a, gated<decltype(w)>(wa, wg, F_, C), threads, write);
+    });
+  });
+}
+
+void gate(int dtype, int activation, const void* u, void* h, int64_t M, int64_t F_, int threads) {
+  const int team = team_size(M * F_, kGateGrain, M, threads);
+  with_type(dtype, [&](auto t) {
+    using T = decltype(t);
+    const T* us = static_cast<const T*>(u);
+    T* hs = static_cast<T*>(h);
+    with_activation(static_cast<Activation>(activation), [&](auto act) {
+#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
+      for (int64_t i = 0; i < M; ++i)
+        tile_vectors(1, F_, [=](int64_t, int64_t f, int64_t n) {
+          const F a = load(us + 2 * i * F_ + f, n), g = load(us + (2 * i + 1) * F_ + f, n);
+          store(hs + i * F_ + f, activate<decltype(act)::value>(a).value * g, n);
+        });
     });
   });
 }

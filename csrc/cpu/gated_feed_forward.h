@@ -17,6 +17,12 @@ void gated_feed_forward_up(int x_dtype, int w_dtype, int activation,
                            void* h,              // (M, F)
                            int64_t M, int64_t F_, int64_t C, int threads);
 
+// h = act(a) g
+void gate(int dtype, int activation,
+          const void* u,  // (M, 2 F)
+          void* h,        // (M, F)
+          int64_t M, int64_t F_, int threads);
+
 // with dh = dy w2:  du = [dh g act'(a), dh act(a)],  and h = act(a) g again
 void gated_feed_forward_down_bwd(int x_dtype, int w_dtype, int activation,
                                  const void* dy,  // (M, C)

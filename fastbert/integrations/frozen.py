@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from fastbert.backend import chooser, cpu
 from fastbert.integrations import layers
 from fastbert.integrations.families import Parts
-from fastbert.nn.layer import LayerSettings, parameters
+from fastbert.nn.layer import LayerSettings, LayerWeights, parameters
 from fastbert.nn.watch import log_once
 from fastbert.ops.context import autocast
-from fastbert.runners.copies import RECORDED, Copies, Fields, why_not_prepacked
+from fastbert.runners.copies import RECORDED, Copies, Fields, why_not_form, why_not_prepacked
 
 
 def served(encoder: nn.Module, x: Tensor, call: layers.Call) -> Tensor | None:
@@ -22,15 +22,27 @@ def served(encoder: nn.Module, x: Tensor, call: layers.Call) -> Tensor | None:
     copies = vars(encoder).get("frozen")
     if copies is None:
         return None
-    if call.forms:
-        copies.say_unused("attention reads the distances of tokens")
-        return None
     if call.tokens is not None or not (call.packed and call.states_unused):
         reason = "padding is computed too" if call.states_unused else "hidden states are requested"
         copies.say_unused(reason)
         return None
     y = copies.encode(call.parts, x[0], call)
     return None if y is None else y[None]
+
+
+def served_by(call: layers.Call, layer: nn.Module, x: Tensor) -> Tensor | None:
+    """What a layer gives in a frozen model whose own code runs the layers; None where the layer has to run.
+
+    The first layer gives the last one's output, and the layers behind it give their input.
+    """
+    whole = call.whole
+    if whole is None or call.numbers is None:
+        return None
+    if call.numbers[id(layer)] == 0:
+        y = served(whole.model, x, call)
+        whole.served = y is not None
+        return y
+    return x if whole.served else None
 
 
 class FrozenLayers(Copies):
@@ -50,6 +62,19 @@ class FrozenLayers(Copies):
         super().drop()
         self._sources, self._state = [], ()
 
+    def why_not_form(self, encoder: Any) -> str | None:
+        """Why the native call has no layer like those of an encoder, None if it has them all."""
+        family = encoder.fastbert_family
+        for i, layer in enumerate(family.layers_of(encoder)):
+            m = family.layout.of(layer)
+            reason = layers.why_not_packed(layer, m, family)
+            if reason is None:
+                fields = parameters(layers.prepacked_weights(m, family.layout))
+                reason = why_not_form(fields, layers.settings(m, family.layout), self.bits)
+            if reason is not None:
+                return f"layer {i}: {reason}"
+        return None
+
     def encode(self, parts: Sequence[Parts], x: Tensor, call: layers.Call) -> Tensor | None:
         """The last layer's output for x (T, C), at call.rows where given; None where the layers have to run.
 
@@ -63,27 +88,35 @@ class FrozenLayers(Copies):
             return None
         if not chooser.permits(cpu) or x.numel() == 0:
             return None
+        dtype = x.dtype
         x, layout = autocast(x), call.family.layout
         settings = [layers.settings(m, layout) for m in parts]
-        fields = [parameters(layers.weights(m, layout)) for m in parts]
+        fields = [parameters(layers.prepacked_weights(m, layout)) for m in parts]
         reason = cpu.unsupported_dtype("x", x) or _why_not_native(fields, settings, x, self.bits)
+        reason = reason or _why_not_these_forms(call.forms, fields, settings)
         if reason is not None:
             self.say_unused(reason)
             return None
         self._remember(fields, settings, x.shape[0])  # type: ignore[arg-type]
         if x.dtype not in self._packs:
             self.pack(x.dtype, fields, settings)  # type: ignore[arg-type]
-        return self.run(x, call.packing, call.rows)
+        # held until the call is over
+        tables = _tables(call.forms)
+        y = self.run(x, call.packing, call.rows, _addresses(tables))
+        # the sums of pre-norm layers keep the dtype of the embeddings
+        return y.to(dtype) if layout.pre_norm else y
 
     def _remember(
         self, fields: Sequence[Fields], settings: Sequence[LayerSettings], tokens: int
     ) -> None:
         """Drop the copies unless they are of these very tensors and settings and nothing was written since."""
-        sources: list[Any] = [t for layer in fields for field in layer for t in field]
+        every: list[Any] = [t for layer in fields for field in layer for t in field]
+        # those of a layer that is used several times once
+        sources = list({id(t): t for t in every}.values())
         state = (
             cpu.native.isa(),
             settings,
-            [*map(id, sources)],
+            [*map(id, every)],
             [t._version for t in sources],
             [*map(Tensor.data_ptr, sources)],
         )
@@ -95,6 +128,53 @@ class FrozenLayers(Copies):
             self.drop()
             # held, so that no id or address goes to something else in the meantime
             self._sources, self._state = sources, state
+
+
+# a layer's window, its rotary table and `pairs`, its bias
+Tables = tuple[tuple[int, int], Tensor | None, bool, Tensor | None]
+
+
+def _tables(forms: Sequence[layers.Form]) -> list[Tables]:
+    """What attention reads beside the weights, in memory that the native call can read."""
+    given = [t for f in forms for t in (f.rotary and f.rotary.table, f.bias)]
+    # layers share their tables
+    ready = {id(t): cpu.fp32(t) for t in given}
+    found = zip(forms, given[::2], given[1::2], strict=True)
+    return [
+        (f.window or (-1, -1), ready[id(table)], bool(f.rotary and f.rotary.pairs), ready[id(bias)])
+        for f, table, bias in found
+    ]
+
+
+def _addresses(tables: Sequence[Tables]) -> Tensor | None:
+    """Rows (n, 7) in the order of csrc/cpu/encoder.h; None where attention reads nothing else."""
+    rows = [
+        (
+            *window,
+            cpu.address(rotary),
+            0 if rotary is None else rotary.shape[2],
+            int(pairs),
+            cpu.address(bias),
+            0 if bias is None else (bias.shape[1] + 1) // 2,
+        )
+        for window, rotary, pairs, bias in tables
+    ]
+    return torch.tensor(rows, dtype=torch.int64) if rows else None
+
+
+def _why_not_these_forms(
+    forms: Sequence[layers.Form], fields: Sequence[Fields | None], settings: Sequence[LayerSettings]
+) -> str | None:
+    """Why the native call can't read a layer's tables; where they do not fit, the op `attention` raises the error."""
+    for f, layer, s in zip(forms, fields, settings, strict=False):
+        head = LayerWeights(*layer or ()).out[0].shape[1] // max(s.heads, 1)
+        if f.rotary is not None and 2 * f.rotary.table.shape[2] > head:
+            return f"rotary positions turn more than the {head} elements of a head"
+        if f.bias is not None and f.bias.shape[0] != s.heads:
+            return f"its biases of relative positions are not of {s.heads} heads"
+        if f.bias is not None and torch.is_grad_enabled() and f.bias.requires_grad:
+            return RECORDED
+    return None
 
 
 def _trains(m: Parts) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import threading
 from collections.abc import Callable
 from functools import wraps
@@ -31,7 +32,7 @@ from fastbert.integrations import (
 from fastbert.integrations.families import Family, Parts
 from fastbert.integrations.handing import handing, taken
 from fastbert.integrations.known_families import FAMILIES
-from fastbert.integrations.layers import Call
+from fastbert.integrations.layers import Call, Whole
 from fastbert.nn.exports import fx_leaf, refuse_script
 from fastbert.nn.packing import Packing
 from fastbert.nn.watch import first_hooked, hooked, log_once
@@ -89,7 +90,7 @@ def _make(family: Family, name: str) -> type[nn.Module]:
             "fastbert_old": transformers4.is_old(stock.forward),
             "__prepare_scriptable__": refuse_script,
         }
-        if kind == "encoder":
+        if kind == ("encoder" if family.encoder else "model"):
             space["fastbert_copies"] = frozen.FrozenLayers
         if kind == "model":
             space["fastbert_at_padding"] = "auto"
@@ -161,7 +162,9 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     if reason is None:
         packing, tokens, reason = batch.packing_of(self, given, indices)
     if packing is None:
-        log_once(f"accelerate: {type(self).__name__} runs transformers' code: {reason}")
+        copies = vars(self.fastbert_family.stack_of(self)).get("frozen")
+        level = logging.INFO if getattr(copies, "bits", None) is None else logging.WARNING
+        log_once(f"accelerate: {type(self).__name__} runs transformers' code: {reason}", level)
         return stock(self, **given)
     values = heads.values(given)
     family = self.fastbert_family
@@ -181,6 +184,7 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
         forms=forms.forms(family, self, stacked, parts, packing.max_seqlen),
         numbers=None if family.encoder else {id(layer): i for i, layer in enumerate(stacked)},
         tokens=tokens,
+        whole=None if family.encoder or vars(self).get("frozen") is None else Whole(self),
     )
     if reason is not None:
         log_once(f"accelerate: {type(self).__name__} takes padding out layer by layer: {reason}")
@@ -333,9 +337,10 @@ def _layer(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     if call is None:
         return stock(self, **given)
     x, family = given["hidden_states"], self.fastbert_family
+    done = frozen.served_by(call, self, x)
     call = call.numbered(self)
     if call.packed:
-        y = layers.run(call.parts[0], x[0], call)
+        y = layers.run(call.parts[0], x[0], call) if done is None else done[0]
         # a model that holds its layers itself, without a norm behind them, reads the last one's output next
         ends = call.last and not family.encoder and not family.last
         return call.padded(y).to(x.dtype) if ends else y[None]

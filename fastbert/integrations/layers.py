@@ -6,6 +6,7 @@ A weight is read where its module is an untouched one of torch.nn. Any other mod
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,14 @@ class Form(NamedTuple):
 _PLAIN = Form()
 
 
+@dataclass
+class Whole:
+    """A frozen model whose own code runs its layers: where the copies serve, the first layer runs all of them."""
+
+    model: nn.Module
+    served: bool = False  # True: the copies have run all layers, and the others pass their input on
+
+
 class Call(NamedTuple):
     """What the layers of one forward share."""
 
@@ -73,6 +82,8 @@ class Call(NamedTuple):
     # True: transformers' own layers take masks for sdpa; set with transformers 4 only
     sdpa: bool = False
     tokens: Tensor | None = None  # (B, S) bool: nothing is packed, and padding is computed too
+    # where the model's own code runs the layers and the model is frozen
+    whole: Whole | None = None
 
     def at(self, layer: int, last: bool) -> Call:
         """The call for the layer of this number."""
@@ -179,7 +190,7 @@ def weights(m: Parts, layout: Layout) -> LayerWeights:
     if m.fused is not None:
         qkv, qkv_bias = _listed(_projection(m, m.fused))
     else:
-        known = _fused(plain(m.query), plain(m.key), plain(m.value))
+        known = _fused(*_projections(m))
         qkv, qkv_bias = known or (_separate(m), None)
     up, up_bias = _halves(m) if layout.gated else _weight_and_bias(m.up)
     return LayerWeights(
@@ -192,6 +203,17 @@ def weights(m: Parts, layout: Layout) -> LayerWeights:
         *_weight_and_bias(m.down),
         *_norm(m.output_norm),
     )
+
+
+def prepacked_weights(m: Parts, layout: Layout) -> LayerWeights:
+    """The layer's parameters for one product of queries, keys and values, also where keys have fewer heads."""
+    w = weights(m, layout)
+    known = _fused(*_projections(m), equal=False) if m.fused is None else None
+    return w if known is None else w._replace(qkv=known[0], qkv_bias=known[1])
+
+
+def _projections(m: Parts) -> list[tuple[Tensor, Tensor | None] | None]:
+    return [plain(m.query), plain(m.key), plain(m.value)]
 
 
 def _weight_and_bias(m: nn.Module) -> tuple[Any, Tensor | None]:
@@ -253,8 +275,9 @@ def _tokens(m: nn.Module, x: Tensor) -> Tensor:
 
 def _fused(
     *own: tuple[Tensor, Tensor | None] | None,
+    equal: bool = True,
 ) -> tuple[list[Tensor], list[Tensor] | None] | None:
-    """The weights and biases of projections that fit into one product, None where they do not."""
+    """The weights and biases of projections that fit into one product, None where they do not; `equal`: in size."""
     weights, biases = [], []
     for pair in own:
         if pair is None:
@@ -263,7 +286,9 @@ def _fused(
         biases.append(pair[1])
     first, first_bias = weights[0], biases[0]
     for weight, bias in zip(weights, biases, strict=True):
-        if weight.shape != first.shape or weight.dtype != first.dtype:
+        if weight.shape[-1] != first.shape[-1] or weight.dtype != first.dtype:
+            return None
+        if equal and weight.shape != first.shape:
             return None
         if (bias is None) != (first_bias is None):
             return None

@@ -274,7 +274,12 @@ def _add_norm_and_sum(
 
 
 def parameters(w: LayerWeights) -> Sequence[Sequence[Tensor]] | None:
-    """Every field as a list of tensors, for weights that are prepacked; None where one is missing or is a module."""
-    fields = [list(f) if isinstance(f, (list, tuple)) else [f] for f in w]
-    whole = all(f and all(isinstance(t, Tensor) for t in f) for f in fields)
-    return fields if whole else None
+    """Every field as a list of tensors, for weights that are prepacked; None where a module must be called.
+
+    The list is empty where the layer has no such parameter, and for an Identity in the place of a norm.
+    """
+    fields: list[list[Any]] = []
+    for f in w:
+        absent = f is None or type(f) is torch.nn.Identity
+        fields.append([] if absent else list(f) if isinstance(f, (list, tuple)) else [f])
+    return fields if all(isinstance(t, Tensor) for f in fields for t in f) else None

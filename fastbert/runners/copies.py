@@ -15,16 +15,17 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from fastbert.backend import cpu
 from fastbert.backend._common import stale
 from fastbert.backend.cpu import _gemm
+from fastbert.backend.cpu.attention import MOST_D
 from fastbert.nn import int8
 from fastbert.nn.int8 import Int8Linear
 from fastbert.nn.int8_checks import why_not_exact
-from fastbert.nn.layer import GELUS, LayerSettings, LayerWeights
+from fastbert.nn.layer import ACTIVATIONS, GELUS, LayerSettings, LayerWeights
 from fastbert.nn.packing import Packing
 from fastbert.nn.watch import log_once
 from fastbert.ops._check import cu_seqlens_valid
 
-# a layer's parameters by the fields of LayerWeights; the tensors of a field lie one below the other in its copy. An
-# int8 weight is alone in its field
+# a layer's parameters by the fields of LayerWeights; the tensors of a field lie one below the other in its copy. A
+# field is empty where the layer has no such parameter. An int8 weight is alone in its field
 Fields = Sequence[Sequence[Tensor | Int8Linear]]
 
 # why the layers have to run one by one
@@ -54,7 +55,7 @@ class Copies:
         self.bits = bits
         # {dtype: (addresses (n, 12), copies)}
         self._packs: dict[torch.dtype, tuple[Tensor, list[Tensor]]] = {}
-        # (n, 4) int64 and (n, 3) fp32 in the order of csrc/cpu/encoder.h
+        # (n, 8) int64 and (n, 3) fp32 in the order of csrc/cpu/encoder.h
         self._settings: tuple[Tensor, Tensor] | None = None
         # the packed weights' memory, its checksum, and those of the sampled rows by the first row
         self._seal: tuple[Tensor, int, list[int]] | None = None
@@ -91,6 +92,10 @@ class Copies:
         """The parameters that were packed."""
         raise NotImplementedError
 
+    def why_not_form(self, encoder: Any) -> str | None:
+        """Why the native call has no layer like those of an encoder, None if it has them all."""
+        raise NotImplementedError
+
     def written(self, tokens: int) -> bool:
         """Whether numbers have changed since they were packed, as far as a call on so many tokens looks.
 
@@ -115,36 +120,45 @@ class Copies:
             sampled = [_checksum(blocks, first, SAMPLED) for first in range(SAMPLED)]
             self._seal = blocks, _checksum(blocks), sampled
         kept: list[Tensor] = []
-        rows: list[list[int]] = []
-        for i, fields in enumerate(layers):
+        # a layer that is used several times is packed once
+        rows: dict[tuple[int, ...], list[int]] = {}
+        uses = [tuple(id(t) for f in fields for t in f) for fields in layers]
+        for i, (fields, s) in enumerate(zip(layers, settings, strict=True)):
+            if uses[i] in rows:
+                continue
             packed = [
-                self._prepacked(f, dtype, f"the weight {name} of layer {i}")
-                if len(f[0].shape) == 2
-                else _joined(f)
+                self._copy(f, dtype, name == "up" and s.gated, f"the weight {name} of layer {i}")
                 for name, f in zip(LayerWeights._fields, fields, strict=True)
             ]
-            rows.append([cpu.address(t) for t in packed])
+            rows[uses[i]] = [cpu.address(t) for t in packed]
             # fp32 biases and norms are read where they are, and int8 modules pack their own weights
             kept += [
                 t
                 for t, f in zip(packed, fields, strict=True)
-                if t is not f[0] and not isinstance(f[0], Int8Linear)
+                if t is not None and t is not f[0] and not isinstance(f[0], Int8Linear)
             ]
         # before the packs: another thread may run as soon as it finds those
         self._settings = _settings_tables(layers, settings)
-        self._packs[dtype] = torch.tensor(rows, dtype=torch.int64), kept
+        self._packs[dtype] = torch.tensor([rows[use] for use in uses], dtype=torch.int64), kept
         # not in `freeze`: deep copies and unpickled models are packed without a call of it
         _live.add(self)
         _watch_optimizers()
 
-    def _prepacked(self, weights: Sequence[Any], dtype: torch.dtype, name: str) -> Tensor:
+    def _copy(
+        self, weights: Sequence[Any], dtype: torch.dtype, gated: bool, name: str
+    ) -> Tensor | None:
+        """What the native call reads of a field; `gated`: of the first weights of a gated feed-forward."""
+        if not weights:
+            return None
+        if len(weights[0].shape) != 2:
+            return _joined(weights)
         if not weights[0].shape.numel():
             # the native call does not read the matrices of a block without heads or columns
             return torch.empty(0)
         if isinstance(weights[0], Int8Linear):
             return weights[0].packed()
         if self.bits is None:
-            return _packed(weights, dtype)
+            return (_packed_gated if gated else _packed)(weights, dtype)
         return int8.pack(*int8.split(torch.cat([w.detach() for w in weights]), name), self.bits)
 
     def run(
@@ -152,8 +166,9 @@ class Copies:
         x: Tensor,  # (T, C)
         packing: Packing,
         rows: Tensor | None,  # (R,) int64
+        forms: Tensor | None = None,  # (n, 7) int64 in the order of csrc/cpu/encoder.h
     ) -> Tensor:
-        """The last layer's output (T, C), or (R, C) at `rows`."""
+        """The last layer's output (T, C), or (R, C) at `rows`; the caller holds the tables that `forms` points to."""
         assert self._settings is not None
         table, _ = self._packs[x.dtype]
         sizes, numbers = self._settings
@@ -170,6 +185,7 @@ class Copies:
             table.data_ptr(),
             sizes.data_ptr(),
             numbers.data_ptr(),
+            cpu.address(forms),
             table.shape[0],
             cpu.address(rows),
             0 if rows is None else count,
@@ -203,39 +219,67 @@ def why_not_prepacked(
 
     `bits` are those of quantised activations, None for floating-point products.
     """
-    if settings.gated:
-        return "its feed-forward has a gate"
-    if settings.activation not in GELUS:
-        return "the activation is not GELU"
-    if settings.pre_norm or settings.gated or settings.rms_norm:
-        return "the layer is not BERT's: its norms stand before the blocks, or its feed-forward is gated"
-    if settings.window is not None or settings.kv_heads is not None:
-        return "attention has a window, or shared key heads"
-    if fields is None:
-        return "a Linear or a norm is not torch.nn's own, or has no bias"
-    for name, field in zip(LayerWeights._fields, fields, strict=True):
-        label = name if name.endswith("bias") else f"{name}.weight"
+    if reason := why_not_form(fields, settings, bits):
+        return reason
+    for name, field in zip(LayerWeights._fields, fields or (), strict=True):
+        label = _label(name)
         for t in field:
             if isinstance(t, Int8Linear):
                 if reason := _why_not_these_integers(label, t, bits):
                     return reason
             elif reason := cpu.unsupported_parameter(label, t):
                 return reason
-    sizes = LayerWeights(*(tuple(f[0].shape) for f in fields))
-    pieces = len(fields[0])
-    if len(sizes.qkv) != 2 or len(sizes.up) != 2:
-        return f"its weights have shapes {sizes.qkv} and {sizes.up}, not those of matrices"
-    C, A, F = sizes.qkv[1], sizes.qkv[0] * pieces // 3, sizes.up[0]
+    return None
+
+
+def why_not_form(
+    fields: Fields | None, settings: LayerSettings, bits: int | None = None
+) -> str | None:
+    """Why the native call has no such layer, whatever dtype and device its parameters have; None if it has."""
+    if settings.activation not in (ACTIVATIONS if settings.gated else GELUS):
+        return "the activation is not GELU" + (" or SiLU" if settings.gated else "")
+    if settings.rms_norm and not settings.pre_norm:
+        return "its norms are RMSNorms that stand behind the blocks"
+    if fields is None:
+        return "a Linear or a norm is not torch.nn's own, or has no bias"
+    for name, field in zip(LayerWeights._fields, fields, strict=True):
+        # the first norm of a pre-norm model may stand in the embeddings
+        optional = name.endswith("bias") or (name == "attention_norm" and settings.pre_norm)
+        if not field and not optional:
+            return f"it has no {_label(name)}"
+    return _why_not_these_shapes(LayerWeights(*fields), settings, bits)
+
+
+def _why_not_these_shapes(w: LayerWeights, settings: LayerSettings, bits: int | None) -> str | None:
+    """Why weights of these shapes, each field a list, are not those of a layer of these settings."""
+    matrices = w.qkv[0].shape, w.out[0].shape, w.up[0].shape, w.down[0].shape
+    if any(len(shape) != 2 for shape in matrices):
+        return f"its weights have shapes {[*map(tuple, matrices)]}, not those of matrices"
+    C, A, F = w.qkv[0].shape[1], w.out[0].shape[1], w.down[0].shape[1]
+    keys = _key_heads(settings) * (A // max(settings.heads, 1))
     wanted = LayerWeights.shapes(C, A, F)
-    if pieces == 3:
-        wanted = wanted._replace(qkv=(A, C), qkv_bias=(A,))
-    for name, field, size in zip(LayerWeights._fields, fields, wanted, strict=True):
-        for t in field:
-            if tuple(t.shape) != size:
-                return f"its {name} has shape {tuple(t.shape)}, not {size}"
+    wanted = wanted._replace(qkv=(A + 2 * keys, C), qkv_bias=(A + 2 * keys,))
+    if settings.gated:
+        wanted = wanted._replace(up=(2 * F, C), up_bias=(2 * F,))
+    pieces = {"qkv": [A, keys, keys], "up": [F, F]}
+    for name, field, size in zip(LayerWeights._fields, w, wanted, strict=True):
+        rows = [size[0]] if len(field) < 2 else pieces[name.removesuffix("_bias")]
+        for t, count in zip(field, rows, strict=False):
+            if tuple(t.shape) != (count, *size[1:]):
+                return f"its {name} has shape {tuple(t.shape)}, not {(count, *size[1:])}"
     if A % max(settings.heads, 1):
         return f"{A} columns are not {settings.heads} heads"
+    if MOST_D * settings.heads < A:
+        return f"the head size is {A // max(settings.heads, 1)}, and the cpu kernel goes up to {MOST_D}"
     return None if bits is None else why_not_exact(max(C, A, F), bits)
+
+
+def _label(name: str) -> str:
+    return name if name.endswith("bias") else f"{name}.weight"
+
+
+def _key_heads(settings: LayerSettings) -> int:
+    return settings.heads if settings.kv_heads is None else settings.kv_heads
 
 
 def _why_not_these_integers(label: str, m: Int8Linear, bits: int | None) -> str | None:
@@ -251,7 +295,9 @@ def _settings_tables(
     for layer, s in zip(layers, settings, strict=True):
         w = LayerWeights(*layer)
         head = w.out[0].shape[1] // max(s.heads, 1)
-        sizes.append([s.heads, head, w.up[0].shape[0], int(s.activation == "gelu_tanh")])
+        activation = cpu.ACTIVATIONS[s.activation]
+        kinds = int(s.pre_norm), int(s.gated), int(s.rms_norm)
+        sizes.append([s.heads, head, w.down[0].shape[1], activation, _key_heads(s), *kinds])
         scale = max(head, 1) ** -0.5 if s.scale is None else s.scale
         numbers.append([s.attention_eps, s.output_eps, scale])
     return torch.tensor(sizes, dtype=torch.int64), torch.tensor(numbers, dtype=torch.float32)
@@ -259,6 +305,8 @@ def _settings_tables(
 
 def _packed(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """One weight or three, one below the other, (N, K) in the GEMM's own order, for inputs of this dtype."""
+    if len({w.shape for w in weights}) > 1:
+        weights = [torch.cat([w.detach() for w in weights])]
     (first, second, third), rows, N = _gemm.stacked([w.detach() for w in weights])
     K, kind = first.shape[1], cpu.DTYPES[dtype]
     packed = cpu.fresh(first, cpu.native.linear_packed_size(kind, N, K), dtype=torch.float32)
@@ -271,6 +319,26 @@ def _packed(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         rows,
         packed.data_ptr(),
         N,
+        K,
+        torch.get_num_threads(),
+    )
+    return packed
+
+
+def _packed_gated(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The first weights of a gated feed-forward, one (2 F, K) or two (F, K), packed as `_packed` does."""
+    halves = [w.detach().contiguous() for w in weights]
+    gate, other = halves if len(halves) == 2 else halves[0].chunk(2)
+    (F, K), kind = gate.shape, cpu.DTYPES[dtype]
+    size = cpu.native.gated_feed_forward_packed_size(kind, F, K)
+    packed = cpu.fresh(gate, size, dtype=torch.float32)
+    cpu.native.gated_feed_forward_pack(
+        kind,
+        cpu.DTYPES[gate.dtype],
+        gate.data_ptr(),
+        other.data_ptr(),
+        packed.data_ptr(),
+        F,
         K,
         torch.get_num_threads(),
     )

@@ -71,7 +71,7 @@ def quantize(
     if replace:
         replace_weights(model, bits, embeddings)
         return model.eval()
-    if reason := _why_not_quantised(model):
+    if reason := _why_not_quantised(model, bits):
         raise ValueError(f"the model can't be quantised: {reason}")
     set_bits(model, bits)
     return _set_copies(model, bits)
@@ -82,10 +82,11 @@ def quantize_loaded(model: Any) -> nn.Module:
     return quantize(model, model.config.int8_bits or 12)
 
 
-def _why_not_quantised(model: nn.Module) -> str | None:
+def _why_not_quantised(model: nn.Module, bits: int) -> str | None:
     """Why a matrix of the encoders' layers can't become integers, None if all can."""
     for path, m in model.named_modules():
-        if _copies_of(m, None) is None:
+        copies = _copies_of(m, bits)
+        if copies is None:
             continue
         for name, part in m.named_modules(prefix=path):
             if (
@@ -94,11 +95,14 @@ def _why_not_quantised(model: nn.Module) -> str | None:
                 and part._parameters.get("weight", 0) is None
             ):
                 return f"{name} has no weight"
-        inside = "layers" if isinstance(m, BertModel) else ""
+        # an encoder that is a whole model has embeddings too
+        inside = "layers" if isinstance(getattr(m, "layers", None), nn.ModuleList) else ""
         prefix = ".".join(filter(None, (path, inside)))
         for name, p in m.get_submodule(inside).named_parameters(prefix):
             if p.dim() == 2 and (reason := why_not_numbers(p)):
                 return f"{name} {reason}"
+        if reason := copies.why_not_form(m):
+            return f"its layers would compute in floating point, {reason}"
     return None
 
 

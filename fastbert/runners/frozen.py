@@ -17,7 +17,7 @@ from fastbert.nn.int8 import Int8Linear
 from fastbert.nn.layer import LayerSettings, activation_name
 from fastbert.nn.packing import Packing
 from fastbert.nn.watch import log_once
-from fastbert.runners.copies import RECORDED, Copies, why_not_prepacked
+from fastbert.runners.copies import RECORDED, Copies, Fields, why_not_form, why_not_prepacked
 
 # the classes that each part of a layer may have for its parameters to be read
 PARTS: dict[str, tuple[type[nn.Module], ...]] = {
@@ -110,6 +110,16 @@ class Frozen(Copies):
         """The parameters that were packed."""
         return () if self._origin is None else self._origin.parameters
 
+    def why_not_form(self, encoder: Encoder) -> str | None:
+        """Why the native call has no layer like those of an encoder, None if it has them all."""
+        for i, layer in enumerate(encoder.layers):
+            reason = why_not_read(layer, training=True)
+            if reason is None and not any(isinstance(m, Int8Linear) for m in layer.modules()):
+                reason = why_not_form(_fields(layer), _settings(layer), self.bits)  # type: ignore[arg-type]
+            if reason is not None:
+                return f"layer {i}: {reason}"
+        return None
+
     def serves(self, encoder: Encoder, x: Tensor, last_alone: bool = True) -> bool:
         """Whether a forward on embeddings x (T, C) can run on the copies; makes them if they are missing.
 
@@ -163,17 +173,11 @@ class Frozen(Copies):
         for layer in encoder.layers:
             if reason := why_not_read(layer):
                 return reason
-            own: dict[str, Any] = dict(layer.named_parameters(remove_duplicate=False))
-            own |= {
-                f"{path}.weight": m
-                for path, m in layer.named_modules(remove_duplicate=False)
-                if isinstance(m, Int8Linear)
-            }
-            fields = [[own[name]] for name in PARAMETERS if name in own]
             s = _settings(layer)  # type: ignore[arg-type]
-            whole = own.keys() == set(PARAMETERS)
-            if reason := why_not_prepacked(fields if whole else None, s, self.bits):
+            fields = _fields(layer)
+            if reason := why_not_prepacked(fields, s, self.bits):
                 return reason
+            assert fields is not None
             layers.append(fields)
             settings.append(s)
         if len({fields[0][0].shape[1] for fields in layers}) > 1:
@@ -199,8 +203,22 @@ class Frozen(Copies):
         return self.run(x, packing, rows)
 
 
-def why_not_read(layer: nn.Module) -> str | None:
-    """Why a layer's parts must be called, None if their parameters say everything about them."""
+def _fields(layer: nn.Module) -> Fields | None:
+    """The layer's parameters in the order of LayerWeights, None where one is missing or has another name."""
+    own: dict[str, Any] = dict(layer.named_parameters(remove_duplicate=False))
+    own |= {
+        f"{path}.weight": m
+        for path, m in layer.named_modules(remove_duplicate=False)
+        if isinstance(m, Int8Linear)
+    }
+    return [[own[name]] for name in PARAMETERS] if own.keys() == set(PARAMETERS) else None
+
+
+def why_not_read(layer: nn.Module, training: bool = False) -> str | None:
+    """Why a layer's parts must be called, None if their parameters say everything about them.
+
+    With `training` the parts may be in training mode.
+    """
     for path, m in layer.named_modules(remove_duplicate=False):
         kind = type(m).__name__
         if type(m) not in PARTS.get(path, ()):
@@ -209,7 +227,7 @@ def why_not_read(layer: nn.Module) -> str | None:
             return f"hooks are attached to a {kind}"
         if "forward" in vars(m):
             return f"the forward of a {kind} was replaced"
-        if m.training:
+        if m.training and not training:
             return f"a {kind} is in training mode, call eval() on the model"
     return None
 

@@ -16,8 +16,8 @@ from fastbert.backend.cpu import (
 )
 from fastbert.backend.reference.attention_form import sizes
 
-# csrc/cpu/attention.cpp: kMostD
-_MOST = 256
+# the largest head size; csrc/cpu/attend.h: kMostD
+MOST_D = 256
 
 
 def unsupported(
@@ -38,8 +38,8 @@ def unsupported(
 ) -> str | None:
     """Why this call can't run here, from metadata only; None if it can."""
     D = qkv.shape[-1]
-    if D > _MOST:
-        return f"the head size is {D} and the cpu kernel goes up to {_MOST}: use the torch backend"
+    if D > MOST_D:
+        return f"the head size is {D} and the cpu kernel goes up to {MOST_D}: use the torch backend"
     return unsupported_dtype("qkv", qkv) or unsupported_dropout(p)
 
 
