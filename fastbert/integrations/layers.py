@@ -208,7 +208,9 @@ def weights(m: Parts, layout: Layout) -> LayerWeights:
 def prepacked_weights(m: Parts, layout: Layout) -> LayerWeights:
     """The layer's parameters for one product of queries, keys and values, also where keys have fewer heads."""
     w = weights(m, layout)
-    known = _fused(*_projections(m), equal=False) if m.fused is None else None
+    if not callable(w.qkv) or m.fused is not None:
+        return w
+    known = _fused(*_projections(m), equal=False)
     return w if known is None else w._replace(qkv=known[0], qkv_bias=known[1])
 
 
