@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -231,8 +230,6 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7, help="rounds of every row")
     parser.add_argument("--out", type=Path, default=JSON, help="JSON to write; rows in it are kept")
     options = parser.parse_args()
-    # another process's log would end up among the results
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import transformers
 
     transformers.logging.set_verbosity_error()
