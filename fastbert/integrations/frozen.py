@@ -136,13 +136,12 @@ Tables = tuple[tuple[int, int], Tensor | None, bool, Tensor | None]
 
 def _tables(forms: Sequence[layers.Form]) -> list[Tables]:
     """What attention reads beside the weights, in memory that the native call can read."""
-    given = [t for f in forms for t in (f.rotary and f.rotary.table, f.bias)]
+    given = [(None if f.rotary is None else f.rotary.table, f.bias) for f in forms]
     # layers share their tables
-    ready = {id(t): cpu.fp32(t) for t in given}
-    found = zip(forms, given[::2], given[1::2], strict=True)
+    ready = {id(t): cpu.fp32(t) for pair in given for t in pair}
     return [
         (f.window or (-1, -1), ready[id(table)], bool(f.rotary and f.rotary.pairs), ready[id(bias)])
-        for f, table, bias in found
+        for f, (table, bias) in zip(forms, given, strict=True)
     ]
 
 

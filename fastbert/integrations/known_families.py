@@ -161,6 +161,11 @@ def _like_bert(
     )
 
 
+def _first_layers(stack: Any) -> list[nn.Module]:
+    """The layers that a model of a smaller config.num_hidden_layers than its list runs."""
+    return list(stack.layers[: stack.config.num_hidden_layers])
+
+
 def _flat(name: str, prefix: str, layout: Layout, **others: Any) -> Family:
     """A family whose models hold their layers themselves and turn queries and keys by their positions."""
     kind: dict[str, Any] = {
@@ -170,6 +175,7 @@ def _flat(name: str, prefix: str, layout: Layout, **others: Any) -> Family:
         "layers": "layers",
         "positions": False,
         "rotary": "rotary_emb",
+        "order": _first_layers,
         "oldest": (5, 0),
     }
     return Family(f"transformers.models.{name}.modeling_{name}", prefix, layout, **(kind | others))
@@ -332,6 +338,7 @@ FAMILIES = {
             transform=("head",),
             decoder="decoder",
             last="final_norm",
+            order=None,
             masks=("full_attention", "sliding_attention"),
         ),
         _flat(

@@ -61,7 +61,8 @@ def quantize(
     for good, and for fastbert.bert's models only. The encoder can't be trained then, save_pretrained writes int8, and
     from_pretrained reads it. With `embeddings` too the word embeddings become int8 rows, which changes results; a
     masked-LM decoder that is tied to them computes from the same integers. A model that is int8 already takes other
-    `bits`. Raises ValueError for other `bits`, for layers that can't be replaced, and for weights that are not finite.
+    `bits`. Raises ValueError for other `bits`, for layers that have no integer products or can't be replaced, and for
+    weights that are not finite.
     """
     _check_model(model)
     if not isinstance(bits, int) or bits not in LEVELS:

@@ -177,6 +177,17 @@ def test_what_attention_reads_beside_the_weights_is_read_in_every_call():
         same(output(model), output(other))
 
 
+@pytest.mark.parametrize("family", ["ModernBert", "NomicBert", "EuroBert", "JinaEmbeddingsV3"])
+def test_as_many_layers_run_as_in_transformers(family):
+    """Three of the four families run the first config.num_hidden_layers of their list."""
+    stock = build(family)
+    stock.config.num_hidden_layers = 2
+    expected, model = output(stock), accelerated(stock)
+    same(output(model), expected)
+    same(output(fastbert.freeze(model)), expected)
+    assert fastbert.frozen_bytes(model) > 0
+
+
 @pytest.mark.parametrize("bits", [None, 12])
 def test_shared_layers_are_packed_once(bits):
     sizes = []
@@ -280,7 +291,8 @@ def test_a_text_alone_is_bitwise_itself_in_a_batch(family):
 # what has no product in integers, and where the layers' own activation is named
 RELU = {"hidden_act": "relu"}
 REFUSED = {
-    "Bert": (RELU, "layer 0: the activation is not GELU"),
+    "Bert": ({"is_decoder": True}, "layer 0: its attention is causal"),
+    "Ernie": (RELU, "layer 0: the activation is not GELU"),
     "MPNet": (RELU, "layer 0: the activation is not GELU"),
     "NomicBert": (RELU, "layer 0: the activation is not GELU or SiLU"),
     "ModernBert": ({"local_attention": 0}, "layer 1: its sliding window is of 0 tokens"),

@@ -283,9 +283,15 @@ def test_bad_use_of_bits_is_one_sentence(tmp_path):
     )
     refused(
         ValueError,
-        "no layer of this BertModel was quantised",
+        "can't be quantised: its layers would .*, layer 0: the activation is not GELU",
         given,
         model=build("Bert", hidden_act="relu"),
+    )
+    refused(
+        ValueError,
+        "no layer of this BertModel was quantised",
+        given | {"attention_mask": given["attention_mask"].flip(1)},
+        model=build("Bert"),
     )
     integers = fastbert.quantize(own(tmp_path), replace=True)
     refused(ValueError, "weights of this BertModel are int8", given, model=integers)
