@@ -111,7 +111,8 @@ gpu-report: $(INSTALLED)
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g1
 SANITIZED_TESTS := tests/cpu/test_cpu_native.py tests/cpu/test_cpu_math.py tests/cpu/test_cpu_losses.py tests/cpu/test_cpu_threads.py \
-	tests/cpu/test_cpu_properties.py tests/models/test_freeze.py tests/train/test_lamb.py
+	tests/cpu/test_cpu_properties.py tests/models/test_freeze.py tests/train/test_lamb.py \
+	tests/train/test_muon.py
 # pytest, not python -m pytest: the latter would import the checkout's own package
 sanitize: RUN = PYTHONPATH=$(SANITIZED)/lib ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)"

@@ -457,6 +457,19 @@ def linear_int8_pack(
     /,
 ) -> None: ...
 def linear_int8_unpack(packed: int, w: int, N: int, threads: int, /) -> None: ...
+def muon_orthogonalise(
+    x: int,
+    out: int,
+    matrices: int,
+    R: int,
+    C: int,
+    steps: int,
+    a: float,
+    b: float,
+    c: float,
+    threads: int,
+    /,
+) -> None: ...
 def relation_loss_fwd(
     dtype: int,
     student: int,

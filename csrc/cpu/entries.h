@@ -13,6 +13,7 @@
 #include "layer_norm.h"
 #include "linear.h"
 #include "linear_int8.h"
+#include "muon.h"
 #include "peak.h"
 #include "relation_loss.h"
 #include "rms_norm.h"

@@ -1,4 +1,4 @@
-"""BERT's optimisers, AdamW and LAMB without decay on biases and norms; linear warm-up and decay to zero."""
+"""BERT's optimisers, AdamW, LAMB and Muon without decay on biases and norms; linear warm-up and decay to zero."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastbert.nn.blocks import QKVProjection, SelfAttention
+from fastbert.nn.feed_forward import FeedForward, GatedFeedForward
 from fastbert.train.lamb import LAMB
+from fastbert.train.muon import Muon
 from fastbert.train.settings import TrainingSettings
 
 
@@ -36,21 +39,56 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
+def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trained parameters in groups for Muon: the matrices of attention and feed-forward, then all others.
+
+    The latter are the two groups of `parameter_groups`, without these matrices.
+    """
+    decayed, kept = parameter_groups(model, weight_decay)
+    counts = _hidden_matrices(model)
+    groups: dict[int, dict[str, Any]] = {}
+    for parameter, name in zip(decayed["params"], decayed["names"], strict=True):
+        count = counts.get(parameter, 0)
+        empty = {"params": [], "names": [], "weight_decay": weight_decay, "matrices": count}
+        group = groups.setdefault(count, empty)
+        group["params"].append(parameter)
+        group["names"].append(name)
+    hidden = [groups[count] for count in sorted(groups, reverse=True)]
+    return [*hidden, {**kept, "matrices": 0}]
+
+
+def _hidden_matrices(model: nn.Module) -> dict[Tensor, int]:
+    """The weights of attention and feed-forward, each with the number of matrices that it stacks by rows."""
+    found: dict[Tensor, int] = {}
+    for block in model.modules():
+        if isinstance(block, (SelfAttention, FeedForward, GatedFeedForward)):
+            for name, part in block.named_children():
+                if isinstance(part, QKVProjection):
+                    found[part.weight] = 3
+                elif isinstance(part, nn.Linear):
+                    gated = isinstance(block, GatedFeedForward) and name == "up"
+                    found[part.weight] = 2 if gated else 1
+    return found
+
+
 def make_optimiser(model: nn.Module, config: TrainingSettings) -> torch.optim.Optimizer:
-    """Fused AdamW (Loshchilov and Hutter 2019) or LAMB (You et al. 2020) on the two groups of `parameter_groups`."""
-    decayed, kept = (
-        {"params": g["params"], "weight_decay": g["weight_decay"]}
-        for g in parameter_groups(model, config.weight_decay)
-    )
+    """Fused AdamW (Loshchilov and Hutter 2019), LAMB (You et al. 2020) or Muon (Jordan et al. 2024) for a model."""
     common: dict[str, Any] = {
         "lr": config.lr,
         "betas": (config.beta1, config.beta2),
         "eps": config.epsilon,
     }
+    muon = config.optimiser == "muon"
+    groups = (muon_groups if muon else parameter_groups)(model, config.weight_decay)
+    for group in groups:
+        del group["names"]
+    if muon:
+        return Muon(groups, **common)
     if config.optimiser == "lamb":
+        decayed, kept = groups
         # also where weight_decay is 0
         return LAMB([{**decayed, "always_adapt": True}, kept], **common)
-    return torch.optim.AdamW([decayed, kept], fused=True, **common)
+    return torch.optim.AdamW(groups, fused=True, **common)
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:

@@ -18,7 +18,7 @@ from fastbert.files import quoted, read_lines, shortened, why_not_unicode
 
 # settings that may differ between a run and its resumption: they change no loss
 FREE = ("checkpoint_every", "keep_last")
-OPTIMISERS = ("adamw", "lamb")
+OPTIMISERS = ("adamw", "lamb", "muon")
 # one of these gives the length of a training; a run records the steps that follow from it
 LENGTHS = ("steps", "epochs", "minutes")
 
@@ -151,7 +151,9 @@ class TrainingSettings(Settings):
     epochs: float | None = setting(None, BATCH, "passes over the training data")
     accumulate: int = setting(1, BATCH, "batches whose gradients make one step")
 
-    optimiser: str = setting("adamw", OPTIMISER, "adamw, or lamb for large batches")
+    optimiser: str = setting(
+        "adamw", OPTIMISER, "adamw; lamb for large batches; muon for fewer steps of more work"
+    )
     lr: float = setting(1e-4, OPTIMISER, "peak learning rate")
     warmup: float = setting(
         0.1, OPTIMISER, "steps of linear warm-up, as a part of all steps, or as a number from 1 on"

@@ -256,6 +256,35 @@ void check_lamb(i64 size) {
   }
 }
 
+// --- Muon: five steps of Newton and Schulz's iteration on two matrices (R, C) ---
+
+void check_muon(i64 R, i64 C) {
+  constexpr double kA = 3.4445, kB = -4.775, kC = 2.0315;
+  constexpr i64 kSteps = 5;
+  Array x = drawn(kFloat32, 2 * R * C), out(kFloat32, 2 * R * C);
+  Doubles expected;
+  for (i64 m = 0; m < 2; ++m) {
+    Doubles X(R * C);
+    double squares = 0;
+    for (i64 i = 0; i < R * C; ++i) X[i] = x[m * R * C + i], squares += X[i] * X[i];
+    for (double& value : X) value /= std::sqrt(squares);
+    for (i64 step = 0; step < kSteps; ++step) {
+      const auto rows = [&](i64 i, i64 k) { return X[i * C + k]; };
+      const auto columns = [&](i64 j, i64 k) { return X[k * C + j]; };
+      const Doubles A = product(R, R, C, rows, rows);
+      const auto squared = [&](i64 i, i64 k) { return A[i * R + k]; };
+      Doubles B = product(R, R, R, squared, squared);
+      for (i64 i = 0; i < R * R; ++i) B[i] = kB * A[i] + kC * B[i];
+      const Doubles BX = product(R, C, R, [&](i64 i, i64 k) { return B[i * R + k]; }, columns);
+      for (i64 i = 0; i < R * C; ++i) X[i] = kA * X[i] + BX[i];
+    }
+    expected.insert(expected.end(), X.begin(), X.end());
+  }
+  FASTBERT_ENTRY(muon_orthogonalise)
+  (x.floats(), out.floats(), 2, R, C, kSteps, kA, kB, kC, kThreads);
+  check("muon_orthogonalise", kFloat32, out, expected);
+}
+
 // sizes with work for two threads that are no multiples of a vector, and the smallest sizes
 void check_all(int t) {
   check_linear(t, 151, 131, 117), check_linear(t, 1, 2, 3), check_linear(t, 5, 37, 3200);
@@ -278,6 +307,7 @@ int main(int count, char** words) {
     if (named.empty() ? !isa.runs() : !std::count(named.begin(), named.end(), isa.name)) continue;
     check_philox();
     check_lamb(70001), check_lamb(7);
+    check_muon(151, 203), check_muon(203, 151), check_muon(1, 2);
     for (int t : {kFloat32, kBFloat16}) check_all(t);
   }
   std::printf("worst: fp32 %.1e, bf16 %.1e\n", worst[0], worst[1]);

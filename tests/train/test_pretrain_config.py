@@ -53,7 +53,7 @@ def test_bad_files(tmp_path, name, text, sentence):
         ({"recipe": "gpt"}, "recipe is 'gpt': choose one of bert, roberta"),
         ({"precision": "fp16"}, "precision is 'fp16'"),
         ({"backend": "tpu"}, "backend is 'tpu'"),
-        ({"optimiser": "adam"}, "optimiser is 'adam': choose one of adamw, lamb"),
+        ({"optimiser": "adam"}, "optimiser is 'adam': choose one of adamw, lamb, muon"),
         ({"mask_prob": 1.5}, "mask_prob is 1.5: it must be in [0, 1)"),
         ({"heldout": 0.0}, "heldout must be above 0"),
         ({"lr": -1.0}, "lr is -1.0: it must be above 0"),

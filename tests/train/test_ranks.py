@@ -64,9 +64,13 @@ def test_two_processes_have_the_losses_of_one(corpus, expected, tmp_path, strate
 
 
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
-def test_lamb_takes_the_norms_of_whole_tensors(corpus, tmp_path, strategy):
-    """FSDP2 gives a process rows of each weight, also none of them; a norm is a sum over the processes."""
-    given = settings(corpus, strategy=strategy, optimiser="lamb", lr=0.02, checkpoint_every=0)
+@pytest.mark.parametrize("optimiser", ["lamb", "muon"])
+def test_an_optimiser_of_whole_tensors(corpus, tmp_path, strategy, optimiser):
+    """FSDP2 gives a process rows of each weight, also none of them.
+
+    LAMB's norms are sums over the processes, Muon gathers matrices.
+    """
+    given = settings(corpus, strategy=strategy, optimiser=optimiser, lr=0.02, checkpoint_every=0)
     codes, errors = ranks.run(2, ranks.train, given, tmp_path / "two", errors=tmp_path / "errors")
     assert (codes, errors) == ([0, 0], {})
     pretrain(PretrainConfig(**given), tmp_path / "one", quiet=True)
