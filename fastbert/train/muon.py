@@ -86,8 +86,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        names = ("exp_avg", "exp_avg_sq")
-        states = [self._state(p, names) for p in params]
+        states = [self._state(p, ("exp_avg", "exp_avg_sq")) for p in params]
         for p, state in zip(params, states, strict=True):
             # on the parameter's device, as fused AdamW wants it
             state.setdefault("step", torch.zeros((), dtype=torch.float32, device=p.device))
@@ -95,7 +94,8 @@ class Muon(torch.optim.Optimizer):
         adamw(
             params,
             [p.grad for p in params if p.grad is not None],
-            *([state[name] for state in states] for name in names),
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
             fused=True,
@@ -234,9 +234,11 @@ def _is_native(x: Tensor) -> bool:
 
 def _native(x: Tensor) -> Tensor:  # (n, R, C)
     out = torch.empty_like(x)
+    n, rows, columns = x.shape
+    a, b, c = COEFFICIENTS
     threads = torch.get_num_threads()
     cpu.native.muon_orthogonalise(
-        x.data_ptr(), out.data_ptr(), *x.shape, STEPS, *COEFFICIENTS, threads
+        x.data_ptr(), out.data_ptr(), n, rows, columns, STEPS, a, b, c, threads
     )
     return out
 

@@ -86,14 +86,24 @@ def test_a_doubled_batch_on_one_process(corpus, expected, tmp_path):
     assert [found[k] for k in first] == pytest.approx([expected[k] for k in first], rel=1e-5)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_killed_and_resumed_on_one_then_on_two(corpus, expected, tmp_path, strategy):
+@pytest.mark.parametrize(
+    ("strategy", "optimiser"),
+    [
+        ("ddp", "adamw"),
+        pytest.param("fsdp", "adamw", marks=pytest.mark.slow),
+        pytest.param("fsdp", "muon", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_and_resumed_on_one_then_on_two(corpus, expected, tmp_path, strategy, optimiser):
     """Process 1 is killed, which ends process 0. One process goes on and is killed too. Two processes finish.
 
     These begin with the evaluation of step 10, which is in no checkpoint.
     """
     out, errors = tmp_path / "run", tmp_path / "errors"
-    given = settings(corpus, strategy=strategy, checkpoint_every=1)
+    given = settings(corpus, strategy=strategy, optimiser=optimiser, checkpoint_every=1)
+    if optimiser == "muon":
+        pretrain(PretrainConfig(**given | {"checkpoint_every": 0}), tmp_path / "one", quiet=True)
+        expected = losses(tmp_path / "one")
     codes, found = ranks.run(2, ranks.train, given, out, False, (1, 5), errors=errors)
     assert codes == [2, -signal.SIGKILL]
     assert found[0].startswith("PeerLost: another process of this training has ended")

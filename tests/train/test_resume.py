@@ -68,6 +68,15 @@ def test_killed_while_a_checkpoint_is_written(settings, expected, tmp_path, sabo
     assert names == ["step-00000008.pt", "step-00000012.pt"]
 
 
+def test_muon_is_killed_and_goes_on(settings, tmp_path):
+    """The states of both kinds of groups are in a checkpoint; matrices go through the native products where built."""
+    given = settings | {"optimiser": "muon", "backend": None}
+    assert finish(given, tmp_path / "whole") == 0
+    assert finish(given, tmp_path / "run", sabotage="half") == -signal.SIGKILL
+    assert finish(given, tmp_path / "run", resume=True) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
 def wait_for_step(process, out, step):
     deadline = time.monotonic() + 60
     while process.is_alive() and time.monotonic() < deadline:
