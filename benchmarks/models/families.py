@@ -52,7 +52,10 @@ EURO = BASE | {
     "num_key_value_heads": 12,
     "intermediate_size": 3072,
     "vocab_size": 32768,
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "mask_token_id": 3},
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "mask_token_id": 3,
 }
 # row: (transformers' names of the family and the head, its sizes, whether a step is trained, the goal)
 ROWS: dict[str, tuple[str, str, dict[str, Any], bool, float | None]] = {
