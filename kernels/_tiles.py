@@ -74,7 +74,7 @@ def attention_fwd(max_seqlen: int, D: int, dtype: torch.dtype, arch: Arch, drop:
 
 @configured("BLOCK_N")
 def attention_bwd(
-    max_seqlen: int, D: int, dtype: torch.dtype, arch: Arch, drop: bool
+    max_seqlen: int, D: int, dtype: torch.dtype, arch: Arch, drop: bool, bias: bool = False
 ) -> Attention | None:
     """Tiles of whole sequences; None if keys, values and both gradients do not fit registers and shared memory.
 
@@ -87,7 +87,7 @@ def attention_bwd(
     if max_seqlen > most:
         return None
     keys = tile(max_seqlen, most)
-    if arch == 90 and block == 64 and keys > 32 and dtype != torch.float32:
+    if arch == 90 and block == 64 and keys > 32 and dtype != torch.float32 and not bias:
         return Attention(32, keys, block, exact, 4, 1)
     if dtype == torch.float32 or (block <= 32 and keys == 128):
         return Attention(16, keys, block, exact, 4, 1)
@@ -133,7 +133,8 @@ def attention_bwd_dbias(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> A
     """BLOCK_M distances and queries, BLOCK_N keys, which must be twice as many: tune() leaves both as they are."""
     block, exact = head_block(D), precision(dtype, arch)
     small = dtype == torch.float32
-    return Attention(16 if small else 32, 32 if small else 64, block, exact, 4, 1)
+    rows, warps = 16 if small else 32, 8 if block > 64 else 4
+    return Attention(rows, 2 * rows, block, exact, warps, 1)
 
 
 def rope(half: int) -> Tiles:

@@ -277,7 +277,7 @@ def backward(
     short = None
     if kv_heads == H:
         # only the loops add the gradients of several query heads to a key head's
-        short = _tiles.attention_bwd(_tiles.tile(max_seqlen, 512), *kind)
+        short = _tiles.attention_bwd(_tiles.tile(max_seqlen, 512), *_with_bias(kind, bias))
     if short is not None:
         _attention_bwd_kernel[(H * (B + 1),)](
             dout, qkv, lse, cu_seqlens, *more, *rest, **constants, **vars(short)
@@ -297,6 +297,11 @@ def backward(
 def _positions(bias: Tensor | None) -> int:
     """P of a bias (H, 2 P - 1), 0 without one."""
     return 0 if bias is None else bias.shape[1] // 2 + 1
+
+
+def _with_bias(kind: tuple[Any, ...], bias: Tensor | None) -> tuple[Any, ...]:
+    """The arguments of a configuration that depends on a bias; without one those that tune() has stored results for."""
+    return kind if bias is None else (*kind, True)
 
 
 def _delta(dout: Tensor, out: Tensor) -> Tensor:
@@ -319,8 +324,7 @@ def _loops(
 ) -> None:
     """Launch the kernel that writes dK and dV, and the one that writes dQ."""
     (*_, bias, _, B, _), H, KV = inputs, constants["H"], constants["KV"]
-    # tuned configurations are found by the arguments: no fifth without a bias
-    config = _tiles.attention_bwd_dkdv(*kind, *[True] * (bias is not None))
+    config = _tiles.attention_bwd_dkdv(*_with_bias(kind, bias))
     blocks = max(1, triton.cdiv(max_seqlen, config.BLOCK_N))
     _attention_bwd_dkdv_kernel[(blocks * KV * (B + 1),)](
         *inputs, blocks, *rest, **constants, **vars(config)
