@@ -14,6 +14,7 @@
 #   make bench-step     lists where a training step's time goes, alone and beside a busy process; 5 minutes
 #   make bench-scaling  measures the cost against the number of tokens and the sequence length; about 10 minutes
 #   make bench-scripts  times users' scripts (Trainer, sentence-transformers) as they are and accelerated; two hours
+#   make bench-families times newer encoders of transformers as they are and accelerated; 15 minutes
 #   make bench-int8-accuracy  measures what quantize costs in accuracy, also of two models that it trains; an hour.
 #                       BENCH_ARGS="--sentences FILE --reactions FILE" adds rows of your files
 #   make bench-compress measures size, metric and speed of pruned, distilled and int8 models, which it makes once; about
@@ -49,7 +50,7 @@ NATIVE := $(filter csrc/%,$(SOURCES))
 GPU = $(findstring GPU,$(shell nvidia-smi -L 2>/dev/null))
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-slow test-transformers4 test-gpu-static test-ptx fuzz gpu gpu-report sanitize bench bench-peers bench-step bench-scaling bench-scripts bench-int8-accuracy bench-compress lint
+.PHONY: install demo test test-slow test-transformers4 test-gpu-static test-ptx fuzz gpu gpu-report sanitize bench bench-peers bench-step bench-scaling bench-scripts bench-families bench-int8-accuracy bench-compress lint
 
 install: $(INSTALLED)
 
@@ -146,6 +147,9 @@ bench-scaling: $(INSTALLED)
 
 bench-scripts: $(INSTALLED)
 	$(PY) -m benchmarks.models.scripts $(BENCH_ARGS)
+
+bench-families: $(INSTALLED)
+	$(PY) -m benchmarks.models.families $(BENCH_ARGS)
 
 bench-int8-accuracy: $(INSTALLED)
 	$(PY) -m benchmarks.models.int8_accuracy $(BENCH_ARGS)

@@ -171,7 +171,7 @@ def full_table(results: dict[str, Any]) -> str:
 def replaced(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
     """The text with another table between the markers."""
     before, rest = text.split(begin)
-    return f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+    return f"{before}{begin}\n{table}\n{end}{rest.split(end, 1)[1]}"
 
 
 def pages(results: dict[str, Any]) -> dict[Path, str]:
