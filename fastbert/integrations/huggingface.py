@@ -337,8 +337,9 @@ def _layer(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     if call is None:
         return stock(self, **given)
     x, family = given["hidden_states"], self.fastbert_family
-    done = frozen.served_by(call, self, x)
-    call = call.numbered(self)
+    done = None
+    if call.numbers is not None:  # the model's own code runs its layers
+        done, call = frozen.served_by(call, self, x), call.numbered(call.numbers[id(self)])
     if call.packed:
         y = layers.run(call.parts[0], x[0], call) if done is None else done[0]
         # a model that holds its layers itself, without a norm behind them, reads the last one's output next

@@ -94,11 +94,8 @@ class Call(NamedTuple):
             layer=layer, last=last, rows=rows, parts=parts, forms=forms, numbers=None
         )
 
-    def numbered(self, layer: nn.Module) -> Call:
-        """The call for this layer, which the model's own code runs."""
-        if self.numbers is None:
-            return self
-        number = self.numbers[id(layer)]
+    def numbered(self, number: int) -> Call:
+        """The call for the layer of this number, which the model's own code runs."""
         return self.at(number, last=number == len(self.parts) - 1)
 
     def padded(self, x: Tensor) -> Tensor:
