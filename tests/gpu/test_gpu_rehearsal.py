@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "benchmarks.gpu.gpu"]
 
 
+@pytest.mark.slow
 def test_the_whole_command(tmp_path):
     out = tmp_path / "gpu.json"
     command = [*COMMAND, "--rehearse", "--out", str(out)]

@@ -210,6 +210,11 @@ def test_row_configurations(width, arch):
         assert arch == "gfx942" or ahead <= aot.SHARED[arch]
 
 
+# `make test` compiles for sm_80 what tests/ptx executes
+static = pytest.mark.gpu_static
+
+
+@static
 def test_a_spill_is_seen():
     """A tile too large for its threads spills, and the measure for NVIDIA and that for AMD both find it."""
     config = _tiles.Attention(128, 16, 128, "ieee", 1, 1)
@@ -227,17 +232,8 @@ def test_a_spill_is_seen():
             assert kernel.spilled > 0, arch
 
 
-static = pytest.mark.gpu_static
-
-
-@pytest.mark.parametrize(
-    ("arch", "dtype"),
-    [
-        (80, "bf16"),
-        pytest.param(80, "fp32", marks=static),
-        pytest.param("gfx942", "bf16", marks=static),
-    ],
-)
+@static
+@pytest.mark.parametrize(("arch", "dtype"), [(80, "bf16"), (80, "fp32"), ("gfx942", "bf16")])
 def test_one_configuration(arch, dtype):
     check(arch, dtype, full=False)
 
