@@ -121,9 +121,13 @@ def attention_bwd_dkdv(
 
 
 @configured()
-def attention_bwd_dq(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> Attention:
+def attention_bwd_dq(
+    D: int, dtype: torch.dtype, arch: Arch, drop: bool, bias: bool = False
+) -> Attention:
     """A program holds BLOCK_M queries and loops over keys."""
     block = head_block(D)
+    if bias and dtype == torch.float32 and block > 64:
+        return Attention(16, 16, block, precision(dtype, arch), 4, 1)
     warps = 8 if block > 64 else 4
     stages = 3 if arch == 90 and block <= 64 else 2
     return _loop(D, dtype, arch) or Attention(64, 32, block, "ieee", warps, stages)
@@ -132,8 +136,8 @@ def attention_bwd_dq(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> Atte
 def attention_bwd_dbias(D: int, dtype: torch.dtype, arch: Arch, drop: bool) -> Attention:
     """BLOCK_M distances and queries, BLOCK_N keys, which must be twice as many: tune() leaves both as they are."""
     block, exact = head_block(D), precision(dtype, arch)
-    small = dtype == torch.float32
-    rows, warps = 16 if small else 32, 8 if block > 64 else 4
+    rows = 16 if dtype == torch.float32 or block > 64 else 32
+    warps = 8 if dtype == torch.float32 and block > 64 else 4
     return Attention(rows, 2 * rows, block, exact, warps, 1)
 
 

@@ -324,7 +324,8 @@ def _loops(
 ) -> None:
     """Launch the kernel that writes dK and dV, and the one that writes dQ."""
     (*_, bias, _, B, _), H, KV = inputs, constants["H"], constants["KV"]
-    config = _tiles.attention_bwd_dkdv(*_with_bias(kind, bias))
+    kind = _with_bias(kind, bias)
+    config = _tiles.attention_bwd_dkdv(*kind)
     blocks = max(1, triton.cdiv(max_seqlen, config.BLOCK_N))
     _attention_bwd_dkdv_kernel[(blocks * KV * (B + 1),)](
         *inputs, blocks, *rest, **constants, **vars(config)

@@ -75,6 +75,10 @@ SPILLS = {
     # in causal attention only, which encoders do not use
     ("_attention_bwd_dkdv_kernel", 90): 8,
     ("_attention_fwd_kernel", 90): 8,
+    # not measured: fp32 with a bias, heads of 128
+    ("_attention_bwd_dq_kernel", 90): 8,
+    ("_attention_bwd_dbias_kernel", 80): 8,
+    ("_attention_bwd_dbias_kernel", 90): 40,
     # not measured: in fp32 up to 16 tokens, where two stages spill as much at other sizes
     ("_relation_loss_fwd_kernel", 90): 8,
     ("_relation_loss_fwd_kernel", 100): 16,
@@ -139,6 +143,7 @@ def test_configurations(arch, dtype):
                     _tiles.attention_bwd_dkdv(*kind),
                     _tiles.attention_bwd_dkdv(*kind, True),
                     _tiles.attention_bwd_dq(*kind),
+                    _tiles.attention_bwd_dq(*kind, True),
                     bias,
                 )
                 for config in filter(None, (forward, short, *loops)):
