@@ -1,4 +1,4 @@
-"""The benchmark of the newer encoders on models of two layers: it runs, agrees and writes its table; no time is read."""
+"""The benchmark of the newer encoders on models of two layers: it runs, agrees, writes its table; no time is read."""
 
 import json
 import sys
