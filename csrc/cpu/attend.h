@@ -86,6 +86,18 @@ struct Head {
     for (int64_t i = 0; i < count; ++i)
       form.rotate(row(qkv, which, first + i), first + i, false, to + i * form.D);
   }
+  // body(rows), where rows(across) is an operand of `count` rows of q or k from `first` on, rotated
+  // into the room `rotated` where the form says so
+  template <typename T, typename Body>
+  void with_rows(const T* qkv, int which, int64_t first, int64_t count, float* rotated,
+                 const Body& body) const {
+    if (form.rotary) {
+      rotate(qkv, which, first, count, rotated);
+      body([&](bool across) { return this->rotated(rotated, count, across); });
+    } else {
+      body([&](bool across) { return operand(qkv, which, first, count, across); });
+    }
+  }
   template <typename T>
   Operand<T> rows_of(const T* y, int64_t first, int64_t count, bool across) const {
     const T* p = y + ((start + first) * form.H + h) * form.D;
@@ -95,7 +107,7 @@ struct Head {
     return {form.left < 0 ? 0 : imax(0, i - form.left),
             form.right < 0 ? L : imin(L, i + form.right + 1)};
   }
-  // those that `rows` queries from i on see, from the beginning of a panel
+  // the keys that queries [i, i + rows) see; the range begins where a panel of kNR keys begins
   Span keys(int64_t i, int64_t rows) const {
     return {seen(i).from / kNR * kNR, seen(i + rows - 1).to};
   }

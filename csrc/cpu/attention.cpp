@@ -45,14 +45,18 @@ class Forward {
     float* factors = result + most * depth;
     float* queries = factors + Factors::room(ld);
     float* rotated = queries + most * D + 4 * W;
-    pack(head, 1, all.from, count, kNR, panels, rotated, keys);
+    head.with_rows(qkv_, 1, all.from, count, rotated, [&](const auto& of) {
+      of(false).template pack<false>(0, panels, kNR, 0, D, keys);
+    });
     head.operand(qkv_, 2, all.from, count, true)
         .template pack<false>(0, depth / kNR, kNR, 0, count, values);
     for (int64_t i = from; i < to; i += most) {
       const int64_t rows = imin(most, to - i);
       const Span span = head.keys(i, rows);
       const int64_t n = span.to - span.from, first = span.from - all.from;
-      pack(head, 0, i, rows, kMR, ceil_div(rows, kMR), rotated, queries);
+      head.with_rows(qkv_, 0, i, rows, rotated, [&](const auto& of) {
+        of(false).template pack<false>(0, ceil_div(rows, kMR), kMR, 0, D, queries);
+      });
       product_packed(rows, round_up(n, kNR), D, queries, keys + first * D, scores, ld, D);
       for (int64_t r = 0; r < rows; ++r)
         weights(head, i + r, span, factors, scores + r * ld - span.from);
@@ -66,19 +70,6 @@ class Forward {
   }
 
  private:
-  // `count` rows of q or k from `first` on, rotated where the form says so, in panels
-  void pack(const Head& head, int which, int64_t first, int64_t count, int64_t width,
-            int64_t panels, float* rotated, float* to) const {
-    const int64_t D = head.form.D;
-    if (head.form.rotary) {
-      head.rotate(qkv_, which, first, count, rotated);
-      head.rotated(rotated, count, false).template pack<false>(0, panels, width, 0, D, to);
-    } else {
-      head.operand(qkv_, which, first, count, false)
-          .template pack<false>(0, panels, width, 0, D, to);
-    }
-  }
-
   // Query i's scores become weights with dropout; the log-sum-exp is stored. Key j is at s[j].
   void weights(const Head& head, int64_t i, Span span, float* room, float* s) const {
     const Span seen = head.seen(i);
@@ -141,7 +132,7 @@ class Backward {
     at.queries = take(most * D + 4 * W);
     at.dout = take(most * D + 4 * W);
     at.rotated = take(0);
-    with_rows(head, 1, 0, L, at.rotated, [&](const auto& rows) {
+    head.with_rows(qkv_, 1, 0, L, at.rotated, [&](const auto& rows) {
       rows(false).template pack<false>(0, whole / kNR, kNR, 0, D, at.keys);
       rows(true).template pack<false>(0, depth / kNR, kNR, 0, L, at.keys_across);
     });
@@ -163,18 +154,6 @@ class Backward {
     float *queries, *dout, *queries_across, *dout_across, *factors, *rotated;
   };
 
-  // body(rows), where rows(across) is an operand of q or k
-  template <typename Body>
-  void with_rows(const Head& head, int which, int64_t first, int64_t count, float* rotated,
-                 const Body& body) const {
-    if (head.form.rotary) {
-      head.rotate(qkv_, which, first, count, rotated);
-      body([&](bool across) { return head.rotated(rotated, count, across); });
-    } else {
-      body([&](bool across) { return head.operand(qkv_, which, first, count, across); });
-    }
-  }
-
   // `rows` queries from i on
   void block(const Head& head, int64_t i, int64_t rows, const Room& at) const {
     const Form& form = head.form;
@@ -182,7 +161,7 @@ class Backward {
     const int64_t panels = ceil_div(rows, kMR);
     const Span span = head.keys(i, rows);
     const int64_t n = span.to - span.from, first = span.from;
-    with_rows(head, 0, i, rows, at.rotated, [&](const auto& queries) {
+    head.with_rows(qkv_, 0, i, rows, at.rotated, [&](const auto& queries) {
       queries(false).template pack<false>(0, panels, kMR, 0, D, at.queries);
       queries(true).template pack<false>(0, depth / kNR, kNR, 0, rows, at.queries_across);
     });

@@ -87,7 +87,7 @@ inline float reciprocal_root(float squares, int64_t C, float eps) {
   return 1.0f / sqrt1(squares / static_cast<float>(C) + eps);
 }
 
-// LayerNorm of z (C), whose sum is `total`: put, weight and bias as in scale_row.
+// The LayerNorm of a row z (C) with the sum `total`, by scale_row, which calls `put`.
 template <typename Z, typename Put>
 inline void norm_row(const Z* z, float total, const float* weight, const float* bias, int64_t C,
                      float eps, float* mean, float* rstd, Put put) {
