@@ -37,9 +37,9 @@ def accelerate(model: M, *, at_padding: str | None = None) -> M:
     """Make a model's layers run on fastbert's kernels, in place, and return the model; restore() undoes it.
 
     Changes the class of every module that is exactly one of torch.nn's LayerNorm, RMSNorm, GELU, CrossEntropyLoss,
-    MultiheadAttention, TransformerEncoder, TransformerEncoderLayer, or one of transformers' BERT, RoBERTa, XLM-RoBERTa,
-    CamemBERT, DistilBERT and ELECTRA encoders and heads, to a subclass of the same name. Modules, parameters, their
-    names, state-dict keys, hooks and signatures stay the same. Where a layer cannot run on packed tokens, its original
+    MultiheadAttention, TransformerEncoder, TransformerEncoderLayer, or an encoder or head of the families of
+    transformers that docs/accelerate.md lists, to a subclass of the same name. Modules, parameters, their names,
+    state-dict keys, hooks and signatures stay the same. Where a layer cannot run on packed tokens, its original
     class's code runs and the log "fastbert" says why in one sentence: docs/accelerate.md.
 
     `at_padding` says what an encoder's outputs at masked positions are. "zeros": zeros, and nothing is computed there.

@@ -111,22 +111,22 @@ class Family:
     # True: embeddings look at the whole padded batch, and are computed before padding is removed
     padded_embeddings: bool = False
     layers: str = "layer"  # the stack's attribute
-    order: Callable[[Any], list[nn.Module]] | None = (
-        None  # the stack's layers as they run; None: each once
-    )
+    # a function of the stack: its layers in the order in which they run; None: each runs once
+    order: Callable[[Any], list[nn.Module]] | None = None
     first: str = ""  # the stack's module before its layers
     last: str = ""  # the stack's norm behind its layers
     rotary: str = ""  # the model's attribute that holds the rates of rotary positions
     bias: str = ""  # the stack's table of biases of relative positions (T5's buckets)
     per_token: tuple[str, ...] = ()  # arguments of the model (B, S, ...) beside those of BERT
-    end: str = ""  # the model's norm behind its encoder, whose bias would stand at padding
-    masks: tuple[
-        str, ...
-    ] = ()  # the kinds of masks that the model takes by name; given None, it makes none
+    # the model's norm behind its encoder: what it computes at padding is set to zero
+    end: str = ""
+    # the kinds of attention masks that the model takes as a dict; it makes no mask of a kind that is None there
+    masks: tuple[str, ...] = ()
     passes: bool = True  # False: the model's forward leaves out arguments that it does not know
     # other kinds than those of _KINDS
     kinds: Mapping[str, str | None] = field(default_factory=dict, hash=False)
-    oldest: tuple[int, int] = (4, 48)  # the oldest transformers whose code of this file is known
+    # the oldest version of transformers whose code of this family fastbert serves
+    oldest: tuple[int, int] = (4, 48)
 
     @property
     def relative(self) -> bool:

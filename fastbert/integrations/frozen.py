@@ -30,15 +30,15 @@ def served(encoder: nn.Module, x: Tensor, call: layers.Call) -> Tensor | None:
     return None if y is None else y[None]
 
 
-def served_by(call: layers.Call, layer: nn.Module, x: Tensor) -> Tensor | None:
-    """What a layer gives in a frozen model whose own code runs the layers; None where the layer has to run.
+def served_by(call: layers.Call, number: int, x: Tensor) -> Tensor | None:
+    """The output of one layer of a frozen model that calls its layers itself; None where the layer has to run.
 
-    The first layer gives the last one's output, and the layers behind it give their input.
+    The first layer returns the output of the last, which the native call computes. Every other layer returns its input.
     """
     whole = call.whole
-    if whole is None or call.numbers is None:
+    if whole is None:
         return None
-    if call.numbers[id(layer)] == 0:
+    if number == 0:
         y = served(whole.model, x, call)
         whole.served = y is not None
         return y

@@ -1,4 +1,4 @@
-"""Hands a value of ours to a module whose caller, transformers' code, leaves out arguments that it does not know."""
+"""Passes a value from a forward of fastbert to the next, past a forward of transformers that drops its argument."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ def handing(value: Any) -> Iterator[None]:
 
 
 def taken(default: Any) -> Any:
-    """The value that the caller of transformers' code hands over, once; `default` where there is none."""
+    """The value of the enclosing `handing`, which the first call takes; `default` for later calls and without one."""
     value, _handed.value = _handed.value, _NOTHING
     return default if value is _NOTHING else value

@@ -44,7 +44,10 @@ def first_token(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
 
 
 def _stock_for(self: Any, tokens: Any, stock: Stock, given: dict[str, Any]) -> Any:
-    """The head's own forward, whose encoder gets the tokens that the head reads. None stands for all, unpacked."""
+    """Run `stock`, the head's forward in transformers, and tell the encoder which tokens the head reads.
+
+    `tokens` are "all", "first" of each sequence, or positions; None makes the encoder run transformers' code.
+    """
     base = getattr(self, self.base_model_prefix, None)
     if not hasattr(type(base), "fastbert_family"):
         return stock(self, **given)

@@ -2,8 +2,8 @@
 
 `fastbert.integrations.huggingface.BertLayer` is a subclass of transformers' BertLayer with another forward. Each class
 is made when it is first imported, which unpickling does too. The model's forward removes padding from ids and
-positions. transformers' code then runs on a batch of one long sequence (1, T). The encoder passes the bounds of the
-sequences to its layers, and puts the padding back as zeros.
+positions. transformers' code then runs on a batch of one long sequence (1, T). The layers get the bounds of the
+sequences. The encoder, or the model where it has none, puts the padding back as zeros.
 """
 
 from __future__ import annotations
@@ -151,7 +151,8 @@ def _register_recorders(made: Any) -> None:
 
 def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     """The encoder model's forward: on packed tokens, or transformers' code with one logged sentence."""
-    wanted = given.pop("fastbert", "all") if self.fastbert_family.passes else taken("all")
+    family = self.fastbert_family
+    wanted = given.pop("fastbert", "all") if family.passes else taken("all")
     if wanted is None:
         return stock(self, **given)
     reason = batch.why_not_packed(self, given)
@@ -162,12 +163,11 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     if reason is None:
         packing, tokens, reason = batch.packing_of(self, given, indices)
     if packing is None:
-        copies = vars(self.fastbert_family.stack_of(self)).get("frozen")
+        copies = vars(family.stack_of(self)).get("frozen")
         level = logging.INFO if getattr(copies, "bits", None) is None else logging.WARNING
         log_once(f"accelerate: {type(self).__name__} runs transformers' code: {reason}", level)
         return stock(self, **given)
     values = heads.values(given)
-    family = self.fastbert_family
     stacked = family.layers_of(family.stack_of(self))
     parts = tuple(family.layout.of(layer) for layer in stacked)
     # one seed for the whole forward: layers that are recomputed in backward must draw the same masks. None is drawn
@@ -196,17 +196,18 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     as_dict = given.pop("return_dict", getattr(self.config, "return_dict", True))
     given = _packed(self, given, packing)
     output = _stock_with(call, self, stock, given | {"return_dict": True})
-    last = output.last_hidden_state
-    if output.get("hidden_states"):
-        output["hidden_states"] = tuple(_padded(h, last, packing) for h in output.hidden_states)
+    last = shown = output.last_hidden_state
     if family.last and not family.encoder:
         shown = call.padded(last[0])
-        if output.get("hidden_states"):
-            states = (shown if h is last else h for h in output.hidden_states)
-            output["hidden_states"] = tuple(states)
-        output["last_hidden_state"] = shown
-    if family.end:
-        output["last_hidden_state"] = packing.pad(packing.unpad(last))
+    elif family.end:
+        shown = packing.pad(packing.unpad(last))
+    if output.get("hidden_states"):
+        # the last hidden state is the output itself; states that were not requested are None
+        output["hidden_states"] = tuple(
+            shown if h is last else h if h is None else packing.pad(h[0])
+            for h in output.hidden_states
+        )
+    output["last_hidden_state"] = shown
     return output if as_dict else output.to_tuple()
 
 
@@ -250,13 +251,6 @@ def _narrowed(self: Any, call: Call, wanted: str | Tensor, values: Tensor) -> Ca
     wanted = wanted.to(values.device)
     rows = wanted if packing.rows is None else torch.searchsorted(packing.rows, wanted)
     return call._replace(rows=rows)
-
-
-def _padded(hidden: Tensor | None, last: Tensor, packing: Packing) -> Tensor | None:
-    # the last hidden state is the output itself; states that were not requested are None
-    if hidden is None or hidden is last:
-        return hidden
-    return packing.pad(hidden[0])
 
 
 def _why_not_packed_between_layers(
@@ -321,7 +315,7 @@ def _encoder(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any
     for i, layer in enumerate(stacked if y is None else ()):
         if states is not None:
             states.append(x)
-        x = layer(x, mask, fastbert=call.at(i, last=i == len(stacked) - 1), **given)
+        x = layer(x, mask, fastbert=call.at(i), **given)
         x = x[0] if isinstance(x, tuple) else x
     x = x if y is None else y
     if family.last and (norm := getattr(self, family.last)) is not None:
@@ -339,10 +333,11 @@ def _layer(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     x, family = given["hidden_states"], self.fastbert_family
     done = None
     if call.numbers is not None:  # the model's own code runs its layers
-        done, call = frozen.served_by(call, self, x), call.numbered(call.numbers[id(self)])
+        number = call.numbers[id(self)]
+        done, call = frozen.served_by(call, number, x), call.at(number)
     if call.packed:
         y = layers.run(call.parts[0], x[0], call) if done is None else done[0]
-        # a model that holds its layers itself, without a norm behind them, reads the last one's output next
+        # NomicBERT's pooler reads the last layer's output next, and needs it padded
         ends = call.last and not family.encoder and not family.last
         return call.padded(y).to(x.dtype) if ends else y[None]
     # a hook on another module may have changed this layer since the forward began

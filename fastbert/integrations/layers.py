@@ -72,12 +72,12 @@ class Call(NamedTuple):
     rows: Tensor | None = None
     firsts: bool = False  # True: `rows` are the sequences' first tokens
     layer: int = 0
-    last: bool = False  # True: of the last layer
+    last: bool = False  # True: this is the last layer's call
     states_unused: bool = False  # True: no caller wants the intermediate hidden states
     # the parts of all layers, found and checked at the start of the forward; `at` leaves one layer's
     parts: tuple[Parts, ...] = ()
     forms: tuple[Form, ...] = ()  # of all layers, or of one as `parts`
-    # the layers' numbers by id, where the model's own code runs them; `numbered` reads it
+    # the layers' numbers by id, where the model's own code runs them
     numbers: dict[int, int] | None = None
     # True: transformers' own layers take masks for sdpa; set with transformers 4 only
     sdpa: bool = False
@@ -85,18 +85,14 @@ class Call(NamedTuple):
     # where the model's own code runs the layers and the model is frozen
     whole: Whole | None = None
 
-    def at(self, layer: int, last: bool) -> Call:
+    def at(self, layer: int) -> Call:
         """The call for the layer of this number."""
-        one = slice(layer, layer + 1)
+        one, last = slice(layer, layer + 1), layer == len(self.parts) - 1
         parts, forms = self.parts[one], self.forms[one]
         rows = self.rows if last else None
         return self._replace(
             layer=layer, last=last, rows=rows, parts=parts, forms=forms, numbers=None
         )
-
-    def numbered(self, number: int) -> Call:
-        """The call for the layer of this number, which the model's own code runs."""
-        return self.at(number, last=number == len(self.parts) - 1)
 
     def padded(self, x: Tensor) -> Tensor:
         """The last layer's output (T, C) or (R, C) as (B, S, C), with zeros elsewhere."""
@@ -315,8 +311,7 @@ def rates(m: Parts) -> Rates:
 
 def settings(m: Parts, layout: Layout) -> LayerSettings:
     """The layer's settings as its modules hold them now."""
-    core = m.core
-    size = getattr(core, "attention_head_size", None) or core.head_dim
+    core, size = m.core, head_size(m)
     activation = "none" if m.activation is None else gelu(m.activation)
     fused = activation is not None or (layout.gated and silu(m.activation))
     if not fused:
@@ -331,20 +326,18 @@ def settings(m: Parts, layout: Layout) -> LayerSettings:
     if m.fused is not None:
         heads = kv_heads = getattr(m.fused, "out_features", size) // (3 * size)
     name = m.activation if activation is None else activation_name(activation)
+    rms = type(m.attention_norm) not in NORMS and rms_norm(m.attention_norm)
+    epsilon = "variance_epsilon" if rms else "eps"
     return LayerSettings(
         heads,
         "silu" if activation is None and fused else name,
-        getattr(m.attention_norm, "eps", 0.0) or _epsilon(m.attention_norm),
-        getattr(m.output_norm, "eps", 0.0) or _epsilon(m.output_norm),
+        getattr(m.attention_norm, epsilon, 0.0),
+        getattr(m.output_norm, epsilon, 0.0),
         rates(m),
         scale,
         pre_norm=layout.pre_norm,
         inner_site=m.inner_dropout is not None,
         gated=layout.gated,
         kv_heads=None if kv_heads in (0, heads) else kv_heads,
-        rms_norm=type(m.attention_norm) not in NORMS and rms_norm(m.attention_norm),
+        rms_norm=rms,
     )
-
-
-def _epsilon(m: Any) -> float:
-    return getattr(m, "variance_epsilon", 0.0)

@@ -94,7 +94,7 @@ def encoder(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     for i, layer in enumerate(self.layer if y is None else ()):
         if given.get("output_hidden_states"):
             states.append((packing.pad(x[0]) if call.packed else x).to(dtype))
-        run = partial(layer, fastbert=call.at(i, last=i == len(self.layer) - 1))
+        run = partial(layer, fastbert=call.at(i))
         if checkpointing and not hasattr(layer, "gradient_checkpointing"):
             x = self._gradient_checkpointing_func(run, x, mask)[0]
         else:
