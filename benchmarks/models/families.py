@@ -25,7 +25,9 @@ from benchmarks import RESULTS, ROOT
 from benchmarks.report.readme import filled, replaced
 from fastbert.files import write_text
 from fastbert.integrations import layers
+from fastbert.integrations.forms import forms
 from fastbert.machine import machine_info
+from fastbert.nn.packing import Packing
 from fastbert.testing.peaks import peaks
 from fastbert.testing.timing import rotated
 
@@ -169,9 +171,6 @@ def window(quick: bool, rounds: int) -> dict[str, Any]:
     x = torch.randn(length, model.config.hidden_size)
 
     def call(count: int) -> Callable[[], Any]:
-        from fastbert.integrations.forms import forms
-        from fastbert.nn.packing import Packing
-
         packing = Packing.full(count, length // count, x.device)
         form = forms(family, fast, [layer], parts, packing.max_seqlen)
         given = layers.Call(family, packing, None, True, parts=parts, forms=form)
@@ -239,9 +238,11 @@ def main() -> int:
     kept = json.loads(options.out.read_text())["rows"] if options.out.exists() else {}
     before = peaks(1.0 if options.quick else 4.0)["fma_gflops_fp32"]
     for name in options.rows:
-        one = window if name == WINDOW else None
         rounds = 2 if options.quick else options.rounds
-        kept[name] = one(options.quick, rounds) if one else measured(name, options.quick, rounds)
+        if name == WINDOW:
+            kept[name] = window(options.quick, rounds)
+        else:
+            kept[name] = measured(name, options.quick, rounds)
         print(name, json.dumps(kept[name]), flush=True)
     found = {
         "rows": {name: kept[name] for name in (*ROWS, WINDOW) if name in kept},

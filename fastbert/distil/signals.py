@@ -43,7 +43,7 @@ class Signals:
 class Tap:
     """Takes hidden states and projections inside of a model's forward."""
 
-    # whether the last layer must compute all rows, not only those that the head reads
+    # True: the last layer computes all rows; False: only the rows that the head reads
     whole = False
 
     def __init__(self) -> None:

@@ -86,7 +86,7 @@ class Work(Protocol):
 
 
 class Divided:
-    """The batches that one process takes where several share an epoch.
+    """The batches of one process, where several processes share the batches of an epoch.
 
     The last batches of an epoch are left out if there are fewer of them than parts.
     """

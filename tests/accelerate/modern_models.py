@@ -1,12 +1,9 @@
 """Small models of transformers 5's newer encoder families with random weights, and ragged batches for them."""
 
-import copy
 from typing import Any
 
 import torch
 import transformers
-
-import fastbert
 
 B, S, V = 5, 23, 97
 LENGTHS = torch.tensor([23, 4, 11, 1, 17])
@@ -19,7 +16,7 @@ SIZES = {
     "intermediate_size": 56,
     "max_position_embeddings": 64,
 }
-# no dropout, so that training can be compared; the padding's id; what a family's defaults leave out
+# by family, the ids of special tokens that fit the small vocabulary, and the options that SIZES leaves out
 CHANGES: dict[str, dict[str, Any]] = {
     "Esm": {
         "pad_token_id": 1,
@@ -34,9 +31,18 @@ CHANGES: dict[str, dict[str, Any]] = {
         "global_attn_every_n_layers": 2,
         "pad_token_id": 0,
         "cls_token_id": 1,
+        "sep_token_id": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
     },
     "NomicBert": {},
-    "EuroBert": {"num_key_value_heads": 2, "pad_token_id": 0, "mask_token_id": 3},
+    "EuroBert": {
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "mask_token_id": 3,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "Ernie": {"use_task_id": True},
     "Data2VecText": {"pad_token_id": 1},
     "Splinter": {"question_token_id": 4},
@@ -54,10 +60,6 @@ def build(family: str, head: str = "Model", **changes: Any) -> Any:
     torch.manual_seed(0)
     kind = getattr(transformers, f"{family}Config")
     known = SIZES | CHANGES[family]
-    if family in ("ModernBert", "EuroBert"):
-        known |= {"bos_token_id": 1, "eos_token_id": 2}
-    if family == "ModernBert":
-        known |= {"sep_token_id": 2}
     known["num_labels"] = 2 if head == "ForQuestionAnswering" else 3
     model = getattr(transformers, family + head)(kind(**known | changes)).eval()
     with torch.no_grad():
@@ -93,8 +95,3 @@ def batch(model: Any, head: str = "Model") -> dict[str, torch.Tensor]:
     if head == "ForQuestionAnswering":
         given |= {"start_positions": LENGTHS // 3, "end_positions": LENGTHS - 1}
     return given
-
-
-def accelerated(model: Any) -> Any:
-    """An accelerated copy."""
-    return fastbert.accelerate(copy.deepcopy(model))

@@ -10,7 +10,8 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
-from modern_models import FAMILIES, LENGTHS, MASK, accelerated, batch, build  # noqa: E402
+from hf_models import accelerated  # noqa: E402
+from modern_models import FAMILIES, LENGTHS, MASK, batch, build  # noqa: E402
 
 import fastbert  # noqa: E402
 from fastbert.backend import cpu  # noqa: E402
