@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # An entry is a module, or a package with all that is in it; the longest entry that fits a module counts.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("fastbert._lazy", "fastbert.files", "fastbert.machine"),
-    ("fastbert.models.config", "fastbert.models.names"),
+    ("fastbert.models.config", "fastbert.models.config_json", "fastbert.models.names"),
     ("fastbert.backend", "fastbert.kernels"),
     ("fastbert.ops", "fastbert.functional"),
     ("fastbert.nn",),
     # the copies of its layers' weights that an encoder runs on
-    ("fastbert.runners.copies", "fastbert.runners.frozen"),
+    ("fastbert.runners.copies", "fastbert.runners.forms", "fastbert.runners.frozen"),
     ("fastbert.models", "fastbert.bert"),
     ("fastbert.runners",),
     # imports no model; below integrations, whose converters read tokenizers

@@ -12,7 +12,8 @@ from fastbert.cli.quantize import copy_files
 from fastbert.cli.settings import ready, say
 from fastbert.files import RECORDS, existing, folder_or_new
 from fastbert.finetune.config import trained_model
-from fastbert.models.config import LAYER_SIZES, BertConfig
+from fastbert.models.config import BertConfig
+from fastbert.models.config_json import LAYER_SIZES
 
 
 def prune(

@@ -76,7 +76,8 @@ def quantize(
 def _load(folder: Path) -> Any:
     """The model in a folder, of the class that its config.json names; the bare encoder where we have no such class."""
     from fastbert import bert
-    from fastbert.models.checkpoint import check_whole, read_weights
+    from fastbert.models.checkpoint import check_whole
+    from fastbert.models.weight_files import read_weights
 
     names = BertConfig.from_file(folder).extra.get("architectures")
     name = str(names[0])[:80] if isinstance(names, list) and names else "BertModel"

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastbert.distil.plan import Wanted
+from fastbert.functional import Rotary
 from fastbert.nn.packing import Packing
 from fastbert.runners.frozen import Frozen
 
@@ -109,7 +110,14 @@ class Recorded(Tap):
         """Whether the forward runs here: always, a teacher records no gradient."""
         return True
 
-    def encode(self, encoder: Any, x: Tensor, packing: Packing, rows: Tensor | None) -> Tensor:
+    def encode(
+        self,
+        encoder: Any,
+        x: Tensor,
+        packing: Packing,
+        rows: Tensor | None,
+        rotary: Sequence[Rotary | None],
+    ) -> Tensor:
         """The last layer's output (T, C), or (R, C) at `rows`; of the last piece where layers are left out."""
         last = len(self.layers) in self.wanted.hidden
         for start, piece, frozen in self.pieces:
@@ -117,11 +125,11 @@ class Recorded(Tap):
             end = start + len(piece.layers)
             of_head = rows if end == len(self.layers) and not last else None
             if frozen.serves(piece, x):
-                x = frozen.encode(piece, x, packing, of_head)
+                x = frozen.encode(piece, x, packing, of_head, rotary[start:end])
             else:
-                for layer in piece.layers:
+                for layer, turned in zip(piece.layers, rotary[start:end], strict=True):
                     narrow = of_head if layer is piece.layers[-1] else None
-                    x = layer(x, packing.cu_seqlens, packing.max_seqlen, None, 0, narrow)
+                    x = layer(x, packing.cu_seqlens, packing.max_seqlen, None, 0, narrow, turned)
         self._keep(self.depth, x)
         return x.index_select(0, rows) if last and rows is not None else x
 

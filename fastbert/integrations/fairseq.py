@@ -18,9 +18,10 @@ from torch import Tensor
 from fastbert.bert import BertConfig
 from fastbert.data.tokenizer import save_tokenizer
 from fastbert.files import listed, quoted, read_lines
-from fastbert.models.checkpoint import State, fill, read_pickle, save, share_decoder
+from fastbert.models.checkpoint import State, fill, save, share_decoder
 from fastbert.models.heads import BertForMaskedLM
 from fastbert.models.names import Names, prefixed
+from fastbert.models.weight_files import read_pickle
 
 _ENCODER: Names = {
     "embeddings.word": "embed_tokens",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastbert.files import quoted
 from fastbert.functional import Rotary, relative_bias
 from fastbert.integrations.families import Family
-from fastbert.integrations.layers import Form
+from fastbert.runners.forms import Form
 
 # rates that transformers makes anew by the length of a batch
 _CHANGING = ("dynamic", "longrope")

@@ -14,7 +14,9 @@ from fastbert.integrations.families import Parts
 from fastbert.nn.layer import LayerSettings, LayerWeights, parameters
 from fastbert.nn.watch import log_once
 from fastbert.ops.context import autocast
+from fastbert.runners import forms
 from fastbert.runners.copies import RECORDED, Copies, Fields, why_not_form, why_not_prepacked
+from fastbert.runners.forms import Form
 
 
 def served(encoder: nn.Module, x: Tensor, call: layers.Call) -> Tensor | None:
@@ -101,8 +103,8 @@ class FrozenLayers(Copies):
         if x.dtype not in self._packs:
             self.pack(x.dtype, fields, settings)  # type: ignore[arg-type]
         # held until the call is over
-        tables = _tables(call.forms)
-        y = self.run(x, call.packing, call.rows, _addresses(tables))
+        tables = forms.tables(call.forms)
+        y = self.run(x, call.packing, call.rows, forms.addresses(tables))
         # the sums of pre-norm layers keep the dtype of the embeddings
         return y.to(dtype) if layout.pre_norm else y
 
@@ -130,42 +132,11 @@ class FrozenLayers(Copies):
             self._sources, self._state = sources, state
 
 
-# a layer's window, its rotary table and `pairs`, its bias
-Tables = tuple[tuple[int, int], Tensor | None, bool, Tensor | None]
-
-
-def _tables(forms: Sequence[layers.Form]) -> list[Tables]:
-    """What attention reads beside the weights, in memory that the native call can read."""
-    given = [(None if f.rotary is None else f.rotary.table, f.bias) for f in forms]
-    # layers share their tables
-    ready = {id(t): cpu.fp32(t) for pair in given for t in pair}
-    return [
-        (f.window or (-1, -1), ready[id(table)], bool(f.rotary and f.rotary.pairs), ready[id(bias)])
-        for f, (table, bias) in zip(forms, given, strict=True)
-    ]
-
-
-def _addresses(tables: Sequence[Tables]) -> Tensor | None:
-    """Rows (n, 7) in the order of csrc/cpu/encoder.h; None where attention reads nothing else."""
-    rows = [
-        (
-            *window,
-            cpu.address(rotary),
-            0 if rotary is None else rotary.shape[2],
-            int(pairs),
-            cpu.address(bias),
-            0 if bias is None else (bias.shape[1] + 1) // 2,
-        )
-        for window, rotary, pairs, bias in tables
-    ]
-    return torch.tensor(rows, dtype=torch.int64) if rows else None
-
-
 def _why_not_these_forms(
-    forms: Sequence[layers.Form], fields: Sequence[Fields | None], settings: Sequence[LayerSettings]
+    given: Sequence[Form], fields: Sequence[Fields | None], settings: Sequence[LayerSettings]
 ) -> str | None:
     """Why the native call can't read a layer's tables; where they do not fit, the op `attention` raises the error."""
-    for f, layer, s in zip(forms, fields, settings, strict=False):
+    for f, layer, s in zip(given, fields, settings, strict=False):
         head = LayerWeights(*layer or ()).out[0].shape[1] // max(s.heads, 1)
         if f.rotary is not None and 2 * f.rotary.table.shape[2] > head:
             return f"rotary positions turn more than the {head} elements of a head"

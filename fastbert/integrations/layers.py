@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as tnf
 
 from fastbert.files import quoted
-from fastbert.functional import Rotary
 from fastbert.integrations.families import Family, Layout, Parts
 from fastbert.integrations.recognise import (
     NORMS,
@@ -40,15 +39,7 @@ from fastbert.nn.layer import (
 )
 from fastbert.nn.packing import Packing
 from fastbert.nn.watch import first_hooked, log_once
-
-
-class Form(NamedTuple):
-    """What one layer's attention reads beside its weights."""
-
-    window: tuple[int, int] | None = None  # the tokens before and behind that a token sees
-    rotary: Rotary | None = None
-    bias: Tensor | None = None  # (H, 2 P - 1)
-
+from fastbert.runners.forms import Form
 
 _PLAIN = Form()
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as tnf
 
 from fastbert.files import parse_json, quoted, read_text
-from fastbert.models.checkpoint import read_weights
+from fastbert.models.weight_files import read_weights
 
 Json = dict[str, Any]
 

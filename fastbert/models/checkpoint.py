@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,14 +12,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastbert.files import folder_or_new, listed, parse_json, read_text, replacing
-from fastbert.models.config import LAYER_SIZES, BertConfig, model_folder
+from fastbert.files import folder_or_new, listed, replacing
+from fastbert.models.config import BertConfig, model_folder
+from fastbert.models.config_json import LAYER_SIZES
 from fastbert.models.int8_files import hold, int8_keys, int8_modules, is_int8, parts_of
 from fastbert.models.layer_sizes import full_size, note_sizes, pad
-from fastbert.models.names import Names, hf_keys, names_of
+from fastbert.models.names import Names, hf_keys, names_of, prefix_of
+from fastbert.models.weight_files import read_weights
 
 State = dict[str, Tensor]
 
@@ -33,18 +33,14 @@ _KINDS = {
     "distilbert": "DistilBert",
     "xlm-roberta": "XLMRoberta",
     "camembert": "Camembert",
+    "modernbert": "ModernBert",
 }
 # the roots of encoder keys in files that were written from a bare model, without the family's prefix
-_ROOTS = ("embeddings.", "encoder.", "transformer.", "pooler.")
+_ROOTS = ("embeddings.", "encoder.", "transformer.", "pooler.", "layers.", "final_norm.")
 # fixed tables that old versions of transformers stored
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 # keys of a loaded config.json that do not hold for the directory that we write
 _STALE = ("architectures", "auto_map", "torch_dtype", "_name_or_path", "transformers_version")
-# exceptions of torch.load for truncated files and for files of another kind
-_UNREADABLE = (
-    *(pickle.UnpicklingError, RuntimeError, EOFError, OSError),
-    *(ValueError, KeyError, IndexError, AttributeError),
-)
 # module -> the setting that gives its weight's number of rows
 _ROWS = {
     "bert.embeddings.word": "vocab_size",
@@ -74,7 +70,8 @@ def load(cls: type, directory: str | Path, **overrides: Any) -> Any:
     _check_depth(config, unused, folder, asked="num_hidden_layers" in overrides)
     if unused:
         inside = any(
-            key.startswith(f"{config.model_type}.") and ".pooler." not in key for key in unused
+            key.startswith(f"{prefix_of(config.model_type)}.") and ".pooler." not in key
+            for key in unused
         )
         level = logging.WARNING if inside else logging.INFO
         _log.log(level, "%s has no use for %s in %s", cls.__name__, listed(unused), folder)
@@ -96,7 +93,8 @@ def save(model: nn.Module, directory: str | Path, padded: bool = False) -> None:
         note_sizes(config)
     name = class_name(type(model))
     values = {k: v for k, v in config.to_dict().items() if k not in _STALE}
-    values["architectures"] = [_KINDS[values["model_type"]] + name.removeprefix("Bert")]
+    kind = _KINDS.get(values["model_type"], "Bert")
+    values["architectures"] = [kind + name.removeprefix("Bert")]
     values["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     state = to_hf(model, names_of(config.model_type, name), state)
     folder.mkdir(parents=True, exist_ok=True)
@@ -252,7 +250,8 @@ def _check_size(config: BertConfig, state: State, folder: Path) -> None:
 
 def _check_depth(config: BertConfig, unused: list[str], folder: Path, asked: bool) -> None:
     """Refuse a file with more layers than config.json says; an explicit num_hidden_layers takes the lowest ones."""
-    found = [re.match(rf"{config.model_type}\.\w+\.layer\.(\d+)\.", key) for key in unused]
+    pattern = rf"{prefix_of(config.model_type)}\.(?:\w+\.)?layers?\.(\d+)\."
+    found = [re.match(pattern, key) for key in unused]
     layers = [int(match[1]) for match in found if match is not None]
     if layers and not asked:
         raise ValueError(
@@ -299,7 +298,7 @@ def _standard(raw: Mapping[str, Tensor], family: str) -> State:
     state: State = {}
     for key, value in raw.items():
         key = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key))
-        key = f"{family}.{key}" if key.startswith(_ROOTS) else key
+        key = f"{prefix_of(family)}.{key}" if key.startswith(_ROOTS) else key
         if not key.endswith(_BUFFERS):
             state[key] = value
     # if a file has two different decoder biases, transformers adds decoder.bias
@@ -322,79 +321,3 @@ def share_decoder(config: BertConfig, state: State, names: Names) -> BertConfig:
     # a file that stores a shared tensor once may store it under the decoder's name
     state[word] = state.pop(decoder)
     return config
-
-
-def read_weights(folder: Path) -> State:
-    """All tensors of a directory's model.safetensors or pytorch_model.bin, whole or in shards with an index.
-
-    Raises FileNotFoundError if there is none, ValueError for a damaged file or one that holds code.
-    """
-    for name, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_bin)):
-        if (folder / name).is_file():
-            return read(folder / name)
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            return {k: v for shard in _shards(index) for k, v in read(shard).items()}
-    found = listed(sorted(path.name for path in folder.iterdir()))
-    raise FileNotFoundError(
-        f"{folder} has no model.safetensors or pytorch_model.bin, whole or in shards, but {found}"
-    )
-
-
-def _shards(index: Path) -> list[Path]:
-    """The files that an index names."""
-    try:
-        files = set(parse_json(read_text(index))["weight_map"].values())
-        shards = sorted(index.parent / Path(str(name)).name for name in files)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{index} is not an index of shards, a JSON object with a weight_map: copy it again"
-        ) from error
-    # unlike Path.is_file, it returns False for a name that no file can have
-    absent = [shard.name for shard in shards if not os.path.isfile(shard)]
-    if absent:
-        raise FileNotFoundError(f"{index.parent} lacks {listed(absent)}, which {index.name} names")
-    return shards
-
-
-def _read_safetensors(file: Path) -> State:
-    _check_pointer(file)
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} is damaged, not a whole safetensors file ({error}): copy it again"
-        ) from error
-
-
-def _read_bin(file: Path) -> State:
-    state = read_pickle(file)
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(
-            f"{file} holds more than tensors by name: save a model's state_dict() alone"
-        )
-    return state
-
-
-def read_pickle(file: Path, allowed: tuple[type, ...] = ()) -> Any:
-    """torch.load of tensors and plain containers; Python objects are refused, except of the `allowed` classes."""
-    _check_pointer(file)
-    try:
-        with torch.serialization.safe_globals(list(allowed)):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
-        found = re.search(r"unsupported (?:global: )?GLOBAL (\S+)", str(error), re.IGNORECASE)
-        if found is not None:
-            raise ValueError(
-                f"{file} holds Python objects ({found[1]}), which could run code: save its tensors alone, "
-                "as model.safetensors"
-            ) from error
-        raise ValueError(
-            f"{file} is damaged, not a whole file of torch.save ({type(error).__name__}): copy it again"
-        ) from error
-
-
-def _check_pointer(file: Path) -> None:
-    with open(file, "rb") as opened:
-        if opened.read(40).startswith(b"version https://git-lfs"):
-            raise ValueError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull`")

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fastbert.files import parse_json, quoted, read_text
-from fastbert.models.names import HF_DEFAULTS, NOT_WRITTEN, SPELLINGS
+from fastbert.models import config_json
+from fastbert.models.config_json import ALIASES, LAYER_SIZES
+from fastbert.models.names import FORMS, SPELLINGS, TYPES
 
 # hidden_act -> `approximate` of bias_gelu; None: ReLU
 ACTIVATIONS: dict[str, str | None] = {
@@ -37,26 +39,6 @@ _TYPES: dict[str, tuple[Any, str]] = {
     "dict": (dict, "a JSON object"),
     "tuple": ((tuple, list), "a list"),
 }
-# model_type -> the family with the same weights and maths; to_dict writes the original model_type
-ALIASES = {"xlm-roberta": "roberta", "camembert": "roberta"}
-# fields that to_dict writes one by one
-_SPECIAL = (
-    "extra",
-    "num_labels",
-    "id2label",
-    "label2id",
-    "problem_type",
-    "position_embedding_type",
-    "int8_bits",
-    "int8_embeddings",
-    "layer_heads",
-    "layer_widths",
-)
-# sizes of single layers -> the size that none of them exceeds
-LAYER_SIZES = {"layer_heads": "num_attention_heads", "layer_widths": "intermediate_size"}
-# the value of quantization_config for int8 weights; bits and embeddings are added. It has no quant_method: transformers
-# refuses the folder then, while it would draw the weights anew under a method that it does not know
-_INT8 = {"library": "fastbert", "layout": 1}
 
 
 def check_types(settings: Any) -> None:
@@ -72,7 +54,7 @@ def check_types(settings: Any) -> None:
 
 @dataclass
 class BertConfig:
-    """The settings of a BERT, RoBERTa or DistilBERT; fields are named as in Hugging Face's BERT config.json.
+    """The settings of a BERT, RoBERTa, DistilBERT or ModernBERT; names are those of Hugging Face's BERT config.json.
 
     Raises ValueError with a sentence for settings that do not fit together or that are not supported.
     """
@@ -95,18 +77,35 @@ class BertConfig:
     classifier_dropout: float | None = None
     # rows of the position table; RoBERTa uses the rows from pad_token_id + 1 on
     max_position_embeddings: int = 512
-    # token types, 0 = none; None: 2 in BERT, 1 in RoBERTa, 0 in DistilBERT
+    # token types, 0 = none; None: 2 in BERT, 1 in RoBERTa, 0 in the others
     type_vocab_size: int | None = None
     # standard deviation of fresh weights
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     # this id's word embedding is zero and gets no gradient from the lookup; None: 1 in RoBERTa, else 0
     pad_token_id: int | None = None
-    # "absolute" is a learned table, "sinusoidal" the fixed one of the Transformer paper
-    position_embedding_type: str = "absolute"
-    # the family: "bert", "roberta" (positions from the padding id) or "distilbert" (no types, no pooler)
+    # "absolute" is a learned table, "sinusoidal" the fixed one of the Transformer paper; "rotary" has no table, and
+    # attention turns queries and keys by their positions. None: rotary in ModernBERT, else absolute
+    position_embedding_type: str | None = None
+    # the family: "bert", "roberta" (positions from the padding id), "distilbert" or "modernbert" (both without types
+    # and pooler)
     model_type: str = "bert"
-    # whether a bare BertModel has the pooler (dense + tanh on the first token); None: not in DistilBERT
+    # the form of the layers; None: the family's. With another form than the family's the model is fastbert's alone, and
+    # to_dict writes another model_type. LayerNorm stands before the blocks, and behind the last layer
+    pre_norm: bool | None = None
+    # the feed-forward multiplies two halves, act(a) * g
+    gated: bool | None = None
+    # of linear layers and norms; a masked-LM decoder has one in any case
+    biases: bool | None = None
+    # the tokens that a local layer's token sees, half of them before and half behind it, beside itself; 0: no layer is
+    # local
+    local_attention: int | None = None
+    # every so many layers, from the first on, one is not local
+    global_attn_every_n_layers: int = 3
+    # of the angles of rotary positions, in layers that are not local and in local ones
+    rope_theta: float = 160000.0
+    local_rope_theta: float = 10000.0
+    # whether a bare BertModel has the pooler (dense + tanh on the first token); None: in BERT and RoBERTa
     add_pooler: bool | None = None
     # whether the masked-LM decoder is the word embedding
     tie_word_embeddings: bool = True
@@ -146,11 +145,14 @@ class BertConfig:
 
     def _fill_defaults(self) -> None:
         if self.type_vocab_size is None:
-            self.type_vocab_size = {"bert": 2, "roberta": 1, "distilbert": 0}[self.model_type]
+            self.type_vocab_size = TYPES[self.model_type]
         if self.pad_token_id is None:
             self.pad_token_id = 1 if self.model_type == "roberta" else 0
         if self.add_pooler is None:
-            self.add_pooler = self.model_type != "distilbert"
+            self.add_pooler = self.model_type in ("bert", "roberta")
+        for name, value in FORMS[self.model_type].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         if self.id2label is not None:
             if not all(str(k).isdecimal() for k in self.id2label):
                 raise ValueError(
@@ -222,11 +224,12 @@ class BertConfig:
         if self.hidden_act not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise ValueError(f"hidden_act is {quoted(self.hidden_act)}: choose one of {known}")
-        if self.position_embedding_type not in ("absolute", "sinusoidal"):
+        if self.position_embedding_type not in ("absolute", "sinusoidal", "rotary"):
             raise ValueError(
-                f"position_embedding_type is {quoted(self.position_embedding_type)}: choose 'absolute' or "
-                "'sinusoidal', relative positions are not supported"
+                f"position_embedding_type is {quoted(self.position_embedding_type)}: choose 'absolute', 'sinusoidal' "
+                "or 'rotary', relative positions are not supported"
             )
+        self._check_form()
         if self.problem_type not in PROBLEM_TYPES:
             raise ValueError(
                 f"problem_type is {quoted(self.problem_type)}: choose one of {PROBLEM_TYPES}"
@@ -244,6 +247,49 @@ class BertConfig:
                 raise ValueError(
                     f"{key} is set: fastbert builds encoders only, without cross attention"
                 )
+
+    def _check_form(self) -> None:
+        if (self.local_attention or 0) < 0 or self.global_attn_every_n_layers < 1:
+            raise ValueError(
+                f"local_attention is {self.local_attention} and global_attn_every_n_layers "
+                f"{self.global_attn_every_n_layers}: they must be at least 0 and 1"
+            )
+        if not (self.rope_theta > 0.0 and self.local_rope_theta > 0.0):
+            raise ValueError("rope_theta and local_rope_theta must be above 0")
+        if self.rotary and self.head_size % 2:
+            raise ValueError(
+                f"the head size is {self.head_size}: rotary positions turn pairs, use an even one"
+            )
+        if self.gated and self.approximate is None:
+            raise ValueError(f"hidden_act is {quoted(self.hidden_act)}: a gate takes a GELU")
+        if self.classifier_pooling not in ("cls", "mean"):
+            raise ValueError(
+                f"classifier_pooling is {quoted(self.classifier_pooling)}: choose cls or mean"
+            )
+        if self.is_mixed and self.model_type == "distilbert":
+            raise ValueError("a DistilBERT of another form: set model_type to bert")
+
+    @property
+    def rotary(self) -> bool:
+        """Whether attention turns queries and keys by their positions; the embeddings have no positions then."""
+        return self.position_embedding_type == "rotary"
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether transformers has no model of this form, so that from_pretrained alone loads it."""
+        modern = bool(self.pre_norm and self.gated and self.rotary)
+        if self.model_type == "modernbert":
+            return not modern or bool(self.add_pooler or self.type_vocab_size)
+        return bool(
+            self.pre_norm or self.gated or self.rotary or self.local_attention or not self.biases
+        )
+
+    @property
+    def windows(self) -> list[tuple[int, int] | None]:
+        """The tokens before and behind that a token of each layer sees, None for all."""
+        half, every = (self.local_attention or 0) // 2, self.global_attn_every_n_layers
+        local = (half, half) if self.local_attention else None
+        return [local if i % every else None for i in range(self.num_hidden_layers)]
 
     @property
     def labels(self) -> list[str]:
@@ -288,6 +334,12 @@ class BertConfig:
         return self.hidden_dropout_prob if own is None else own
 
     @property
+    def classifier_pooling(self) -> str:
+        """What of a sequence is classified: "cls", its first token, or "mean", of its tokens, in ModernBERT only."""
+        modern = self.model_type == "modernbert"
+        return self.extra.get("classifier_pooling", "cls") if modern else "cls"
+
+    @property
     def position_offset(self) -> int:
         """The position of a sequence's first token: RoBERTa counts from pad_token_id + 1, the others from 0."""
         return (self.pad_token_id or 0) + 1 if self.model_type == "roberta" else 0
@@ -299,52 +351,15 @@ class BertConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BertConfig:
-        """Read the contents of a config.json of BERT, RoBERTa or DistilBERT; unknown keys are kept in `extra`.
+        """Read the contents of a config.json of one of the families; unknown keys are kept in `extra`.
 
         Raises ValueError for settings that no model here has (relative positions, decoders).
         """
-        if not isinstance(values, dict):
-            raise ValueError(f"a configuration is a JSON object, not {type(values).__name__}")
-        family = str(values.get("model_type", "bert"))
-        family = ALIASES.get(family, family)
-        names = SPELLINGS.get(family, {})
-        known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
-        ours: dict[str, Any] = dict(HF_DEFAULTS.get(family, {}))
-        extra: dict[str, Any] = {}
-        for key, value in values.items():
-            name = names.get(key, key)
-            (ours if name in known else extra)[name] = value
-        ours |= _int8(extra)
-        if family == "distilbert" and extra.pop("sinusoidal_pos_embds", False):
-            ours["position_embedding_type"] = "sinusoidal"
-        return cls(**ours, extra=extra)
+        return cls(**config_json.read(values, [f.name for f in dataclasses.fields(cls)]))
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a config.json in the family's own spelling, with the keys that from_dict kept."""
-        spelling = {ours: theirs for theirs, ours in SPELLINGS[self.model_type].items()}
-        skipped = {*_SPECIAL, *NOT_WRITTEN[self.model_type]}
-        values = {
-            spelling.get(f.name, f.name): getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if f.name not in skipped
-        }
-        if self.add_pooler == (self.model_type != "distilbert"):
-            del values["add_pooler"]
-        if self.model_type == "distilbert":
-            values["sinusoidal_pos_embds"] = self.position_embedding_type == "sinusoidal"
-        elif self.position_embedding_type != "absolute":
-            values["position_embedding_type"] = self.position_embedding_type
-        if self.int8_bits is not None:
-            about = {"bits": self.int8_bits, "embeddings": self.int8_embeddings}
-            values["quantization_config"] = _INT8 | about
-        if self.problem_type is not None:
-            values["problem_type"] = self.problem_type
-        values |= {name: [*sizes] for name in LAYER_SIZES if (sizes := getattr(self, name))}
-        # Hugging Face keeps the number of labels only as the length of id2label
-        names = self.id2label or {i: f"LABEL_{i}" for i in range(self.num_labels or 0)}
-        values["id2label"] = {str(i): name for i, name in names.items()}
-        values["label2id"] = self.label2id or {name: i for i, name in names.items()}
-        return {**values, **self.extra}
+        return config_json.write(self)
 
     @classmethod
     def from_file(cls, path: str | Path) -> BertConfig:
@@ -363,20 +378,6 @@ class BertConfig:
             return cls.from_dict(values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from error
-
-
-def _int8(extra: dict[str, Any]) -> dict[str, Any]:
-    """The fields that a quantization_config of fastbert stands for; it is taken out, one of another library stays."""
-    found = extra.get("quantization_config")
-    if not isinstance(found, dict) or found.get("library") != "fastbert":
-        return {}
-    if found.get("layout") != _INT8["layout"]:
-        raise ValueError(
-            f"quantization_config has the layout {quoted(found.get('layout'))} and this version of fastbert reads "
-            f"{_INT8['layout']}: quantise the floating-point model again, or update fastbert"
-        )
-    del extra["quantization_config"]
-    return {"int8_bits": found.get("bits") or 0, "int8_embeddings": found.get("embeddings", False)}
 
 
 def model_folder(path: str | Path) -> Path:

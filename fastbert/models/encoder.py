@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from fastbert import functional as F
 from fastbert.backend import torch_private
 from fastbert.backend.reference.philox import dropout
 from fastbert.files import listed
@@ -153,6 +154,12 @@ class Pretrained(nn.Module):
                 module.weight[module.padding_idx].zero_()
         if self.bert is self and self.bert.embeddings.sinusoidal:
             self.bert.embeddings.fill_positions()
+        if self.bert is self and self.config.pre_norm:
+            # the sum of all blocks stays as large as one block's input
+            for layer in self.bert.layers:
+                for m in (layer.attention.out, layer.feed_forward.down):  # type: ignore[union-attr]
+                    if isinstance(m, nn.Linear):
+                        m.weight.mul_((2 * len(self.bert.layers)) ** -0.5)
 
     def head_dropout(self, x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
         """Dropout in a head; `site` is counted on from the encoder's last site."""
@@ -172,19 +179,20 @@ class BertModel(Pretrained):
     def __init__(self, config: BertConfig, add_pooler: bool | None = None) -> None:
         super().__init__(config)
         c, width = config, config.hidden_size
-        roberta = c.model_type == "roberta"
+        roberta, biases = c.model_type == "roberta", bool(c.biases)
         # int8 rows take the place of the table before it is read
         words = (c.pad_token_id or 0) + 1 if c.int8_embeddings else c.vocab_size
         self.embeddings = Embeddings(
             words,
             width,
-            c.max_position_embeddings,
+            0 if c.rotary else c.max_position_embeddings,
             c.type_vocab_size or 0,
             eps=c.layer_norm_eps,
             p=c.hidden_dropout_prob,
             padding_idx=c.pad_token_id,
             position_padding_idx=c.pad_token_id if roberta else None,
             sinusoidal=c.position_embedding_type == "sinusoidal",
+            bias=biases,
         )
         # an int8 model's floating-point weights take no memory at any time
         with nullcontext() if c.int8_bits is None else torch.device("meta"):
@@ -198,9 +206,19 @@ class BertModel(Pretrained):
                     eps=c.layer_norm_eps,
                     p=c.hidden_dropout_prob,
                     attention_p=c.attention_probs_dropout_prob,
+                    bias=biases,
+                    pre_norm=bool(c.pre_norm),
+                    gated=bool(c.gated),
+                    window=window,
+                    # the norm of the embeddings stands before the first layer
+                    first_norm=i > 0,
                 )
-                for heads, intermediate in c.layer_sizes
+                for i, ((heads, intermediate), window) in enumerate(
+                    zip(c.layer_sizes, c.windows, strict=True)
+                )
             )
+        # behind the last layer
+        self.final_norm = nn.LayerNorm(width, c.layer_norm_eps, bias=biases) if c.pre_norm else None
         wanted = c.add_pooler if add_pooler is None else add_pooler
         self.pooler = Linear(width, width) if wanted else None
         self.gradient_checkpointing = False
@@ -216,7 +234,9 @@ class BertModel(Pretrained):
         for layer in self.layers:
             replace_matrices(layer, lambda m: Int8Linear.like(m, bits))
             for name in ("attention_norm", "output_norm"):
-                setattr(layer, name, nn.LayerNorm(c.hidden_size, c.layer_norm_eps))
+                if isinstance(getattr(layer, name), nn.LayerNorm):
+                    norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps, bias=bool(c.biases))
+                    setattr(layer, name, norm)
         if c.int8_embeddings:
             rows = Int8Embedding(c.vocab_size, c.hidden_size, c.pad_token_id, bits)
             self.embeddings.word = rows
@@ -264,8 +284,10 @@ class BertModel(Pretrained):
         seed = seed_for(self._dropout_rate(), None, inputs.ids) if self.training else None
         x = self.embeddings(inputs.ids, inputs.positions, inputs.types, seed, 0)
         unobserved = not (inputs.output_hidden_states or inputs.output_attentions)
+        rotary = self._rotary(packing.max_seqlen, x.device)
         if self.frozen is not None and self.frozen.serves(self, x, unobserved):
-            return Encoded(self.frozen.encode(self, x, packing, rows), packing, seed, None, None)
+            y = self._normed(self.frozen.encode(self, x, packing, rows, rotary))
+            return Encoded(y, packing, seed, None, None)
         states: list[Tensor] = []
         weights: list[Tensor] = []
         narrow = -1 if inputs.output_hidden_states else len(self.layers) - 1
@@ -276,14 +298,17 @@ class BertModel(Pretrained):
                 log_once(
                     "output_attentions computes the attention weights a second time, in plain torch"
                 )
-                weights.append(layer.attention.probabilities(x, packing))  # type: ignore[operator, union-attr]
+                weights.append(layer.attention.probabilities(x, packing, rotary[i]))  # type: ignore[operator, union-attr]
             last = rows if i == narrow else None
             arguments = (x, packing.cu_seqlens, packing.max_seqlen, seed, 1 + 3 * i, last)
+            if self.config.rotary:
+                arguments = (*arguments, rotary[i])  # type: ignore[assignment]
             if self.gradient_checkpointing and self.training:
                 # the seed tensor replays dropout, so the generator's state is not needed
                 x = recompute(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(*arguments)
+        x = self._normed(x)
         if inputs.output_hidden_states:
             states.append(packing.pad(x))
         if rows is not None and narrow < 0:
@@ -295,6 +320,20 @@ class BertModel(Pretrained):
             tuple(states) if inputs.output_hidden_states else None,
             tuple(weights) if inputs.output_attentions else None,
         )
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """The norm behind the last layer, of hidden states (N, C)."""
+        n = self.final_norm
+        return x if n is None else F.layer_norm(x, n.weight, n.bias, n.eps)
+
+    def _rotary(self, length: int, device: torch.device) -> list[F.Rotary | None]:
+        """The angles of every layer's rotary positions, for sequences of at most `length` tokens."""
+        c = self.config
+        if not c.rotary:
+            return [None] * len(self.layers)
+        thetas = [c.rope_theta if w is None else c.local_rope_theta for w in c.windows]
+        tables = {t: F.Rotary.of(length, c.head_size, t, device=device) for t in set(thetas)}
+        return [tables[t] for t in thetas]
 
     def _dropout_rate(self) -> float:
         """The greatest probability of dropout in the embeddings and layers."""

@@ -13,7 +13,7 @@ from fastbert.models.inputs import Inputs, prepare
 from fastbert.models.losses import class_loss, position_loss, sequence_loss
 from fastbert.models.output import Output, SequenceOutput
 from fastbert.nn.base import Linear
-from fastbert.nn.blocks import MLMHead, NSPHead
+from fastbert.nn.blocks import HeadTransform, MLMHead, NSPHead
 from fastbert.nn.exports import fx_leaf
 from fastbert.nn.int8 import Int8Embedding
 from fastbert.nn.tied import tied
@@ -28,7 +28,18 @@ class _Head(Pretrained):
             raise ValueError(
                 f"{type(self).__name__} needs the pooler, which DistilBERT does not have"
             )
+        if add_pooler and config.model_type == "modernbert" and not config.add_pooler:
+            raise ValueError(
+                f"{type(self).__name__} needs the pooler, which ModernBERT does not have: set add_pooler to true"
+            )
         self.bert = BertModel(config, add_pooler)
+
+    def _transform(self) -> HeadTransform | None:
+        """What a classifier's input passes through before it, in ModernBERT."""
+        c = self.config
+        if c.model_type != "modernbert":
+            return None
+        return HeadTransform(c.hidden_size, eps=c.layer_norm_eps, bias=bool(c.biases))
 
 
 class Scored(NamedTuple):
@@ -49,10 +60,13 @@ class _MaskedLM(_Head):
         self.mlm_head = MLMHead(
             config.hidden_size,
             config.vocab_size,
-            # RoBERTa's head has the exact GELU for every hidden_act
-            approximate="none" if config.model_type == "roberta" else config.approximate,
+            # these heads have the exact GELU for every hidden_act
+            approximate="none"
+            if config.model_type in ("roberta", "modernbert")
+            else config.approximate,
             eps=config.layer_norm_eps,
             tied=config.tie_word_embeddings,
+            bias=bool(config.biases),
         )
 
     def _masked_lm(
@@ -234,6 +248,8 @@ class BertForSequenceClassification(_Head):
     """A classifier of whole sequences; logits (B, num_labels).
 
     BERT classifies the pooler's output; RoBERTa has a dense layer with tanh instead, DistilBERT one with ReLU.
+    ModernBERT classifies what a HeadTransform makes of the first token, or of the mean of all tokens where config.json
+    has the classifier_pooling "mean".
     """
 
     architecture = "BertForSequenceClassification"
@@ -242,7 +258,9 @@ class BertForSequenceClassification(_Head):
         pooler = config.model_type == "bert"
         super().__init__(config, add_pooler=pooler)
         width = config.hidden_size
-        self.pre_classifier = None if pooler else Linear(width, width)
+        self.head = self._transform()
+        plain = pooler or self.head is not None
+        self.pre_classifier = None if plain else Linear(width, width)
         self.classifier = Linear(width, config.num_labels or 1)
         self.init_weights()
 
@@ -259,7 +277,12 @@ class BertForSequenceClassification(_Head):
     ) -> SequenceOutput:
         """Score sequences; problem_type names the loss, as in transformers."""
         batch = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        e = self.bert.encode_starts(prepare(self.config, *batch, **options))
+        inputs = prepare(self.config, *batch, **options)
+        if self.config.classifier_pooling == "mean":
+            e = self.bert.encode(inputs)
+            e = e._replace(x=e.packing.mean(e.x))
+        else:
+            e = self.bert.encode_starts(inputs)
         logits = self.classifier(self._features(e))
         loss = None
         if labels is not None:
@@ -271,6 +294,8 @@ class BertForSequenceClassification(_Head):
     def _features(self, e: Encoded) -> Tensor:
         """(B, C): the classifier's input."""
         p = self.config.classifier_p
+        if self.head is not None:
+            return self.head_dropout(self.head.transform(e.x), p, e.seed, 0)
         if self.pre_classifier is None:
             return self.head_dropout(self.bert.pool(e.x), p, e.seed, 0)
         x = e.x
@@ -289,6 +314,7 @@ class BertForTokenClassification(_Head):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
+        self.head = self._transform()
         self.classifier = Linear(config.hidden_size, config.num_labels or 1)
         self.init_weights()
 
@@ -315,7 +341,8 @@ class BertForTokenClassification(_Head):
             **options,
         )
         e = self.bert.encode(inputs)
-        logits = self.classifier(self.head_dropout(e.x, self.config.classifier_p, e.seed, 0))
+        x = e.x if self.head is None else self.head.transform(e.x)
+        logits = self.classifier(self.head_dropout(x, self.config.classifier_p, e.seed, 0))
         return Output(
             loss=None if inputs.labels is None else class_loss(logits, inputs.labels),
             logits=e.packing.pad(logits),
@@ -331,6 +358,7 @@ class BertForQuestionAnswering(_Head):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
+        self.head = self._transform()
         self.classifier = Linear(config.hidden_size, 2)
         self.init_weights()
 
@@ -349,8 +377,10 @@ class BertForQuestionAnswering(_Head):
         """Score spans; the loss's softmax runs over tokens only, and positions without a token do not count."""
         batch = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         e = self.bert.encode(prepare(self.config, *batch, **options))
-        p = self.config.qa_dropout if self.config.model_type == "distilbert" else 0.0
-        scores = self.classifier(self.head_dropout(e.x, p, e.seed, 0))  # (T, 2)
+        c = self.config
+        p = {"distilbert": c.qa_dropout, "modernbert": c.classifier_p}.get(c.model_type, 0.0)
+        x = e.x if self.head is None else self.head.transform(e.x)
+        scores = self.classifier(self.head_dropout(x, p, e.seed, 0))  # (T, 2)
         start, end = scores[:, 0], scores[:, 1]
         loss = None
         if start_positions is not None and end_positions is not None:

@@ -153,6 +153,10 @@ def _positions(
 ) -> Tensor:
     """(T,) rows of the position table, as in transformers: columns, or RoBERTa's count of unpadded ids."""
     if position_ids is not None:
+        if config.rotary:
+            raise ValueError(
+                "position_ids are given and the model has rotary positions, which count the tokens: leave them out"
+            )
         shape = fixed(*tokens.shape)
         if position_ids.dim() != len(shape) or fixed(position_ids.shape[-1]) != shape[-1:]:
             raise ValueError(

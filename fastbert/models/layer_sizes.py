@@ -24,7 +24,11 @@ def full_size(config: BertConfig) -> BertConfig:
 
 
 def note_sizes(config: BertConfig) -> None:
-    """Log that transformers can't load the model, if its layers differ in heads or width."""
+    """Log that transformers can't load the model, if its layers have sizes of their own or another family's form."""
+    if config.is_mixed:
+        log_once(
+            f"transformers has no {config.model_type} of this form and can't load the saved model, from_pretrained can"
+        )
     if config != full_size(config):
         log_once(
             "transformers has no field for sizes of single layers and can't load the saved model, from_pretrained can: "

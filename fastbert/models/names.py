@@ -24,18 +24,55 @@ SPELLINGS: dict[str, dict[str, str]] = {
         "dropout": "hidden_dropout_prob",
         "attention_dropout": "attention_probs_dropout_prob",
     },
+    "modernbert": {
+        "hidden_activation": "hidden_act",
+        "norm_eps": "layer_norm_eps",
+        "embedding_dropout": "hidden_dropout_prob",
+        "attention_dropout": "attention_probs_dropout_prob",
+    },
+}
+# the number of token types, and the form of the layers, that a family has where nothing else is said
+TYPES = {"bert": 2, "roberta": 1, "distilbert": 0, "modernbert": 0}
+_BERT_FORM = {
+    "pre_norm": False,
+    "gated": False,
+    "biases": True,
+    "position_embedding_type": "absolute",
+    "local_attention": 0,
+}
+FORMS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("bert", "roberta", "distilbert"), _BERT_FORM),
+    "modernbert": {
+        "pre_norm": True,
+        "gated": True,
+        "biases": False,
+        "position_embedding_type": "rotary",
+        "local_attention": 128,
+    },
 }
 # Hugging Face's value of a key that config.json lacks, where it differs from the dataclass's default
 HF_DEFAULTS: dict[str, dict[str, Any]] = {
     "bert": {},
     "roberta": {"vocab_size": 50265, "type_vocab_size": 2},
     "distilbert": {"num_hidden_layers": 6},
+    "modernbert": {
+        "vocab_size": 50368,
+        "intermediate_size": 1152,
+        "num_hidden_layers": 22,
+        "max_position_embeddings": 8192,
+        "pad_token_id": 50283,
+        "layer_norm_eps": 1e-5,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "classifier_dropout": 0.0,
+    },
 }
 # fields of ours that a family's config.json does not have
 NOT_WRITTEN = {
     "bert": {"seq_classif_dropout", "qa_dropout"},
     "roberta": {"seq_classif_dropout", "qa_dropout"},
     "distilbert": {"type_vocab_size", "layer_norm_eps", "classifier_dropout"},
+    "modernbert": {"type_vocab_size", "seq_classif_dropout", "qa_dropout"},
 }
 
 _EMBEDDINGS: Names = {
@@ -53,6 +90,7 @@ _BERT_ENCODER: Names = _EMBEDDINGS | {
     "layers.*.feed_forward.up": "encoder.layer.*.intermediate.dense",
     "layers.*.feed_forward.down": "encoder.layer.*.output.dense",
     "layers.*.output_norm": "encoder.layer.*.output.LayerNorm",
+    "final_norm": "encoder.final_norm",
     "pooler": "pooler.dense",
 }
 _ENCODERS: dict[str, Names] = {
@@ -67,7 +105,19 @@ _ENCODERS: dict[str, Names] = {
         "layers.*.feed_forward.down": "transformer.layer.*.ffn.lin2",
         "layers.*.output_norm": "transformer.layer.*.output_layer_norm",
     },
+    "modernbert": {
+        "embeddings.word": "embeddings.tok_embeddings",
+        "layers.*.attention.qkv": "layers.*.attn.Wqkv",
+        "layers.*.attention.out": "layers.*.attn.Wo",
+        "layers.*.attention_norm": "layers.*.attn_norm",
+        "layers.*.feed_forward.up": "layers.*.mlp.Wi",
+        "layers.*.feed_forward.down": "layers.*.mlp.Wo",
+        "layers.*.output_norm": "layers.*.mlp_norm",
+        **{name: name for name in ("embeddings.norm", "final_norm")},
+    },
 }
+# the first part of an encoder's names in a model with a head, where it is not the family's name
+_PREFIXES = {"modernbert": "model"}
 # "mlm_head" alone is the module that holds the decoder's bias
 _HEADS: dict[str, Names] = {
     "bert": {
@@ -91,6 +141,14 @@ _HEADS: dict[str, Names] = {
         "mlm_head.norm": "vocab_layer_norm",
         "mlm_head.decoder": "vocab_projector",
     },
+    "modernbert": {
+        "mlm_head": "decoder",
+        "mlm_head.dense": "head.dense",
+        "mlm_head.norm": "head.norm",
+        "mlm_head.decoder": "decoder",
+        "head.dense": "head.dense",
+        "head.norm": "head.norm",
+    },
 }
 # (family, class) -> names that differ from the rest of the family's
 _OWN_NAMES: dict[tuple[str, str], Names] = {
@@ -111,9 +169,14 @@ def prefixed(encoder: Names, prefix: str) -> Names:
     }
 
 
+def prefix_of(family: str) -> str:
+    """The first part of the names of an encoder's weights in a model with a head."""
+    return _PREFIXES.get(family, family)
+
+
 def names_of(family: str, name: str) -> Names:
     """The table of a model class in a family: our module -> Hugging Face's, both with the encoder's prefix."""
-    encoder = prefixed(_ENCODERS[family], family)
+    encoder = prefixed(_ENCODERS[family], prefix_of(family))
     return {**encoder, **_HEADS[family], **_OWN_NAMES.get((family, name), {})}
 
 

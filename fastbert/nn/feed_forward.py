@@ -25,15 +25,19 @@ def _read(up: nn.Module, down: nn.Module) -> bool:
 class FeedForward(Block):
     """act(x W1' + b1) W2' + b2; `approximate` names the GELU ("none" is exact, "tanh"), None means ReLU.
 
-    Of width 0 it is b2.
+    Of width 0 it is b2, or 0.
     """
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, approximate: str | None = "none"
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        approximate: str | None = "none",
+        bias: bool = True,
     ) -> None:
         super().__init__()
-        self.up = Linear(hidden_size, intermediate_size)
-        self.down = Linear(intermediate_size, hidden_size)
+        self.up = Linear(hidden_size, intermediate_size, bias)
+        self.down = Linear(intermediate_size, hidden_size, bias)
         self.approximate = approximate
         without_gradients(self)
 

@@ -238,6 +238,11 @@ class Packing:
         """(T, C) -> (B, C): the first token of every sequence, zeros where a sequence has none."""
         return self.of_starts(x.index_select(0, self.starts(x.shape[0])))
 
+    def mean(self, x: Tensor) -> Tensor:
+        """(T, C) -> (B, C): the mean of every sequence's tokens, zeros where a sequence has none."""
+        tokens = self.spread(x.new_ones(x.shape[0], 1)).sum(1)  # (B, 1)
+        return self.spread(x).sum(1) / tokens.clamp(min=1)
+
     def starts(self, tokens: int) -> Tensor:
         """(B,) rows of the sequences' first tokens, any row for an empty sequence; (0,) if there is no token at all."""
         if tokens == 0:

@@ -22,10 +22,16 @@ def build_model(config: PretrainConfig, tokenizer: Any) -> BertForPreTraining | 
     from fastbert.models.heads import BertForMaskedLM, BertForPreTraining
     from fastbert.pretrain.initial import start_with_neighbours
 
-    kind = BertForPreTraining if config.recipe == "bert" else BertForMaskedLM
+    kind = BertForPreTraining if config.next_sentence else BertForMaskedLM
     if config.init_from is None:
-        pad = SpecialIds.of(tokenizer).pad
-        model = kind(model_config(config, len(vocabulary(tokenizer)), pad))
+        special = SpecialIds.of(tokenizer)
+        sizes = model_config(config, len(vocabulary(tokenizer)), special.pad)
+        if config.recipe == "modern":
+            # transformers' own defaults lie outside of a small vocabulary
+            first, last = ("bos", "cls"), ("eos", "sep")
+            sizes.extra |= {f"{name}_token_id": special.cls for name in first}
+            sizes.extra |= {f"{name}_token_id": special.sep for name in last}
+        model = kind(sizes)
         if config.start == "neighbours":
             start_with_neighbours(model.bert)
         return model
@@ -57,8 +63,9 @@ def check_usable(config: PretrainConfig, out: Path) -> None:
 
 def model_config(config: PretrainConfig, vocab_size: int, pad: int) -> BertConfig:
     """The sizes of a fresh model; raises ValueError where they do not fit together."""
-    roberta = config.recipe == "roberta"
+    roberta, modern = config.recipe == "roberta", config.recipe == "modern"
     assert config.ffn is not None
+    assert config.dropout is not None
     assert config.attention_dropout is not None
     return BertConfig(
         vocab_size=vocab_size,
@@ -72,9 +79,19 @@ def model_config(config: PretrainConfig, vocab_size: int, pad: int) -> BertConfi
         max_position_embeddings=config.max_position + (pad + 1 if roberta else 0),
         position_embedding_type=config.positions,
         initializer_range=config.initializer_range,
-        model_type=config.recipe,
+        pre_norm=config.pre_norm,
+        gated=config.gated,
+        biases=config.biases,
+        local_attention=config.local_attention,
+        global_attn_every_n_layers=config.global_every,
+        rope_theta=config.rope_theta,
+        local_rope_theta=config.local_rope_theta,
+        model_type="modernbert" if modern else config.recipe,
         pad_token_id=pad,
-        layer_norm_eps=1e-5 if roberta else 1e-12,
+        layer_norm_eps=1e-5 if roberta or modern else 1e-12,
+        # None: the family's
+        add_pooler=True if config.next_sentence else None,
+        type_vocab_size=2 if config.next_sentence else None,
     )
 
 
@@ -92,9 +109,7 @@ def _check_loaded(loaded: BertConfig, config: PretrainConfig, vocabulary: int) -
             f"max_length is {config.max_length} and the model in {config.init_from} has {loaded.max_length} "
             "positions: lower max_length"
         )
-    if config.recipe == "bert" and (
-        loaded.model_type != "bert" or (loaded.type_vocab_size or 0) < 2
-    ):
+    if config.next_sentence and not (loaded.add_pooler and (loaded.type_vocab_size or 0) > 1):
         raise ValueError(
             f"the model in {config.init_from} is a {loaded.model_type} without sentence types: use recipe roberta"
         )

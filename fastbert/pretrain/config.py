@@ -11,10 +11,42 @@ from fastbert.files import SHARDS, TEXTS, TOKENIZER_FILES, existing, folder_or_n
 from fastbert.train import settings
 from fastbert.train.settings import BATCH, DATA, MODEL, RUN, TOKENIZER, TrainingSettings, setting
 
+# what a recipe sets where nothing else is said
+_BERT: dict[str, Any] = {
+    "next_sentence": True,
+    "mask_prob": 0.15,
+    "tokenizer_kind": "wordpiece",
+    "positions": "absolute",
+    "pre_norm": False,
+    "gated": False,
+    "biases": True,
+    "local_attention": 0,
+    "dropout": 0.1,
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "bert": _BERT,
+    "roberta": {**_BERT, "next_sentence": False, "tokenizer_kind": "bpe"},
+    # ModernBERT (Warner et al. 2024)
+    "modern": {
+        "next_sentence": False,
+        "mask_prob": 0.3,
+        "tokenizer_kind": "bpe",
+        "positions": "rotary",
+        "pre_norm": True,
+        "gated": True,
+        "biases": False,
+        "local_attention": 128,
+        "dropout": 0.0,
+    },
+}
+
 
 @dataclass
 class PretrainConfig(TrainingSettings):
     """The settings of a pretraining run; None has the meaning that the comment gives.
+
+    `recipe` gives the settings that are None and that RECIPES has, each of which can be set by itself. With the recipe
+    modern the model is a ModernBERT, which transformers loads as long as these settings stay within its form.
 
     Raises TypeError or ValueError, naming the setting, for values that can't be.
     """
@@ -34,13 +66,25 @@ class PretrainConfig(TrainingSettings):
     field: str = setting("text", DATA, "field of a .jsonl line that holds its text")
     heldout: float = setting(0.05, DATA, "part of the documents that is kept for evaluation")
     recipe: str = setting(
-        "bert", DATA, "bert: sentence pairs, MLM + NSP; roberta: full sentences, MLM only"
+        "bert",
+        DATA,
+        "bert: sentence pairs, MLM + NSP; roberta: full sentences, MLM only; modern: as ModernBERT, MLM only",
+    )
+    next_sentence: bool | None = setting(
+        None, DATA, "sentence pairs and NSP; default in the recipe bert only"
     )
     max_length: int = setting(128, DATA, "tokens in the longest sequence, [CLS] and [SEP] included")
     short_seq_prob: float = setting(
         0.1, DATA, "part of the sequences that is cut to a random shorter length"
     )
-    mask_prob: float = setting(0.15, DATA, "part of the tokens that is to be predicted")
+    mask_prob: float | None = setting(
+        None,
+        DATA,
+        "part of the tokens that is to be predicted; default .15, in the recipe modern .3",
+    )
+    eval_mask_prob: float = setting(
+        0.15, DATA, "part of the held-out tokens that is to be predicted"
+    )
     whole_word: bool = setting(False, DATA, "mask whole words, not single pieces of them")
     data_dir: str | None = setting(
         None,
@@ -57,7 +101,7 @@ class PretrainConfig(TrainingSettings):
         check=partial(existing, remedy=TOKENIZER_FILES),
     )
     tokenizer_kind: str | None = setting(
-        None, TOKENIZER, "wordpiece or bpe; default what the recipe used, wordpiece for bert"
+        None, TOKENIZER, "wordpiece or bpe; default wordpiece in the recipe bert, bpe in the others"
     )
     vocab_size: int = setting(30522, TOKENIZER, "tokens of a tokenizer that is trained")
     lowercase: bool = setting(True, TOKENIZER, "a trained WordPiece tokenizer lowercases its text")
@@ -65,10 +109,43 @@ class PretrainConfig(TrainingSettings):
     layers: int = setting(12, MODEL, "encoder layers")
     hidden: int = setting(768, MODEL, "width of the encoder")
     heads: int = setting(12, MODEL, "attention heads")
-    ffn: int | None = setting(None, MODEL, "width of the feed-forward block; default 4 x hidden")
+    ffn: int | None = setting(
+        None, MODEL, "width of the feed-forward block; default 4 x hidden, with a gate 8 / 3 of it"
+    )
     max_position: int = setting(512, MODEL, "tokens in the longest sequence the model can ever see")
-    positions: str = setting("absolute", MODEL, "absolute (learned) or sinusoidal positions")
-    dropout: float = setting(0.1, MODEL, "dropout of hidden states")
+    positions: str | None = setting(
+        None,
+        MODEL,
+        "absolute (learned), sinusoidal or rotary positions; default absolute, in the recipe modern rotary",
+    )
+    pre_norm: bool | None = setting(
+        None,
+        MODEL,
+        "LayerNorm before the blocks, not after them; default in the recipe modern only",
+    )
+    gated: bool | None = setting(
+        None, MODEL, "a gated feed-forward, GEGLU; default in the recipe modern only"
+    )
+    biases: bool | None = setting(
+        None, MODEL, "biases in linear layers and norms; default in all recipes but modern"
+    )
+    local_attention: int | None = setting(
+        None,
+        MODEL,
+        "tokens that a token of a local layer sees, 0 for no local layers; default 0, in the recipe modern 128",
+    )
+    global_every: int = setting(
+        3, MODEL, "of the layers, every so many from the first on sees all tokens"
+    )
+    rope_theta: float = setting(
+        160000.0, MODEL, "base of the angles of rotary positions in layers that see all tokens"
+    )
+    local_rope_theta: float = setting(
+        10000.0, MODEL, "base of the angles of rotary positions in local layers"
+    )
+    dropout: float | None = setting(
+        None, MODEL, "dropout of hidden states; default .1, in the recipe modern 0"
+    )
     attention_dropout: float | None = setting(
         None, MODEL, "dropout of attention weights; default as dropout"
     )
@@ -97,6 +174,11 @@ class PretrainConfig(TrainingSettings):
     )
     max_tokens: int | None = setting(None, BATCH, "tokens in a batch; default 8192")
     batch_size: int | None = setting(None, BATCH, "sequences in a batch, instead of max_tokens")
+    batch_ramp: float = setting(
+        0.0,
+        BATCH,
+        "part of the steps over which the number of batches in a step grows from 1 to accumulate",
+    )
 
     strategy: str = setting(
         "ddp", RUN, "between processes: ddp (whole weights on each) or fsdp (parts of them)"
@@ -104,23 +186,27 @@ class PretrainConfig(TrainingSettings):
     eval_tokens: int = setting(65536, RUN, "held-out tokens that an evaluation reads, 0 for all")
 
     def __post_init__(self) -> None:
+        # an unknown recipe is refused with the other settings
+        known = RECIPES[self.recipe] if self.recipe in [*RECIPES] else _BERT
+        for name, value in known.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         super().__post_init__()
         if self.max_tokens is None and self.batch_size is None:
             self.max_tokens = 8192
         if self.attention_dropout is None:
             self.attention_dropout = self.dropout
         if self.ffn is None:
-            self.ffn = 4 * self.hidden
-        if self.tokenizer_kind is None:
-            self.tokenizer_kind = "wordpiece" if self.recipe == "bert" else "bpe"
+            # a gate has three matrices of this width, not two: the parameters stay about as many
+            self.ffn = max(round(self.hidden / 6), 1) * 16 if self.gated else 4 * self.hidden
 
     def _check(self) -> None:
         super()._check()
         self._check_choices(
             {
-                "recipe": ("bert", "roberta"),
+                "recipe": tuple(RECIPES),
                 "tokenizer_kind": ("wordpiece", "bpe", None),
-                "positions": ("absolute", "sinusoidal"),
+                "positions": ("absolute", "sinusoidal", "rotary"),
                 "start": ("normal", "neighbours"),
                 "strategy": ("ddp", "fsdp"),
             }
@@ -128,17 +214,25 @@ class PretrainConfig(TrainingSettings):
         if self.max_tokens is not None and self.batch_size is not None:
             raise ValueError("max_tokens and batch_size are both set: a batch is measured by one")
         self._check_shares(
-            *("heldout", "short_seq_prob", "mask_prob", "dropout", "attention_dropout")
+            *("heldout", "short_seq_prob", "mask_prob", "eval_mask_prob"),
+            *("dropout", "attention_dropout"),
         )
-        if not self.mask_prob or not self.heldout:
+        if not self.mask_prob or not self.eval_mask_prob or not self.heldout:
             raise ValueError(
-                "mask_prob and heldout must be above 0: there is nothing to learn or judge"
+                "mask_prob, eval_mask_prob and heldout must be above 0: there is nothing to learn or judge"
             )
-        self._check_least(0, "eval_tokens")
+        if not 0.0 <= self.batch_ramp <= 1.0:
+            raise ValueError(f"batch_ramp is {self.batch_ramp}: it must be in [0, 1]")
+        if self.batch_ramp and self.accumulate == 1:
+            raise ValueError(
+                "batch_ramp is set and accumulate is 1: raise accumulate, to which it leads"
+            )
+        self._check_least(0, "eval_tokens", "local_attention")
         sizes = ("max_length", "vocab_size", "layers", "hidden", "heads", "ffn", "max_position")
         self._check_least(
             1, *sizes, "minutes", "goal", "max_tokens", "batch_size", "initializer_range", "shards"
         )
+        self._check_least(1, "global_every", "rope_theta", "local_rope_theta")
         if self.goal is not None and not self.eval_every:
             raise ValueError(
                 "goal is set and eval_every is 0: evaluations are what a goal is seen by"
@@ -151,6 +245,20 @@ class PretrainConfig(TrainingSettings):
             raise ValueError(
                 f"max_tokens {self.max_tokens} is below max_length {self.max_length}: a batch holds whole sequences"
             )
+
+    def batches_of(self, step: int) -> int:
+        """The number of batches that make optimiser step `step`: equal stairs up to `accumulate` over the ramp."""
+        if not self.batch_ramp:
+            return self.accumulate
+        assert self.steps is not None
+        return min(
+            1 + int(self.accumulate * step / (self.batch_ramp * self.steps)), self.accumulate
+        )
+
+    @property
+    def batches_a_step(self) -> float:
+        """The mean number of batches of a step."""
+        return self.accumulate - self.batch_ramp * (self.accumulate - 1) / 2
 
 
 def load_settings(path: str | Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,9 @@ class Feed:
     def __init__(
         self, config: PretrainConfig, tokenizer: Any, shards: Shards, world: World
     ) -> None:
+        assert config.mask_prob is not None
         settings = DataSettings(
-            recipe=config.recipe,
+            recipe="bert" if config.next_sentence else "roberta",
             max_length=config.max_length,
             short_seq_prob=config.short_seq_prob,
             mask_prob=config.mask_prob,
@@ -75,7 +77,8 @@ class Feed:
             for part in world.parts[1:]
         ]
         self.batches = Interleaved([self.train, *others]) if others else self.train
-        self.heldout = PretrainingData(shards, tokenizer, settings, part="heldout")
+        judged = replace(settings, mask_prob=config.eval_mask_prob)
+        self.heldout = PretrainingData(shards, tokenizer, judged, part="heldout")
         self.mask_id = self.heldout.special.mask
         self.eval_batches = _first_batches(self.heldout, config.eval_tokens)
         self._baselines: dict[str, float] | None = None

@@ -50,6 +50,10 @@ def start_with_neighbours(
         )
     D = hidden // heads
     embeddings = bert.embeddings
+    if embeddings.position is None:
+        raise ValueError(
+            "start = neighbours writes a table of positions, and rotary positions have none: use start normal"
+        )
     for table in (embeddings.word, embeddings.token_type):
         if table is not None:
             table.weight[:, :D] = 0.0

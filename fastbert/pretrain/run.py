@@ -140,21 +140,24 @@ def _steps(config: PretrainConfig, model: torch.nn.Module, feed: Feed, world: Wo
         whole, part = int(config.epochs), config.epochs % 1.0
         batches = sum(feed.train.num_batches(epoch) for epoch in range(whole))
         batches += round(part * feed.train.num_batches(whole)) if part else 0
-        return max(batches // config.accumulate, 1)
+        return max(int(batches / config.batches_a_step), 1)
     assert config.minutes is not None
-    return max(round(60.0 * config.minutes / seconds_per_step(model, feed, config, world)), 1)
+    seconds = seconds_per_step(model, feed, config, world)
+    seconds *= config.batches_a_step / config.accumulate
+    return max(round(60.0 * config.minutes / seconds), 1)
 
 
 def seconds_per_step(
     model: torch.nn.Module, feed: Feed, config: PretrainConfig, world: World
 ) -> float:
-    """Time some steps on a copy of the model; the model and the generators are left as they were.
+    """Time some steps of all batches on a copy of the model; the model and the generators are left as they were.
 
     Several processes time their own work without exchanging gradients.
     """
     assert config.minutes is not None
     rng = store.capture_rng()
-    single, settings = World(shards=len(world.parts)), replace(config, steps=1_000_000)
+    single = World(shards=len(world.parts))
+    settings = replace(config, steps=1_000_000, batch_ramp=0.0)
     trial = PretrainTrainer(copy.deepcopy(model), feed.batches, settings, single)
     # the first step is slower than the rest: memory, imports
     trial.train_step()

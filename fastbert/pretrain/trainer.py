@@ -24,7 +24,7 @@ class PretrainTrainer(Trainer):
         self, model: nn.Module, data: Stream, config: PretrainConfig, world: World | None = None
     ) -> None:
         super().__init__(model, data, config, world)
-        self.losses = ("mlm_loss", "nsp_loss") if config.recipe == "bert" else ("mlm_loss",)
+        self.losses = ("mlm_loss", "nsp_loss") if config.next_sentence else ("mlm_loss",)
         # evaluates one held-out batch; it reads weights outside of the model's forward
         self.judge = self.spread.bound(judge)
 

@@ -9,15 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.backend import chooser, cpu
+from fastbert.backend.reference.attention_form import Rotary
 from fastbert.backend.torch_private import exporting
 from fastbert.nn.base import Linear as BlockLinear
 from fastbert.nn.blocks import PARAMETERS, EncoderLayer, QKVProjection, SelfAttention
-from fastbert.nn.feed_forward import FeedForward
+from fastbert.nn.feed_forward import FeedForward, GatedFeedForward
 from fastbert.nn.int8 import Int8Linear
 from fastbert.nn.layer import LayerSettings, activation_name
 from fastbert.nn.packing import Packing
 from fastbert.nn.watch import log_once
-from fastbert.runners.copies import RECORDED, Copies, Fields, why_not_form, why_not_prepacked
+from fastbert.runners.copies import (
+    RECORDED,
+    Copies,
+    Fields,
+    why_not_form,
+    why_not_prepacked,
+)
+from fastbert.runners.forms import Form, addresses, tables
 
 # the classes that each part of a layer may have for its parameters to be read
 PARTS: dict[str, tuple[type[nn.Module], ...]] = {
@@ -25,8 +33,8 @@ PARTS: dict[str, tuple[type[nn.Module], ...]] = {
     "attention": (SelfAttention,),
     "attention.qkv": (QKVProjection, Int8Linear),
     "attention.out": (BlockLinear, Int8Linear),
-    "attention_norm": (nn.LayerNorm,),
-    "feed_forward": (FeedForward,),
+    "attention_norm": (nn.LayerNorm, nn.Identity),
+    "feed_forward": (FeedForward, GatedFeedForward),
     "feed_forward.up": (BlockLinear, Int8Linear),
     "feed_forward.down": (BlockLinear, Int8Linear),
     "output_norm": (nn.LayerNorm,),
@@ -39,6 +47,9 @@ SETTINGS: dict[type[nn.Module], str] = {
     QKVProjection: "num_heads",
     Int8Linear: "num_heads",
     FeedForward: "approximate",
+    GatedFeedForward: "activation",
+    SelfAttention: "window",
+    EncoderLayer: "pre_norm",
 }
 
 
@@ -182,7 +193,7 @@ class Frozen(Copies):
             settings.append(s)
         if len({fields[0][0].shape[1] for fields in layers}) > 1:
             return "its layers differ in width"
-        for part in (f[0] for fields in layers for f in fields):
+        for part in (t for fields in layers for f in fields for t in f):
             if isinstance(part, Int8Linear) and part.shape.numel():
                 # its weight moves, which is no change of the encoder
                 part.packed()
@@ -198,9 +209,14 @@ class Frozen(Copies):
         x: Tensor,  # (T, C)
         packing: Packing,
         rows: Tensor | None,  # (R,) int64
+        rotary: Sequence[Rotary | None],  # of every layer
     ) -> Tensor:
         """The last layer's output (T, C), or (R, C) at `rows`."""
-        return self.run(x, packing, rows)
+        windows = [layer.attention.window for layer in encoder.layers]  # type: ignore[union-attr]
+        forms = [Form(w, r) for w, r in zip(windows, rotary, strict=True)]  # type: ignore[arg-type]
+        # held until the call is over
+        found = tables(forms) if any(f != Form() for f in forms) else []
+        return self.run(x, packing, rows, addresses(found))
 
 
 def _fields(layer: nn.Module) -> Fields | None:
@@ -211,7 +227,8 @@ def _fields(layer: nn.Module) -> Fields | None:
         for path, m in layer.named_modules(remove_duplicate=False)
         if isinstance(m, Int8Linear)
     }
-    return [[own[name]] for name in PARAMETERS] if own.keys() == set(PARAMETERS) else None
+    fields = [[own.pop(name)] if name in own else [] for name in PARAMETERS]
+    return None if own else fields
 
 
 def why_not_read(layer: nn.Module, training: bool = False) -> str | None:
@@ -233,9 +250,14 @@ def why_not_read(layer: nn.Module, training: bool = False) -> str | None:
 
 
 def _settings(layer: EncoderLayer) -> LayerSettings:
+    block = layer.feed_forward
+    gated = isinstance(block, GatedFeedForward)
+    activation = block.activation if gated else activation_name(block.approximate)  # type: ignore[arg-type]
     return LayerSettings(
         layer.attention.qkv.num_heads,
-        activation_name(layer.feed_forward.approximate),
-        layer.attention_norm.eps,
-        layer.output_norm.eps,
+        activation,
+        getattr(layer.attention_norm, "eps", 0.0),
+        getattr(layer.output_norm, "eps", 0.0),
+        pre_norm=layer.pre_norm,
+        gated=gated,
     )

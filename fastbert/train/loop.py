@@ -219,9 +219,12 @@ class Run:
         state = self.checkpoints.load()
         if state is None:
             return 0
-        # a setting that is newer than the run had its default then
-        defaults = {f.name: f.default for f in dataclasses.fields(self.trainer.config)}
-        check_identity(defaults | state["identity"], self.identity)
+        before = state["identity"]
+        kind = type(self.trainer.config)
+        names = [f.name for f in dataclasses.fields(kind)]
+        # a setting that is newer than the run had the value then that follows from the others
+        settings = kind(**{name: before[name] for name in names if name in before}).to_dict()
+        check_identity(settings | before, self.identity)
         if state["torch"] != str(torch.__version__):
             _log.warning(
                 "this run was started with torch %s and goes on with %s: losses may differ in their last digits",

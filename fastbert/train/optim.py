@@ -1,7 +1,8 @@
-"""BERT's optimisers, AdamW, LAMB and Muon without decay on biases and norms; linear warm-up and decay to zero."""
+"""BERT's optimisers, AdamW, LAMB and Muon without decay on biases and norms; schedules of the learning rate."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -91,11 +92,29 @@ def make_optimiser(model: nn.Module, config: TrainingSettings) -> torch.optim.Op
     return torch.optim.AdamW(groups, fused=True, **common)
 
 
-def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """The rate of optimiser step `step`, counted from 0: up over `warmup` steps, then down to 0 after `steps`."""
+def learning_rate(step: int, config: TrainingSettings) -> float:
+    """The rate of optimiser step `step`, counted from 0, of a run whose number of steps is known.
+
+    It rises over the warm-up and falls to 0 after the last step: "linear" in a line; "wsd" (warm-up, stable, decay; Hu
+    et al. 2024) in a line over its last steps; "one-cycle" (Smith and Topin 2018) by half a cosine, and it rises from a
+    25th of the peak by half a cosine too.
+    """
+    assert config.steps is not None
+    steps, warmup, peak = config.steps, config.warmup_steps, config.lr
+    cycle = config.schedule == "one-cycle"
     if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * max(steps - step, 0) / max(steps - warmup, 1)
+        part = (step + 1) / warmup
+        return peak * (0.04 + 0.96 * _half_cosine(part)) if cycle else peak * part
+    length = steps - warmup
+    if config.schedule == "wsd":
+        length = min(config.decay_steps, length)
+    part = min(max(steps - step, 0) / max(length, 1), 1.0)
+    return peak * (_half_cosine(part) if cycle else part)
+
+
+def _half_cosine(part: float) -> float:
+    """From 0 at 0 to 1 at 1."""
+    return 0.5 - 0.5 * math.cos(math.pi * part)
 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:

@@ -19,6 +19,7 @@ from fastbert.files import quoted, read_lines, shortened, why_not_unicode
 # settings that may differ between a run and its resumption: they change no loss
 FREE = ("checkpoint_every", "keep_last")
 OPTIMISERS = ("adamw", "lamb", "muon")
+SCHEDULES = ("linear", "wsd", "one-cycle")
 # one of these gives the length of a training; a run records the steps that follow from it
 LENGTHS = ("steps", "epochs", "minutes")
 
@@ -155,6 +156,14 @@ class TrainingSettings(Settings):
         "adamw", OPTIMISER, "adamw; lamb for large batches; muon for fewer steps of more work"
     )
     lr: float = setting(1e-4, OPTIMISER, "peak learning rate")
+    schedule: str = setting(
+        "linear",
+        OPTIMISER,
+        "of the rate after the warm-up: linear to 0; wsd: even, then linear to 0; one-cycle: both ways by a cosine",
+    )
+    decay: float = setting(
+        0.2, OPTIMISER, "steps of wsd's fall, as a part of all steps, or as a number from 1 on"
+    )
     warmup: float = setting(
         0.1, OPTIMISER, "steps of linear warm-up, as a part of all steps, or as a number from 1 on"
     )
@@ -182,10 +191,10 @@ class TrainingSettings(Settings):
         from fastbert.backend.names import BACKENDS
 
         backends = (*BACKENDS, None)
-        choices = {"optimiser": OPTIMISERS, "precision": ("fp32", "bf16"), "backend": backends}
-        self._check_choices(choices)
+        self._check_choices({"optimiser": OPTIMISERS, "schedule": SCHEDULES})
+        self._check_choices({"precision": ("fp32", "bf16"), "backend": backends})
         self._check_shares("beta1", "beta2")
-        least = ("weight_decay", "clip", "warmup", "seed", "split_seed", "eval_every")
+        least = ("weight_decay", "clip", "warmup", "decay", "seed", "split_seed", "eval_every")
         self._check_least(0, *least, "checkpoint_every")
         above = ("steps", "epochs", "accumulate", "lr", "epsilon", "threads", "log_every")
         self._check_least(1, *above, "keep_last")
@@ -195,8 +204,20 @@ class TrainingSettings(Settings):
     @property
     def warmup_steps(self) -> int:
         """The steps of warm-up of a run whose number of steps is known."""
+        return self._part_of_steps(self.warmup)
+
+    @property
+    def decay_steps(self) -> int:
+        """The steps of wsd's fall of a run whose number of steps is known."""
+        return self._part_of_steps(self.decay)
+
+    def _part_of_steps(self, part: float) -> int:
         assert self.steps is not None
-        return round(self.warmup * self.steps) if self.warmup < 1 else round(self.warmup)
+        return round(part * self.steps) if part < 1 else round(part)
+
+    def batches_of(self, step: int) -> int:
+        """The number of batches that make optimiser step `step`, counted from 0."""
+        return self.accumulate
 
 
 def scheduled(config: Training, batches: int, shards: int = 1) -> Training:

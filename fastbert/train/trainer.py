@@ -114,7 +114,7 @@ class Trainer:
         """The batches of the next step; the position moves past them."""
         if self._batches is None:
             self._batches = self.data.stream(self.at.epoch, self.at.batch)
-        count = self.config.accumulate * len(self.world.parts)
+        count = self.config.batches_of(self.at.step) * len(self.world.parts)
         batches = [next(self._batches) for _ in range(count)]
         last = batches[-1]
         assert last.epoch is not None
@@ -140,8 +140,7 @@ class Trainer:
         if not math.isfinite(loss) or not math.isfinite(norm):
             self._refuse(loss, norm, batches)
         at = self.at
-        rate = learning_rate(at.step, self.steps, self.config.warmup_steps, self.config.lr)
-        set_learning_rate(self.optimiser, rate)
+        set_learning_rate(self.optimiser, learning_rate(at.step, self.config))
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         at.step += 1

@@ -226,8 +226,9 @@ def test_nothing_is_loaded_from_a_file_that_does_not_fit(tmp_path):
         other.embeddings.norm.bias.add_(1.0)
     other.save_pretrained(tmp_path)
     rewrite(tmp_path, DAMAGE["-128"][0])
-    from fastbert.models.checkpoint import fill, read_weights
+    from fastbert.models.checkpoint import fill
     from fastbert.models.names import names_of
+    from fastbert.models.weight_files import read_weights
 
     state = {f"bert.{k}": v for k, v in read_weights(tmp_path).items()}
     with pytest.raises(ValueError, match="-128"):

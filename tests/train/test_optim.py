@@ -51,10 +51,13 @@ def test_decay_is_what_the_groups_say():
 
 @pytest.mark.parametrize("steps", [1, 7, 100])
 @pytest.mark.parametrize("warmup", [0, 1, 10])
-def test_schedule(steps, warmup):
-    rates = [learning_rate(step, steps, warmup, 2.0) for step in range(steps)]
+@pytest.mark.parametrize("schedule", ["linear", "wsd", "one-cycle"])
+def test_schedule(steps, warmup, schedule):
+    config = small_config(steps=steps, warmup=warmup, lr=2.0, schedule=schedule, decay=0.3)
+    rates = [learning_rate(step, config) for step in range(steps)]
     assert all(0.0 < rate <= 2.0 for rate in rates)
-    assert learning_rate(steps, steps, min(warmup, steps), 2.0) == 0.0
+    config = small_config(steps=steps, warmup=min(warmup, steps), lr=2.0, schedule=schedule)
+    assert learning_rate(steps, config) == 0.0
     if steps > warmup:
         assert max(rates) == 2.0
         rising = rates[: warmup + 1] if warmup else []
@@ -63,4 +66,14 @@ def test_schedule(steps, warmup):
 
 
 def test_schedule_by_hand():
-    assert [learning_rate(s, 6, 2, 1.0) for s in range(7)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    def rates(**settings):
+        config = small_config(steps=6, warmup=2, lr=1.0, **settings)
+        return [learning_rate(s, config) for s in range(7)]
+
+    assert rates() == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    # a decay of a part, and one longer than what the warm-up leaves
+    assert rates(schedule="wsd", decay=0.33) == [0.5, 1.0, 1.0, 1.0, 1.0, 0.5, 0.0]
+    assert rates(schedule="wsd", decay=100) == rates()
+    assert rates(schedule="one-cycle") == pytest.approx(
+        [0.04 + 0.96 * 0.5, 1.0, 1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0.0]
+    )

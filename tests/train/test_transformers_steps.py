@@ -53,7 +53,7 @@ def test_ten_losses(tmp_path):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), config.clip)
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, config.steps, config.warmup_steps, config.lr)
+            group["lr"] = learning_rate(step, config)
         optimiser.step()
         ours.append(trainer.train_step().loss)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
