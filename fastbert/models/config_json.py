@@ -171,6 +171,9 @@ def _to_modernbert(config: Any) -> dict[str, Any]:
         # of no meaning where all layers are global, but transformers divides it
         "local_attention": config.local_attention or 128,
         "layer_types": kinds,
+        # what transformers 4 reads in the place of layer_types and rope_parameters
+        "global_attn_every_n_layers": config.global_attn_every_n_layers,
+        **{f"{name}_rope_theta": theta for name, theta in thetas.items()},
         "rope_parameters": {
             _KINDS[name]: {"rope_type": "default", "rope_theta": theta}
             for name, theta in thetas.items()

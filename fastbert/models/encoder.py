@@ -298,7 +298,7 @@ class BertModel(Pretrained):
                 log_once(
                     "output_attentions computes the attention weights a second time, in plain torch"
                 )
-                weights.append(layer.attention.probabilities(x, packing, rotary[i]))  # type: ignore[operator, union-attr]
+                weights.append(layer.probabilities(x, packing, rotary[i]))  # type: ignore[operator, union-attr]
             last = rows if i == narrow else None
             arguments = (x, packing.cu_seqlens, packing.max_seqlen, seed, 1 + 3 * i, last)
             if self.config.rotary:

@@ -274,6 +274,11 @@ class EncoderLayer(Block):
         # the blocks are called as modules: their hooks see every call
         return encoder_layer(x, weights, settings, call, attention, self.feed_forward)
 
+    def probabilities(self, x: Tensor, packing: Packing, rotary: F.Rotary | None = None) -> Tensor:
+        """The attention weights of the layer's input, as SelfAttention.probabilities."""
+        x = self.attention_norm(x) if self.pre_norm else x
+        return self.attention.probabilities(x, packing, rotary)
+
 
 def _norm_weights(norm: nn.Module) -> tuple[Any, Tensor | None]:
     """A LayerNorm's weight and bias; a norm of another kind, or one with hooks, and None: it is called."""

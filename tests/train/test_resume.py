@@ -68,9 +68,23 @@ def test_killed_while_a_checkpoint_is_written(settings, expected, tmp_path, sabo
     assert names == ["step-00000008.pt", "step-00000012.pt"]
 
 
-def test_muon_is_killed_and_goes_on(settings, tmp_path):
-    """The states of both kinds of groups are in a checkpoint; matrices go through the native products where built."""
-    given = settings | {"optimiser": "muon", "backend": None}
+RAMP = {
+    "recipe": "modern",
+    "tokenizer_kind": "wordpiece",
+    "accumulate": 3,
+    "batch_ramp": 0.5,
+    "max_tokens": 128,
+    "schedule": "wsd",
+}
+
+
+@pytest.mark.parametrize("more", [{}, RAMP], ids=["bert", "modern"])
+def test_muon_is_killed_and_goes_on(settings, more, tmp_path):
+    """The states of both kinds of groups are in a checkpoint; matrices go through the native products where built.
+
+    With the recipe modern a step takes as many batches as the ramp says.
+    """
+    given = settings | {"optimiser": "muon", "backend": None} | more
     assert finish(given, tmp_path / "whole") == 0
     assert finish(given, tmp_path / "run", sabotage="half") == -signal.SIGKILL
     assert finish(given, tmp_path / "run", resume=True) == 0
