@@ -130,12 +130,15 @@ def _reason(name: str, slug: str, device: torch.device, args: tuple[Any, ...]) -
     found = _IMPLEMENTATIONS[name][slug]
     if isinstance(found, str):
         return found
-    if _DEVICES.get(name, device.type) != device.type:
-        lacking = "" if device_of(name) else ", of which torch finds none on this machine"
-        return (
-            f"the tensors are on {device.type} and this backend runs on {_DEVICES[name]}{lacking}"
-        )
-    return found.unsupported(*args)
+    return why_not_on(name, device.type) or found.unsupported(*args)
+
+
+def why_not_on(name: str, kind: str) -> str | None:
+    """Why a backend takes no tensors on a device of this type, or None."""
+    if _DEVICES.get(name, kind) == kind:
+        return None
+    lacking = "" if device_of(name) else ", of which torch finds none on this machine"
+    return f"the tensors are on {kind} and this backend runs on {_DEVICES[name]}{lacking}"
 
 
 def order(kind: str) -> tuple[str, ...]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import typer
 
-from fastbert.cli.settings import ready, say, signature
+from fastbert.cli.settings import configured, ready, say, signature
 from fastbert.distil.config import DistilConfig
-from fastbert.train.settings import check_unused, load_settings, merge, recorded
+from fastbert.distil.models import usable
 
 
 def distill(**flags: Any) -> None:
@@ -21,17 +22,8 @@ def distill(**flags: Any) -> None:
 
     Example: fastbert distill runs/a train.csv --student 3x384 --out runs/small
     """
-    out, file = flags.pop("out"), flags.pop("config")
-    resume, quiet = (flags.pop(name) for name in ("resume", "quiet"))
-    given = {name: value for name, value in flags.items() if value not in (None, [])}
-    settings = merge(load_settings(file, DistilConfig) if file else {}, given)
-    if resume:
-        config = recorded(out, settings, DistilConfig)
-    else:
-        config = DistilConfig(**settings)
-        check_unused(out)
-        config.check_readable()
-        config.check_out(out)
+    out, resume, quiet = (flags.pop(name) for name in ("out", "resume", "quiet"))
+    config = configured(DistilConfig, out, resume, flags, partial(usable, out=out))
     ready()
     from fastbert.distil import run
 

@@ -11,12 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from fastbert import files
-from fastbert.cli.settings import ready, say, signature
+from fastbert.cli.settings import configured, ready, say, signature
 from fastbert.cli.text import Int8, read_lines
 from fastbert.files import RECORDS, existing, quoted
 from fastbert.finetune.config import FinetuneConfig, trained_model
 from fastbert.models.config import BertConfig
-from fastbert.train.settings import check_unused, load_settings, merge, recorded
 
 FORMATS = (".jsonl", ".csv", ".conll")
 
@@ -31,16 +30,8 @@ def finetune(**flags: Any) -> None:
 
     Example: fastbert finetune train.csv --task classify --model bert/ --out runs/a
     """
-    out, file = flags.pop("out"), flags.pop("config")
-    resume, quiet = (flags.pop(name) for name in ("resume", "quiet"))
-    given = {name: value for name, value in flags.items() if value not in (None, [])}
-    settings = merge(load_settings(file, FinetuneConfig) if file else {}, given)
-    if resume:
-        config = recorded(out, settings, FinetuneConfig)
-    else:
-        config = FinetuneConfig(**settings)
-        check_unused(out)
-        config.check_readable()
+    out, resume, quiet = (flags.pop(name) for name in ("out", "resume", "quiet"))
+    config = configured(FinetuneConfig, out, resume, flags, FinetuneConfig.check_readable)
     ready()
     from fastbert.finetune import run
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
-from fastbert.cli.settings import ready, say, signature
+from fastbert.cli.settings import configured, ready, say, signature
 from fastbert.pretrain.build import check_usable
-from fastbert.pretrain.config import PretrainConfig, load_settings
-from fastbert.train.settings import check_length_said, check_unused, merge, recorded
+from fastbert.pretrain.config import PretrainConfig
 
 
 def pretrain(**flags: Any) -> None:
@@ -22,17 +22,9 @@ def pretrain(**flags: Any) -> None:
 
     Example: fastbert pretrain texts/ --out runs/a --steps 10000 --layers 6 --hidden 384 --heads 6
     """
-    out, file = flags.pop("out"), flags.pop("config")
-    resume, rebuild, quiet = (flags.pop(name) for name in ("resume", "rebuild", "quiet"))
-    given = {name: value for name, value in flags.items() if value not in (None, [])}
-    settings = merge(load_settings(file) if file else {}, given)
-    if resume:
-        config = recorded(out, settings, PretrainConfig)
-    else:
-        check_length_said(settings)
-        config = PretrainConfig(**settings)
-        check_unused(out)
-        check_usable(config, out)
+    out, resume, quiet = (flags.pop(name) for name in ("out", "resume", "quiet"))
+    rebuild = flags.pop("rebuild")
+    config = configured(PretrainConfig, out, resume, flags, partial(check_usable, out=out))
     ready()
     from fastbert.pretrain import run
 

@@ -5,13 +5,22 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fastbert.backend import names
-from fastbert.train.settings import Settings, settings_of
+from fastbert.train.settings import (
+    Config,
+    Settings,
+    check_unused,
+    load_settings,
+    merge,
+    recorded,
+    settings_of,
+)
 
 Parameter = tuple[str, Any, Any]
 
@@ -32,6 +41,27 @@ def ready() -> None:
 
     if chooser.misset is not None:
         raise ValueError(chooser.misset)
+
+
+def configured(
+    kind: type[Config],
+    out: Path,
+    resume: bool,
+    flags: Mapping[str, Any],
+    check: Callable[[Config], object],
+) -> Config:
+    """The settings of a run: those recorded in OUT to resume it, else of --config and flags, after the `check` of them.
+
+    Raises ValueError, TypeError or OSError for settings and folders that can't be used.
+    """
+    given = {n: v for n, v in flags.items() if n != "config" and v not in (None, [])}
+    settings = merge(load_settings(flags["config"], kind) if flags["config"] else {}, given)
+    if resume:
+        return recorded(out, settings, kind)
+    config = kind(**settings)
+    check_unused(out)
+    check(config)
+    return config
 
 
 def signature(kind: type[Settings], *own: Parameter) -> inspect.Signature:

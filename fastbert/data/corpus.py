@@ -229,12 +229,15 @@ def _expand(item: Any, layout: Layout) -> list[Source]:
     if str(item) == "-":
         return [_stdin()]
     path = existing(item, TEXTS)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-        if not files:
-            raise ValueError(f"{path} holds no {', '.join('*' + s for s in SUFFIXES)} file")
-        return [_file(p) for p in files]
-    return [_file(path)]
+    return [_file(p) for p in (texts_in(path) if path.is_dir() else [path])]
+
+
+def texts_in(folder: Path) -> list[Path]:
+    """The files of text in a folder and below it, sorted; raises ValueError where there is none."""
+    files = sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+    if not files:
+        raise ValueError(f"{folder} holds no {', '.join('*' + s for s in SUFFIXES)} file")
+    return files
 
 
 def _file(path: Path) -> FileSource:

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastbert.data import Batch
 from fastbert.distil.config import DistilConfig
 from fastbert.distil.losses import terms
-from fastbert.distil.plan import TERMS
+from fastbert.distil.plan import TERMS, UNJUDGED
 from fastbert.distil.student import Distillation
 from fastbert.distil.teacher import Teacher
 from fastbert.distil.work import Work
@@ -69,7 +69,7 @@ class DistilRun(KeepBest):
 
         Attention and relations alone train no head, and the metric says nothing: the last evaluation counts as best.
         """
-        return self.weights.keys() <= {"attention", "relations"} or super().better(value)
+        return self.weights.keys() <= UNJUDGED or super().better(value)
 
     def judged(self) -> dict[str, float]:
         """The values of an evaluation of the student."""

@@ -24,6 +24,8 @@ TERMS = {
     "relations": "tokens",
     "vectors": "sequences",
 }
+# alone they train no part that an evaluation reads
+UNJUDGED = {"attention", "relations"}
 
 
 class LossSettings(Protocol):
@@ -138,8 +140,8 @@ def check_losses(config: LossSettings, teacher: BertConfig, student: BertConfig)
             "which trains the map between them"
         )
     layers = teacher.num_hidden_layers, student.num_hidden_layers
-    if 0 in layers and {"hidden", "attention", "relations"} & set(config.weights):
-        raise ValueError("a model has no layers: choose losses of scores or vectors")
+    if 0 in layers and not {"soft", "labels", "vectors"} >= set(config.weights):
+        raise ValueError("a model has no layers: choose of the losses soft, labels and vectors")
     if "attention" in config.weights and student.num_hidden_layers > teacher.num_hidden_layers:
         raise ValueError(
             f"losses has attention, and the student has {student.num_hidden_layers} layers and the teacher "

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastbert.distil.config import DistilConfig, filled_in
+from fastbert.distil.config import DistilConfig, has_sizes
 from fastbert.distil.loop import DistilRun, DistilTrainer
+from fastbert.distil.models import Models, usable
 from fastbert.distil.plan import Plan
 from fastbert.distil.sentences import Sentences
-from fastbert.distil.student import Distillation, build_student, check_vocabulary
+from fastbert.distil.student import Distillation, build_student, check_vocabulary, copied
 from fastbert.distil.teacher import Teacher, check_int8
 from fastbert.distil.work import Labelled, Text, Work
 from fastbert.finetune.data import Sources
@@ -67,25 +68,27 @@ def distil(
     loop.Stopped after SIGTERM or SIGINT, and TrainingError when training can't go on.
     """
     given = Sources(train, validation, test)
+    models = None
     if config is not None and not resume:
-        config.check_readable(has_data=train is not None)
-        config.check_out(Path(out))
-        check_vocabulary(config)
-        config = filled_in(config)
+        config, models = usable(config, Path(out), train is not None, validation is not None)
+        check_vocabulary(config, models)
     session = Session(DistilConfig, config, out, resume=resume, quiet=quiet, say=say)
     with session as s:
         if s.config.int8:
             check_int8(s.device)
-        work = make_work(s, given)
+        models = models or Models.of(s.config)
+        work = make_work(s, models, given)
         teacher = work.load_teacher().to(s.device)
 
         def build() -> Distillation:
-            student = build_student(s.config, teacher, work.kind)
+            student = build_student(s.config, teacher, work.kind, models.student_folder)
             plan = Plan.of(s.config, teacher.config, student.config)
             return Distillation(student, plan, work, teacher.config)
 
         model = s.model(build)
         observed = Teacher(teacher, work, model.losses.plan.wanted(1), s.config.int8)
+        # last of what may be refused: text is written to OUT
+        work.open()
         s.say(_description(s.config, model, teacher, work))
         s.begin(model, lambda: scheduled(s.config, work.epoch, s.config.shards or 1))
         run = DistilRun(DistilTrainer(model, observed, work, s.config, s.world), work, s)
@@ -93,17 +96,17 @@ def distil(
         return _report(s, run, work, teacher)
 
 
-def make_work(s: Session[DistilConfig], given: Sources) -> Work:
-    """The data, of the kind that the settings name."""
+def make_work(s: Session[DistilConfig], models: Models, given: Sources) -> Work:
+    """The work of the kind of data that the settings name."""
     if s.config.data == "text":
         if given.train is not None:
             raise ValueError("train is given and the data is text: name its files as sources")
-        return Text(s)
+        return Text(s, models)
     if s.config.data == "sentences":
         if given.validation is not None or given.test is not None:
             raise ValueError("validation or test is given and the data is sentences: name files")
-        return Sentences(s, given.train)
-    return Labelled(s, given)
+        return Sentences(s, models, given.train)
+    return Labelled(s, models, given)
 
 
 def summary(result: Result) -> list[str]:
@@ -165,7 +168,28 @@ def _report(s: Session[DistilConfig], run: DistilRun, work: Work, teacher: Any) 
 def _description(config: DistilConfig, model: Distillation, teacher: Any, work: Work) -> str:
     own, size = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.student, teacher))
     c = model.student.config
-    return (
+    sizes = (
         f"student of {own:.2f} M parameters, {c.num_hidden_layers} layers x {c.hidden_size}, teacher {size:.2f} M, "  # type: ignore[union-attr]
-        f"{teacher.config.num_hidden_layers} x {teacher.config.hidden_size}; {work.describe()}; losses {config.losses}"
+        f"{teacher.config.num_hidden_layers} x {teacher.config.hidden_size}"
+    )
+    origin = _origin(config, model.student, teacher)
+    return f"{sizes}; {origin}; {work.describe()}; losses {config.losses}"
+
+
+def _origin(config: DistilConfig, student: Any, teacher: Any) -> str:
+    """What a student starts from, in a few words."""
+    assert config.student is not None
+    if not has_sizes(config.student):
+        return f"it starts from {config.student}"
+    if config.start == "fresh":
+        return "it starts from random weights"
+    keys = copied(config, student, teacher)
+    own = dict(student.named_parameters())
+    count = sum(p.numel() for name, p in own.items() if name in keys) / 1e6
+    layers = sorted(
+        {int(rest.split(".")[0]) for key in keys.values() if (rest := key.partition("layers.")[2])}
+    )
+    return (
+        f"{count:.2f} M of its parameters are copied from the teacher, "
+        f"{'layers ' + ', '.join(map(str, layers)) if layers else 'no layer'} among them"
     )

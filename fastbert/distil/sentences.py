@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from torch import Tensor, nn
 from torch.nn import functional as tnf
 
 from fastbert.data import Batch, tokenizer_hash
-from fastbert.distil.config import DistilConfig, has_sizes, teacher_folder
+from fastbert.data.corpus import texts_in
+from fastbert.distil.config import DistilConfig
+from fastbert.distil.models import Models
 from fastbert.distil.plan import Wanted
 from fastbert.distil.signals import Signals, Tap
 from fastbert.distil.work import Divided, check_divisible
 from fastbert.files import listed, parse_json, quoted, read_lines, read_text, why_not_text
-from fastbert.finetune.config import trained_model
 from fastbert.finetune.features import Features, Shuffled, split
-from fastbert.finetune.records import SUFFIXES, read_records, suffix_of
+from fastbert.finetune.records import SUFFIXES, is_saved, read_records, suffix_of
 from fastbert.infer import Embedder
 from fastbert.integrations.sentence_transformers import POOLING_SWITCHES, fill, pool
 from fastbert.models.encoder import BertModel
@@ -48,33 +50,21 @@ class Sentences:
     kind = BertModel
     higher = True
 
-    def __init__(self, s: Session[DistilConfig], train: Any = None) -> None:
+    def __init__(self, s: Session[DistilConfig], models: Models, train: Any = None) -> None:
         c = s.config
-        assert c.teacher is not None
-        assert c.batch_size is not None
         assert c.max_length is not None
-        self.config = c
-        self.folder = trained_model(c.teacher)
-        self.teacher = Embedder(self.folder)
+        self.config, self.world, self.models = c, s.world, models
+        self.teacher = Embedder(models.folder)
         self.teacher.max_length = min(self.teacher.max_length, c.max_length)
         self.tokenizer = self.teacher.tokenizer
         texts = _texts(c.sources if train is None else [train], c.field)
         self.pairs, held = _validation(c.validation, c.field)
         if c.validation is None:
-            if len(set(texts)) < 2:
-                raise ValueError(
-                    f"{len(texts)} sentences can't be divided into training and validation: pass validation"
-                )
             kept, out = split(texts, c.heldout or 0.0, c.split_seed)
             texts, held = [texts[i] for i in kept], [texts[i] for i in out]
         self.test_pairs, self.test_texts = _validation(c.test, c.field)
         self.metric = "cosine" if self.pairs is None else "spearman"
         self.texts, self.held = texts, held
-        features = self._features(texts)
-        batches = Shuffled(features, c.batch_size, c.seed)
-        check_divisible(len(batches), s.world)
-        self.batches: Stream = Divided(batches, s.world)
-        self.epoch = len(batches)
         # a copy of the layers after the pooling, which moves to the models' device; Embedder runs its own on the CPU
         self._layers = copy.deepcopy(self.teacher.about.layers)
         # the teacher's vectors of texts that are judged
@@ -82,6 +72,13 @@ class Sentences:
 
     def load_teacher(self) -> Any:
         return self.teacher.model
+
+    def open(self) -> None:
+        assert self.config.batch_size is not None
+        batches = Shuffled(self._features(self.texts), self.config.batch_size, self.config.seed)
+        check_divisible(len(batches), self.world)
+        self.batches: Stream = Divided(batches, self.world)
+        self.epoch = len(batches)
 
     def load_student(self, folder: Path) -> tuple[Any, nn.Module | None]:
         model = BertModel.from_pretrained(folder, add_pooler=False)
@@ -96,9 +93,8 @@ class Sentences:
         if width == own:
             return None
         found = nn.Linear(width * modes, own * modes, bias=False)
-        assert self.config.student is not None
-        student = Path(self.config.student)
-        if not has_sizes(self.config.student) and (student / _MAP).is_dir():
+        student = self.models.student_folder
+        if student is not None and (student / _MAP).is_dir():
             # a student that was saved is trained further with its map
             _load_map(found, student)
         return found
@@ -177,16 +173,16 @@ class Sentences:
             "include_prompt": self.teacher.about.include_prompt,
         }
         _write_json(folder / "1_Pooling" / "config.json", pooling)
-        file = self.folder / "modules.json"
+        file = self.models.folder / "modules.json"
         for entry in parse_json(read_text(file))[2:] if file.is_file() else []:
             kind = str(entry["type"]).rpartition(".")[2]
             modules.append((kind, f"{len(modules)}_{kind}"))
             (folder / modules[-1][1]).mkdir()
-            source = self.folder / entry.get("path", "")
-            if source != self.folder and source.is_dir():
+            source = self.models.folder / entry.get("path", "")
+            if source != self.models.folder and source.is_dir():
                 shutil.copytree(source, folder / modules[-1][1], dirs_exist_ok=True)
         for name in _KEPT:
-            places = (teacher_folder(self.config) / name, self.folder / name)
+            places = (self.models.encoder / name, self.models.folder / name)
             if kept := next(filter(Path.is_file, places), None):
                 shutil.copyfile(kept, folder / name)
         entries = [
@@ -220,6 +216,7 @@ class Sentences:
         self.tokenizer.no_truncation()
         for i, e in enumerate(encodings):
             features.add(e.ids, [0] * len(e.ids) if one_type else e.type_ids, i)
+        features.check_tokens(self.teacher.model.config.vocab_size)
         return features
 
 
@@ -235,9 +232,9 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _texts(sources: Sequence[Any], field: str) -> list[str]:
-    """The sentences of files and records; raises ValueError for one that is empty or no text."""
+    """The sentences of files, folders and records; raises ValueError for one that is empty or no text."""
     found: list[str] = []
-    for source in sources:
+    for source in chain.from_iterable(map(_parts, sources)):
         if isinstance(source, (list, tuple)) and all(isinstance(text, str) for text in source):
             found += _checked(source, "sentence {} of the data")
             continue
@@ -253,6 +250,14 @@ def _texts(sources: Sequence[Any], field: str) -> list[str]:
     return found
 
 
+def _parts(source: Any) -> list[Any]:
+    """The files of a folder of texts; any other source alone."""
+    folder = Path(source) if isinstance(source, (str, Path)) else None
+    if folder is None or not folder.is_dir() or is_saved(folder):
+        return [source]
+    return list(texts_in(folder))
+
+
 def _checked(texts: Sequence[str], name: str) -> list[str]:
     for number, text in enumerate(texts, 1):
         if reason := why_not_text(text):
@@ -264,7 +269,8 @@ def _validation(source: str | None, field: str) -> tuple[NDArray[np.float64] | N
     """The scores of pairs and their sentences, first ones then second ones; or None and plain sentences."""
     if source is None:
         return None, []
-    if suffix_of(Path(source)) not in SUFFIXES and not Path(source).is_dir():
+    path = Path(source)
+    if not is_saved(path) if path.is_dir() else suffix_of(path) not in SUFFIXES:
         return None, _texts([source], field)
     records = read_records(source, "validation")
     names = next((names for names in _PAIRS if set(names) <= set(records[0].values)), None)

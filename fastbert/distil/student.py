@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastbert.data import Batch, load_tokenizer, vocabulary
-from fastbert.distil.config import (
-    DistilConfig,
-    chosen_layers,
-    has_sizes,
-    student_config,
-    teacher_folder,
-)
+from fastbert.distil.config import DistilConfig
 from fastbert.distil.losses import Losses
+from fastbert.distil.models import Models, chosen_layers, dropouts, student_of_sizes
 from fastbert.distil.plan import Plan
 from fastbert.distil.signals import Hooks, Signals
 from fastbert.files import quoted
-from fastbert.finetune.config import trained_model
 from fastbert.models.config import BertConfig
 from fastbert.nn.packing import Packing
 
@@ -67,35 +62,36 @@ def _keep_unread(student: Any, plan: Plan) -> None:
             p.requires_grad_(False)
 
 
-def build_student(config: DistilConfig, teacher: Any, kind: type) -> Any:
+def build_student(
+    config: DistilConfig, teacher: Any, kind: type, folder: Path | None = None
+) -> Any:
     """A model of class `kind`: from a folder, or of given sizes, with the teacher's weights where these fit."""
-    assert config.student is not None
-    sizes = student_config(config, teacher.config)
-    labels = {n: getattr(teacher.config, n) for n in ("num_labels", "id2label", "label2id")}
     extra = {"add_pooler": False} if teacher.bert is teacher else {}
-    if not has_sizes(config.student):
-        folder = trained_model(config.student)
-        given = {
-            "hidden_dropout_prob": sizes.hidden_dropout_prob,
-            "attention_probs_dropout_prob": sizes.attention_probs_dropout_prob,
-        }
+    if folder is not None:
+        given: dict[str, Any] = dropouts(config)
         if hasattr(kind, "labels_per_token"):
-            given |= labels | {"problem_type": None}
+            labels = ("num_labels", "id2label", "label2id")
+            given |= {name: getattr(teacher.config, name) for name in labels}
+            given |= {"problem_type": None}
         return kind.from_pretrained(folder, **given, **extra)  # type: ignore[attr-defined]
-    student = kind(sizes, **extra)
+    student = kind(student_of_sizes(config, teacher.config), **extra)
     if config.start == "teacher":
-        _start(student, teacher, chosen_layers(config, teacher.config, sizes.num_hidden_layers))
+        weights = teacher.state_dict()
+        own = student.state_dict()
+        with torch.no_grad():
+            for name, key in copied(config, student, teacher).items():
+                own[name].copy_(weights[key])
     return student
 
 
-@torch.no_grad()
-def _start(student: Any, teacher: Any, layers: list[int]) -> None:
-    """Copy the chosen layers of the teacher, and each other weight that has one shape in both models.
+def copied(config: DistilConfig, student: Any, teacher: Any) -> dict[str, str]:
+    """{a student's weight: the teacher's that it starts as}: those of the chosen layers, and others, of equal shapes.
 
-    Layers are not copied if the student's heads have another size.
+    Layers are left out if the student's heads have another size.
     """
+    layers = chosen_layers(config, teacher.config, student.config.num_hidden_layers)
     same_heads = student.config.head_size == teacher.config.head_size
-    weights = teacher.state_dict()
+    weights, found = teacher.state_dict(), {}
     for name, value in student.state_dict().items():
         prefix, place, rest = name.partition("layers.")
         key = name
@@ -104,20 +100,28 @@ def _start(student: Any, teacher: Any, layers: list[int]) -> None:
             key = f"{prefix}layers.{layers[int(number)]}.{rest}"
         fits = key in weights and weights[key].shape == value.shape
         if fits and (same_heads or not place):
-            value.copy_(weights[key])
+            found[name] = key
+    return found
 
 
-def check_vocabulary(config: DistilConfig) -> None:
-    """Raise ValueError if the student's folder has another vocabulary than the teacher."""
-    assert config.student is not None
-    if has_sizes(config.student):
+def check_vocabulary(config: DistilConfig, models: Models) -> None:
+    """Raise ValueError for text whose tokens the teacher may lack, and for a student's folder with other tokens."""
+    if config.data != "text" and models.student_folder is None:
+        return
+    theirs = vocabulary(load_tokenizer(models.encoder))
+    # a mask puts any token of the tokenizer into the text
+    if config.data == "text" and len(theirs) > models.teacher.vocab_size:
+        raise ValueError(
+            f"the teacher in {config.teacher} has {models.teacher.vocab_size} tokens and its tokenizer {len(theirs)}: "
+            "copy the tokenizer that it was trained with"
+        )
+    if models.student_folder is None:
         return
     try:
-        own = vocabulary(load_tokenizer(trained_model(config.student)))
+        own = vocabulary(load_tokenizer(models.student_folder))
     except (FileNotFoundError, ValueError):
         # a folder without tokenizer: its vocabulary's size has been compared
         return
-    theirs = vocabulary(load_tokenizer(teacher_folder(config)))
     if own != theirs:
         odd = [mine for mine, other in itertools.zip_longest(own, theirs) if mine != other]
         raise ValueError(

@@ -12,17 +12,18 @@ from torch import Tensor, nn
 
 from fastbert import functional as F
 from fastbert.data import Batch
-from fastbert.distil.config import DistilConfig, teacher_folder
+from fastbert.distil.config import DistilConfig
+from fastbert.distil.models import Models
 from fastbert.distil.plan import Wanted
 from fastbert.distil.signals import Decoded, Signals, Tap
 from fastbert.files import listed
 from fastbert.finetune.classify import Classify, scale_of
-from fastbert.finetune.config import FinetuneConfig, Options
+from fastbert.finetune.config import FinetuneConfig
 from fastbert.finetune.data import Sources, load_data
 from fastbert.finetune.features import Shuffled, items
 from fastbert.finetune.judge import Part
 from fastbert.finetune.loop import judge, training_data
-from fastbert.models.config import BertConfig
+from fastbert.models.checkpoint import check_whole
 from fastbert.models.heads import BertForMaskedLM
 from fastbert.models.inputs import prepare
 from fastbert.nn.packing import Packing
@@ -41,8 +42,8 @@ class Work(Protocol):
     """One kind of data, with the models that are trained on it."""
 
     tokenizer: Any
+    # after `open`: the batches, and the number of them in an epoch, over all processes
     batches: Stream
-    # batches of an epoch, over all processes
     epoch: int
     # the value of an evaluation that the best step is chosen by, and whether more of it is better
     metric: str
@@ -54,6 +55,9 @@ class Work(Protocol):
 
     def load_teacher(self) -> Any:
         """The teacher."""
+
+    def open(self) -> None:
+        """Make the batches."""
 
     def load_student(self, folder: Path) -> tuple[Any, nn.Module | None]:
         """A student that was saved, and the module after its encoder."""
@@ -114,11 +118,11 @@ class Text:
     metric = "mlm_loss_masked"
     higher = False
 
-    def __init__(self, s: Session[DistilConfig]) -> None:
+    def __init__(self, s: Session[DistilConfig], models: Models) -> None:
         c = s.config
-        self.config, self.world = c, s.world
-        folder = teacher_folder(c)
-        settings = PretrainConfig(
+        self.config, self.world, self._session = c, s.world, s
+        self.folder = models.encoder
+        self.settings = PretrainConfig(
             sources=c.sources,
             separator=c.separator,
             field=c.field,
@@ -129,7 +133,7 @@ class Text:
             max_position=max(c.max_length or 0, 512),
             mask_prob=c.mask_prob,
             data_dir=c.data_dir,
-            tokenizer=str(folder),
+            tokenizer=str(self.folder),
             batch_size=c.batch_size,
             max_tokens=c.max_tokens,
             eval_tokens=c.eval_tokens,
@@ -137,13 +141,20 @@ class Text:
             split_seed=c.split_seed,
             steps=1,
         )
-        self.feed = shared_feed(settings, s.out, s.world, resume=s.resume, quiet=s.quiet)
+
+    def load_teacher(self) -> Any:
+        model = BertForMaskedLM.from_pretrained(self.folder)
+        if "soft" in self.config.weights:
+            check_whole(model, self.folder)
+        return model
+
+    def open(self) -> None:
+        """Tokenise the text into OUT/data, or open what is there, and make the batches."""
+        s = self._session
+        self.feed = shared_feed(self.settings, s.out, s.world, resume=s.resume, quiet=s.quiet)
         self.tokenizer = self.feed.tokenizer
         self.batches: Stream = self.feed.batches
         self.epoch = self.feed.train.num_batches(0) * s.world.shards
-
-    def load_teacher(self) -> Any:
-        return BertForMaskedLM.from_pretrained(teacher_folder(self.config))
 
     def load_student(self, folder: Path) -> tuple[Any, nn.Module | None]:
         return BertForMaskedLM.from_pretrained(folder), None
@@ -195,18 +206,16 @@ class Labelled:
 
     higher = True
 
-    def __init__(self, s: Session[DistilConfig], given: Sources) -> None:
-        c = s.config
-        self.config = c
-        folder = teacher_folder(c)
-        options = Options.load(folder)
+    def __init__(self, s: Session[DistilConfig], models: Models, given: Sources) -> None:
+        c, options, teacher = s.config, models.options, models.teacher
+        self.config, self.world, self.folder = c, s.world, models.encoder
         assert options is not None
         assert c.max_length is not None
         assert c.batch_size is not None
         self.settings = FinetuneConfig(
             sources=c.sources,
             validation=c.validation,
-            heldout=c.heldout,  # type: ignore[arg-type]
+            heldout=c.heldout or 0.0,
             test=c.test,
             task=options.task,
             text=options.text,
@@ -217,7 +226,7 @@ class Labelled:
             max_length=c.max_length,
             stride=min(options.stride, c.max_length // 3),
             longest_answer=options.longest_answer,
-            model=str(folder),
+            model=str(self.folder),
             split_seed=c.split_seed,
             batch_size=c.batch_size,
             seed=c.seed,
@@ -228,7 +237,6 @@ class Labelled:
         task = self.data.task
         unanswerable = options.unanswerable or task.options.unanswerable
         task.options = replace(task.options, unanswerable=unanswerable)
-        teacher = BertConfig.from_file(folder)
         if task.names and task.names != teacher.labels:
             raise ValueError(
                 f"the training data has the labels {listed(task.names)} and the teacher "
@@ -242,13 +250,17 @@ class Labelled:
         self.kind = task.kind
         self.metric: str = c.metric or task.metric
         self.tokenizer = self.data.tokenizer
-        batches = training_data(self.data, self.settings)
-        check_divisible(len(batches), s.world)
-        self.batches: Stream = Divided(batches, s.world)
-        self.epoch = len(batches)
 
     def load_teacher(self) -> Any:
-        return self.kind.from_pretrained(teacher_folder(self.config))
+        model = self.kind.from_pretrained(self.folder)
+        check_whole(model, self.folder)
+        return model
+
+    def open(self) -> None:
+        batches = training_data(self.data, self.settings)
+        check_divisible(len(batches), self.world)
+        self.batches: Stream = Divided(batches, self.world)
+        self.epoch = len(batches)
 
     def load_student(self, folder: Path) -> tuple[Any, nn.Module | None]:
         return self.kind.from_pretrained(folder), None

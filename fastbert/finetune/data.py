@@ -73,10 +73,6 @@ def load_data(config: FinetuneConfig, given: Sources) -> Data:
     validation = _optional(given.validation or config.validation, "validation", task)
     if validation is None:
         groups = [task.group(e) for e in train]
-        if len(set(groups)) < 2:
-            raise ValueError(
-                f"{len(train)} examples can't be divided into training and validation: pass validation"
-            )
         kept, held = split(groups, config.heldout, config.split_seed)
         train, validation = [train[i] for i in kept], [train[i] for i in held]
     test = _optional(given.test or config.test, "test", task)

@@ -44,6 +44,15 @@ class Features:
         for name, values in targets.items():
             self.targets.setdefault(name, []).append(np.asarray(values, np.int64))
 
+    def check_tokens(self, known: int) -> None:
+        """Raise ValueError for a token that a model of so many tokens lacks."""
+        largest = max((int(ids.max()) for ids in self.ids if len(ids)), default=0)
+        if largest >= known:
+            raise ValueError(
+                f"the text has token {largest} of the tokenizer and the model has {known} tokens, from 0 on: copy the "
+                "tokenizer that it was trained with"
+            )
+
     def batch(self, members: Sequence[int]) -> Batch:
         """These sequences, packed."""
         lengths = [len(self.ids[i]) for i in members]
@@ -107,8 +116,16 @@ class Shuffled:
 
 
 def split(groups: Sequence[Any], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Numbers of the examples kept and held out: whole groups, `share` of them, but at least one on each side."""
+    """Numbers of the examples kept and held out: whole groups, `share` of them, but at least one on each side.
+
+    Examples of one text are a group. Raises ValueError where there is a single one.
+    """
     names = list(dict.fromkeys(groups))
+    if len(names) < 2:
+        times = f", {len(groups)} times" if len(groups) > 1 else ""
+        raise ValueError(
+            f"the training data has one text only{times}, and none can be held out: pass validation, or more texts"
+        )
     count = min(max(round(share * len(names)), 1), len(names) - 1)
     key = rng.derive(seed, rng.Purpose.EXAMPLES)
     order = np.argsort(rng.bits(key, np.arange(len(names))), kind="stable")

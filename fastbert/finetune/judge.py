@@ -37,8 +37,12 @@ class Part:
 
     @classmethod
     def of(cls, examples: list[Any], task: Any, tokenizer: Any, config: BertConfig) -> Part:
-        """Tokenised for a model of this config; where it has a single token type, all types are 0."""
+        """Tokenised for a model of this config; where it has a single token type, all types are 0.
+
+        Raises ValueError for a token that the model lacks.
+        """
         features = task.encode(tokenizer, examples)
+        features.check_tokens(config.vocab_size)
         if config.type_vocab_size == 1:
             features.types = [np.zeros_like(types) for types in features.types]
         return cls(examples, features)

@@ -172,8 +172,15 @@ def _object(value: Any, place: str) -> dict[str, Any]:
     return value
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` of the package datasets wrote a folder."""
+    return any((folder / f"dataset_{part}.json").is_file() for part in ("info", "dict"))
+
+
 def _of_folder(path: Path, split: str) -> list[Record]:
     """A folder that `save_to_disk` of the package datasets wrote."""
+    if not is_saved(path):
+        raise ValueError(f"{path} is no folder that datasets' save_to_disk wrote: {RECORDS}")
     try:
         import datasets
     except ImportError as error:
@@ -183,7 +190,9 @@ def _of_folder(path: Path, split: str) -> list[Record]:
     try:
         found = datasets.load_from_disk(str(path))
     except FileNotFoundError as error:
-        raise ValueError(f"{path} is no folder that datasets' save_to_disk wrote") from error
+        raise ValueError(
+            f"{path} is not whole: write it again by datasets' save_to_disk"
+        ) from error
     return _of_object(found, split, str(path))
 
 

@@ -49,9 +49,12 @@ class Session(Generic[Config]):
             s.export(model, tokenizer)    # OUT/model
 
     Entering it raises ValueError, TypeError or OSError for settings or a folder that can't be used; nothing is written
-    then. `check` makes the task's own checks that need no data. `config` may be None with `resume`: OUT has the
-    settings. Where the settings have `shards`, the processes that torchrun has started train one model together, and
-    the main process alone writes and reports.
+    then. Where such an error, or an IndexError, leaves the block before `begin` has recorded a new run, what was
+    written to OUT in the block is removed. `check` makes the task's own checks that need no data. `config` may be None
+    with `resume`: OUT has the settings.
+
+    Where the settings have `shards`, the processes that torchrun has started train one model together, and the main
+    process alone writes and reports.
     """
 
     # the settings, filled in from the machine, and the processes; both are there inside the block only
@@ -76,6 +79,8 @@ class Session(Generic[Config]):
         self.say = say or _silent
         self._given = config
         self._check = check
+        # whether OUT holds the run
+        self._begun = resume
 
     def __enter__(self) -> Session[Config]:
         self._block = self._entered()
@@ -108,10 +113,25 @@ class Session(Generic[Config]):
                 locked(self.out) if world.main else nullcontext(),
                 _threads(self.config.threads),
                 chooser.use(self.config.backend) if self.config.backend else nullcontext(),
+                self._tidied() if world.main else nullcontext(),
             ):
                 yield
                 # a process that ended before the others would look lost to them
                 world.meet()
+
+    @contextmanager
+    def _tidied(self) -> Iterator[None]:
+        """Remove what was written to OUT inside the block if the run is refused before it begins."""
+        before = {*self.out.iterdir()}
+        try:
+            yield
+        except (ValueError, TypeError, IndexError, OSError):
+            for path in () if self._begun else {*self.out.iterdir()} - before:
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+            raise
 
     def _checked(self) -> Config:
         """The settings as they are given or recorded, after the checks that need no data."""
@@ -162,6 +182,7 @@ class Session(Generic[Config]):
             store.write_json(self.out / "about.json", {**facts, **(about or {})})
             # a folder with this file holds a run that can be resumed
             store.write_text(self.out / "config.toml", self.config.to_toml())
+        self._begun = True
 
     def identity(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """What must be the same when the run is resumed: its settings, its `data` and the backend of each op."""
@@ -278,10 +299,13 @@ def _filled_in(config: Config) -> Config:
         raise ValueError(
             f"device {quoted(device)} can't be used: {str(error).splitlines()[0]}"
         ) from error
+    backend = config.backend or chooser.forced()
+    if backend and (reason := chooser.why_not_on(backend, torch.device(device).type)):
+        raise ValueError(f"backend {quoted(backend)} can't be used: {reason}")
     found = {
         "device": device,
         "threads": config.threads or torch.get_num_threads(),
-        "backend": config.backend or chooser.forced(),
+        "backend": backend,
     }
     return replace(config, **with_whole_paths({**config.to_dict(), **found}, type(config)))
 

@@ -16,8 +16,8 @@ from fastbert.bert import BertConfig, BertForMaskedLM, BertForSequenceClassifica
 from fastbert.compress.pieces import smaller
 from fastbert.distil import DistilConfig, distil
 from fastbert.distil import run as module
-from fastbert.distil.config import filled_in
 from fastbert.distil.loop import DistilTrainer
+from fastbert.distil.models import Models, filled_in
 from fastbert.distil.plan import KINDS, Plan
 from fastbert.distil.sentences import Sentences
 from fastbert.distil.student import Distillation, build_student
@@ -206,10 +206,13 @@ def test_every_trained_weight_gets_a_gradient(teachers, corpus, losses, student)
     # a model with a pooler, which no vector is made of
     student = str(teachers("sentences").parent / "base") if student == "folder" else student
     given = settings(teachers("sentences"), sources=[str(lines)], student=student, losses=losses)
-    config = filled_in(DistilConfig(**given | {"max_length": 32}))
-    work = Sentences(SimpleNamespace(config=config, world=World()))
+    config = DistilConfig(**given | {"max_length": 32})
+    models = Models.of(config)
+    config = filled_in(config, models)
+    work = Sentences(SimpleNamespace(config=config, world=World()), models)
+    work.open()
     teacher = work.load_teacher()
-    built = build_student(config, teacher, work.kind)
+    built = build_student(config, teacher, work.kind, models.student_folder)
     plan = Plan.of(config, teacher.config, built.config)
     model = Distillation(built, plan, work, teacher.config)
     trainer = DistilTrainer(

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from fastbert.bert import BertConfig, BertForSequenceClassification
 from fastbert.cli.app import app, main
 from fastbert.distil import DistilConfig, distil
-from fastbert.distil.config import chosen_layers, filled_in
+from fastbert.distil.models import Models, chosen_layers, filled_in
 from fastbert.train.settings import with_whole_paths
 
 
@@ -100,7 +100,8 @@ def test_other_labels_than_the_teachers(teachers, tmp_path):
 
 def test_the_kind_of_data_follows_from_the_teacher(teachers):
     for name, kind in {"classify": "labelled", "text": "text", "sentences": "sentences"}.items():
-        assert filled_in(DistilConfig(**settings(teachers(name)))).data == kind
+        config = DistilConfig(**settings(teachers(name)))
+        assert filled_in(config, Models.of(config)).data == kind
     with pytest.raises(SystemExit):
         main(["distill", "nowhere", "x", "--student", "1x8", "--out", "run"])
 
@@ -134,8 +135,8 @@ def test_a_map_that_nothing_trains(teachers, corpus, tmp_path):
 def test_a_student_with_fewer_positions(teachers, corpus, tmp_path):
     """max_length is by default the student's; a larger one is refused."""
     base = tiny_tasks.base_model(tmp_path / "short", max_position_embeddings=16)
-    given = settings(teachers("sentences"), student=str(base))
-    assert filled_in(DistilConfig(**given)).max_length == 16
+    config = DistilConfig(**settings(teachers("sentences"), student=str(base)))
+    assert filled_in(config, Models.of(config)).max_length == 16
     with pytest.raises(ValueError, match="the student has 16 positions"):
         distilled(teachers, corpus, "sentences", tmp_path / "run", student=str(base))
 

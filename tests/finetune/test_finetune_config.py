@@ -2,12 +2,14 @@
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import tiny_tasks
 from tiny_tasks import ROWS, tiny_config, tiny_settings
 
+from fastbert.bert import BertConfig, BertModel
 from fastbert.finetune import FinetuneConfig, finetune
 from fastbert.finetune import run as module
 from fastbert.finetune.config import Options
@@ -37,6 +39,7 @@ def refuse(error, sentence, config, out, **arguments):
         ({}, [{"text": "x"}], "the data, row 0 has no field 'label'"),
         ({}, [], "the data holds no record"),
         ({}, [{"text": f"x{i}", "label": str(i / 7)} for i in range(40)], "are these classes?"),
+        ({}, [{"text": "x", "label": c} for c in "ab"], "has one text only, 2 times, and none can"),
         ({"label": "stars"}, None, "has no field 'stars', only text, label"),
         ({"task": "tag"}, None, "has no field 'tokens', only text, label"),
     ],
@@ -46,6 +49,15 @@ def test_bad_settings_write_no_run(base, tmp_path, settings, rows, sentence):
     config = FinetuneConfig(**tiny_settings("classify", base) | settings)
     refuse(ValueError, sentence, config, tmp_path / "run", train=rows)
     assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_tokens_that_the_model_lacks_are_refused_before_training(base, tmp_path):
+    small = shutil.copytree(base, tmp_path / "small")
+    BertModel(dataclasses.replace(BertConfig.from_file(base), vocab_size=9)).save_pretrained(small)
+    rows = ROWS["classify"](40)
+    config = tiny_config("classify", small)
+    refuse(ValueError, "and the model has 9 tokens", config, tmp_path / "run", train=rows)
+    assert not (tmp_path / "run").exists()
 
 
 def test_strange_labels_are_refused_before_training(base, tmp_path):
