@@ -68,16 +68,21 @@ Seconds = Callable[[int], float]
 
 def models(one: Finetuned, folder: Path, quick: bool = False) -> dict[str, Path]:
     """{model: its folder}; what is not in `folder` yet is made: two are pruned, two distilled from the dense one."""
-    pruned = {speedup: folder / f"pruned-{speedup:g}" for speedup in (2.0, 3.0)}
-    for speedup, out in pruned.items():
-        if not out.is_dir():
-            prune(one.model, one.train, out, speedup, examples=128 if quick else 2048)
+    small, smaller = (pruned(one, folder, speedup, quick) for speedup in (2.0, 3.0))
     return {
         DENSE: one.model,
-        PRUNED: pruned[2.0],
-        BOTH: distilled(one, folder / "pruned-3-distilled", str(pruned[3.0]), quick),
-        DISTILLED: distilled(one, folder / f"distilled-{STUDENT}", STUDENT, quick),
+        PRUNED: small,
+        BOTH: distilled(one, folder / "pruned-3-distilled", str(smaller), quick),
+        DISTILLED: distilled(one, folder / f"student-{STUDENT}", STUDENT, quick),
     }
+
+
+def pruned(one: Finetuned, folder: Path, speedup: float, quick: bool) -> Path:
+    """The dense model pruned to a speed-up; what is not in `folder` yet is made."""
+    out = folder / f"pruned-{speedup:g}"
+    if not out.is_dir():
+        prune(one.model, one.train, out, speedup, examples=128 if quick else 2048)
+    return out
 
 
 def distilled(one: Finetuned, run: Path, student: str, quick: bool) -> Path:
@@ -88,7 +93,6 @@ def distilled(one: Finetuned, run: Path, student: str, quick: bool) -> Path:
             sources=[str(one.train)],
             student=student,
             losses="soft,labels,hidden",
-            layers="0,2,4" if student == STUDENT and not quick else None,
             **({"steps": 4} if quick else {"epochs": 3.0}),
         )
         if one.validation is not None and not quick:
@@ -114,10 +118,8 @@ def measured(
     one: Finetuned, folders: Mapping[str, Path], folder: Path, options: argparse.Namespace
 ) -> dict[str, Any]:
     """A row: every form's and peer's figures. `folders` are {model: its folder}, `folder` keeps converted models."""
-    rows = [dict(r.values) for r in read_records(one.test, "test", conll=True)][: options.limit]
     dense = in_form(folders[DENSE], int8=False)
-    part = Part.of(dense.labelled(rows), dense.task, dense.tokenizer, dense.model.config)
-    batches = [Batch(batch.inputs) for batch in part.features.batches(BATCH)]
+    rows, part, batches = tested(one, dense, options.limit)
     found: dict[str, dict[str, Any]] = {}
     calls: dict[str, Seconds] = {}
     for name, (model, int8) in FORMS.items():
@@ -158,6 +160,15 @@ def measured(
         "environments": versions,
         "forms": found,
     }
+
+
+def tested(
+    one: Finetuned, dense: Predictor, limit: int | None
+) -> tuple[list[dict[str, Any]], Part, list[Batch]]:
+    """The test set, at most `limit` examples of it: as records, as a part of the data, and as batches of inputs."""
+    rows = [dict(r.values) for r in read_records(one.test, "test", conll=True)][:limit]
+    part = Part.of(dense.labelled(rows), dense.task, dense.tokenizer, dense.model.config)
+    return rows, part, [Batch(batch.inputs) for batch in part.features.batches(BATCH)]
 
 
 def parameters(folder: Path) -> int:

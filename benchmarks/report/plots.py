@@ -1,4 +1,4 @@
-"""The plots beside the tables: inference, training and memory; compressed models."""
+"""The plots beside the tables: inference, training and memory; compressed models; speed against metric."""
 
 from __future__ import annotations
 
@@ -133,3 +133,24 @@ def _label(axis: Any, name: str, at: tuple[float, float, float], taken: list[Any
     if height:
         axis.annotate("", arrowprops={"arrowstyle": "-", "color": "#aaa"}, **place)
     return box
+
+
+def draw_tradeoff(results: dict[str, Any], path: Path) -> Path:
+    """Write a line per work: the metric of pruned models, in percent of the dense one's, over their speed."""
+    figure, axis = plt.subplots(figsize=(7, 4.2))
+    axis.axhline(100, color="#aaa", linewidth=0.8)
+    for work, row in results["rows"].items():
+        ordered = sorted(row["points"], key=lambda point: point["speed"]["median"])
+        dense = row["points"][0]["value"] or 1.0
+        speeds = [[point["speed"][key] for key in ("median", "p20", "p80")] for point in ordered]
+        x = [median for median, _, _ in speeds]
+        band = [[m - low for m, low, _ in speeds], [high - m for m, _, high in speeds]]
+        y = [100 * point["value"] / dense for point in ordered]
+        title = f"{work}, {row['metric']} of {row['examples']:,} examples"
+        axis.errorbar(x, y, xerr=band, fmt="o-", ecolor="#555", label=title)
+    axis.set_xlabel("times as fast as the dense model (line: p20 to p80)", fontsize=8)
+    axis.set_ylabel("% of the dense model's metric, nothing retrained", fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return _save(figure, path)

@@ -1,12 +1,14 @@
 """The benchmark of compressed models: models made once, other engines' metrics with our head, the table, the plot."""
 
 import argparse
+import json
 import shutil
+import sys
 
 import pytest
 import tiny_tasks
 
-from benchmarks.models import bench_bert, compression, compression_peers
+from benchmarks.models import bench_bert, compression, compression_peers, tradeoff
 from benchmarks.models.int8_accuracy import Finetuned
 from benchmarks.peers.driver import WorkerError
 from benchmarks.report.plots import draw_compression
@@ -84,6 +86,39 @@ def test_models_are_made_once(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(compression, "distil", lambda *_, **__: pytest.fail("trained again"))
     assert compression.models(one, tmp_path, quick=True) == found
     assert made == [2.0, 3.0]
+
+
+def test_the_tradeoff_of_pruning_is_measured_point_by_point(tiny, tmp_path, monkeypatch, capsys):
+    made = []
+
+    def prune(model, data, out, speedup, examples):
+        made.append(speedup)
+        if speedup == 9.0:
+            raise ValueError("no sizes are so fast")
+        shutil.copytree(model, out)
+
+    monkeypatch.setattr(compression, "prune", prune)
+    monkeypatch.setattr(tradeoff, "peaks", dict)
+    monkeypatch.setitem(tradeoff.WORKS, "movies", lambda runs: tiny["classify"])
+    out = tmp_path / "found.json"
+    command = ["tradeoff", "--quick", "--runs", str(tmp_path), "--out", str(out), "--limit", "40"]
+    command += ["--rounds", "2", "--batches", "1", "--speedups"]
+    for speedups in (["1.5"], ["1.5", "2", "9"]):
+        monkeypatch.setattr(sys, "argv", command + speedups)
+        tradeoff.main()
+    # the second run has made what was missing
+    assert made == [1.5, 2.0, 9.0]
+    row = json.loads(out.read_text())["rows"]["movies"]
+    assert [point["asked"] for point in row["points"]] == [1.0, 1.5, 2.0]
+    assert {point["value"] for point in row["points"]} == {row["points"][0]["value"]}
+    assert row["points"][0]["speed"] == {"median": 1, "p20": 1, "p80": 1}
+    assert row["failed"] == {"9": "no sizes are so fast"}
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "100.00% |\n\n- 9: no sizes are so fast" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*command, "0.5"])
+    with pytest.raises(SystemExit):
+        tradeoff.main()
+    assert "--speedups has 0.5: pass numbers above 1" in capsys.readouterr().err
 
 
 def test_a_peer_that_fails_leaves_the_race():
