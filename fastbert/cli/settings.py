@@ -1,4 +1,4 @@
-"""The parameters of a command that trains: a few of its own, then one for every field of its settings."""
+"""The parameters of a command that trains, and the settings that follow from them and from files."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ def student_of_sizes(config: DistilConfig, teacher: BertConfig) -> BertConfig:
         raise ValueError(f"student is {quoted(config.student)}: {error}") from error
 
 
-def dropouts(config: DistilConfig) -> dict[str, float]:
+def dropouts(config: DistilConfig) -> dict[str, Any]:
     """The fields of a student's configuration that the settings replace."""
     found = {
         "hidden_dropout_prob": config.dropout,

@@ -237,7 +237,7 @@ def test_too_little_space_is_seen_before_training(corpus, tmp_path, monkeypatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     config = PretrainConfig(**tiny_run.tiny_settings(corpus))
     refuse(OSError, "GB free and the run needs", config=config, out=tmp_path / "run")
-    assert not (tmp_path / "run" / "config.toml").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -256,12 +256,14 @@ def test_too_little_space_is_seen_before_training(corpus, tmp_path, monkeypatch)
             "vocab_size is 10, but the special tokens and the alphabet",
         ),
         ({"max_length": 4}, ValueError, "max_length is 4: it must be at least 8"),
+        ({"heldout": 0.99}, ValueError, "of which 12 would be held out"),
+        ({"backend": "cuda"}, ValueError, "backend 'cuda' can't be used: the tensors are on cpu"),
     ],
 )
-def test_bad_settings_write_no_run(corpus, tmp_path, settings, error, sentence):
+def test_bad_settings_write_nothing(corpus, tmp_path, settings, error, sentence):
     config = PretrainConfig(**tiny_run.tiny_settings(corpus) | settings)
     refuse(error, sentence, config=config, out=tmp_path / "run")
-    assert not (tmp_path / "run" / "config.toml").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_non_finite_loss_keeps_the_last_checkpoint(corpus, finished, tmp_path, monkeypatch):
