@@ -241,6 +241,11 @@ def _copy(model: Any) -> Any:
         raise ValueError(
             "the model is pruned already: prune the dense model it was made from, with a greater speedup"
         )
+    form = model.config
+    if form.pre_norm or form.gated or form.rotary or not form.biases:
+        raise ValueError(
+            "the model's layers have ModernBERT's form or a part of it: prune takes those of BERT's own form"
+        )
     if not len(model.bert.layers):
         raise ValueError("the model has no layers: there is nothing to take out")
     found: Any = unfreeze(copy.deepcopy(model).eval()).requires_grad_(False)

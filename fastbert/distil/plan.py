@@ -147,6 +147,10 @@ def check_losses(config: LossSettings, teacher: BertConfig, student: BertConfig)
             f"losses has attention, and the student has {student.num_hidden_layers} layers and the teacher "
             f"{teacher.num_hidden_layers}: every student layer needs one of its own"
         )
+    if "attention" in config.weights and (teacher.rotary or student.rotary):
+        raise ValueError(
+            "losses has attention, whose scores have no rotary positions here, and a model has them: choose relations"
+        )
     if "attention" in config.weights:
         pairs = attention_pairs(teacher, student)
         heads = [(student.layer_sizes[s][0], teacher.layer_sizes[t][0]) for s, t in pairs]

@@ -71,7 +71,9 @@ class Hooks(Tap):
             if number < count:
                 encoder.layers[number].register_forward_pre_hook(partial(self._before, number))
             else:
-                encoder.layers[count - 1].register_forward_hook(partial(self._after, number))
+                # the norm behind the last layer, where there is one
+                last = encoder.final_norm or encoder.layers[count - 1]
+                last.register_forward_hook(partial(self._after, number))
         for number in wanted.projections:
             qkv = encoder.layers[number].attention.qkv
             qkv.register_forward_hook(partial(self._projected, number))
@@ -121,7 +123,7 @@ class Recorded(Tap):
         """The last layer's output (T, C), or (R, C) at `rows`; of the last piece where layers are left out."""
         last = len(self.layers) in self.wanted.hidden
         for start, piece, frozen in self.pieces:
-            self._keep(start, x)
+            self._keep(encoder, start, x)
             end = start + len(piece.layers)
             of_head = rows if end == len(self.layers) and not last else None
             if frozen.serves(piece, x):
@@ -130,14 +132,16 @@ class Recorded(Tap):
                 for layer, turned in zip(piece.layers, rotary[start:end], strict=True):
                     narrow = of_head if layer is piece.layers[-1] else None
                     x = layer(x, packing.cu_seqlens, packing.max_seqlen, None, 0, narrow, turned)
-        self._keep(self.depth, x)
+        self._keep(encoder, self.depth, x)
         return x.index_select(0, rows) if last and rows is not None else x
 
-    def _keep(self, number: int, x: Tensor) -> None:
+    def _keep(self, encoder: Any, number: int, x: Tensor) -> None:
         if number in self.wanted.hidden:
-            self.signals.hidden[number] = x
+            last = number == len(self.layers)
+            self.signals.hidden[number] = encoder.normed(x) if last else x
         if number in self.wanted.projections:
-            self.signals.projections[number] = self.layers[number].attention.qkv(x)
+            layer = self.layers[number]
+            self.signals.projections[number] = layer.attention.qkv(layer.attention_input(x))
 
 
 def _piece(layers: Sequence[nn.Module]) -> Any:

@@ -21,6 +21,7 @@ from fastbert.models.int8_files import check_state
 from fastbert.models.output import Output
 from fastbert.nn.base import Linear
 from fastbert.nn.blocks import Embeddings, EncoderLayer, QKVProjection
+from fastbert.nn.drop_in import LayerNorm
 from fastbert.nn.exports import fx_leaf, refuse_script
 from fastbert.nn.int8 import Int8Embedding, Int8Linear, replace_matrices
 from fastbert.nn.packing import Packing
@@ -218,7 +219,7 @@ class BertModel(Pretrained):
                 )
             )
         # behind the last layer
-        self.final_norm = nn.LayerNorm(width, c.layer_norm_eps, bias=biases) if c.pre_norm else None
+        self.final_norm = LayerNorm(width, c.layer_norm_eps, bias=biases) if c.pre_norm else None
         wanted = c.add_pooler if add_pooler is None else add_pooler
         self.pooler = Linear(width, width) if wanted else None
         self.gradient_checkpointing = False
@@ -286,7 +287,7 @@ class BertModel(Pretrained):
         unobserved = not (inputs.output_hidden_states or inputs.output_attentions)
         rotary = self._rotary(packing.max_seqlen, x.device)
         if self.frozen is not None and self.frozen.serves(self, x, unobserved):
-            y = self._normed(self.frozen.encode(self, x, packing, rows, rotary))
+            y = self.normed(self.frozen.encode(self, x, packing, rows, rotary))
             return Encoded(y, packing, seed, None, None)
         states: list[Tensor] = []
         weights: list[Tensor] = []
@@ -298,7 +299,7 @@ class BertModel(Pretrained):
                 log_once(
                     "output_attentions computes the attention weights a second time, in plain torch"
                 )
-                weights.append(layer.probabilities(x, packing, rotary[i]))  # type: ignore[operator, union-attr]
+                weights.append(layer.probabilities(x, packing, rotary[i]))  # type: ignore[operator]
             last = rows if i == narrow else None
             arguments = (x, packing.cu_seqlens, packing.max_seqlen, seed, 1 + 3 * i, last)
             if self.config.rotary:
@@ -308,7 +309,7 @@ class BertModel(Pretrained):
                 x = recompute(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(*arguments)
-        x = self._normed(x)
+        x = self.normed(x)
         if inputs.output_hidden_states:
             states.append(packing.pad(x))
         if rows is not None and narrow < 0:
@@ -321,10 +322,9 @@ class BertModel(Pretrained):
             tuple(weights) if inputs.output_attentions else None,
         )
 
-    def _normed(self, x: Tensor) -> Tensor:
-        """The norm behind the last layer, of hidden states (N, C)."""
-        n = self.final_norm
-        return x if n is None else F.layer_norm(x, n.weight, n.bias, n.eps)
+    def normed(self, x: Tensor) -> Tensor:
+        """The norm behind the last layer, of hidden states (N, C); x itself where the form has none."""
+        return x if self.final_norm is None else self.final_norm(x)
 
     def _rotary(self, length: int, device: torch.device) -> list[F.Rotary | None]:
         """The angles of every layer's rotary positions, for sequences of at most `length` tokens."""

@@ -276,8 +276,11 @@ class EncoderLayer(Block):
 
     def probabilities(self, x: Tensor, packing: Packing, rotary: F.Rotary | None = None) -> Tensor:
         """The attention weights of the layer's input, as SelfAttention.probabilities."""
-        x = self.attention_norm(x) if self.pre_norm else x
-        return self.attention.probabilities(x, packing, rotary)
+        return self.attention.probabilities(self.attention_input(x), packing, rotary)
+
+    def attention_input(self, x: Tensor) -> Tensor:
+        """What attention computes of the layer's input (N, C): the input itself, or its norm."""
+        return self.attention_norm(x) if self.pre_norm else x
 
 
 def _norm_weights(norm: nn.Module) -> tuple[Any, Tensor | None]:

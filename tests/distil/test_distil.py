@@ -14,6 +14,7 @@ from tiny_run import losses
 
 from fastbert.bert import BertConfig, BertForMaskedLM, BertForSequenceClassification
 from fastbert.compress.pieces import smaller
+from fastbert.data import load_tokenizer, save_tokenizer
 from fastbert.distil import DistilConfig, distil
 from fastbert.distil import run as module
 from fastbert.distil.loop import DistilTrainer
@@ -85,6 +86,23 @@ def test_an_exact_copy_has_no_distance(teachers, corpus, tmp_path, kind):
     line = next(line for line in losses(tmp_path / "run") if "loss" in line and "lr" in line)
     for name in names:
         assert abs(line[f"{name}_loss"]) < 2e-4, name
+
+
+def test_a_teacher_of_moderns_form(teachers, corpus, tmp_path):
+    """An exact copy has no distance to it, also behind the last norm; attention's scores are refused."""
+    folder = tmp_path / "teacher"
+    base = BertForMaskedLM.from_pretrained(teachers("text")).config
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    given = {name: getattr(base, name) for name in sizes}
+    teacher = BertForMaskedLM(BertConfig(**given, model_type="modernbert", local_attention=8))
+    teacher.save_pretrained(folder)
+    save_tokenizer(load_tokenizer(teachers("text")), folder)
+    more = {"losses": "soft,cosine,hidden,relations", "student": "4x32", "steps": 1, "lr": 1e-9}
+    distilled(lambda _: folder, corpus, "text", tmp_path / "run", **more)
+    line = next(line for line in losses(tmp_path / "run") if "loss" in line and "lr" in line)
+    assert all(abs(line[f"{name}_loss"]) < 2e-4 for name in more["losses"].split(","))
+    with pytest.raises(ValueError, match="rotary positions"):
+        distilled(lambda _: folder, corpus, "text", tmp_path / "no", losses="soft,attention")
 
 
 def test_losses_of_a_step_do_not_depend_on_its_batches(teachers, corpus, tmp_path):

@@ -228,3 +228,9 @@ def test_position_ids_are_refused() -> None:
         BertForPreTraining(model.config)
     with pytest.raises(ValueError, match="set model_type to bert"):
         BertConfig(model_type="distilbert", pre_norm=True)
+
+
+def test_prune_refuses_the_form() -> None:
+    model = BertForMaskedLM(BertConfig(**SIZES, model_type="modernbert"))
+    with pytest.raises(ValueError, match="takes those of BERT's own form"):
+        fastbert.prune(model, [dict(batch("ForMaskedLM", "right"))], speedup=1.5)
