@@ -15,6 +15,7 @@
 #   make bench-scaling  measures the cost against the number of tokens and the sequence length; about 10 minutes
 #   make bench-scripts  times users' scripts (Trainer, sentence-transformers) as they are and accelerated; two hours
 #   make bench-families times newer encoders of transformers as they are and accelerated; 15 minutes
+#   make bench-pretraining  compares recipes of pretraining for equal time; six hours, and a rerun goes on
 #   make bench-int8-accuracy  measures what quantize costs in accuracy, also of two models that it trains; an hour.
 #                       BENCH_ARGS="--sentences FILE --reactions FILE" adds rows of your files
 #   make bench-compress measures size, metric and speed of pruned, distilled and int8 models, which it makes once; about
@@ -50,7 +51,7 @@ NATIVE := $(filter csrc/%,$(SOURCES))
 GPU = $(findstring GPU,$(shell nvidia-smi -L 2>/dev/null))
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-slow test-transformers4 test-gpu-static test-ptx fuzz gpu gpu-report sanitize bench bench-peers bench-step bench-scaling bench-scripts bench-families bench-int8-accuracy bench-compress lint
+.PHONY: install demo test test-slow test-transformers4 test-gpu-static test-ptx fuzz gpu gpu-report sanitize bench bench-peers bench-step bench-scaling bench-scripts bench-families bench-pretraining bench-int8-accuracy bench-compress lint
 
 install: $(INSTALLED)
 
@@ -150,6 +151,9 @@ bench-scripts: $(INSTALLED)
 
 bench-families: $(INSTALLED)
 	$(PY) -m benchmarks.models.families $(BENCH_ARGS)
+
+bench-pretraining: $(INSTALLED)
+	$(PY) -m benchmarks.models.pretraining $(BENCH_ARGS)
 
 bench-int8-accuracy: $(INSTALLED)
 	$(PY) -m benchmarks.models.int8_accuracy $(BENCH_ARGS)
