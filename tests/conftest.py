@@ -30,10 +30,14 @@ hypothesis.settings.register_profile("fuzz", max_examples=5000)
 
 # the slowest files, the slowest first: a slow file at the end would leave the other workers idle
 LONG = (
-    *("gpu/test_triton_static.py", "gpu/test_gpu_rehearsal.py", "test_install.py"),
-    *("ptx/test_ops.py", "models/test_parity.py", "ops/test_contract.py", "test_cli.py"),
-    *("bench/test_benchmarks.py", "accelerate/test_accelerate_compile.py"),
-    *("data/test_batching.py", "cpu/test_cpu_threads.py"),
+    *("ptx/test_ops.py", "test_install.py", "models/test_exports.py", "cpu/test_cpu_threads.py"),
+    *(
+        "accelerate/test_accelerate_compile.py",
+        "ops/test_contract.py",
+        "models/test_bert_batches.py",
+    ),
+    *("test_cli.py", "distil/test_distil.py", "bench/test_benchmarks.py", "data/test_batching.py"),
+    *("train/test_ranks.py", "models/test_parity.py", "finetune/test_prune.py"),
 )
 
 

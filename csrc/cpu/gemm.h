@@ -11,21 +11,12 @@
 // Threads split rows or columns of C, never K: a result does not depend on the number of threads.
 #pragma once
 
+#include "micro.h"
 #include "pack.h"
 #include "scratch.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {
-
-// vector registers of the tile: 6 x 2 of 16, or 14 x 2 (12 x 2 on ARM) of 32
-#if FASTBERT_WIDTH == 16
-constexpr int kMR = 14;
-#elif defined(__aarch64__)
-constexpr int kMR = 12;
-#else
-constexpr int kMR = 6;
-#endif
-constexpr int kNR = 2 * W;
 
 // Steps of k of a slice, and rows and columns of a block of C: its A and B take 288 KB of the
 // second-level cache. Slices of 768 steps gain 2 to 4 points, since tiles of C are written less
@@ -33,8 +24,6 @@ constexpr int kNR = 2 * W;
 constexpr int64_t kKC = 256;
 constexpr int64_t kMC = 96;
 constexpr int64_t kNC = 192;
-// steps of k per turn of the inner loop; a tile of 32 registers has work enough without
-constexpr int kUnroll = kMR > 6 ? 2 : 8;
 // units of k packed at a time; a deeper K takes several passes, with a strip of C kept in fp32
 constexpr int64_t kDepth = 3072;
 // most floats of packed A in a thread
@@ -43,98 +32,6 @@ constexpr int64_t kPackedA = int64_t{8} << 20;
 constexpr int64_t kPackedB = int64_t{1} << 20;
 // multiply-adds per thread: fewer do not pay for starting one
 constexpr int64_t kGemmGrain = int64_t{1} << 20;
-
-// While the first kShares panels of rows multiply a panel of packed columns, each of them fetches a
-// share of the next panel of columns. A product of few rows would wait for memory otherwise.
-constexpr int64_t kShares = 4;
-
-// How the elements of a lie: (r, k) is a[r * row + k * step].
-template <int kHeight>
-struct Panel {  // a packed panel of kHeight rows
-  static constexpr int64_t row = 1, step = kHeight;
-};
-struct Rows {
-  int64_t row;
-  static constexpr int64_t step = 1;
-};
-struct Columns {
-  static constexpr int64_t row = 1;
-  int64_t step;
-};
-
-// R rows of a tile of C, which GCC keeps in registers. It would keep an array in memory if a branch
-// followed the loop that fills the array, so the sums are members. It would keep an object in
-// memory if a call took the object's address, so every use is inlined.
-template <int R, Kind kKind>
-struct Sums {
-  using Sum = typename Units<kKind>::Sum;
-  Sum low = {}, high = {};
-  Sums<R - 1, kKind> rest;
-
-  FASTBERT_INLINE void step(const float* a, int64_t row, F b0, F b1) {
-    multiply_add<kKind>(low, high, a, b0, b1);
-    if constexpr (R > 1) rest.step(a + row, row, b0, b1);
-  }
-  template <bool kAdd>
-  FASTBERT_INLINE void put(float* c, int64_t ldc) const {
-    store(c, bits_as<F>(kAdd ? bits_as<Sum>(load(c)) + low : low));
-    store(c + W, bits_as<F>(kAdd ? bits_as<Sum>(load(c + W)) + high : high));
-    if constexpr (R > 1) rest.template put<kAdd>(c + ldc, ldc);
-  }
-};
-template <Kind kKind>
-struct Sums<0, kKind> {};
-
-// c (R, kNR) = or += a (R, K) b (K, kNR). The loop holds the loads of b, and per row a broadcast
-// and the multiply-adds: nothing else, since one instruction more per step costs 3 to 5 % where
-// another thread shares the core (tests/cpu/test_cpu_machine_code.py counts them). With kAhead it
-// also fetches the share of a panel of B that starts at `ahead` into the second-level cache.
-template <int R, Kind kKind, typename Layout, bool kAhead = false>
-__attribute__((noinline)) void micro_kernel(int64_t K, const float* a, Layout at,
-                                            const typename Units<kKind>::B* b, float* c,
-                                            int64_t ldc, bool add, const char* ahead = nullptr) {
-  using U = Units<kKind>;
-  // cache lines to fetch in a turn: a share of what the turn reads of b, or one
-  constexpr int64_t kLine = 64, kRead = kUnroll * kNR * sizeof(*b);
-  constexpr int64_t kLines = kRead > kShares * kLine ? kRead / (kShares * kLine) : 1;
-  Sums<R, kKind> sums;
-  for (; K >= kUnroll; K -= kUnroll, a += kUnroll * at.step, b += kUnroll * kNR) {
-    if constexpr (kAhead) {
-#pragma GCC unroll 8
-      for (int64_t line = 0; line < kLines; ++line) __builtin_prefetch(ahead + line * kLine, 0, 2);
-      ahead += kLines * kLine;
-    }
-#pragma GCC unroll 8
-    for (int u = 0; u < kUnroll; ++u) {
-      const auto* line = b + u * kNR;
-      sums.step(a + u * at.step, at.row, U::load_b(line), U::load_b(line + W));
-    }
-  }
-  for (; K > 0; --K, a += at.step, b += kNR) sums.step(a, at.row, U::load_b(b), U::load_b(b + W));
-  if (add)
-    sums.template put<true>(c, ldc);
-  else
-    sums.template put<false>(c, ldc);
-}
-
-// the micro kernel of fp32 for `rows` <= kMR
-template <typename Layout, int R = kMR>
-inline void micro(int64_t rows, int64_t K, const float* a, Layout at, const float* b, float* c,
-                  int64_t ldc, bool add) {
-  if constexpr (R > 1)
-    if (rows < R) return micro<Layout, R - 1>(rows, K, a, at, b, c, ldc, add);
-  micro_kernel<R, kFloats>(K, a, at, b, c, ldc, add);
-}
-
-// the micro kernel for a panel of `height` <= kMR rows
-template <Kind kKind, bool kAhead, int R = kMR>
-inline void micro_panel(int64_t height, int64_t K, const float* a,
-                        const typename Units<kKind>::B* b, float* c, int64_t ldc, bool add,
-                        const char* ahead = nullptr) {
-  if constexpr (R > 1)
-    if (height < R) return micro_panel<kKind, kAhead, R - 1>(height, K, a, b, c, ldc, add, ahead);
-  micro_kernel<R, kKind, Panel<R>, kAhead>(K, a, Panel<R>{}, b, c, ldc, add, ahead);
-}
 
 // the size of equal pieces of `total` that are at most `limit`
 inline int64_t even(int64_t total, int64_t limit) {
@@ -240,9 +137,10 @@ class Gemm {
       return b + (u - k) * (n1 - n) * kNR;
   }
 
-  // adds units [k, k + depth_) to panels [m, m1) of rows, all columns of the part
-  void strip(const Part& part, int64_t m, int64_t m1, int64_t k, float* a, float* b,
-             float* c) const {
+  // adds units [k, k + depth_) to panels [m, m1) of rows, all columns of the part; GCC would copy
+  // it into `run`, several times
+  __attribute__((noinline)) void strip(const Part& part, int64_t m, int64_t m1, int64_t k, float* a,
+                                       float* b, float* c) const {
     const int64_t to = imin(k + depth_, count_);
     pack_slices<kPairs>(a_, m, m1, s_.h, k, to, kc_, s_.K, a);
     for (int64_t n = part.n0; n < part.n1; n += nc_) {
@@ -264,33 +162,12 @@ class Gemm {
           else if (n1 < part.n1)
             next = slice(k, n1, n1, k, b);
           // only the first rows fetch them: for the others they are in cache
-          block(i1 - i, n1 - n, steps, rows, columns, tile, ld, u > 0, i == m, next);
+          micro_block<kKind, kPrepacked<B>>(i1 - i, n1 - n, steps, s_.h, rows, columns, tile, ld,
+                                            u > 0, i == m, next);
         }
         if (to == count_)
           epilogue_(i * s_.h, imin(i1 * s_.h, s_.M) - i * s_.h, n * kNR,
                     imin(n1 * kNR, s_.N) - n * kNR, tile, ld);
-      }
-    }
-  }
-
-  // `rows` x `columns` panels of C from one slice. With `fetch` the first rows fetch the next panel
-  // of a B in memory; the panel after the last is `next`.
-  void block(int64_t rows, int64_t columns, int64_t steps, const float* a, const UnitB* b,
-             float* tile, int64_t ld, bool add, [[maybe_unused]] bool fetch,
-             [[maybe_unused]] const UnitB* next) const {
-    for (int64_t q = 0; q < columns; ++q) {
-      const UnitB* panel = b + q * steps * kNR;
-      [[maybe_unused]] const UnitB* ahead = q + 1 < columns ? panel + steps * kNR : next;
-      for (int64_t p = 0; p < rows; ++p) {
-        const float* row = a + p * steps * s_.h;
-        float* c = tile + p * s_.h * ld + q * kNR;
-        if constexpr (kPrepacked<B>)
-          if (fetch && p < kShares && ahead) {
-            const auto* share = reinterpret_cast<const char*>(ahead + p * steps * kNR / kShares);
-            micro_panel<kKind, true>(s_.h, steps, row, panel, c, ld, add, share);
-            continue;
-          }
-        micro_panel<kKind, false>(s_.h, steps, row, panel, c, ld, add);
       }
     }
   }

@@ -26,7 +26,7 @@ inline void product(int64_t rows, int64_t N, int64_t K, const float* a, Layout a
                     int64_t steps, float* c, int64_t ldc, bool add) {
   for (int64_t j = 0; j < N; j += kNR)
     for (int64_t r = 0; r < rows; r += kMR)
-      micro(imin(kMR, rows - r), K, a + r * at.row, at, b + j * steps, c + r * ldc + j, ldc, add);
+      micro(K, a + r * at.row, at, b + j * steps, c + r * ldc + j, ldc, add, imin(kMR, rows - r));
 }
 
 // c (rows, N) = a b with a packed as panels of kMR rows. Sums of more than `slice` products are
@@ -36,8 +36,8 @@ inline void product_packed(int64_t rows, int64_t N, int64_t K, const float* a, c
   for (int64_t j = 0; j < N; j += kNR)
     for (int64_t r = 0; r < rows; r += kMR)
       for (int64_t k = 0; k < K; k += slice)
-        micro_panel<kFloats, false>(kMR, imin(slice, K - k), a + r * K + k * kMR,
-                                    b + j * K + k * kNR, c + r * ldc + j, ldc, k > 0);
+        micro_panel(imin(slice, K - k), a + r * K + k * kMR, b + j * K + k * kNR, c + r * ldc + j,
+                    ldc, k > 0);
 }
 
 // rows [from, to) of a sequence
