@@ -458,8 +458,7 @@ def linear_int8_pack(
 ) -> None: ...
 def linear_int8_unpack(packed: int, w: int, N: int, threads: int, /) -> None: ...
 def muon_orthogonalise(
-    x: int,
-    out: int,
+    places: int,
     matrices: int,
     R: int,
     C: int,

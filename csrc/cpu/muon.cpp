@@ -107,15 +107,21 @@ void normalise(const float* x, float* out, int64_t R, int64_t C, double* squares
       store(out + i * C + k, load(x + i * C + k, C - k) * scale, C - k);
 }
 
-// A matrix (R, C) and the memory that its iteration needs.
+// A matrix (R, C) and the memory that its iteration needs, of `size` floats.
 class Iteration {
  public:
-  Iteration(int64_t R, int64_t C) : R_(R), C_(C), S_(imin(R, C)), L_(imax(R, C)), room_(1, size()) {
-    spare_ = room_[0];
+  Iteration(int64_t R, int64_t C, float* memory)
+      : R_(R), C_(C), S_(imin(R, C)), L_(imax(R, C)), spare_(memory) {
     gram_ = spare_ + round_up(R * C, 16);
     polynomial_ = gram_ + round_up(S_ * S_, 16);
     packed_ = polynomial_ + round_up(S_ * S_, 16);
     squares_ = reinterpret_cast<double*>(packed_ + round_up(packed_size(S_, L_, false), 16));
+  }
+
+  static int64_t size(int64_t R, int64_t C) {
+    const int64_t S = imin(R, C);
+    return round_up(R * C, 16) + 2 * round_up(S * S, 16) +
+           round_up(packed_size(S, imax(R, C), false), 16) + 2 * R;
   }
 
   void run(const float* x, float* out, int64_t steps, float a, float b, float c,
@@ -138,25 +144,29 @@ class Iteration {
   }
 
  private:
-  int64_t size() const {
-    return round_up(R_ * C_, 16) + 2 * round_up(S_ * S_, 16) +
-           round_up(packed_size(S_, L_, false), 16) + 2 * R_;
-  }
-
   int64_t R_, C_, S_, L_;  // S <= L are the sides
-  Scratch room_;
   float *spare_, *gram_, *polynomial_, *packed_;
   double* squares_;
 };
 
 }  // namespace
 
-void muon_orthogonalise(const float* x, float* out, int64_t matrices, int64_t R, int64_t C,
+void muon_orthogonalise(const int64_t* places, int64_t matrices, int64_t R, int64_t C,
                         int64_t steps, float a, float b, float c, int threads) {
-  if (R * C == 0) return;
-  const Iteration iteration(R, C);
-  for (int64_t m = 0; m < matrices; ++m)
-    iteration.run(x + m * R * C, out + m * R * C, steps, a, b, c, threads);
+  if (R * C == 0 || matrices == 0) return;
+  // every thread has matrices of its own, and all threads share those that are left over
+  const int team = static_cast<int>(imin(threads, matrices));
+  const int64_t own = matrices - matrices % team;
+  const Scratch room(team, Iteration::size(R, C));
+  const auto run = [&](int64_t m, float* memory, int count) {
+    const auto* x = reinterpret_cast<const float*>(places[2 * m]);
+    auto* out = reinterpret_cast<float*>(places[2 * m + 1]);
+    Iteration(R, C, memory).run(x, out, steps, a, b, c, count);
+  };
+#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
+  for (int t = 0; t < team; ++t)
+    for (int64_t m = t; m < own; m += team) run(m, room[t], team > 1 ? 1 : threads);
+  for (int64_t m = own; m < matrices; ++m) run(m, room[0], threads);
 }
 
 }  // namespace FASTBERT_ISA

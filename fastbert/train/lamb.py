@@ -13,7 +13,8 @@ from torch import Tensor
 from fastbert.backend import chooser, cpu
 from fastbert.files import quoted
 
-# operations on lists of tensors: a kernel each on a GPU
+# operations on lists of tensors: a kernel each on a GPU. Each overload is named: the search for one would read every
+# row of a tensor as a number
 aten = torch.ops.aten
 
 
@@ -206,31 +207,31 @@ class _Plain:
     def moments(self) -> Tensor:
         """Move the moments; returns the squares of the norms of each parameter and of its update, (n, 2)."""
         beta1, beta2 = self.group["betas"]
-        aten._foreach_lerp_(self.m, self.g, 1.0 - beta1)
-        aten._foreach_lerp_(self.v, aten._foreach_mul(self.g, self.g), 1.0 - beta2)
+        aten._foreach_lerp_.Scalar(self.m, self.g, 1.0 - beta1)
+        aten._foreach_lerp_.Scalar(self.v, aten._foreach_mul.List(self.g, self.g), 1.0 - beta2)
         self._narrow(self.parts.m, self.m)
         self._narrow(self.parts.v, self.v)
         of_m, of_v = (list(column) for column in zip(*self.parts.corrections, strict=True))
-        roots = aten._foreach_sqrt(self.v)
-        aten._foreach_mul_(roots, of_v)
-        aten._foreach_add_(roots, self.group["eps"])
-        self.updates = aten._foreach_mul(self.m, of_m)
-        aten._foreach_div_(self.updates, roots)
-        aten._foreach_add_(self.updates, self.p, alpha=self.group["weight_decay"])
+        roots = aten._foreach_sqrt.default(self.v)
+        aten._foreach_mul_.ScalarList(roots, of_v)
+        aten._foreach_add_.Scalar(roots, self.group["eps"])
+        self.updates = aten._foreach_mul.ScalarList(self.m, of_m)
+        aten._foreach_div_.List(self.updates, roots)
+        aten._foreach_add_.List(self.updates, self.p, alpha=self.group["weight_decay"])
         # torch adds fp32 on a CPU one by one
         exact = torch.float64 if self.p[0].device.type == "cpu" else self.wide
-        norms = [aten._foreach_norm(t, dtype=exact) for t in (self.p, self.updates)]
+        norms = [aten._foreach_norm.Scalar(t, dtype=exact) for t in (self.p, self.updates)]
         return torch.stack([torch.stack(column) for column in norms], 1).square()
 
     def update(self, rates: Tensor) -> None:
         """Subtract the updates times their rates (n,)."""
-        aten._foreach_mul_(self.updates, list(rates.unbind()))
-        aten._foreach_sub_(self.p, self.updates)
+        aten._foreach_mul_.List(self.updates, list(rates.unbind()))
+        aten._foreach_sub_.List(self.p, self.updates)
         self._narrow(self.parts.p, self.p)
 
     def _narrow(self, kept: list[Tensor], wide: list[Tensor]) -> None:
         if kept[0].dtype != self.wide:
-            aten._foreach_copy_(kept, wide)
+            aten._foreach_copy_.default(kept, wide)
 
 
 def _local(t: Any) -> Tensor:

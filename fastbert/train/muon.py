@@ -12,12 +12,15 @@ from torch.optim.adamw import adamw
 from fastbert.backend import chooser, cpu
 from fastbert.files import quoted
 
-# operations on lists of tensors: a kernel each on a GPU
+# operations on lists of tensors: a kernel each on a GPU. Each overload is named: the search for one would read every
+# row of a tensor as a number
 aten = torch.ops.aten
 
 # of the polynomial a s + b s^3 + c s^5 of a singular value s, which five steps bring close to 1
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
+# the most numbers of a parameter on a CPU that is updated together with others
+_SMALL = 1 << 19
 # the least norm by which a matrix is divided
 LEAST_NORM = 1e-7
 
@@ -118,18 +121,18 @@ class Muon(torch.optim.Optimizer):
         momentum, lr = group["momentum"], float(group["lr"])
         # No operation here multiplies and adds: torch rounds these once in its vectors and twice in the remainders,
         # whose places depend on the number of threads.
-        aten._foreach_mul_(buffers, momentum)
-        aten._foreach_add_(buffers, gradients)
-        updates = aten._foreach_mul(buffers, momentum)
-        aten._foreach_add_(updates, gradients)
+        aten._foreach_mul_.Scalar(buffers, momentum)
+        aten._foreach_add_.List(buffers, gradients)
+        updates = aten._foreach_mul.Scalar(buffers, momentum)
+        aten._foreach_add_.List(updates, gradients)
         updates = _orthogonalised(params, updates, group["matrices"])
         sides = [max(p.shape[0] // group["matrices"], p.shape[1]) for p in params]
-        aten._foreach_mul_(updates, [lr * group["rms"] * side**0.5 for side in sides])
-        aten._foreach_mul_(weights, 1.0 - lr * group["weight_decay"])
-        aten._foreach_sub_(weights, updates)
+        aten._foreach_mul_.ScalarList(updates, [lr * group["rms"] * side**0.5 for side in sides])
+        aten._foreach_mul_.Scalar(weights, 1.0 - lr * group["weight_decay"])
+        aten._foreach_sub_.List(weights, updates)
         if params[0].dtype != wide:
-            aten._foreach_copy_(kept[0], weights)
-            aten._foreach_copy_(kept[1], buffers)
+            aten._foreach_copy_.default(kept[0], weights)
+            aten._foreach_copy_.default(kept[1], buffers)
 
     def _state(self, p: Tensor, names: Sequence[str]) -> dict[str, Any]:
         assert p.grad is not None
@@ -175,10 +178,11 @@ def _check(group: dict[str, Any]) -> None:
 
 
 def _together(params: list[Tensor]) -> list[list[Tensor]]:
-    """The parameters by device and dtype; on a CPU each by itself, whose passes find it in cache."""
+    """The parameters by device and dtype; large ones on a CPU each by itself, whose passes find it in cache."""
     found: dict[Any, list[Tensor]] = {}
     for i, p in enumerate(params):
-        found.setdefault((p.device, p.dtype, i if p.device.type == "cpu" else None), []).append(p)
+        alone = p.device.type == "cpu" and p.numel() > _SMALL
+        found.setdefault((p.device, p.dtype, i if alone else None), []).append(p)
     return list(found.values())
 
 
@@ -217,10 +221,10 @@ def orthogonalise(updates: list[Tensor], matrices: int = 1) -> list[Tensor]:
     shapes: dict[torch.Size, list[int]] = {}
     for i, view in enumerate(views):
         if view.numel():
-            shapes.setdefault(view.shape, []).append(i)
+            shapes.setdefault(view.shape[1:], []).append(i)
     for places in shapes.values():
         some = [views[i] for i in places]
-        results = [_native(x) for x in some] if _is_native(some[0]) else _plain(some)
+        results = (_native if _is_native(some[0]) else _plain)(some)
         for i, result in zip(places, results, strict=True):
             found[i] = result
     return [t.view(u.shape) for t, u in zip(found, updates, strict=True)]
@@ -232,15 +236,18 @@ def _is_native(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32
 
 
-def _native(x: Tensor) -> Tensor:  # (n, R, C)
-    out = torch.empty_like(x)
-    n, rows, columns = x.shape
+def _native(some: list[Tensor]) -> list[Tensor]:  # each (n, R, C)
+    found = [torch.empty_like(x) for x in some]
+    pairs = zip(some, found, strict=True)
+    places = [(a.data_ptr(), b.data_ptr()) for x, out in pairs for a, b in zip(x, out, strict=True)]
+    table = torch.tensor(places, dtype=torch.int64)
+    rows, columns = some[0].shape[1:]
     a, b, c = COEFFICIENTS
     threads = torch.get_num_threads()
     cpu.native.muon_orthogonalise(
-        x.data_ptr(), out.data_ptr(), n, rows, columns, STEPS, a, b, c, threads
+        table.data_ptr(), len(places), rows, columns, STEPS, a, b, c, threads
     )
-    return out
+    return found
 
 
 def _plain(some: list[Tensor]) -> list[Tensor]:

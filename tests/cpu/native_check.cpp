@@ -256,14 +256,17 @@ void check_lamb(i64 size) {
   }
 }
 
-// --- Muon: five steps of Newton and Schulz's iteration on two matrices (R, C) ---
+// --- Muon: five steps of Newton and Schulz's iteration on three matrices (R, C) ---
 
 void check_muon(i64 R, i64 C) {
   constexpr double kA = 3.4445, kB = -4.775, kC = 2.0315;
-  constexpr i64 kSteps = 5;
-  Array x = drawn(kFloat32, 2 * R * C), out(kFloat32, 2 * R * C);
+  constexpr i64 kSteps = 5, kMatrices = 3;
+  Array x = drawn(kFloat32, kMatrices * R * C), out(kFloat32, kMatrices * R * C);
   Doubles expected;
-  for (i64 m = 0; m < 2; ++m) {
+  std::vector<i64> places;
+  for (i64 m = 0; m < kMatrices; ++m) {
+    places.push_back(reinterpret_cast<i64>(x.floats() + m * R * C));
+    places.push_back(reinterpret_cast<i64>(out.floats() + m * R * C));
     Doubles X(R * C);
     double squares = 0;
     for (i64 i = 0; i < R * C; ++i) X[i] = x[m * R * C + i], squares += X[i] * X[i];
@@ -281,7 +284,7 @@ void check_muon(i64 R, i64 C) {
     expected.insert(expected.end(), X.begin(), X.end());
   }
   FASTBERT_ENTRY(muon_orthogonalise)
-  (x.floats(), out.floats(), 2, R, C, kSteps, kA, kB, kC, kThreads);
+  (places.data(), kMatrices, R, C, kSteps, kA, kB, kC, kThreads);
   check("muon_orthogonalise", kFloat32, out, expected);
 }
 
