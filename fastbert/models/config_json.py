@@ -112,6 +112,9 @@ def _from_modernbert(values: dict[str, Any]) -> dict[str, Any]:
     change with the length, a head with another activation.
     """
     values = dict(values)
+    # keys of published files that transformers does not read
+    for name in ("position_embedding_type", "layer_norm_eps"):
+        values.pop(name, None)
     biases = {name: values.pop(name, False) for name in _BIASES}
     if len(set(biases.values())) > 1 or not values.pop("decoder_bias", True):
         raise ValueError(

@@ -219,6 +219,27 @@ def test_what_is_not_supported_is_refused(settings: dict[str, Any], sentence: st
         BertConfig.from_dict({"model_type": "modernbert", **SIZES, **settings})
 
 
+def test_a_published_config() -> None:
+    """ModernBERT-base's config.json has keys of version 4, and two that mean nothing."""
+    values = {
+        **{"model_type": "modernbert", "classifier_pooling": "mean", "local_attention": 128},
+        **{"global_attn_every_n_layers": 3, "global_rope_theta": 160000.0, "norm_eps": 1e-5},
+        **{"local_rope_theta": 10000.0, "norm_bias": False, "position_embedding_type": "absolute"},
+        **{"layer_norm_eps": 1e-6, "decoder_bias": True, "deterministic_flash_attn": False},
+    }
+    config = BertConfig.from_dict(values)
+    assert (config.num_hidden_layers, config.vocab_size, config.intermediate_size) == (
+        22,
+        50368,
+        1152,
+    )
+    assert (config.rotary, config.is_mixed, config.layer_norm_eps) == (True, False, 1e-5)
+    assert config.windows[:4] == [None, (64, 64), (64, 64), None]
+    assert (config.rope_theta, config.local_rope_theta) == (160000.0, 10000.0)
+    again = BertConfig.from_dict(config.to_dict())
+    assert (again.windows, again.classifier_pooling) == (config.windows, "mean")
+
+
 def test_position_ids_are_refused() -> None:
     model = bert.BertModel(BertConfig(**SIZES, model_type="modernbert"))
     ids = torch.ones(1, 3, dtype=torch.int64)
