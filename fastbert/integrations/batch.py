@@ -140,8 +140,11 @@ def indices_of(self: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor
     if mask is None:
         return None
     mask = mask if mask.device == device else mask.to(device)
-    reading = "heads4" if self.fastbert_old else "heads"
-    reading = "beginnings" if self.fastbert_family.relative else reading
+    family = self.fastbert_family
+    binary = self.fastbert_old or family.disentangled
+    reading = "heads4" if binary else "heads"
+    if family.reads_distances(self):
+        reading = "binary_beginnings" if binary else "beginnings"
     ids, padding_id = given.get("input_ids"), getattr(self.config, "pad_token_id", None)
     if self.fastbert_at_padding != "auto" or ids is None or padding_id is None:
         return find_tokens(mask, reading)
@@ -162,14 +165,12 @@ def packing_of(
     if indices is None:
         return Packing.full(*full), None, None
     packing, wrong = Packing.found(indices, values.shape[1])
-    if wrong and self.fastbert_family.relative:
-        return (
-            None,
-            None,
-            "attention reads the distances of tokens, and a mask has holes or begins with padding",
-        )
+    family = self.fastbert_family
+    other = ", or a mask is not of 0 and 1" if self.fastbert_old or family.disentangled else ""
+    if wrong and family.reads_distances(self):
+        moved = "a mask has holes or begins with padding"
+        return None, None, f"attention reads the distances of tokens, and {moved}{other}"
     if wrong:
-        other = ", or its mask is not of 0 and 1" if self.fastbert_old else ""
         return None, None, f"a sequence begins with padding, which transformers' heads read{other}"
     _, rows, sizes = indices
     if sizes.shape[2]:
@@ -181,6 +182,8 @@ def packing_of(
         )
     elif self.fastbert_at_padding != "stock" or rows.shape[0] == values.shape[:2].numel():
         return packing, None, None
+    if family.disentangled:
+        return None, None, "outputs at padding are asked for, and disentangled attention has none"
     return Packing.full(*full), (given["attention_mask"] != 0).to(values.device), None
 
 

@@ -54,8 +54,8 @@ class Layout:
     holders: tuple[Path, ...]
     pre_norm: bool = False  # norms stand before the blocks, not after their sums
     gated: bool = False  # the feed-forward multiplies two halves
-    # the scale of attention scores, of the head size, where the layer's own `scaling` is another number
-    scale: Callable[[int], float] | None = None
+    # the scale of attention scores, of the layer's core and the head size, where the core's `scaling` is another number
+    scale: Callable[[Any, int], float] | None = None
 
     @cached_property
     def absent(self) -> frozenset[str]:
@@ -115,22 +115,29 @@ class Family:
     order: Callable[[Any], list[nn.Module]] | None = None
     first: str = ""  # the stack's module before its layers
     last: str = ""  # the stack's norm behind its layers
+    # the stack's module, or None, behind its first layer: it takes the layer's input, its output and a mask
+    behind_first: str = ""
     rotary: str = ""  # the model's attribute that holds the rates of rotary positions
     bias: str = ""  # the stack's table of biases of relative positions (T5's buckets)
+    # scores have terms of content and position, and the embeddings are multiplied by the mask (DeBERTa)
+    disentangled: bool = False
     per_token: tuple[str, ...] = ()  # arguments of the model (B, S, ...) beside those of BERT
     # the model's norm behind its encoder: what it computes at padding is set to zero
     end: str = ""
     # the kinds of attention masks that the model takes as a dict; it makes no mask of a kind that is None there
     masks: tuple[str, ...] = ()
+    # True: without a mask the model warns of ids that may be padding, and makes a mask of ones
+    warns: bool = False
     passes: bool = True  # False: the model's forward leaves out arguments that it does not know
     # other kinds than those of _KINDS
     kinds: Mapping[str, str | None] = field(default_factory=dict, hash=False)
     # the oldest version of transformers whose code of this family fastbert serves
     oldest: tuple[int, int] = (4, 48)
 
-    @property
-    def relative(self) -> bool:
+    def reads_distances(self, model: Any) -> bool:
         """Whether attention reads the tokens' distances: sequences must stand in the first columns."""
+        if self.disentangled:
+            return self.stack_of(model).relative_attention
         return bool(self.rotary or self.bias)
 
     def stack_of(self, model: nn.Module) -> Any:

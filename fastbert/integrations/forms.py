@@ -1,4 +1,4 @@
-"""What each layer's attention reads beside its weights: windows, rotary positions, biases of relative positions."""
+"""What each layer's attention reads beside its weights: windows, rotary positions, relative positions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastbert.files import quoted
 from fastbert.functional import Rotary, relative_bias
 from fastbert.integrations.families import Family
+from fastbert.nn.packing import Packing
 from fastbert.runners.forms import Form
 
 # rates that transformers makes anew by the length of a batch
@@ -28,17 +29,20 @@ def why_not(family: Family, model: Any, given: dict[str, Any]) -> str | None:
         for rope in kinds.values() if isinstance(kinds, dict) else (kinds,):
             if rope in _CHANGING:
                 return f"its rope_type is {quoted(rope)}, whose rates change with the length"
-    if family.relative and given.get("position_ids") is not None:
+    if (steps := getattr(model, "z_steps", 0)) > 1:
+        return f"its z_steps is {steps}, which runs the last layer again"
+    if family.reads_distances(model) and given.get("position_ids") is not None:
         return "position_ids are given, and attention reads the distances of tokens"
     return None
 
 
 def forms(
-    family: Family, model: Any, stacked: Sequence[nn.Module], parts: Sequence[Any], length: int
+    family: Family, model: Any, stacked: Sequence[nn.Module], parts: Sequence[Any], packing: Packing
 ) -> tuple[Form, ...]:
-    """One form per layer, for sequences of at most `length` tokens."""
-    if not family.relative:
+    """One form per layer; none where attention reads its weights alone."""
+    if not (family.rotary or family.bias):
         return ()
+    length = packing.max_seqlen
     tables: dict[Any, Rotary | None] = {}
     bias = _bias(family, model, length)
     found = []

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.backend import chooser, cpu
-from fastbert.integrations import layers
-from fastbert.integrations.families import Parts
+from fastbert.integrations import disentangled, layers
+from fastbert.integrations.families import Family, Parts
 from fastbert.nn.layer import LayerSettings, LayerWeights, parameters
 from fastbert.nn.watch import log_once
 from fastbert.ops.context import autocast
@@ -23,6 +23,10 @@ def served(encoder: nn.Module, x: Tensor, call: layers.Call) -> Tensor | None:
     """A frozen encoder's output for packed hidden states (1, T, C), None where its layers have to run."""
     copies = vars(encoder).get("frozen")
     if copies is None:
+        return None
+    family = call.family
+    if family.disentangled and (reason := _why_not_disentangled(encoder, family)):
+        copies.say_unused(reason)
         return None
     if call.tokens is not None or not (call.packed and call.states_unused):
         reason = "padding is computed too" if call.states_unused else "hidden states are requested"
@@ -47,6 +51,16 @@ def served_by(call: layers.Call, number: int, x: Tensor) -> Tensor | None:
     return x if whole.served else None
 
 
+def _why_not_disentangled(encoder: Any, family: Family) -> str | None:
+    """Why the native call can't run DeBERTa's encoder, None if it can."""
+    cores = (family.layout.of(layer).core for layer in family.layers_of(encoder))
+    if any(disentangled.terms(core) for core in cores):
+        return "its attention is disentangled, with terms of content and position"
+    if encoder._modules.get(family.behind_first) is not None:
+        return "a convolution stands behind its first layer"
+    return None
+
+
 class FrozenLayers(Copies):
     """The copies of an accelerated encoder's layers."""
 
@@ -67,6 +81,8 @@ class FrozenLayers(Copies):
     def why_not_form(self, encoder: Any) -> str | None:
         """Why the native call has no layer like those of an encoder, None if it has them all."""
         family = encoder.fastbert_family
+        if family.disentangled and (reason := _why_not_disentangled(encoder, family)):
+            return reason
         for i, layer in enumerate(family.layers_of(encoder)):
             m = family.layout.of(layer)
             reason = layers.why_not_packed(layer, m, family)

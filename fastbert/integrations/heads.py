@@ -141,6 +141,8 @@ def _why_not_labelled_rows(self: Any, given: dict[str, Any]) -> str | None:
         if name == "gelu":
             continue
         top, *inner = name.split(".")
+        if not hasattr(self, top):
+            return f"it has no {top}"
         holder = self
         for step in (top, *inner)[:-1]:
             holder = getattr(holder, step, None)

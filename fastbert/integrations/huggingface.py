@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastbert.files import quoted
 from fastbert.integrations import (
     batch,
+    disentangled,
     forms,
     frozen,
     heads,
@@ -181,7 +182,8 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
         seed,
         reason is None,
         parts=parts,
-        forms=forms.forms(family, self, stacked, parts, packing.max_seqlen),
+        forms=forms.forms(family, self, stacked, parts, packing),
+        relative=disentangled.relative(family, self, packing),
         numbers=None if family.encoder else {id(layer): i for i, layer in enumerate(stacked)},
         tokens=tokens,
         whole=None if family.encoder or vars(self).get("frozen") is None else Whole(self),
@@ -231,23 +233,26 @@ def _packed(self: Any, given: dict[str, Any], packing: Packing) -> dict[str, Any
     for name in names:
         if given.get(name) is not None:
             given[name] = packing.unpad(given[name])[None]
-    given["attention_mask"] = dict.fromkeys(family.masks) if family.masks else None
+    mask: Any = dict.fromkeys(family.masks) if family.masks else None
+    if family.warns and given.get("attention_mask") is not None:
+        mask = torch.ones(1, packing.tokens, dtype=torch.long, device=heads.values(given).device)
+    given["attention_mask"] = mask
     return given
 
 
 def _narrowed(self: Any, call: Call, wanted: str | Tensor, values: Tensor) -> Call:
     """The call for the tokens that a head reads: "all", "first" of each sequence, or positions in the flat (B * S)."""
-    packing = call.packing
+    packing, family = call.packing, self.fastbert_family
     if (isinstance(wanted, str) and wanted == "all") or hooked(self):
         return call
+    behind_first = family.stack_of(self)._modules.get(family.behind_first)
+    if len(call.parts) == 1 and behind_first is not None:
+        return call
     pooler = self._modules.get("pooler")
-    if pooler is not None and (
-        type(pooler).__module__ != self.fastbert_family.module or hooked(pooler)
-    ):
+    if pooler is not None and (type(pooler).__module__ != family.module or hooked(pooler)):
         return call
     if isinstance(wanted, str):
-        tokens = values.shape[:2].numel() if packing.rows is None else packing.rows.shape[0]
-        return call._replace(rows=packing.starts(tokens), firsts=True)
+        return call._replace(rows=packing.starts(packing.tokens), firsts=True)
     wanted = wanted.to(values.device)
     rows = wanted if packing.rows is None else torch.searchsorted(packing.rows, wanted)
     return call._replace(rows=rows)
@@ -310,13 +315,20 @@ def _encoder(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any
         x = getattr(self, family.first)(x)
     if family.bias and not call.packed:
         given["position_bias"] = self.compute_position_bias(x)
+    if family.disentangled and not call.packed:
+        mask = self.get_attention_mask(mask)
+        given |= {"relative_pos": self.get_rel_pos(x), "rel_embeddings": self.get_rel_embedding()}
+    conv = self._modules.get(family.behind_first)
     stacked = family.layers_of(self)
     y = frozen.served(self, x, call)
     for i, layer in enumerate(stacked if y is None else ()):
-        if states is not None:
+        if states is not None and not call.states_unused:
             states.append(x)
+        before = x if i == 0 and conv is not None else None
         x = layer(x, mask, fastbert=call.at(i), **given)
         x = x[0] if isinstance(x, tuple) else x
+        if before is not None:
+            x = _convolved(conv, before, x, call)
     x = x if y is None else y
     if family.last and (norm := getattr(self, family.last)) is not None:
         x = norm(x)
@@ -324,6 +336,16 @@ def _encoder(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any
     x = call.padded(x[0] if call.packed else call.packing.unpad(x)).to(dtype)
     shown = {} if states is None else {"hidden_states": (*states, x)}
     return self.fastbert_output(last_hidden_state=x, **shown)
+
+
+def _convolved(conv: Any, before: Tensor, x: Tensor, call: Call) -> Tensor:
+    """The stack's module of a layer's input and output, which reads tokens beside a token: run on the padded batch."""
+    packing = call.packing
+    if call.packed:
+        before, x = packing.pad(before[0]), packing.pad(x[0])
+    mask = packing.pad(torch.ones(packing.tokens, dtype=torch.long, device=x.device))
+    y = conv(before, x, mask)
+    return packing.unpad(y)[None] if call.packed else y
 
 
 def _layer(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from fastbert.integrations import disentangled
 from fastbert.integrations.families import Family, Layout, Parts, Path, paths, with_paths
 
 _BERT = Layout(
@@ -90,7 +91,18 @@ _ESM = replace(
     _PRE_NORM,
     parts=with_paths(_PRE_NORM.parts, attention_dropout="attention.self.dropout", activation=""),
     # queries are scaled before they are turned
-    scale=lambda size: size**-0.5,
+    scale=lambda _, size: size**-0.5,
+)
+
+_DEBERTA = replace(
+    _BERT,
+    parts=with_paths(
+        _BERT.parts,
+        query="attention.self.query_proj",
+        key="attention.self.key_proj",
+        value="attention.self.value_proj",
+    ),
+    scale=disentangled.scale,
 )
 
 
@@ -227,6 +239,7 @@ FAMILIES = {
             *_PREDICTIONS,
             output="BaseModelOutput",
             kinds={"ForQuestionAnswering": None},
+            warns=True,
             **_SINCE_5,
         ),
         _like_bert(
@@ -236,6 +249,7 @@ FAMILIES = {
             output="BaseModelOutput",
             counts_tokens=True,
             per_token=("xpath_tags_seq", "xpath_subs_seq"),
+            warns=True,
             **_SINCE_5,
         ),
         _like_bert(
@@ -260,6 +274,7 @@ FAMILIES = {
             last="ln",
             passes=False,
             kinds={"ForPreTraining": "pretraining"},
+            warns=True,
             **_SINCE_5,
         ),
         _like_bert(
@@ -328,6 +343,18 @@ FAMILIES = {
             first="embedding_hidden_mapping_in",
             kinds={"ForPreTraining": "token_labels"},
             output="BaseModelOutput",
+            **_SINCE_5,
+        ),
+        _like_bert(
+            "deberta_v2",
+            "DebertaV2",
+            *_PREDICTIONS,
+            layout=_DEBERTA,
+            disentangled=True,
+            behind_first="conv",
+            passes=False,
+            output="BaseModelOutput",
+            warns=True,
             **_SINCE_5,
         ),
         _flat(

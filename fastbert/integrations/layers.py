@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as tnf
 
 from fastbert.files import quoted
+from fastbert.integrations import disentangled
 from fastbert.integrations.families import Family, Layout, Parts
 from fastbert.integrations.recognise import (
     NORMS,
@@ -68,6 +69,7 @@ class Call(NamedTuple):
     # the parts of all layers, found and checked at the start of the forward; `at` leaves one layer's
     parts: tuple[Parts, ...] = ()
     forms: tuple[Form, ...] = ()  # of all layers, or of one as `parts`
+    relative: disentangled.Relative | None = None  # for attention with terms of content and position
     # the layers' numbers by id, where the model's own code runs them
     numbers: dict[int, int] | None = None
     # True: transformers' own layers take masks for sdpa; set with transformers 4 only
@@ -125,6 +127,8 @@ def why_not_packed(layer: nn.Module, parts: Parts, family: Family) -> str | None
         return f"its sliding window is of {window - 1} tokens to each side"
     if getattr(parts.core, "is_causal", False):
         return "its attention is causal"
+    if family.disentangled and (reason := disentangled.why_not(parts.core)):
+        return reason
     # transformers 4, and ESM
     turned = "rotary" if family.rotary else "absolute"
     if getattr(parts.core, "position_embedding_type", turned) not in ("absolute", turned):
@@ -166,7 +170,10 @@ def run(m: Parts, x: Tensor, call: Call) -> Tensor:
         form.rotary,
         form.bias,
     )
-    return encoder_layer(x, weights(m, layout), s._replace(window=form.window), batch)
+    w, attention = weights(m, layout), None
+    if call.relative is not None and disentangled.terms(m.core):
+        attention = disentangled.attention(m, w, s, call.relative, call.rows)
+    return encoder_layer(x, w, s._replace(window=form.window), batch, attention)
 
 
 def weights(m: Parts, layout: Layout) -> LayerWeights:
@@ -310,7 +317,9 @@ def settings(m: Parts, layout: Layout) -> LayerSettings:
             f"accelerate: the activation {type(m.activation).__name__} is transformers', not fused"
         )
     # transformers 4 names no scale
-    scale = getattr(core, "scaling", size**-0.5) if layout.scale is None else layout.scale(size)
+    scale = (
+        getattr(core, "scaling", size**-0.5) if layout.scale is None else layout.scale(core, size)
+    )
     # an adapter's projection has its own shape
     heads = getattr(m.query, "out_features", 0) // size
     kv_heads = getattr(m.key, "out_features", 0) // size

@@ -34,6 +34,11 @@ def _mask_of_beginnings(mask: Tensor) -> tuple[Tensor, Tensor]:
     return token, token[:, 1:] & ~token[:, :-1]
 
 
+def _mask_of_binary_beginnings(mask: Tensor) -> tuple[Tensor, Tensor]:
+    token, follows = _mask_of_beginnings(mask)
+    return token, torch.cat([follows, mask != token], 1)
+
+
 def _key_padding(mask: Tensor) -> tuple[Tensor, Tensor]:
     token = mask == 0
     if mask.dtype == torch.bool:
@@ -45,8 +50,10 @@ def _key_padding(mask: Tensor) -> tuple[Tensor, Tensor]:
 READINGS = {
     "mask": _mask,  # 1 at tokens, 0 at padding; other values are wrong
     "heads": _mask_of_heads,  # 0 at padding; sequences that begin with padding are wrong
-    "heads4": _mask_of_heads4,  # also wrong: values other than 0 and 1, which are no tokens to transformers 4
+    # also wrong: values other than 0 and 1, which transformers 4 and DeBERTa do not take for tokens
+    "heads4": _mask_of_heads4,
     "beginnings": _mask_of_beginnings,  # 0 at padding; tokens that follow padding are wrong
+    "binary_beginnings": _mask_of_binary_beginnings,  # also wrong: values other than 0 and 1
     "key_padding": _key_padding,  # True or -inf at padding; other numbers than 0 are wrong
 }
 
@@ -132,6 +139,12 @@ class Packing:
     def batch(self) -> int:
         """B, the number of sequences."""
         return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def tokens(self) -> int:
+        """T, the number of rows that `unpad` gives; not for packed tensors of the caller."""
+        assert self.length is not None
+        return self.batch * self.length if self.rows is None else self.rows.shape[0]
 
     @classmethod
     def full(cls, batch: int, length: int, device: torch.device) -> Packing:

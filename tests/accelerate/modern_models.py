@@ -5,6 +5,8 @@ from typing import Any
 import torch
 import transformers
 
+from fastbert.integrations import layers
+
 B, S, V = 5, 23, 97
 LENGTHS = torch.tensor([23, 4, 11, 1, 17])
 MASK = (torch.arange(S) < LENGTHS[:, None]).long()
@@ -51,6 +53,16 @@ CHANGES: dict[str, dict[str, Any]] = {
     "MegatronBert": {},
     "XLMRobertaXL": {"pad_token_id": 1},
     "JinaEmbeddingsV3": {"pad_token_id": 1},
+    # as DeBERTa-v3's; distances up to 4 have buckets of their own
+    "DebertaV2": {
+        "relative_attention": True,
+        "pos_att_type": "p2c|c2p",
+        "position_buckets": 8,
+        "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+    },
 }
 FAMILIES = tuple(CHANGES)
 
@@ -95,3 +107,20 @@ def batch(model: Any, head: str = "Model") -> dict[str, torch.Tensor]:
     if head == "ForQuestionAnswering":
         given |= {"start_positions": LENGTHS // 3, "end_positions": LENGTHS - 1}
     return given
+
+
+def count_layers(monkeypatch: Any) -> list[int]:
+    """The number of calls of our layer, counted from now on."""
+    calls: list[int] = []
+    run = layers.run
+    monkeypatch.setattr(layers, "run", lambda *args: calls.append(1) or run(*args))
+    return calls
+
+
+def close(
+    ours: torch.Tensor, stock: torch.Tensor, truth: torch.Tensor, name: str, floor: float = 0.0
+) -> None:
+    """ours is as near to the fp64 truth as transformers' own result is, or 1e-5 of the largest element."""
+    largest = truth.abs().max().item()
+    error, allowed = ((t.double() - truth).abs().max().item() for t in (ours, stock))
+    assert error <= 3 * allowed + 1e-5 * largest + floor, (name, error, allowed, largest)

@@ -1,7 +1,6 @@
 """accelerate() on the families that only transformers 5 has, or that are new since: outputs, gradients, fallbacks."""
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -9,11 +8,10 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 from hf_models import accelerated  # noqa: E402
-from modern_models import FAMILIES, MASK, B, S, V, batch, build  # noqa: E402
+from modern_models import FAMILIES, MASK, B, S, V, batch, build, close, count_layers  # noqa: E402
 
 import fastbert  # noqa: E402
 from fastbert.integrations import layers  # noqa: E402
-from fastbert.nn import watch  # noqa: E402
 
 HEADS = (
     "ForMaskedLM",
@@ -24,28 +22,6 @@ HEADS = (
 # Splinter's head for answers looks for a question's tokens, and is transformers' own
 MODELS = [(f, h) for f in FAMILIES for h in HEADS if hasattr(transformers, f + h)]
 MODELS.remove(("Splinter", "ForQuestionAnswering"))
-
-
-@pytest.fixture
-def said(caplog, monkeypatch):
-    """The sentences of the log, each said anew."""
-    monkeypatch.setattr(watch, "_logged", set())
-    caplog.set_level(logging.INFO, "fastbert")
-    return lambda: [r.getMessage() for r in caplog.records]
-
-
-def count_layers(monkeypatch):
-    """The number of calls of our layer, counted from now on."""
-    calls, run = [], layers.run
-    monkeypatch.setattr(layers, "run", lambda *args: calls.append(1) or run(*args))
-    return calls
-
-
-def close(ours, stock, truth, name, floor=0.0):
-    """ours is as near to the fp64 truth as transformers' own result is, or 1e-5 of the largest element."""
-    largest = truth.abs().max().item()
-    error, allowed = ((t.double() - truth).abs().max().item() for t in (ours, stock))
-    assert error <= 3 * allowed + 1e-5 * largest + floor, (name, error, allowed, largest)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,7 +67,19 @@ def test_a_head_trains_as_in_transformers(family, head, monkeypatch):
             close(of_ours[name], of_stock[name], gradient, name, floor)
 
 
-@pytest.mark.parametrize("family", ["Esm", "MPNet", "ModernBert", "NomicBert"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_of_masked_padding_gives_zeros_and_no_warning(family, caplog):
+    model = accelerated(build(family))
+    given = batch(model) | {"attention_mask": torch.zeros_like(MASK)}
+    given["input_ids"] = torch.full((B, S), model.config.pad_token_id or 0)
+    given["attention_mask"][1, 0] = 1
+    assert model(**given)[0][1, 0].any()
+    given["attention_mask"][1, 0] = 0
+    assert not model(**given)[0].any()
+    assert "may be padded" not in caplog.text
+
+
+@pytest.mark.parametrize("family", ["Esm", "MPNet", "ModernBert", "NomicBert", "DebertaV2"])
 @pytest.mark.parametrize("mask", ["left", "holes"])
 def test_masks_that_move_tokens_run_transformers_code(family, mask, said, monkeypatch):
     model = build(family)
@@ -107,7 +95,7 @@ def test_masks_that_move_tokens_run_transformers_code(family, mask, said, monkey
     assert any("a mask has holes or begins with padding" in line for line in said())
 
 
-@pytest.mark.parametrize("family", ["ModernBert", "JinaEmbeddingsV3"])
+@pytest.mark.parametrize("family", ["ModernBert", "JinaEmbeddingsV3", "DebertaV2"])
 def test_position_ids_run_transformers_code(family, said, monkeypatch):
     model = build(family)
     given, calls = batch(model), count_layers(monkeypatch)
@@ -193,6 +181,7 @@ LORA = {
     "ModernBert": ["Wqkv", "Wi"],
     "NomicBert": ["q_proj", "up_proj"],
     "EuroBert": ["k_proj", "down_proj"],
+    "DebertaV2": ["query_proj", "value_proj"],
 }
 
 
@@ -231,7 +220,7 @@ def test_outputs_at_padding_on_request(family):
     assert torch.allclose(fast(**given)[0], model(**given)[0], atol=2e-5)
 
 
-@pytest.mark.parametrize("family", ["ModernBert", "MPNet", "Esm"])
+@pytest.mark.parametrize("family", ["ModernBert", "MPNet", "Esm", "DebertaV2"])
 def test_bf16_stays_near(family):
     model = build(family)
     given, token = batch(model), MASK.bool()
@@ -241,8 +230,9 @@ def test_bf16_stays_near(family):
     assert (ours - truth).abs().max() <= 2 * (stock - truth).abs().max()
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    model = build("ModernBert", "ForMaskedLM")
+@pytest.mark.parametrize("family", ["ModernBert", "DebertaV2"])
+def test_gradient_checkpointing_gives_the_same_gradients(family):
+    model = build(family, "ForMaskedLM")
     given, found = batch(model, "ForMaskedLM"), []
     for checkpointed in (False, True):
         fast = accelerated(model).train()
@@ -254,8 +244,9 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         assert torch.equal(a, b)
 
 
-def test_restored_models_are_transformers_again():
-    model = build("ModernBert")
+@pytest.mark.parametrize("family", ["ModernBert", "DebertaV2"])
+def test_restored_models_are_transformers_again(family):
+    model = build(family)
     fast = accelerated(model)
     restored = fastbert.restore(fast)
     given = batch(model)
