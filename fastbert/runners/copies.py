@@ -241,7 +241,8 @@ def why_not_form(
     if settings.rms_norm and not settings.pre_norm:
         return "its norms are RMSNorms that stand behind the blocks"
     if fields is None:
-        return "a Linear or a norm is not torch.nn's own, or has no bias"
+        own = "a Linear or a norm is not torch.nn's own"
+        return f"{own}, or projections that are one product differ in biases, width or dtype"
     for name, field in zip(LayerWeights._fields, fields, strict=True):
         # the first norm of a pre-norm model may stand in the embeddings
         optional = name.endswith("bias") or (name == "attention_norm" and settings.pre_norm)

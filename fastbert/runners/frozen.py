@@ -246,6 +246,8 @@ def why_not_read(layer: nn.Module, training: bool = False) -> str | None:
             return f"the forward of a {kind} was replaced"
         if m.training and not training:
             return f"a {kind} is in training mode, call eval() on the model"
+    if _fields(layer) is None:
+        return "a weight or a bias of a layer is missing or has another name"
     return None
 
 

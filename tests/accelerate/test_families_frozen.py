@@ -237,6 +237,32 @@ def test_adapters_of_a_model_that_holds_its_layers_are_not_skipped(said):
     )
 
 
+def _no_key_bias(layer):
+    layer.attention.self.key.bias = None
+
+
+def _wide_query(layer):
+    layer.attention.self.query.double()
+
+
+@pytest.mark.parametrize("change", [_no_key_bias, _wide_query])
+def test_projections_that_are_not_one_product_are_named(change, said):
+    """Projections without any biases are one product; so the absence of a bias alone is no reason."""
+    stock = build("Ernie")
+    change(stock.encoder.layer[1])
+    model = accelerated(stock)
+    expected = output(model)
+    same(output(fastbert.freeze(model)), expected)
+    assert any("projections that are one product differ in biases" in s for s in said())
+    assert fastbert.frozen_bytes(model) == 0
+    for name in ("query", "key", "value"):
+        for layer in stock.encoder.layer:
+            getattr(layer.attention.self, name).float().bias = None
+    model = fastbert.freeze(accelerated(stock))
+    same(output(model), output(stock))
+    assert fastbert.frozen_bytes(model) > 0
+
+
 # --- quantize ---
 
 
