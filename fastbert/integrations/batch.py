@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastbert.files import quoted
 from fastbert.integrations import forms, heads
@@ -90,7 +90,7 @@ def why_not_packed(self: Any, given: dict[str, Any]) -> str | None:
     return why_not_bypassed()
 
 
-def why_not_these_shapes(self: Any, given: dict[str, Any]) -> str | None:
+def why_not_these_shapes(self: Any, given: dict[str, Any], stacked: list[nn.Module]) -> str | None:
     """Why these shapes need transformers' code. After indices_of: torch.compile would make one more graph before it."""
     shape = heads.values(given).shape[:2]
     if shape.numel() == 0:
@@ -108,10 +108,9 @@ def why_not_these_shapes(self: Any, given: dict[str, Any]) -> str | None:
     family = self.fastbert_family
     if positions is None and family.positions:
         _check_length(self, given, shape[1])
-    stack = family.stack_of(self)
-    ours = [stack, *family.layers_of(stack)]
-    if len(ours) == 1:
+    if not stacked:
         return "it has no layers"
+    ours = (family.stack_of(self), *stacked)
     if any(getattr(type(m), "fastbert_family", None) is not family for m in ours):
         return "its layers are not accelerated: call fastbert.accelerate(model) again"
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastbert.backend import chooser, cpu
 from fastbert.integrations import disentangled, layers
-from fastbert.integrations.families import Family, Parts
+from fastbert.integrations.families import Parts
 from fastbert.nn.layer import LayerSettings, LayerWeights, parameters
 from fastbert.nn.watch import log_once
 from fastbert.ops.context import autocast
@@ -24,8 +24,7 @@ def served(encoder: nn.Module, x: Tensor, call: layers.Call) -> Tensor | None:
     copies = vars(encoder).get("frozen")
     if copies is None:
         return None
-    family = call.family
-    if family.disentangled and (reason := _why_not_disentangled(encoder, family)):
+    if call.family.disentangled and (reason := _why_not_disentangled(encoder, call.parts)):
         copies.say_unused(reason)
         return None
     if call.tokens is not None or not (call.packed and call.states_unused):
@@ -51,12 +50,11 @@ def served_by(call: layers.Call, number: int, x: Tensor) -> Tensor | None:
     return x if whole.served else None
 
 
-def _why_not_disentangled(encoder: Any, family: Family) -> str | None:
-    """Why the native call can't run DeBERTa's encoder, None if it can."""
-    cores = (family.layout.of(layer).core for layer in family.layers_of(encoder))
-    if any(disentangled.terms(core) for core in cores):
+def _why_not_disentangled(encoder: Any, parts: Iterable[Parts]) -> str | None:
+    """Why the native call can't run DeBERTa's encoder with layers of these parts, None if it can."""
+    if any(disentangled.terms(m.core) for m in parts):
         return "its attention is disentangled, with terms of content and position"
-    if encoder._modules.get(family.behind_first) is not None:
+    if encoder._modules.get(encoder.fastbert_family.behind_first) is not None:
         return "a convolution stands behind its first layer"
     return None
 
@@ -81,10 +79,11 @@ class FrozenLayers(Copies):
     def why_not_form(self, encoder: Any) -> str | None:
         """Why the native call has no layer like those of an encoder, None if it has them all."""
         family = encoder.fastbert_family
-        if family.disentangled and (reason := _why_not_disentangled(encoder, family)):
+        stacked = family.layers_of(encoder)
+        parts = [family.layout.of(layer) for layer in stacked]
+        if family.disentangled and (reason := _why_not_disentangled(encoder, parts)):
             return reason
-        for i, layer in enumerate(family.layers_of(encoder)):
-            m = family.layout.of(layer)
+        for i, (layer, m) in enumerate(zip(stacked, parts, strict=True)):
             reason = layers.why_not_packed(layer, m, family)
             if reason is None:
                 fields = parameters(layers.prepacked_weights(m, family.layout))

@@ -158,9 +158,11 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
         return stock(self, **given)
     reason = batch.why_not_packed(self, given)
     packing: Packing | None = None
+    stacked: list[nn.Module] = []
     if reason is None:
         indices = batch.indices_of(self, given)
-        reason = batch.why_not_these_shapes(self, given)
+        stacked = family.layers_of(family.stack_of(self))
+        reason = batch.why_not_these_shapes(self, given, stacked)
     if reason is None:
         packing, tokens, reason = batch.packing_of(self, given, indices)
     if packing is None:
@@ -169,7 +171,6 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
         log_once(f"accelerate: {type(self).__name__} runs transformers' code: {reason}", level)
         return stock(self, **given)
     values = heads.values(given)
-    stacked = family.layers_of(family.stack_of(self))
     parts = tuple(family.layout.of(layer) for layer in stacked)
     # one seed for the whole forward: layers that are recomputed in backward must draw the same masks. None is drawn
     # where nothing is dropped: the user's next random numbers are those of an unaccelerated run
@@ -181,6 +182,7 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
         packing,
         seed,
         reason is None,
+        stacked=tuple(stacked),
         parts=parts,
         forms=forms.forms(family, self, stacked, parts, packing),
         relative=disentangled.relative(family, self, packing),
@@ -319,9 +321,8 @@ def _encoder(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any
         mask = self.get_attention_mask(mask)
         given |= {"relative_pos": self.get_rel_pos(x), "rel_embeddings": self.get_rel_embedding()}
     conv = self._modules.get(family.behind_first)
-    stacked = family.layers_of(self)
     y = frozen.served(self, x, call)
-    for i, layer in enumerate(stacked if y is None else ()):
+    for i, layer in enumerate(call.stacked if y is None else ()):
         if states is not None and not call.states_unused:
             states.append(x)
         before = x if i == 0 and conv is not None else None

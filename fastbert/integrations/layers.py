@@ -66,6 +66,7 @@ class Call(NamedTuple):
     layer: int = 0
     last: bool = False  # True: this is the last layer's call
     states_unused: bool = False  # True: no caller wants the intermediate hidden states
+    stacked: tuple[nn.Module, ...] = ()  # the layers in the order in which they run
     # the parts of all layers, found and checked at the start of the forward; `at` leaves one layer's
     parts: tuple[Parts, ...] = ()
     forms: tuple[Form, ...] = ()  # of all layers, or of one as `parts`

@@ -29,6 +29,7 @@ from hf_models import (
 )
 
 import fastbert
+from fastbert.integrations.families import Family
 from fastbert.nn import watch
 
 MODELS = [(f, h) for f in FAMILIES for h in HEADS if hasattr(transformers, f + h)]
@@ -154,6 +155,16 @@ def test_a_layer_costs_few_checks():
         return sum(n for path, n in seen.items() if path.startswith(("/integrations", "/nn")))
 
     assert calls(3) - calls(2) <= 50
+
+
+@pytest.mark.parametrize("family", ["Bert", "DistilBert"])
+def test_a_forward_looks_up_the_layers_once(family, monkeypatch):
+    model, calls, found = accelerated(build(family)), [], Family.layers_of
+    monkeypatch.setattr(
+        Family, "layers_of", lambda self, stack: calls.append(1) or found(self, stack)
+    )
+    model(**batch(family))
+    assert len(calls) == 1
 
 
 def test_training_computes_labelled_rows_only():
