@@ -26,6 +26,10 @@ from fastbert.nn.watch import first_hooked
 SHARE, SCORES = 0.75, 1 << 17
 
 
+# the projections of positions to keys and to queries: DeBERTa-v2's names and DeBERTa's
+_KEYS, _QUERIES = ("pos_key_proj", "pos_proj"), ("pos_query_proj", "pos_q_proj")
+
+
 class Groups(NamedTuple):
     """Packed tokens (T, ...) as padded batches (n, L, ...) of sequences of like lengths, one behind the other."""
 
@@ -50,14 +54,24 @@ def terms(core: Any) -> tuple[str, ...]:
     return tuple(t for t in ("c2p", "p2c") if t in core.pos_att_type)
 
 
+def by_head(core: Any) -> bool:
+    """Whether the attention is the first DeBERTa's: it has one projection, whose rows are by head."""
+    return "q_bias" in core._parameters
+
+
 def scale(core: Any, size: int) -> float:
     """The scale of scores with heads of this size."""
-    return (size * (1 + ("c2p" in core.pos_att_type) + ("p2c" in core.pos_att_type))) ** -0.5
+    kinds = core.pos_att_type
+    # the first DeBERTa also counts kinds that it does not know
+    known = len(kinds) if by_head(core) else ("c2p" in kinds) + ("p2c" in kinds)
+    return (size * (1 + known)) ** -0.5
 
 
 def why_not(core: Any) -> str | None:
-    """Why a layer's terms of positions can't be computed here, None if they can."""
-    names = ("pos_dropout", "pos_key_proj", "pos_query_proj")
+    """Why a layer's attention can't be computed here, None if it can."""
+    if getattr(core, "talking_head", False):
+        return "its attention has talking heads"
+    names = ("pos_dropout", *_KEYS, *_QUERIES)
     named = {name: m for name in names if (m := core._modules.get(name)) is not None}
     for name, m in named.items():
         if not (dropout_like(m) if name == "pos_dropout" else linear_like(m)):
@@ -144,6 +158,13 @@ def _one_group(packing: Packing, tokens: int) -> Groups:
 # --- in every layer ---
 
 
+def heads_of(y: Tensor, core: Any) -> Tensor:
+    """DeBERTa's one projection y (T, 3 H D), whose rows are by head, as (T, 3, H, D) with biases of its own."""
+    q, v = core.q_bias, core.v_bias
+    biases = torch.stack([q, torch.zeros_like(q), v]).unflatten(1, (-1, core.attention_head_size))
+    return y.unflatten(1, (*biases.shape[1:2], 3, biases.shape[2])).transpose(1, 2) + biases
+
+
 def attention(
     m: Parts, w: LayerWeights, s: LayerSettings, r: Relative, picked: Tensor | None
 ) -> Callable[[Tensor], Tensor]:
@@ -171,13 +192,18 @@ def _positions(m: Parts, r: Relative, size: int) -> tuple[Tensor | None, Tensor 
     core, known = m.core, terms(m.core)
     table = core.pos_dropout(r.table)
     keys = queries = None
+    shared = getattr(core, "share_att_key", False)
     if "c2p" in known:
-        keys = _heads(m.key if core.share_att_key else core.pos_key_proj, table, size)
+        keys = _heads(m.key if shared else _first(core, _KEYS), table, size)
         keys = keys.index_select(1, r.rows.flip(0))
     if "p2c" in known:
-        queries = _heads(m.query if core.share_att_key else core.pos_query_proj, table, size)
+        queries = _heads(m.query if shared else _first(core, _QUERIES), table, size)
         queries = queries.index_select(1, r.rows)
     return keys, queries
+
+
+def _first(core: Any, names: tuple[str, ...]) -> Any:
+    return next(core._modules[name] for name in names if name in core._modules)
 
 
 def _heads(m: Any, table: Tensor, size: int) -> Tensor:

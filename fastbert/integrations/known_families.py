@@ -7,158 +7,31 @@ from typing import Any
 
 from torch import nn
 
-from fastbert.integrations import disentangled
-from fastbert.integrations.families import Family, Layout, Parts, Path, paths, with_paths
-
-_BERT = Layout(
-    paths(
-        "attention.self",
-        "attention.self.query",
-        "attention.self.key",
-        "attention.self.value",
-        "attention.self.dropout",
-        "attention.output.dense",
-        "attention.output.dropout",
-        "attention.output.LayerNorm",
-        "intermediate.dense",
-        "intermediate.intermediate_act_fn",
-        "output.dense",
-        "output.dropout",
-        "output.LayerNorm",
-    ),
-    paths("attention", "attention.self", "attention.output", "intermediate", "output"),
-)
-_DISTILBERT = Layout(
-    paths(
-        "attention",
-        "attention.q_lin",
-        "attention.k_lin",
-        "attention.v_lin",
-        "attention.dropout",
-        "attention.out_lin",
-        "",
-        "sa_layer_norm",
-        "ffn.lin1",
-        "ffn.activation",
-        "ffn.lin2",
-        "ffn.dropout",
-        "output_layer_norm",
-    ),
-    paths("attention", "ffn"),
+from fastbert.integrations.families import Family, Layout, with_paths
+from fastbert.integrations.layouts import (
+    ALBERT,
+    BERT,
+    DEBERTA,
+    DEBERTA_2,
+    DISTILBERT,
+    ESM,
+    EUROBERT,
+    MODERNBERT,
+    MPNET,
+    NOMIC,
+    PRE_NORM,
 )
 
-
-_PRE_NORM = replace(
-    _BERT,
-    parts=with_paths(_BERT.parts, attention_norm="attention.LayerNorm", output_norm="LayerNorm"),
-    pre_norm=True,
-)
-_MPNET = replace(
-    _BERT,
-    parts=with_paths(
-        _BERT.parts,
-        core="attention.attn",
-        query="attention.attn.q",
-        key="attention.attn.k",
-        value="attention.attn.v",
-        attention_dropout="attention.attn.dropout",
-        out="attention.attn.o",
-        out_dropout="attention.dropout",
-        attention_norm="attention.LayerNorm",
-    ),
-    holders=paths("attention", "attention.attn", "intermediate", "output"),
-)
-_ALBERT = Layout(
-    with_paths(
-        _BERT.parts,
-        core="attention",
-        query="attention.query",
-        key="attention.key",
-        value="attention.value",
-        attention_dropout="attention.attention_dropout",
-        out="attention.dense",
-        out_dropout="attention.output_dropout",
-        attention_norm="attention.LayerNorm",
-        up="ffn",
-        activation="activation",
-        down="ffn_output",
-        down_dropout="",
-        output_norm="full_layer_layer_norm",
-    ),
-    paths("attention"),
-)
-_ESM = replace(
-    _PRE_NORM,
-    parts=with_paths(_PRE_NORM.parts, attention_dropout="attention.self.dropout", activation=""),
-    # queries are scaled before they are turned
-    scale=lambda _, size: size**-0.5,
-)
-
-_DEBERTA = replace(
-    _BERT,
-    parts=with_paths(
-        _BERT.parts,
-        query="attention.self.query_proj",
-        key="attention.self.key_proj",
-        value="attention.self.value_proj",
-    ),
-    scale=disentangled.scale,
-)
-
-
-def _llama(attention_norm: str, output_norm: str, **others: str) -> tuple[Path, ...]:
-    """The parts of a layer whose modules have Llama's names."""
-    parts = dict.fromkeys(Parts._fields, "") | {
-        "core": "self_attn",
-        "query": "self_attn.q_proj",
-        "key": "self_attn.k_proj",
-        "value": "self_attn.v_proj",
-        "attention_dropout": "self_attn.attention_dropout",
-        "out": "self_attn.o_proj",
-        "attention_norm": attention_norm,
-        "up": "mlp.up_proj",
-        "gate": "mlp.gate_proj",
-        "activation": "mlp.act_fn",
-        "down": "mlp.down_proj",
-        "output_norm": output_norm,
-    }
-    return paths(*(parts | others).values())
-
-
-_NOMIC = Layout(
-    _llama(
-        "post_attention_layernorm",
-        "post_mlp_layernorm",
-        out_dropout="post_attention_dropout",
-        down_dropout="post_mlp_dropout",
-    ),
-    paths("self_attn", "mlp"),
-    gated=True,
-)
-_EUROBERT = Layout(
-    _llama("input_layernorm", "post_attention_layernorm"),
-    paths("self_attn", "mlp"),
-    pre_norm=True,
-    gated=True,
-)
-_MODERNBERT = Layout(
-    paths(
-        "attn",
-        *("", "", "", "attn.attention_dropout", "attn.Wo", "attn.out_drop"),
-        "attn_norm",
-        *("mlp.Wi", "mlp.act", "mlp.Wo", "", "mlp_norm", "attn.Wqkv", "", "mlp.drop"),
-    ),
-    paths("attn", "mlp"),
-    pre_norm=True,
-    gated=True,
-)
+_LM_HEAD = ("lm_head.dense", "gelu", "lm_head.layer_norm"), "lm_head.decoder"
+_PREDICTIONS = ("cls.predictions.transform",), "cls.predictions.decoder"
+_SINCE_5: dict[str, Any] = {"oldest": (5, 0)}
 
 
 def _like_bert(
     name: str, prefix: str, transform: tuple[str, ...], decoder: str, **others: Any
 ) -> Family:
     kind: dict[str, Any] = {
-        "layout": _BERT,
+        "layout": BERT,
         "stack": "encoder",
         "encoder": f"{prefix}Encoder",
         "layer": f"{prefix}Layer",
@@ -193,6 +66,17 @@ def _flat(name: str, prefix: str, layout: Layout, **others: Any) -> Family:
     return Family(f"transformers.models.{name}.modeling_{name}", prefix, layout, **(kind | others))
 
 
+def _deberta(name: str, prefix: str, layout: Layout, **others: Any) -> Family:
+    kind: dict[str, Any] = {
+        "layout": layout,
+        "disentangled": True,
+        "passes": False,
+        "output": "BaseModelOutput",
+        "warns": True,
+    }
+    return _like_bert(name, prefix, *_PREDICTIONS, **(kind | _SINCE_5 | others))
+
+
 def _albert_order(stack: Any) -> list[nn.Module]:
     """ALBERT's layers: the groups take turns of equal length."""
     config = stack.config
@@ -200,10 +84,6 @@ def _albert_order(stack: Any) -> list[nn.Module]:
     groups = (stack.albert_layer_groups[int(i / each)] for i in range(config.num_hidden_layers))
     return [layer for group in groups for layer in group.albert_layers]
 
-
-_LM_HEAD = ("lm_head.dense", "gelu", "lm_head.layer_norm"), "lm_head.decoder"
-_PREDICTIONS = ("cls.predictions.transform",), "cls.predictions.decoder"
-_SINCE_5: dict[str, Any] = {"oldest": (5, 0)}
 
 FAMILIES = {
     family.module: family
@@ -216,7 +96,7 @@ FAMILIES = {
         Family(
             "transformers.models.distilbert.modeling_distilbert",
             "DistilBert",
-            _DISTILBERT,
+            DISTILBERT,
             "transformer",
             "Transformer",
             "TransformerBlock",
@@ -257,8 +137,8 @@ FAMILIES = {
             "RobertaPreLayerNorm",
             *_LM_HEAD,
             layout=replace(
-                _PRE_NORM,
-                parts=with_paths(_PRE_NORM.parts, output_norm="intermediate.LayerNorm"),
+                PRE_NORM,
+                parts=with_paths(PRE_NORM.parts, output_norm="intermediate.LayerNorm"),
             ),
             end="LayerNorm",
             **_SINCE_5,
@@ -268,8 +148,8 @@ FAMILIES = {
             "MegatronBert",
             *_PREDICTIONS,
             layout=replace(
-                _PRE_NORM,
-                parts=with_paths(_PRE_NORM.parts, attention_norm="attention.ln", output_norm="ln"),
+                PRE_NORM,
+                parts=with_paths(PRE_NORM.parts, attention_norm="attention.ln", output_norm="ln"),
             ),
             last="ln",
             passes=False,
@@ -282,9 +162,9 @@ FAMILIES = {
             "XLMRobertaXL",
             *_LM_HEAD,
             layout=replace(
-                _PRE_NORM,
+                PRE_NORM,
                 parts=with_paths(
-                    _PRE_NORM.parts,
+                    PRE_NORM.parts,
                     attention_norm="attention.self_attn_layer_norm",
                     down_dropout="",
                 ),
@@ -296,9 +176,9 @@ FAMILIES = {
             "jina_embeddings_v3",
             "JinaEmbeddingsV3",
             replace(
-                _NOMIC,
+                NOMIC,
                 parts=with_paths(
-                    _NOMIC.parts,
+                    NOMIC.parts,
                     up="mlp.fc1",
                     gate="",
                     activation="mlp.activation_fn",
@@ -313,7 +193,7 @@ FAMILIES = {
             "esm",
             "Esm",
             *_LM_HEAD,
-            layout=_ESM,
+            layout=ESM,
             padded_embeddings=True,
             last="emb_layer_norm_after",
             rotary="rotary_embeddings",
@@ -326,7 +206,7 @@ FAMILIES = {
             "mpnet",
             "MPNet",
             *_LM_HEAD,
-            layout=_MPNET,
+            layout=MPNET,
             bias="relative_attention_bias",
             passes=False,
             output="BaseModelOutput",
@@ -337,7 +217,7 @@ FAMILIES = {
             "Albert",
             ("predictions.dense", "predictions.activation", "predictions.LayerNorm"),
             "predictions.decoder",
-            layout=_ALBERT,
+            layout=ALBERT,
             encoder="AlbertTransformer",
             order=_albert_order,
             first="embedding_hidden_mapping_in",
@@ -345,22 +225,12 @@ FAMILIES = {
             output="BaseModelOutput",
             **_SINCE_5,
         ),
-        _like_bert(
-            "deberta_v2",
-            "DebertaV2",
-            *_PREDICTIONS,
-            layout=_DEBERTA,
-            disentangled=True,
-            behind_first="conv",
-            passes=False,
-            output="BaseModelOutput",
-            warns=True,
-            **_SINCE_5,
-        ),
+        _deberta("deberta", "Deberta", DEBERTA),
+        _deberta("deberta_v2", "DebertaV2", DEBERTA_2, behind_first="conv"),
         _flat(
             "modernbert",
             "ModernBert",
-            _MODERNBERT,
+            MODERNBERT,
             layer="ModernBertEncoderLayer",
             transform=("head",),
             decoder="decoder",
@@ -371,14 +241,14 @@ FAMILIES = {
         _flat(
             "nomic_bert",
             "NomicBert",
-            _NOMIC,
+            NOMIC,
             transform=("cls.predictions.transform",),
             decoder="cls.predictions.decoder",
         ),
         _flat(
             "eurobert",
             "EuroBert",
-            _EUROBERT,
+            EUROBERT,
             layer="EuroBertDecoderLayer",
             transform=(),
             decoder="lm_head",

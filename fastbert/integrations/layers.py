@@ -23,6 +23,7 @@ from fastbert.integrations.recognise import (
     dropout_like,
     elementwise,
     gelu,
+    layer_norm,
     linear_like,
     norm_like,
     plain,
@@ -223,6 +224,8 @@ def _listed(pair: tuple[Any, Tensor | None]) -> tuple[Any, list[Tensor] | None]:
 
 def _projection(m: Parts, fused: nn.Module) -> tuple[Any, Tensor | None]:
     """The weight and bias of one projection of queries, keys and values, or a function x (T, C) -> (T, 3, H, D)."""
+    if disentangled.by_head(m.core):
+        return (lambda x: disentangled.heads_of(_tokens(fused, x), m.core)), None
     if (own := plain(fused)) is not None:
         return own
     size = head_size(m)
@@ -242,6 +245,8 @@ def _halves(m: Parts) -> tuple[Any, Any]:
 def _norm(m: Any) -> tuple[Any, Tensor | None]:
     """A norm's weight and bias, or the norm itself."""
     if type(m) in NORMS and len(m.normalized_shape) == 1 and m.weight is not None:
+        return m.weight, m.bias
+    if layer_norm(m):
         return m.weight, m.bias
     return (m.weight, None) if rms_norm(m) else (m, None)
 
@@ -327,8 +332,9 @@ def settings(m: Parts, layout: Layout) -> LayerSettings:
     if m.fused is not None:
         heads = kv_heads = getattr(m.fused, "out_features", size) // (3 * size)
     name = m.activation if activation is None else activation_name(activation)
-    rms = type(m.attention_norm) not in NORMS and rms_norm(m.attention_norm)
-    epsilon = "variance_epsilon" if rms else "eps"
+    own = type(m.attention_norm) not in NORMS
+    rms = own and rms_norm(m.attention_norm)
+    epsilon = "variance_epsilon" if own else "eps"
     return LayerSettings(
         heads,
         "silu" if activation is None and fused else name,

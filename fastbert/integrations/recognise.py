@@ -60,7 +60,7 @@ def linear_like(m: nn.Module) -> bool:
 def norm_like(m: nn.Module) -> bool:
     """Whether a module is a norm of the last dimension, an adapter around one, or passes its input on."""
     known = type(m).forward in (nn.LayerNorm.forward, drop_in.LayerNorm.forward)
-    return known or rms_norm(m) or type(m) is nn.Identity or _adapter(m)
+    return known or rms_norm(m) or layer_norm(m) or type(m) is nn.Identity or _adapter(m)
 
 
 def rms_norm(m: Any) -> bool:
@@ -68,6 +68,14 @@ def rms_norm(m: Any) -> bool:
     kind = type(m)
     own = kind.__name__.endswith("RMSNorm") and kind.__module__.startswith("transformers.models.")
     return own and m.__dict__.keys() >= {"variance_epsilon"}
+
+
+def layer_norm(m: Any) -> bool:
+    """Whether a module is the first DeBERTa's own LayerNorm, with statistics in fp32."""
+    kind = type(m)
+    return kind.__name__ == "DebertaLayerNorm" and kind.__module__.startswith(
+        "transformers.models."
+    )
 
 
 def tokenwise(m: nn.Module) -> bool:

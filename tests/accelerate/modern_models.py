@@ -53,6 +53,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     "MegatronBert": {},
     "XLMRobertaXL": {"pad_token_id": 1},
     "JinaEmbeddingsV3": {"pad_token_id": 1},
+    "Deberta": {
+        "relative_attention": True,
+        "max_relative_positions": 9,
+        "pos_att_type": "c2p|p2c",
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+    },
     # as DeBERTa-v3's; distances up to 4 have buckets of their own
     "DebertaV2": {
         "relative_attention": True,

@@ -1,4 +1,4 @@
-"""accelerate() on DeBERTa-v2 and v3: every form of attention with positions, the convolution, fallbacks, freeze."""
+"""accelerate() on DeBERTa, v2 and v3: every form of attention with positions, the convolution, fallbacks, freeze."""
 
 import copy
 import logging
@@ -32,12 +32,24 @@ FORMS = {
 }
 
 
+# of the first DeBERTa
+FIRST = {
+    "c2p": {"pos_att_type": "c2p"},
+    "p2c": {"pos_att_type": "p2c"},
+    "distances of their own": {"max_relative_positions": 64},
+    "unknown kinds": {"pos_att_type": ["c2p", "p2p"]},
+    "no relative positions": {"relative_attention": False, "position_biased_input": True},
+}
+ALL = [("DebertaV2", f) for f in FORMS] + [("Deberta", f) for f in FIRST]
+
+
 @pytest.mark.parametrize("known", [True, False], ids=["groups", "one group"])
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_trains_as_in_transformers(form, known, monkeypatch):
+@pytest.mark.parametrize(("family", "form"), ALL, ids=[" ".join(pair) for pair in ALL])
+def test_every_form_trains_as_in_transformers(family, form, known, monkeypatch):
     """Outputs and all gradients; on a GPU and in compiled graphs the batch is one group."""
     monkeypatch.setattr(disentangled, "_lengths_known", lambda _: known)
-    model = build("DebertaV2", "ForSequenceClassification", **FORMS[form])
+    changes = (FORMS if family == "DebertaV2" else FIRST)[form]
+    model = build(family, "ForSequenceClassification", **changes)
     given, calls, found = batch(model, "ForSequenceClassification"), count_layers(monkeypatch), []
     for m in (accelerated(model), model, copy.deepcopy(model).double()):
         m.train()
@@ -217,6 +229,15 @@ def test_an_altered_projection_of_positions_runs_one_layer_as_in_transformers(
 
 def _doubled(m, args, y):
     return 2 * y
+
+
+def test_talking_heads_run_transformers_code(said, monkeypatch):
+    model = build("Deberta", talking_head=True, relative_attention=False)
+    calls, given = count_layers(monkeypatch), batch(model)
+    ours, stock = (m(**given)[0] * MASK[..., None] for m in (accelerated(model), model))
+    assert torch.allclose(ours, stock, atol=1e-5)
+    assert not calls
+    assert any("its attention has talking heads" in line for line in said())
 
 
 def test_a_head_with_another_decoder_computes_all_logits():

@@ -181,6 +181,7 @@ LORA = {
     "ModernBert": ["Wqkv", "Wi"],
     "NomicBert": ["q_proj", "up_proj"],
     "EuroBert": ["k_proj", "down_proj"],
+    "Deberta": ["in_proj", "pos_q_proj"],
     "DebertaV2": ["query_proj", "value_proj"],
 }
 
