@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,10 +50,12 @@ def served_by(call: layers.Call, number: int, x: Tensor) -> Tensor | None:
     return x if whole.served else None
 
 
-def _why_not_disentangled(encoder: Any, parts: Iterable[Parts]) -> str | None:
+def _why_not_disentangled(encoder: Any, parts: Sequence[Parts]) -> str | None:
     """Why the native call can't run DeBERTa's encoder with layers of these parts, None if it can."""
     if any(disentangled.terms(m.core) for m in parts):
         return "its attention is disentangled, with terms of content and position"
+    if any(disentangled.by_head(m.core) for m in parts):
+        return "the rows of its one projection are by head"
     if encoder._modules.get(encoder.fastbert_family.behind_first) is not None:
         return "a convolution stands behind its first layer"
     return None

@@ -71,7 +71,9 @@ class Call(NamedTuple):
     # the parts of all layers, found and checked at the start of the forward; `at` leaves one layer's
     parts: tuple[Parts, ...] = ()
     forms: tuple[Form, ...] = ()  # of all layers, or of one as `parts`
-    relative: disentangled.Relative | None = None  # for attention with terms of content and position
+    relative: disentangled.Relative | None = (
+        None  # for attention with terms of content and position
+    )
     # the layers' numbers by id, where the model's own code runs them
     numbers: dict[int, int] | None = None
     # True: transformers' own layers take masks for sdpa; set with transformers 4 only

@@ -247,7 +247,7 @@ def why_not_read(layer: nn.Module, training: bool = False) -> str | None:
         if m.training and not training:
             return f"a {kind} is in training mode, call eval() on the model"
     if _fields(layer) is None:
-        return "a weight or a bias of a layer is missing or has another name"
+        return "a layer holds a parameter that is none of its weights and biases"
     return None
 
 

@@ -251,14 +251,19 @@ def test_a_head_with_another_decoder_computes_all_logits():
 # --- freeze and quantize ---
 
 
+PLAIN = {"relative_attention": False}
+REFUSED = [
+    ("DebertaV2", {}, "its attention is disentangled"),
+    ("Deberta", {}, "its attention is disentangled"),
+    ("DebertaV2", FORMS["convolution"] | PLAIN, "a convolution stands behind its first layer"),
+    ("Deberta", PLAIN, "the rows of its one projection are by head"),
+]
+
+
 @pytest.mark.skipif(cpu.native is None, reason="no native module")
-@pytest.mark.parametrize("form", ["v3", "convolution"])
-def test_frozen_layers_run_one_by_one_and_integers_are_refused(form, said):
-    changes = FORMS[form] | ({"relative_attention": False} if form == "convolution" else {})
-    model = accelerated(build("DebertaV2", **changes))
-    reason = (
-        "a convolution stands behind" if form == "convolution" else "its attention is disentangled"
-    )
+@pytest.mark.parametrize(("family", "changes", "reason"), REFUSED)
+def test_frozen_layers_run_one_by_one_and_integers_are_refused(family, changes, reason, said):
+    model = accelerated(build(family, **changes))
     with pytest.raises(ValueError, match="the model can't be quantised: .*" + reason):
         fastbert.quantize(model)
     given = batch(model)
