@@ -334,14 +334,13 @@ def settings(m: Parts, layout: Layout) -> LayerSettings:
     if m.fused is not None:
         heads = kv_heads = getattr(m.fused, "out_features", size) // (3 * size)
     name = m.activation if activation is None else activation_name(activation)
-    own = type(m.attention_norm) not in NORMS
-    rms = own and rms_norm(m.attention_norm)
-    epsilon = "variance_epsilon" if own else "eps"
+    first, last = m.attention_norm, m.output_norm
+    rms = type(first) not in NORMS and rms_norm(first)
     return LayerSettings(
         heads,
         "silu" if activation is None and fused else name,
-        getattr(m.attention_norm, epsilon, 0.0),
-        getattr(m.output_norm, epsilon, 0.0),
+        getattr(first, "eps" if type(first) in NORMS else "variance_epsilon", 0.0),
+        getattr(last, "eps" if type(last) in NORMS else "variance_epsilon", 0.0),
         rates(m),
         scale,
         pre_norm=layout.pre_norm,
