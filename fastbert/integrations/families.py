@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -57,11 +56,13 @@ class Layout:
     # the scale of attention scores, of the layer's core and the head size, where the core's `scaling` is another number
     scale: Callable[[Any, int], float] | None = None
 
-    @cached_property
-    def absent(self) -> frozenset[str]:
-        """The names of the parts that such layers do not have."""
-        paths = dict(zip(Parts._fields, self.parts, strict=False))
-        return frozenset(name for name in Parts._fields if not paths.get(name))
+    # the names of the parts that such layers do not have; made at once, since torch.compile can't trace a cache
+    absent: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        known = dict(zip(Parts._fields, self.parts, strict=False))
+        absent = frozenset(name for name in Parts._fields if not known.get(name))
+        object.__setattr__(self, "absent", absent)
 
     def of(self, layer: nn.Module) -> Parts:
         """The layer's parts as they are now."""

@@ -11,7 +11,9 @@ _NOTHING = object()
 
 
 class _Handed(threading.local):
-    value: Any = _NOTHING
+    # an attribute of every thread's own from its beginning: torch.compile guards that it is there
+    def __init__(self) -> None:
+        self.value: Any = _NOTHING
 
 
 _handed = _Handed()

@@ -150,6 +150,17 @@ def test_two_threads_may_run_one_model():
             assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("family", ["MPNet", "DebertaV2"])
+def test_a_model_compiles_before_its_first_call(family):
+    """Calls of these families go through a thread's own memory, which graphs read and write."""
+    model = build(family, num_hidden_layers=1)
+    torch._dynamo.reset()
+    fast = torch.compile(accelerated(model), backend="eager", fullgraph=True)
+    ids = batch(model)["input_ids"]
+    with torch.no_grad():
+        assert torch.allclose(fast(input_ids=ids)[0], model(input_ids=ids)[0], atol=1e-5)
+
+
 def test_labels_at_padding_count_as_in_transformers():
     model = build("MPNet", "ForTokenClassification")
     given = batch(model, "ForTokenClassification")
