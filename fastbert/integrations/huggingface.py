@@ -199,7 +199,13 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
         return stock(self, **given, fastbert=call)
     as_dict = given.pop("return_dict", getattr(self.config, "return_dict", True))
     given = _packed(self, given, packing)
-    output = _stock_with(call, self, stock, given | {"return_dict": True})
+    output = _padded(call, _stock_with(call, self, stock, given | {"return_dict": True}))
+    return output if as_dict else output.to_tuple()
+
+
+def _padded(call: Call, output: Any) -> Any:
+    """transformers' output of a packed batch, with hidden states (B, S, C)."""
+    family, packing = call.family, call.packing
     last = shown = output.last_hidden_state
     if family.last and not family.encoder:
         shown = call.padded(last[0])
@@ -212,7 +218,7 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
             for h in output.hidden_states
         )
     output["last_hidden_state"] = shown
-    return output if as_dict else output.to_tuple()
+    return output
 
 
 def _stock_with(call: Call, self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:

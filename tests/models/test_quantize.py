@@ -362,3 +362,10 @@ def test_a_call_in_floating_point_warns(model, caplog):
     with torch.no_grad(), caplog.at_level("WARNING", "fastbert"):
         model(**inputs, output_hidden_states=True)
     assert not caplog.records
+
+
+def test_a_parameter_that_is_no_weight_of_a_layer_is_named():
+    model = BertModel(CONFIG)
+    model.layers[1].register_parameter("scale", torch.nn.Parameter(torch.ones(())))
+    with pytest.raises(ValueError, match="layer 1: a layer holds a parameter that is none of its"):
+        fastbert.quantize(model)
