@@ -59,6 +59,18 @@ EURO = BASE | {
     "eos_token_id": 2,
     "mask_token_id": 3,
 }
+DEBERTA = BASE | {
+    "vocab_size": 128100,
+    "type_vocab_size": 0,
+    "relative_attention": True,
+    "position_buckets": 256,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": "p2c|c2p",
+    "position_biased_input": False,
+    "max_relative_positions": -1,
+    "layer_norm_eps": 1e-7,
+}
 # row: (transformers' names of the family and the head, its sizes, whether a step is trained, the goal)
 ROWS: dict[str, tuple[str, str, dict[str, Any], bool, float | None]] = {
     "ModernBERT-base, inference": ("ModernBert", "Model", MODERN, False, 2.2),
@@ -70,6 +82,14 @@ ROWS: dict[str, tuple[str, str, dict[str, Any], bool, float | None]] = {
     "NomicBERT-base, inference": ("NomicBert", "Model", BASE, False, None),
     "ALBERT-base, inference": ("Albert", "Model", BASE | {"intermediate_size": 3072}, False, None),
     "EuroBERT-210M, inference": ("EuroBert", "Model", EURO, False, None),
+    "DeBERTa-v3-base, inference": ("DebertaV2", "Model", DEBERTA, False, None),
+    "DeBERTa-v3-base, fine-tuning step": (
+        "DebertaV2",
+        "ForSequenceClassification",
+        DEBERTA,
+        True,
+        None,
+    ),
     "ModernBERT-base, inference, frozen": ("ModernBert", "Model", MODERN, False, None),
     "ModernBERT-base, inference, int8": ("ModernBert", "Model", MODERN, False, None),
     "MPNet-base, inference, frozen": ("MPNet", "Model", BASE, False, None),

@@ -222,10 +222,18 @@ def test_what_is_not_supported_is_refused(settings: dict[str, Any], sentence: st
 def test_a_published_config() -> None:
     """ModernBERT-base's config.json has keys of version 4, and two that mean nothing."""
     values = {
-        **{"model_type": "modernbert", "classifier_pooling": "mean", "local_attention": 128},
-        **{"global_attn_every_n_layers": 3, "global_rope_theta": 160000.0, "norm_eps": 1e-5},
-        **{"local_rope_theta": 10000.0, "norm_bias": False, "position_embedding_type": "absolute"},
-        **{"layer_norm_eps": 1e-6, "decoder_bias": True, "deterministic_flash_attn": False},
+        "model_type": "modernbert",
+        "classifier_pooling": "mean",
+        "local_attention": 128,
+        "global_attn_every_n_layers": 3,
+        "global_rope_theta": 160000.0,
+        "norm_eps": 1e-5,
+        "local_rope_theta": 10000.0,
+        "norm_bias": False,
+        "position_embedding_type": "absolute",
+        "layer_norm_eps": 1e-6,
+        "decoder_bias": True,
+        "deterministic_flash_attn": False,
     }
     config = BertConfig.from_dict(values)
     assert (config.num_hidden_layers, config.vocab_size, config.intermediate_size) == (
