@@ -254,6 +254,10 @@ class BertConfig:
                 f"local_attention is {self.local_attention} and global_attn_every_n_layers "
                 f"{self.global_attn_every_n_layers}: they must be at least 0 and 1"
             )
+        if self.local_attention == 1:
+            raise ValueError(
+                "local_attention is 1: a token would see itself alone, use at least 2, or 0 for no local layers"
+            )
         if not (self.rope_theta > 0.0 and self.local_rope_theta > 0.0):
             raise ValueError("rope_theta and local_rope_theta must be above 0")
         if self.rotary and self.head_size % 2:

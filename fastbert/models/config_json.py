@@ -72,9 +72,12 @@ def write(config: Any) -> dict[str, Any]:
     """The config.json of a BertConfig, in the family's own spelling where transformers has such a model."""
     family = config.model_type
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    extra = dict(config.extra)
     special = {name: values.pop(name) for name in _SPECIAL}
     if config.is_mixed:
-        values |= {"model_type": _MIXED + family, "add_pooler": config.add_pooler}
+        # in the place of an alias's
+        extra["model_type"] = _MIXED + extra.get("model_type", family)
+        values |= {"add_pooler": config.add_pooler}
         values["position_embedding_type"] = config.position_embedding_type
     else:
         spelling = {ours: theirs for theirs, ours in SPELLINGS[family].items()}
@@ -95,7 +98,7 @@ def write(config: Any) -> dict[str, Any]:
     names = config.id2label or {i: f"LABEL_{i}" for i in range(config.num_labels or 0)}
     values["id2label"] = {str(i): name for i, name in names.items()}
     values["label2id"] = config.label2id or {name: i for i, name in names.items()}
-    return {**values, **config.extra}
+    return {**values, **extra}
 
 
 def _positions(config: Any) -> dict[str, Any]:
@@ -125,31 +128,39 @@ def _from_modernbert(values: dict[str, Any]) -> dict[str, Any]:
     activation = values.pop("classifier_activation", "gelu")
     if activation != "gelu":
         raise ValueError(f"classifier_activation is {quoted(activation)}: fastbert has gelu")
-    values |= _local_layers(values)
-    scaled = values.pop("rope_scaling", None)
-    ropes = values.pop("rope_parameters", None) or {}
+    return values | _local_layers(values) | _bases(values)
+
+
+def _bases(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the bases of rotary angles, whose settings are taken out."""
+    given = {name: values.pop(name, None) or {} for name in ("rope_scaling", "rope_parameters")}
+    scaled, ropes = given.values()
+    found: dict[str, Any] = {}
     for ours, theirs in _KINDS.items():
-        rope = dict(ropes.get(theirs) or {})
-        kind = (scaled or rope).get("rope_type", "default")
-        if kind != "default":
-            raise ValueError(f"rope_type is {quoted(kind)}: fastbert has default")
-        theta = values.pop(f"{ours}_rope_theta", None)
-        name = "rope_theta" if ours == "global" else "local_rope_theta"
-        found = rope.get("rope_theta", theta)
-        if found is not None:
-            values[name] = float(found)
-    return values
+        rope = ropes.get(theirs) or {} if isinstance(ropes, dict) else None
+        if not isinstance(rope, dict) or not isinstance(scaled, dict):
+            raise ValueError(f"{str(given)[:200]}: these settings must be JSON objects")
+        for settings in (scaled, ropes, rope):
+            kind = settings.get("rope_type", settings.get("type", "default"))
+            if kind != "default":
+                raise ValueError(f"rope_type is {quoted(kind)}: fastbert has default")
+        theta = rope.get("rope_theta", values.pop(f"{ours}_rope_theta", None))
+        if theta is not None:
+            found["rope_theta" if ours == "global" else "local_rope_theta"] = theta
+    return found
 
 
 def _local_layers(values: dict[str, Any]) -> dict[str, Any]:
     """The fields of layers that `layer_types` lists, which is taken out."""
     kinds = values.pop("layer_types", None)
-    if not kinds or not set(kinds) <= set(_KINDS.values()):
-        if kinds:
-            raise ValueError(
-                f"layer_types are {str(kinds)[:100]}: fastbert has {[*_KINDS.values()]}"
-            )
+    if not kinds:
         return {}
+    known = [*_KINDS.values()]
+    if not isinstance(kinds, list) or not all(kind in known for kind in kinds):
+        raise ValueError(f"layer_types are {str(kinds)[:100]}: fastbert has {known}")
+    layers = values.get("num_hidden_layers", HF_DEFAULTS["modernbert"]["num_hidden_layers"])
+    if len(kinds) != layers:
+        raise ValueError(f"layer_types lists {len(kinds)} layers and num_hidden_layers is {layers}")
     wide = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
     if len(wide) == len(kinds):
         return {"local_attention": 0}

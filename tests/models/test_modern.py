@@ -208,7 +208,14 @@ def test_gradient_checkpointing_and_dropout_agree() -> None:
         ({"layer_types": ["full_attention", "linear"]}, "layer_types are"),
         ({"rope_scaling": {"rope_type": "dynamic"}}, "rope_type is 'dynamic'"),
         ({"classifier_pooling": "max"}, "choose cls or mean"),
+        ({"rope_scaling": {"type": "dynamic"}}, "rope_type is 'dynamic'"),
+        ({"rope_scaling": "dynamic"}, "must be JSON objects"),
+        ({"rope_parameters": [1]}, "must be JSON objects"),
+        ({"global_rope_theta": "many"}, "rope_theta is 'many': it must be a number"),
+        ({"layer_types": 3}, "layer_types are 3"),
+        ({"layer_types": ["full_attention"]}, "lists 1 layers and num_hidden_layers is 4"),
         ({"local_attention": -2}, "local_attention is -2"),
+        ({"local_attention": 1}, "local_attention is 1"),
         ({"global_attn_every_n_layers": 0}, "at least 0 and 1"),
         ({"global_rope_theta": 0.0}, "must be above 0"),
         ({"hidden_size": 21}, "rotary positions turn pairs"),
@@ -246,6 +253,13 @@ def test_a_published_config() -> None:
     assert (config.rope_theta, config.local_rope_theta) == (160000.0, 10000.0)
     again = BertConfig.from_dict(config.to_dict())
     assert (again.windows, again.classifier_pooling) == (config.windows, "mean")
+
+
+def test_a_mixed_form_of_an_alias_keeps_its_name() -> None:
+    values = BertConfig(model_type="xlm-roberta", pre_norm=True).to_dict()
+    assert values["model_type"] == "fastbert-xlm-roberta"
+    again = BertConfig.from_dict(values)
+    assert (again.model_type, again.pre_norm) == ("roberta", True)
 
 
 def test_position_ids_are_refused() -> None:
