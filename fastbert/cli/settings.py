@@ -79,7 +79,9 @@ def signature(kind: type[Settings], *own: Parameter) -> inspect.Signature:
     ]
     hints = typing.get_type_hints(kind)
     for f in settings_of(kind):
-        parameters.append((f.name, Annotated[_optional(hints[f.name]), _flag(f)], None))
+        parameters.append(
+            (f.name, Annotated[_optional(hints[f.name]), _flag(f, hints[f.name])], None)
+        )
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Signature(
         [
@@ -93,7 +95,7 @@ def _optional(hint: Any) -> Any:
     return hint if type(None) in typing.get_args(hint) else hint | None
 
 
-def _flag(f: dataclasses.Field[Any]) -> Any:
+def _flag(f: dataclasses.Field[Any], hint: Any) -> Any:
     comment = f.metadata["comment"]
     # the words of a command line without a flag are a list
     if f.default_factory is not dataclasses.MISSING or f.metadata["positional"]:
@@ -101,6 +103,6 @@ def _flag(f: dataclasses.Field[Any]) -> Any:
     if f.default is not None:
         comment += f"; default {str(f.default).lower()}"
     name = "--" + f.name.replace("_", "-")
-    if isinstance(f.default, bool):
+    if hint is bool or bool in typing.get_args(hint):
         name += "/--no-" + f.name.replace("_", "-")
     return typer.Option(name, help=comment, rich_help_panel=f.metadata["group"])

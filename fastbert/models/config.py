@@ -97,8 +97,8 @@ class BertConfig:
     gated: bool | None = None
     # of linear layers and norms; a masked-LM decoder has one in any case
     biases: bool | None = None
-    # the tokens that a local layer's token sees, half of them before and half behind it, beside itself; 0: no layer is
-    # local
+    # a token of a local layer sees half of so many tokens before itself and half behind itself, rounded down; 0: no
+    # layer is local
     local_attention: int | None = None
     # every so many layers, from the first on, one is not local
     global_attn_every_n_layers: int = 3

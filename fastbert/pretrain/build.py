@@ -5,6 +5,7 @@ The checks need no torch, so that the command line can make them before it impor
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,5 +112,28 @@ def _check_loaded(loaded: BertConfig, config: PretrainConfig, vocabulary: int) -
         )
     if config.next_sentence and not (loaded.add_pooler and (loaded.type_vocab_size or 0) > 1):
         raise ValueError(
-            f"the model in {config.init_from} is a {loaded.model_type} without sentence types: use recipe roberta"
+            f"the model in {config.init_from} is a {loaded.model_type} without sentence types: use recipe roberta or "
+            "modern, or next_sentence = false"
         )
+
+
+def as_loaded(config: PretrainConfig, loaded: BertConfig) -> PretrainConfig:
+    """The settings with the sizes and the form of the model in `init_from`, which stand in their place."""
+    if config.init_from is None:
+        return config
+    return replace(
+        config,
+        layers=loaded.num_hidden_layers,
+        hidden=loaded.hidden_size,
+        heads=loaded.num_attention_heads,
+        ffn=loaded.intermediate_size,
+        max_position=loaded.max_length,
+        positions=loaded.position_embedding_type,
+        pre_norm=loaded.pre_norm,
+        gated=loaded.gated,
+        biases=loaded.biases,
+        local_attention=loaded.local_attention,
+        global_every=loaded.global_attn_every_n_layers,
+        rope_theta=loaded.rope_theta,
+        local_rope_theta=loaded.local_rope_theta,
+    )

@@ -30,6 +30,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "modern": {
         "next_sentence": False,
         "mask_prob": 0.3,
+        # so that its losses compare with those of the other recipes
+        "eval_mask_prob": 0.15,
         "tokenizer_kind": "bpe",
         "positions": "rotary",
         "pre_norm": True,
@@ -82,8 +84,10 @@ class PretrainConfig(TrainingSettings):
         DATA,
         "part of the tokens that is to be predicted; default .15, in the recipe modern .3",
     )
-    eval_mask_prob: float = setting(
-        0.15, DATA, "part of the held-out tokens that is to be predicted"
+    eval_mask_prob: float | None = setting(
+        None,
+        DATA,
+        "part of the held-out tokens that is to be predicted; default mask_prob, in the recipe modern .15",
     )
     whole_word: bool = setting(False, DATA, "mask whole words, not single pieces of them")
     data_dir: str | None = setting(
@@ -158,7 +162,10 @@ class PretrainConfig(TrainingSettings):
         "normal, or neighbours: some heads start at the next tokens, for short trainings",
     )
     init_from: str | None = setting(
-        None, MODEL, "model folder to start from; its sizes and its tokenizer are used", path=True
+        None,
+        MODEL,
+        "model folder to start from; its sizes, its form and its tokenizer are used",
+        path=True,
     )
 
     minutes: float | None = setting(
@@ -191,6 +198,8 @@ class PretrainConfig(TrainingSettings):
         for name, value in known.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        if self.eval_mask_prob is None:
+            self.eval_mask_prob = self.mask_prob
         super().__post_init__()
         if self.max_tokens is None and self.batch_size is None:
             self.max_tokens = 8192

@@ -55,6 +55,7 @@ class Feed:
         self, config: PretrainConfig, tokenizer: Any, shards: Shards, world: World
     ) -> None:
         assert config.mask_prob is not None
+        assert config.eval_mask_prob is not None
         settings = DataSettings(
             recipe="bert" if config.next_sentence else "roberta",
             max_length=config.max_length,

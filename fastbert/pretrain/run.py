@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastbert.pretrain.build import build_model, check_usable
+from fastbert.pretrain.build import as_loaded, build_model, check_usable
 from fastbert.pretrain.config import PretrainConfig
 from fastbert.pretrain.feed import Feed, shared_feed
 from fastbert.pretrain.loop import PretrainRun, reached
@@ -128,8 +128,9 @@ def summary(result: Result) -> list[str]:
 def _scheduled(
     config: PretrainConfig, model: torch.nn.Module, feed: Feed, world: World
 ) -> PretrainConfig:
-    """The settings with the number of steps; where steps are timed, those of the slowest process."""
-    return replace(config, steps=int(world.most(_steps(config, model, feed, world))))
+    """The settings that are recorded: with the number of steps, where they are timed that of the slowest process."""
+    found = as_loaded(config, model.config)  # type: ignore[arg-type]
+    return replace(found, steps=int(world.most(_steps(config, model, feed, world))))
 
 
 def _steps(config: PretrainConfig, model: torch.nn.Module, feed: Feed, world: World) -> int:

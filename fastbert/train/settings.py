@@ -165,7 +165,7 @@ class TrainingSettings(Settings):
         0.2, OPTIMISER, "steps of wsd's fall, as a part of all steps, or as a number from 1 on"
     )
     warmup: float = setting(
-        0.1, OPTIMISER, "steps of linear warm-up, as a part of all steps, or as a number from 1 on"
+        0.1, OPTIMISER, "steps of warm-up, as a part of all steps, or as a number from 1 on"
     )
     weight_decay: float = setting(0.01, OPTIMISER, "not applied to biases and LayerNorm")
     beta1: float = setting(0.9, OPTIMISER, "decay of the first moment")

@@ -7,6 +7,8 @@ import tiny_run
 import torch
 
 from fastbert.bert import BertForMaskedLM
+from fastbert.cli.settings import signature
+from fastbert.pretrain.config import load_settings
 from fastbert.pretrain.run import _steps
 from fastbert.train import PretrainConfig, pretrain
 
@@ -69,6 +71,30 @@ def test_a_recipe_gives_what_is_not_set():
         "absolute",
     )
     assert PretrainConfig(recipe="roberta", steps=1).next_sentence is False
+    # as before the recipe modern, whose losses are judged as those of the others are
+    assert PretrainConfig(steps=1, mask_prob=0.3).eval_mask_prob == 0.3
+
+
+def test_a_loaded_model_keeps_its_form_and_the_run_records_it(settings, tmp_path):
+    first = tiny_run.tiny_settings(settings["sources"][0], steps=1, recipe="roberta")
+    first |= {"tokenizer_kind": "wordpiece"}
+    model = pretrain(PretrainConfig(**first), tmp_path / "first", quiet=True).model
+    given = {**settings, "steps": 1, "init_from": str(model), "layers": 5, "max_position": 64}
+    result = pretrain(PretrainConfig(**given), tmp_path / "second", quiet=True)
+    recorded = PretrainConfig(**load_settings(tmp_path / "second" / "config.toml"))
+    assert (recorded.pre_norm, recorded.positions, recorded.biases) == (False, "absolute", True)
+    assert (recorded.layers, recorded.recipe, recorded.mask_prob) == (2, "modern", 0.3)
+    assert BertForMaskedLM.from_pretrained(result.model).config.model_type == "roberta"
+    with pytest.raises(ValueError, match="use recipe roberta or modern"):
+        pretrain(PretrainConfig(**{**given, "recipe": "bert"}), tmp_path / "no", quiet=True)
+
+
+def test_every_part_can_be_switched_off_by_a_flag():
+    options = [p.annotation.__metadata__[0] for p in signature(PretrainConfig).parameters.values()]
+    # typer keeps a flag's name in one of two places
+    flags = [flag for option in options for flag in (*(option.param_decls or ()), option.default)]
+    for name in ("pre-norm", "gated", "biases", "next-sentence", "whole-word"):
+        assert f"--{name}/--no-{name}" in flags
 
 
 @pytest.mark.parametrize("accumulate", [2, 5, 8])
