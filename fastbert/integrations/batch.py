@@ -60,8 +60,8 @@ def why_not_packed(self: Any, given: dict[str, Any]) -> str | None:
             return f"config.{name} is set"
     if getattr(config, "summary_type", "first") != "first":
         return f"summary_type {quoted(config.summary_type)} reads outputs at padding"
-    if given.get("output_attentions", getattr(config, "output_attentions", False)):
-        return "output_attentions is set, and fused attention has no weights to show"
+    if maps_wanted(self, given) and (reason := _why_not_maps(self, given)):
+        return f"output_attentions is set, and {reason}"
     implementation = getattr(config, "_attn_implementation", None) or "eager"
     if implementation not in ("eager", "sdpa") and "flash_attention" not in implementation:
         return f"the attention implementation is {quoted(implementation)}"
@@ -88,6 +88,28 @@ def why_not_packed(self: Any, given: dict[str, Any]) -> str | None:
     if reason := forms.why_not(self.fastbert_family, self, given):
         return reason
     return why_not_bypassed()
+
+
+def maps_wanted(self: Any, given: dict[str, Any]) -> bool:
+    """Whether the caller asks for attention weights."""
+    wanted = given.get("output_attentions")
+    return bool(getattr(self.config, "output_attentions", False) if wanted is None else wanted)
+
+
+def _why_not_maps(self: Any, given: dict[str, Any]) -> str | None:
+    """Why attention weights can't be rebuilt beside the kernels' work."""
+    if self.fastbert_old:
+        return "transformers 4 is installed"
+    if self.fastbert_family.disentangled:
+        return "the attention has terms of positions, whose log-sum-exps are not kept"
+    if self.training:
+        return "training shows the weights after dropout"
+    if torch.is_grad_enabled():
+        embeds = given.get("inputs_embeds")
+        leaves = [*self.parameters(), *(() if embeds is None else (embeds,))]
+        if any(t.requires_grad for t in leaves):
+            return "a gradient may go through the weights: call the model under torch.no_grad()"
+    return "torch.compile traces the model" if torch.compiler.is_compiling() else None
 
 
 def why_not_these_shapes(self: Any, given: dict[str, Any], stacked: list[nn.Module]) -> str | None:

@@ -34,6 +34,7 @@ from fastbert.integrations.families import Family, Parts
 from fastbert.integrations.handing import handing, taken
 from fastbert.integrations.known_families import FAMILIES
 from fastbert.integrations.layers import Call, Whole
+from fastbert.nn.attention_maps import Maps
 from fastbert.nn.exports import fx_leaf, refuse_script
 from fastbert.nn.packing import Packing
 from fastbert.nn.watch import first_hooked, hooked, log_once
@@ -159,17 +160,18 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     reason = batch.why_not_packed(self, given)
     packing: Packing | None = None
     stacked: list[nn.Module] = []
+    tokens: Tensor | None = None
     if reason is None:
         indices = batch.indices_of(self, given)
         stacked = family.layers_of(family.stack_of(self))
         reason = batch.why_not_these_shapes(self, given, stacked)
     if reason is None:
         packing, tokens, reason = batch.packing_of(self, given, indices)
+    if tokens is not None and batch.maps_wanted(self, given):
+        packing, reason = None, "output_attentions is set, and outputs at padding are wanted"
     if packing is None:
-        copies = vars(family.stack_of(self)).get("frozen")
-        level = logging.INFO if getattr(copies, "bits", None) is None else logging.WARNING
-        log_once(f"accelerate: {type(self).__name__} runs transformers' code: {reason}", level)
-        return stock(self, **given)
+        return _stock(self, stock, given, reason)
+    maps = Maps(packing) if batch.maps_wanted(self, given) else None
     values = heads.values(given)
     parts = tuple(family.layout.of(layer) for layer in stacked)
     # one seed for the whole forward: layers that are recomputed in backward must draw the same masks. None is drawn
@@ -189,22 +191,36 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
         numbers=None if family.encoder else {id(layer): i for i, layer in enumerate(stacked)},
         tokens=tokens,
         whole=None if family.encoder or vars(self).get("frozen") is None else Whole(self),
+        observer=maps,
     )
+    if reason is not None and maps is not None:
+        return _stock(self, stock, given, f"output_attentions is set, and {reason}")
     if reason is not None:
         log_once(f"accelerate: {type(self).__name__} takes padding out layer by layer: {reason}")
         return _stock_with(call, self, stock, given)
     if not given.get("output_hidden_states", getattr(self.config, "output_hidden_states", False)):
-        call = _narrowed(self, call, wanted, values)._replace(states_unused=True)
+        call = _narrowed(self, call, wanted, values)._replace(states_unused=maps is None)
     if self.fastbert_old:  # transformers4.encoder packs
         return stock(self, **given, fastbert=call)
     as_dict = given.pop("return_dict", getattr(self.config, "return_dict", True))
-    given = _packed(self, given, packing)
-    output = _padded(call, _stock_with(call, self, stock, given | {"return_dict": True}))
+    given = _packed(self, given, packing) | {"return_dict": True}
+    output = _shown(_stock_with(call, self, stock, given), call)
+    if maps is not None:
+        # in the place of the empty tuple of transformers' recorders
+        output["attentions"] = tuple(maps.found)
     return output if as_dict else output.to_tuple()
 
 
-def _padded(call: Call, output: Any) -> Any:
-    """transformers' output of a packed batch, with hidden states (B, S, C)."""
+def _stock(self: Any, stock: Callable[..., Any], given: dict[str, Any], reason: str | None) -> Any:
+    """transformers' forward, with the reason for it logged once."""
+    copies = vars(self.fastbert_family.stack_of(self)).get("frozen")
+    level = logging.INFO if getattr(copies, "bits", None) is None else logging.WARNING
+    log_once(f"accelerate: {type(self).__name__} runs transformers' code: {reason}", level)
+    return stock(self, **given)
+
+
+def _shown(output: Any, call: Call) -> Any:
+    """The output of transformers' forward on (1, T) with its hidden states as (B, S, C), zeros at padding."""
     family, packing = call.family, call.packing
     last = shown = output.last_hidden_state
     if family.last and not family.encoder:

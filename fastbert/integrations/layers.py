@@ -34,6 +34,7 @@ from fastbert.nn.layer import (
     LayerCall,
     LayerSettings,
     LayerWeights,
+    Observer,
     Rates,
     activation_name,
     encoder_layer,
@@ -81,6 +82,7 @@ class Call(NamedTuple):
     tokens: Tensor | None = None  # (B, S) bool: nothing is packed, and padding is computed too
     # where the model's own code runs the layers and the model is frozen
     whole: Whole | None = None
+    observer: Observer | None = None
 
     def at(self, layer: int) -> Call:
         """The call for the layer of this number."""
@@ -173,6 +175,7 @@ def run(m: Parts, x: Tensor, call: Call) -> Tensor:
         call.tokens,
         form.rotary,
         form.bias,
+        call.observer,
     )
     w, attention = weights(m, layout), None
     if call.relative is not None and disentangled.terms(m.core):

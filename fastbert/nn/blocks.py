@@ -21,6 +21,7 @@ from fastbert.nn.layer import (
     LayerCall,
     LayerSettings,
     LayerWeights,
+    Observer,
     Rates,
     activation_name,
     attention_block,
@@ -157,6 +158,9 @@ class SelfAttention(Block):
     With `window` a token sees so many tokens before and behind itself. Without heads it is the projection's bias.
     """
 
+    # set for the time of a forward; on the class, since models that were pickled before lack it
+    observer: Observer | None = None
+
     def __init__(
         self,
         hidden_size: int,
@@ -188,7 +192,9 @@ class SelfAttention(Block):
             return bias_alone(x if rows is None else x.index_select(0, rows), self.out)
         rates = Rates(attention=self.p if self.training else 0.0)
         settings = LayerSettings(self.qkv.num_heads, rates=rates, window=self.window)
-        call = LayerCall(cu_seqlens, max_seqlen, seed, site, rows, rotary=rotary)
+        call = LayerCall(
+            cu_seqlens, max_seqlen, seed, site, rows, rotary=rotary, observer=self.observer
+        )
         return attention_block(x, LayerWeights(qkv=self.qkv, out=self.out), settings, call)
 
     def probabilities(self, x: Tensor, packing: Packing, rotary: F.Rotary | None = None) -> Tensor:

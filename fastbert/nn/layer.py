@@ -100,9 +100,13 @@ class LayerCall(NamedTuple):
     tokens: Tensor | None = None
     rotary: F.Rotary | None = None
     bias: Tensor | None = None  # (H, 2 P - 1), of relative positions
+    # sees attention's work on packed tokens, for attention_maps.py and fastbert.interpret
+    observer: Observer | None = None
 
 
 Block = Callable[[Tensor], Tensor]
+# called with qkv, attention's output (T, H, D), its log-sum-exps (H, T), and the layer's settings and call
+Observer = Callable[[Tensor, Tensor, Tensor, LayerSettings, LayerCall], None]
 
 
 def encoder_layer(
@@ -149,8 +153,12 @@ def attention_block(x: Tensor, w: LayerWeights, s: LayerSettings, c: LayerCall) 
     if c.tokens is not None:
         y = padded(qkv, c.tokens, c.max_seqlen, **form)
     else:
-        seed = c.seed if p else None
-        y = F.attention(qkv, c.cu_seqlens, c.max_seqlen, **form, seed=seed, site=c.site)
+        drop = {"seed": c.seed if p else None, "site": c.site}
+        watched = c.observer is not None
+        y = F.attention(qkv, c.cu_seqlens, c.max_seqlen, **form, **drop, return_lse=watched)
+    if c.observer is not None and isinstance(y, tuple):
+        y, lse = y
+        c.observer(qkv, y, lse, s, c)
     assert isinstance(y, Tensor)  # a pair only with return_lse
     y = y.flatten(1)
     return project(y if c.rows is None else y.index_select(0, c.rows), w.out, w.out_bias)

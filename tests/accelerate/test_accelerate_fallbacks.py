@@ -220,7 +220,8 @@ def test_what_is_not_fused_is_transformers_own(family, changes, options, word, s
     if OLD and {"is_causal", "cu_seq_lens_q"} & options.keys():
         pytest.skip("transformers 4 refuses the argument")
     stock, given = build(family, **changes), batch(family)
-    with torch.no_grad():
+    # where no gradient is recorded, attention weights are rebuilt: test_attention_maps.py
+    with torch.set_grad_enabled("output_attentions" in options):
         outputs = [m(**given, **options) for m in (stock, accelerated(stock))]
     torch.testing.assert_close(
         *(at_tokens(o.last_hidden_state) for o in outputs), atol=1e-5, rtol=1e-5
