@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fastbert.tuning", "fastbert.infer"),
     # distillation of sentence encoders reads their folders as infer does
     ("fastbert.distil",),
+    ("fastbert.interpret",),
     # the package's own names
     ("fastbert",),
     ("fastbert.cli", "fastbert.__main__"),

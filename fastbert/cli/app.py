@@ -1,4 +1,4 @@
-"""The `fastbert` command: pretrain, finetune, distill, predict, fill-mask, embed, quantize, prune, tune, info.
+"""The `fastbert` command: training, a trained model on text, smaller models, and this machine.
 
 Its help needs no torch.
 """
@@ -16,6 +16,7 @@ import typer
 
 from fastbert.backend.names import StaleModuleError
 from fastbert.cli.distil import distill
+from fastbert.cli.explain import explain_text
 from fastbert.cli.finetune import finetune, predict
 from fastbert.cli.pretrain import pretrain
 from fastbert.cli.prune import prune
@@ -51,6 +52,7 @@ _command("distill", distill)
 _command("predict", predict)
 _command("fill-mask", fill_mask)
 _command("embed", embed)
+_command("explain-text", explain_text)
 _command("quantize", quantize)
 _command("prune", prune)
 _command("tune", tune, bare=True)

@@ -28,7 +28,11 @@ def served(encoder: nn.Module, x: Tensor, call: layers.Call) -> Tensor | None:
         copies.say_unused(reason)
         return None
     if call.tokens is not None or not (call.packed and call.states_unused):
-        reason = "padding is computed too" if call.states_unused else "hidden states or attention weights are requested"
+        reason = (
+            "padding is computed too"
+            if call.states_unused
+            else "hidden states or attention weights are requested"
+        )
         copies.say_unused(reason)
         return None
     y = copies.encode(call.parts, x[0], call)

@@ -30,7 +30,8 @@ def compare(stock, given, mask, said, **options):
     assert len(ours.attentions) == len(theirs.attentions) > 0
     token = mask.bool()[:, None, :, None] & mask.bool()[:, None, None, :]
     for x, y in zip(ours.attentions, theirs.attentions, strict=True):
-        assert x.shape == y.shape and x.dtype == y.dtype
+        assert x.shape == y.shape
+        assert x.dtype == y.dtype
         torch.testing.assert_close(x, y * token, atol=2e-6, rtol=1e-4)
     return ours, theirs
 
@@ -40,7 +41,8 @@ def compare(stock, given, mask, said, **options):
 def test_of_bert_and_its_kin(family, head, said):
     ours, theirs = compare(build(family, head, **EAGER), batch(family), MASK, said)
     # the model's other outputs are those of its packed path
-    assert torch.isfinite(ours[0]).all() and ours[0].shape == theirs[0].shape
+    assert torch.isfinite(ours[0]).all()
+    assert ours[0].shape == theirs[0].shape
 
 
 @pytest.mark.parametrize("family", modern_models.FAMILIES)
@@ -94,5 +96,6 @@ def test_where_the_weights_must_be_transformers_own(case, said):
     model.train(case == "training")
     with torch.set_grad_enabled(case == "gradient"):
         maps = model(**given, output_attentions=True).attentions
-    assert len(maps) == 2 and maps[0].requires_grad == (case == "gradient")
+    assert len(maps) == 2
+    assert maps[0].requires_grad == (case == "gradient")
     assert "output_attentions is set, and" in said()[0]

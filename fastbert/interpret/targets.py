@@ -1,0 +1,113 @@
+"""Targets: a class, a tag, the ends of an answer, a word behind [MASK], the similarity of two texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbert.files import listed, quoted
+from fastbert.integrations.sentence_transformers import pool
+from fastbert.interpret.question import Target
+from fastbert.models.inputs import prepare
+from fastbert.nn.int8 import Int8Embedding
+
+
+def class_target(model: Any, k: int, probability: bool = False) -> Target:
+    """The logit, or the probability, of class k of a classifier of whole texts."""
+    name = _class(model, k)
+    mean = model.config.model_type == "modernbert" and model.config.classifier_pooling == "mean"
+
+    def score(model: Any, given: dict[str, Any], rows: Tensor) -> Tensor:
+        return _of(model(**given).logits, k, probability)
+
+    return Target(name, score, () if mean else (0,))
+
+
+def tag_target(model: Any, place: int, k: int, probability: bool = False) -> Target:
+    """The logit, or the probability, of tag k at a token."""
+
+    def score(model: Any, given: dict[str, Any], rows: Tensor) -> Tensor:
+        return _of(model(**given).logits[rows[:, 0]], k, probability)
+
+    return Target(_class(model, k), score, (place,))
+
+
+def answer_target(start: int | None, end: int | None) -> Target:
+    """The score of an answer's first token as its start, of its last as its end, or the sum of both."""
+    if start is None and end is None:
+        raise ValueError("start and end are both None: pass the token of one of them")
+
+    def score(model: Any, given: dict[str, Any], rows: Tensor) -> Tensor:
+        output = model(**given)
+        parts = []
+        if start is not None:
+            parts.append(output.start_logits[rows[:, 0]])
+        if end is not None:
+            parts.append(output.end_logits[rows[:, -1]])
+        return sum(parts[1:], parts[0])
+
+    places = tuple(p for p in (start, end) if p is not None)
+    names = {(False, True): "end", (True, False): "start", (True, True): "span"}
+    return Target(names[start is not None, end is not None], score, places)
+
+
+def word_target(model: Any, place: int, k: int, name: str, probability: bool = False) -> Target:
+    """The logit, or the probability, of token k at a token, such as [MASK], of a masked LM."""
+    _check(k, model.config.vocab_size, "token")
+
+    def score(model: Any, given: dict[str, Any], rows: Tensor) -> Tensor:
+        # the decoder runs for these rows alone
+        e = model.bert.encode(prepare(model.config, **given), rows[:, 0])
+        table = model.bert.embeddings.word
+        word = table if isinstance(table, Int8Embedding) else table.weight
+        return _of(model.mlm_head(e.x, word), k, probability)
+
+    return Target(name, score, (place,))
+
+
+def similarity_target(pooling: Sequence[str], skipped: int = 0, layers: Any = None) -> Target:
+    """The cosine of the vectors of two texts, pooled as a sentence encoder does; `layers` follow the pooling."""
+
+    def score(model: Any, given: dict[str, Any], rows: Tensor) -> Tensor:
+        hidden = model.bert.encode(prepare(model.config, **given)).x.float()
+        vectors = pool(hidden, given["cu_seqlens"].long().diff(), pooling, skipped)
+        vectors = vectors if layers is None else layers(vectors)
+        first, second = vectors.unflatten(0, (-1, 2)).unbind(1)
+        return torch.cosine_similarity(first, second, dim=1)
+
+    return Target("similarity", score, ())
+
+
+def _of(logits: Tensor, k: int, probability: bool) -> Tensor:
+    """Column k of logits (N, K)."""
+    logits = logits.float()
+    if probability:
+        logits = torch.sigmoid(logits) if logits.shape[1] == 1 else logits.softmax(-1)
+    return logits[:, k]
+
+
+def _class(model: Any, k: int) -> str:
+    names = model.config.labels
+    _check(k, len(names) or model.config.num_labels or 1, f"class of {listed(names)}")
+    return names[k] if k < len(names) else str(k)
+
+
+def _check(k: int, count: int, what: str) -> None:
+    if not 0 <= k < count:
+        raise ValueError(f"the target {k} is no {what}: pass a number from 0 to {count - 1}")
+
+
+def class_number(names: Sequence[str], target: str | int) -> int:
+    """The number of a class by its name or number."""
+    if isinstance(target, int):
+        return target
+    if target in names:
+        return list(names).index(target)
+    if target.isdecimal() and int(target) < len(names):
+        return int(target)
+    raise ValueError(
+        f"the target {quoted(target)} is no class of the model: it has {listed(names)}"
+    )
