@@ -44,19 +44,17 @@ class Explainer:
 
     def __init__(self, folder: str | Path) -> None:
         folder = trained_model(folder)
-        self.folder = folder
-        encoder = (folder / "modules.json").is_file()
-        names = [] if encoder else BertConfig.from_file(folder).extra.get("architectures") or [""]
-        self.kind = "sentences"
-        self._user: Any = None
-        if names and str(names[0]).endswith(_FINETUNED):
+        name = ""
+        if not (folder / "modules.json").is_file():
+            name = str(*(BertConfig.from_file(folder).extra.get("architectures") or [])[:1])
+        self._user: Any
+        if name.endswith(_FINETUNED):
             self._user = Predictor(folder)
             self.kind = self._user.options.task
-        elif names and str(names[0]).endswith(_MASKED):
-            self._user = Filler(folder)
-            self.kind = "mask"
+        elif name.endswith(_MASKED):
+            self._user, self.kind = Filler(folder), "mask"
         else:
-            self._user = Embedder(folder)
+            self._user, self.kind = Embedder(folder), "sentences"
         self.model: Any = self._user.model.eval()
         self.tokenizer: Any = self._user.tokenizer
         self.mask_id = SpecialIds.of(self.tokenizer).mask
@@ -100,9 +98,13 @@ class Explainer:
         return self._similarity(text, pair)
 
     def tagged(
-        self, words: Sequence[str], at: int, target: str | None = None, probability: bool = False
+        self,
+        words: Sequence[str],
+        at: int | None = None,
+        target: str | None = None,
+        probability: bool = False,
     ) -> Question:
-        """The question for the tag of word `at` of a sentence in words."""
+        """The question for the tag of a word of a sentence in words; the arguments are those of a call."""
         return self._tags(Words(tuple(words)), target, at, probability, " ".join(words))
 
     def _check(self, text: str, pair: str | None, target: Any, at: int | None) -> None:
@@ -213,9 +215,8 @@ class Explainer:
                 f"there is no [MASK] {at}: the text has {len(places)}, numbered from 0"
             )
         if target is None:
-            output = self._output(*_ids(encoding))
-            logits = output.logits if output.prediction_logits is None else output.prediction_logits
-            k = int(logits[places[at], : self.tokenizer.get_vocab_size()].argmax())
+            logits = self._output(*_ids(encoding)).logits[places[at]]
+            k = int(logits[: self.tokenizer.get_vocab_size()].argmax())
         else:
             k = target if isinstance(target, int) else self._token(target)
         name = self._user._word(k)

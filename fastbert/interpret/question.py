@@ -156,7 +156,7 @@ class Question:
         keep = torch.ones(N, S, dtype=torch.bool) if keep is None else keep
         lengths = torch.stack([k.sum(1) for k in keep.split(self.lengths, 1)], 1).flatten()
         device = self.model.device
-        given = {
+        given: dict[str, Any] = {
             "inputs_embeds" if values.is_floating_point() else "input_ids": values.to(device)[
                 keep.to(device)
             ],

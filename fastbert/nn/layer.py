@@ -153,7 +153,7 @@ def attention_block(x: Tensor, w: LayerWeights, s: LayerSettings, c: LayerCall) 
     if c.tokens is not None:
         y = padded(qkv, c.tokens, c.max_seqlen, **form)
     else:
-        drop = {"seed": c.seed if p else None, "site": c.site}
+        drop: dict[str, Any] = {"seed": c.seed if p else None, "site": c.site}
         watched = c.observer is not None
         y = F.attention(qkv, c.cu_seqlens, c.max_seqlen, **form, **drop, return_lse=watched)
     if c.observer is not None and isinstance(y, tuple):
