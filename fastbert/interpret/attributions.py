@@ -82,7 +82,9 @@ def smooth(q: Question, samples: int = 25, noise: float = 0.15, seed: int = 0) -
     drawn = torch.randn(samples, *x.shape, generator=draw).to(x)
     free = ~q.fixed[:, None].to(x.device)
     points = x + drawn * (noise * (x.max() - x.min())) * free
-    total = sum(g.float().sum(0) for _, _, g in q.gradients(points))
+    total = torch.zeros_like(x, dtype=torch.float32)
+    for _, _, g in q.gradients(points):
+        total += g.float().sum(0)
     return _times(q, x, total / samples), None
 
 

@@ -58,6 +58,11 @@ class Explainer:
         self.model: Any = self._user.model.eval()
         self.tokenizer: Any = self._user.tokenizer
         self.mask_id = SpecialIds.of(self.tokenizer).mask
+        self.max_length: int = self.model.config.max_length
+        if self.kind == "sentences":
+            self.max_length = self._user.max_length
+        elif self.kind != "mask":
+            self.max_length = min(self.max_length, self._user.options.max_length)
 
     def __call__(
         self,
@@ -147,9 +152,9 @@ class Explainer:
             raise ValueError(f"the text is {quoted(text)}, which has no word: pass another")
         task = self._user.task
         features = task.encode(self.tokenizer, [words])
-        if len(features) > 1:
+        if len(features) > 1 or features.cut:
             raise ValueError(
-                f"the text has more tokens than the {task.options.max_length} that the model takes: shorten it"
+                f"the text has more tokens than the {self.max_length} that the model takes: shorten it"
             )
         ids, firsts = torch.from_numpy(features.ids[0]), features.places[0].tolist()
         logits = self._output(ids, torch.zeros_like(ids)).logits[firsts]
@@ -225,7 +230,7 @@ class Explainer:
 
     def _token(self, word: str) -> int:
         """The number of a word of one token."""
-        found = [self.tokenizer.token_to_id(w) for w in (word, word.lower(), f"Ġ{word}")]
+        found = [self.tokenizer.token_to_id(w) for w in (f"Ġ{word}", word, word.lower())]
         if not (known := [k for k in found if k is not None]):
             raise ValueError(
                 f"the target {quoted(word)} is no token of the model: choose a word of one token"
@@ -236,22 +241,16 @@ class Explainer:
         user = self._user
         encodings = [self._encoded(user.prompt + t) for t in (text, other)]
         aim = similarity_target(user.pooling, user.skipped, user.about.layers)
-        q = self._question(aim, encodings, user.prompt + text, user.prompt + other, user.skipped)
-        if max(q.lengths) > user.max_length:
-            raise ValueError(
-                f"a text has {max(q.lengths)} tokens and the model takes {user.max_length}: shorten it"
-            )
-        return q
+        return self._question(aim, encodings, user.prompt + text, user.prompt + other, user.skipped)
 
     # --- tokens ---
 
     def _encoded(self, text: str, pair: str | None = None) -> Any:
         self.tokenizer.no_truncation()
         encoding = self.tokenizer.encode(text, pair)
-        most = self.model.config.max_length
-        if len(encoding.ids) > most:
+        if len(encoding.ids) > self.max_length:
             raise ValueError(
-                f"the text has {len(encoding.ids)} tokens and the model takes {most}: shorten it"
+                f"the text has {len(encoding.ids)} tokens and the model takes {self.max_length}: shorten it"
             )
         return encoding
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as tnf
 
-from fastbert.files import shortened
+from fastbert.files import quoted
 from fastbert.nn.int8 import Int8Embedding
 from fastbert.runners.replace import is_replaced
 
@@ -64,8 +64,7 @@ class Question:
         most = self.model.config.max_length
         if max(self.lengths) > most:
             raise ValueError(
-                f"the text {shortened(self.texts[0], 40)!r} has {max(self.lengths)} tokens and the model takes {most}: "
-                "shorten it"
+                f"the text has {max(self.lengths)} tokens and the model takes {most}: shorten it"
             )
         known = self.model.config.vocab_size
         if len(self.ids) and int(self.ids.max()) >= known:
@@ -97,11 +96,11 @@ class Question:
     def baseline(self, kind: str) -> Tensor:
         """(S, C): the embeddings with every token that is not fixed replaced by [MASK]'s, by [PAD]'s, or by zeros."""
         if kind not in BASELINES:
-            raise ValueError(f"baseline is {kind!r}: choose {', '.join(BASELINES)}")
+            raise ValueError(f"baseline is {quoted(kind)}: choose {', '.join(BASELINES)}")
         pad = self.model.config.pad_token_id or 0
         blank = self._embedded(self.ids.new_tensor([self.mask_id if kind == "mask" else pad]))
         blank = torch.zeros_like(blank) if kind == "zero" else blank
-        return torch.where(self.fixed[:, None], self.embeddings(), blank)
+        return torch.where(self.fixed[:, None].to(blank.device), self.embeddings(), blank)
 
     @torch.no_grad()
     def _embedded(self, ids: Tensor) -> Tensor:
@@ -128,7 +127,7 @@ class Question:
     def without(self, gone: Tensor, absent: str) -> Tensor:
         """(N,) fp64 scores with the tokens `gone` (N, S) taken out ("remove") or replaced by [MASK] ("mask")."""
         if absent not in ABSENT:
-            raise ValueError(f"absent is {absent!r}: choose {' or '.join(ABSENT)}")
+            raise ValueError(f"absent is {quoted(absent)}: choose {' or '.join(ABSENT)}")
         if absent == "remove":
             return self.scores(keep=~gone)
         return self.scores(torch.where(gone, self.mask_id, self.ids))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastbert.files import listed, quoted
+from fastbert.finetune.classify import scale_of
 from fastbert.integrations.sentence_transformers import pool
 from fastbert.interpret.question import Target
 from fastbert.models.inputs import prepare
@@ -18,10 +19,11 @@ from fastbert.nn.int8 import Int8Embedding
 def class_target(model: Any, k: int, probability: bool = False) -> Target:
     """The logit, or the probability, of class k of a classifier of whole texts."""
     name = _class(model, k)
+    scale = scale_of(model.config) if probability else "none"
     mean = model.config.model_type == "modernbert" and model.config.classifier_pooling == "mean"
 
     def score(model: Any, given: dict[str, Any], rows: Tensor) -> Tensor:
-        return _of(model(**given).logits, k, probability)
+        return _of(model(**given).logits, k, scale)
 
     return Target(name, score, () if mean else (0,))
 
@@ -30,7 +32,7 @@ def tag_target(model: Any, place: int, k: int, probability: bool = False) -> Tar
     """The logit, or the probability, of tag k at a token."""
 
     def score(model: Any, given: dict[str, Any], rows: Tensor) -> Tensor:
-        return _of(model(**given).logits[rows[:, 0]], k, probability)
+        return _of(model(**given).logits[rows[:, 0]], k, "softmax" if probability else "none")
 
     return Target(_class(model, k), score, (place,))
 
@@ -63,7 +65,7 @@ def word_target(model: Any, place: int, k: int, name: str, probability: bool = F
         e = model.bert.encode(prepare(model.config, **given), rows[:, 0])
         table = model.bert.embeddings.word
         word = table if isinstance(table, Int8Embedding) else table.weight
-        return _of(model.mlm_head(e.x, word), k, probability)
+        return _of(model.mlm_head(e.x, word), k, "softmax" if probability else "none")
 
     return Target(name, score, (place,))
 
@@ -81,12 +83,10 @@ def similarity_target(pooling: Sequence[str], skipped: int = 0, layers: Any = No
     return Target("similarity", score, ())
 
 
-def _of(logits: Tensor, k: int, probability: bool) -> Tensor:
-    """Column k of logits (N, K)."""
-    logits = logits.float()
-    if probability:
-        logits = torch.sigmoid(logits) if logits.shape[1] == 1 else logits.softmax(-1)
-    return logits[:, k]
+def _of(logits: Tensor, k: int, scale: str) -> Tensor:
+    """Column k of logits (N, K), with `scale` softmax or sigmoid as a probability."""
+    scaled = {"none": lambda x: x, "sigmoid": torch.sigmoid, "softmax": lambda x: x.softmax(-1)}
+    return scaled[scale](logits.float())[:, k]
 
 
 def _class(model: Any, k: int) -> str:

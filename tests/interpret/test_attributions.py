@@ -225,3 +225,16 @@ def test_a_frozen_model_has_gradients_and_is_frozen_afterwards():
 def test_bad_input_gets_a_sentence(wrong, words):
     with pytest.raises(ValueError, match=words):
         wrong(model_of())
+
+
+def test_probabilities_are_read_as_the_model_s_problem_says():
+    for problem, scale in (
+        ("single_label_classification", lambda x: x.softmax(-1)),
+        ("multi_label_classification", torch.sigmoid),
+        ("regression", lambda x: x),
+    ):
+        model = model_of(problem_type=problem)
+        q = question_of(model, class_target(model, 1, probability=True))
+        with torch.no_grad():
+            expected = float(scale(model(q.ids[None]).logits)[0, 1])
+        assert float(q.scores()) == pytest.approx(expected, abs=1e-6)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from fastbert.bert import BertConfig, BertForMaskedLM
 from fastbert.cli import app as cli
-from fastbert.data import load_tokenizer, save_tokenizer
+from fastbert.data import load_tokenizer, save_tokenizer, train_tokenizer
 from fastbert.finetune import finetune
 from fastbert.interpret import Explainer, write_html, write_png
 from fastbert.interpret.rollout import heads_of
@@ -135,7 +135,7 @@ def test_the_command(runs, tmp_path):
         (("classify", "a film", "--attention", "0"), "pass --out"),
         (("classify", "a film", "--out", "{}/a.html", "--attention", "2"), "no layer 2"),
         (("classify", " "), "it must be a text"),
-        (("classify", "film " * 70), "72 tokens and the model takes 64"),
+        (("classify", "film " * 70), "72 tokens and the model takes 48"),
         (("tag", "anna saw rome", "--at", "3"), "no word 3"),
         (("answer", "where"), "pass also the text"),
         (("mask", "a film"), "there is no \\[MASK\\]"),
@@ -152,3 +152,18 @@ def test_bad_input_gets_a_sentence_before_anything_is_written(words, said, runs,
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         raise result.exception
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_byte_level_masked_model(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["the state of the union"] * 9, "bpe", 300)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(
+        model_type="roberta", vocab_size=320, pad_token_id=1, type_vocab_size=1, **sizes
+    )
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    save_tokenizer(tokenizer, tmp_path)
+    found = Explainer(tmp_path)("the [MASK] of the union", target="union", method="gradient")
+    assert found.target == "union"
+    words = [word.strip() for word, *_ in found.of_words()]
+    assert [words[0], *words[2:]] == ["the", "of", "the", "union"]
