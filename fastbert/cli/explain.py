@@ -90,7 +90,7 @@ def explain_text(
     from rich.console import Console
 
     from fastbert.interpret import Explainer, explain
-    from fastbert.interpret.pages import table
+    from fastbert.interpret.pages import summary, table
     from fastbert.interpret.rollout import heads_of
 
     given = {"steps": steps, "baseline": baseline, "samples": samples}
@@ -98,7 +98,9 @@ def explain_text(
     question = Explainer(model).question(text, second, target=target, at=at)
     heads = {} if attention is None else heads_of(question, [attention])
     found = explain(question, method, **options)
-    Console(highlight=False).print(table(found))
+    console = Console(highlight=False)
+    console.print(summary(found), markup=False)
+    console.print(table(found))
     if out is not None:
         _write(out, found, heads)
 

@@ -240,7 +240,9 @@ class Explainer:
     def _similarity(self, text: str, other: str) -> Question:
         user = self._user
         encodings = [self._encoded(user.prompt + t) for t in (text, other)]
-        aim = similarity_target(user.pooling, user.skipped, user.about.layers)
+        ids = torch.cat([_ids(e)[0] for e in encodings])
+        lengths = (len(encodings[0].ids), len(encodings[1].ids))
+        aim = similarity_target(ids, lengths, user.pooling, user.skipped, user.about.layers)
         return self._question(aim, encodings, user.prompt + text, user.prompt + other, user.skipped)
 
     # --- tokens ---

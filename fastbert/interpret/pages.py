@@ -120,17 +120,19 @@ def write_png(a: Attribution, path: str | Path, heads: Heads | None = None) -> N
     panels = [
         (f"layer {n}, head {h}", m) for n, maps in (heads or {}).items() for h, m in enumerate(maps)
     ]
-    columns = 1 + len(panels)
-    picture = figure(6.0 + 4.0 * len(panels), max(2.5, 0.25 * len(words) + 1.5))
-    axes = picture.add_subplot(1, columns, 1, title=_plain(summary(a)), xlabel="score")
+    rows, columns = -(-len(panels) // 4), 4 if panels else 1
+    bars, side = max(2.5, 0.25 * len(words) + 1.0), 3.5
+    picture = figure(4.0 * columns if panels else 7.0, bars + side * rows)
+    grid = picture.add_gridspec(1 + rows, columns, height_ratios=[bars, *[side] * rows])
+    axes = picture.add_subplot(grid[0, :], title=_plain(summary(a)), xlabel="score")
     colours = [tuple(c / 255 for c in (FOR if score > 0 else AGAINST)) for *_, score in words]
     axes.barh(range(len(words)), [score for *_, score in words], color=colours)
     axes.set_yticks(range(len(words)), [_plain(word) for word, *_ in words])
     axes.invert_yaxis()
     axes.axvline(0.0, color="black", linewidth=0.8)
     names = [_plain(token) for token in a.tokens]
-    for number, (title, m) in enumerate(panels, 2):
-        axes = picture.add_subplot(1, columns, number, title=title)
+    for number, (title, m) in enumerate(panels):
+        axes = picture.add_subplot(grid[1 + number // 4, number % 4], title=title)
         axes.imshow(m.numpy(), cmap="Blues", vmin=0.0)
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
         axes.set_yticks(range(len(names)), names, fontsize=7)
@@ -163,7 +165,7 @@ def table(a: Attribution) -> Any:
 
     words = a.of_words()
     most = max((abs(score) for *_, score in words), default=0.0)
-    found = Table(title=Text(summary(a)))
+    found = Table()
     found.add_column("word")
     found.add_column("score", justify="right")
     for word, _, _, score in words:

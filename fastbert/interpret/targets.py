@@ -70,15 +70,41 @@ def word_target(model: Any, place: int, k: int, name: str, probability: bool = F
     return Target(name, score, (place,))
 
 
-def similarity_target(pooling: Sequence[str], skipped: int = 0, layers: Any = None) -> Target:
-    """The cosine of the vectors of two texts, pooled as a sentence encoder does; `layers` follow the pooling."""
+def similarity_target(
+    ids: Tensor,  # (S,) of both texts, laid end to end
+    lengths: tuple[int, int],
+    pooling: Sequence[str] = ("mean",),
+    skipped: int = 0,
+    layers: Any = None,
+) -> Target:
+    """The cosine of the vectors of two texts, pooled as a sentence encoder does; `layers` follow the pooling.
+
+    Each text is compared with the other one as it is: cos(u', v) + cos(u, v') - cos(u, v), where u' and v' are what is
+    left of u and v. Two texts without words are the same, so that cos(u', v') grows as words go.
+    """
+    whole = {
+        "input_ids": ids,
+        "token_type_ids": torch.zeros_like(ids),
+        "cu_seqlens": torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32),
+        "max_seqlen": max(lengths),
+    }
+
+    def vectors(model: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        hidden = model.bert.encode(prepare(model.config, **given)).x.float()
+        found = pool(hidden, given["cu_seqlens"].long().diff(), pooling, skipped)
+        found = found if layers is None else layers(found)
+        first, second = found.unflatten(0, (-1, 2)).unbind(1)
+        return first, second
 
     def score(model: Any, given: dict[str, Any], rows: Tensor) -> Tensor:
-        hidden = model.bert.encode(prepare(model.config, **given)).x.float()
-        vectors = pool(hidden, given["cu_seqlens"].long().diff(), pooling, skipped)
-        vectors = vectors if layers is None else layers(vectors)
-        first, second = vectors.unflatten(0, (-1, 2)).unbind(1)
-        return torch.cosine_similarity(first, second, dim=1)
+        device = model.device
+        with torch.no_grad():
+            u, v = vectors(
+                model, {k: t.to(device) if isinstance(t, Tensor) else t for k, t in whole.items()}
+            )
+        first, second = vectors(model, given)
+        cosine = torch.cosine_similarity
+        return cosine(first, v) + cosine(u, second) - cosine(u, v)
 
     return Target("similarity", score, ())
 

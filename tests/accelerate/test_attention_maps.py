@@ -45,10 +45,22 @@ def test_of_bert_and_its_kin(family, head, said):
     assert ours[0].shape == theirs[0].shape
 
 
-@pytest.mark.parametrize("family", modern_models.FAMILIES)
+DEBERTA = [family for family in modern_models.FAMILIES if "Deberta" in family]
+
+
+@pytest.mark.parametrize("family", [f for f in modern_models.FAMILIES if f not in DEBERTA])
 def test_of_newer_families(family, said):
     stock = modern_models.build(family, **EAGER)
     compare(stock, modern_models.batch(stock), modern_models.MASK, said)
+
+
+@pytest.mark.parametrize("family", DEBERTA)
+def test_of_deberta_transformers_own_code_runs(family, said):
+    stock = modern_models.build(family)
+    with torch.no_grad():
+        maps = accelerated(stock)(**modern_models.batch(stock), output_attentions=True).attentions
+    assert len(maps) == 3
+    assert "terms of positions" in said()[0]
 
 
 def test_with_hidden_states_as_a_tuple_and_from_the_configuration(said):

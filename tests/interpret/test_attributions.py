@@ -168,7 +168,7 @@ def test_every_target_is_the_model_s_own_output():
         q = question_of(masked, word_target(masked, 2, 11, "x"))
         assert float(q.scores()) == pytest.approx(float(masked(ids).logits[0, 2, 11]), abs=1e-5)
         encoder = model_of(BertModel)
-        q = question_of(encoder, similarity_target(["mean"]), lengths=(3, 4))
+        q = question_of(encoder, similarity_target(ids[0], (3, 4)), lengths=(3, 4))
         a, b = (encoder(t).last_hidden_state.mean(1) for t in (ids[:, :3], ids[:, 3:]))
         assert float(q.scores()) == pytest.approx(float(torch.cosine_similarity(a, b)), abs=1e-5)
     assert explain(q, "integrated", steps=100).error < 0.01
@@ -238,3 +238,26 @@ def test_probabilities_are_read_as_the_model_s_problem_says():
         with torch.no_grad():
             expected = float(scale(model(q.ids[None]).logits)[0, 1])
         assert float(q.scores()) == pytest.approx(expected, abs=1e-6)
+
+
+def test_each_of_two_texts_is_compared_with_the_other_as_it_is():
+    """Else two texts whose words are all gone would be alike, and words that they share would speak against it."""
+    encoder = model_of(BertModel)
+    q = question_of(
+        encoder, similarity_target(torch.tensor([2, *range(10, 15), 3]), (3, 4)), lengths=(3, 4)
+    )
+    with torch.no_grad():
+        b = encoder(q.ids[None, 3:]).last_hidden_state.mean(1)
+
+    def score(model, given, rows):
+        hidden = model(**given).last_hidden_state
+        a = torch.stack([x.mean(0) for x in hidden.split(given["cu_seqlens"].diff().tolist())])
+        return torch.cosine_similarity(a, b)
+
+    ids = q.ids[:3]
+    alone = question_of(
+        encoder, Target("cosine", score, ()), ids=ids, types=ids * 0, fixed=q.fixed[:3]
+    )
+    for method, options in (("shap", {"absent": "remove"}), ("integrated", {"steps": 30})):
+        found, one = (explain(each, method, **options) for each in (q, alone))
+        torch.testing.assert_close(found.scores[:3], one.scores, atol=1e-5, rtol=1e-3)

@@ -94,7 +94,8 @@ def test_gradient_rollout_is_a_product_of_weights_times_gradients():
 
 
 def test_the_head_view_of_two_texts_has_nothing_between_them():
-    q = question_of(model_of(BertModel), similarity_target(["mean"]), lengths=(3, 4))
+    aim = similarity_target(torch.tensor([2, *range(10, 15), 3]), (3, 4))
+    q = question_of(model_of(BertModel), aim, lengths=(3, 4))
     (maps,) = heads_of(q, [1]).values()
     assert maps.shape == (3, 7, 7)
     torch.testing.assert_close(maps.sum(-1), torch.ones(3, 7))
