@@ -204,7 +204,7 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
         return stock(self, **given, fastbert=call)
     as_dict = given.pop("return_dict", getattr(self.config, "return_dict", True))
     given = _packed(self, given, packing) | {"return_dict": True}
-    output = _shown(_stock_with(call, self, stock, given), call)
+    output = call.shown(_stock_with(call, self, stock, given))
     if maps is not None:
         # in the place of the empty tuple of transformers' recorders
         output["attentions"] = tuple(maps.found)
@@ -217,24 +217,6 @@ def _stock(self: Any, stock: Callable[..., Any], given: dict[str, Any], reason: 
     level = logging.INFO if getattr(copies, "bits", None) is None else logging.WARNING
     log_once(f"accelerate: {type(self).__name__} runs transformers' code: {reason}", level)
     return stock(self, **given)
-
-
-def _shown(output: Any, call: Call) -> Any:
-    """The output of transformers' forward on (1, T) with its hidden states as (B, S, C), zeros at padding."""
-    family, packing = call.family, call.packing
-    last = shown = output.last_hidden_state
-    if family.last and not family.encoder:
-        shown = call.padded(last[0])
-    elif family.end:
-        shown = packing.pad(packing.unpad(last))
-    if output.get("hidden_states"):
-        # the last hidden state is the output itself; states that were not requested are None
-        output["hidden_states"] = tuple(
-            shown if h is last else h if h is None else packing.pad(h[0])
-            for h in output.hidden_states
-        )
-    output["last_hidden_state"] = shown
-    return output
 
 
 def _stock_with(call: Call, self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:

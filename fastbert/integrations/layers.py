@@ -105,6 +105,23 @@ class Call(NamedTuple):
         y = x.new_zeros((size, x.shape[1])).index_copy(0, places, x)
         return y.view(packing.batch, packing.length, x.shape[1])
 
+    def shown(self, output: Any) -> Any:
+        """The output of transformers' forward on (1, T) with its hidden states as (B, S, C), zeros at padding."""
+        family, packing = self.family, self.packing
+        last = shown = output.last_hidden_state
+        if family.last and not family.encoder:
+            shown = self.padded(last[0])
+        elif family.end:
+            shown = packing.pad(packing.unpad(last))
+        if output.get("hidden_states"):
+            # the last hidden state is the output itself; states that were not requested are None
+            output["hidden_states"] = tuple(
+                shown if h is last else h if h is None else packing.pad(h[0])
+                for h in output.hidden_states
+            )
+        output["last_hidden_state"] = shown
+        return output
+
 
 # --- whether a layer can be run here ---
 

@@ -125,7 +125,7 @@ def rollout(q: Question) -> tuple[Tensor, None]:
             flows[i] = half @ flows[i] if i in flows else half
 
     with observed(q.model, dict.fromkeys(range(len(q.model.bert.layers)), observe)):
-        q.scores()
+        q.model.bert.encode(prepare(q.model.config, **q.packed(q.ids[None])[0]))
     parts = zip(_readout(q).split(q.lengths), flows.values(), strict=True)
     return torch.cat([w @ r.float().cpu() for w, r in parts]).masked_fill(q.fixed, 0.0), None
 
@@ -139,6 +139,8 @@ def gradient_rollout(q: Question) -> tuple[Tensor, None]:
     flow = _readout(q).to(q.model.device)
 
     def observe(qkv: Tensor, y: Tensor, lse: Tensor, s: LayerSettings, c: LayerCall) -> None:
+        if not y.requires_grad:
+            return  # a target may run the model for constants too
         kv_heads = s.heads if s.kv_heads is None else s.kv_heads
         h = torch.arange(s.heads, device=y.device) * kv_heads // s.heads
 

@@ -100,3 +100,17 @@ def test_the_head_view_of_two_texts_has_nothing_between_them():
     assert maps.shape == (3, 7, 7)
     torch.testing.assert_close(maps.sum(-1), torch.ones(3, 7))
     assert maps[:, :3, 3:].abs().sum() == 0
+
+
+def test_rollouts_of_two_texts_are_those_of_each():
+    model, ids = model_of(BertModel), torch.tensor([2, *range(10, 15), 3])
+    q = question_of(model, similarity_target(ids, (3, 4)), lengths=(3, 4))
+    found = explain(q, "rollout").scores
+    for part, n in zip(ids.split([3, 4]), (slice(3), slice(3, 7)), strict=True):
+        product = torch.eye(len(part))
+        with torch.no_grad():
+            for (a,) in model(part[None], output_attentions=True).attentions:
+                product = (a.mean(0) + torch.eye(len(part))) / 2 @ product
+        expected = product.mean(0).masked_fill(q.fixed[n], 0.0)
+        torch.testing.assert_close(found[n], expected, atol=1e-6, rtol=1e-5)
+    assert explain(q, "gradient-rollout").scores[~q.fixed].min() > 0
