@@ -28,11 +28,8 @@ def served(encoder: nn.Module, x: Tensor, call: layers.Call) -> Tensor | None:
         copies.say_unused(reason)
         return None
     if call.tokens is not None or not (call.packed and call.states_unused):
-        reason = (
-            "padding is computed too"
-            if call.states_unused
-            else "hidden states or attention weights are requested"
-        )
+        asked = "hidden states" if call.observer is None else "attention weights"
+        reason = "padding is computed too" if call.states_unused else f"{asked} are requested"
         copies.say_unused(reason)
         return None
     y = copies.encode(call.parts, x[0], call)
