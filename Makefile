@@ -20,6 +20,8 @@
 #                       BENCH_ARGS="--sentences FILE --reactions FILE" adds rows of your files
 #   make bench-compress measures size, metric and speed of pruned, distilled and int8 models, which it makes once; about
 #                       two hours, then minutes. BENCH_ARGS="--works movies" takes one of the two works
+#   make bench-tradeoff  prunes the model of movie sentences to a list of speed-ups, and draws its accuracy over its speed
+#   make bench-faithfulness  judges attributions of tokens on the models of make bench-int8-accuracy
 #   make gpu            on a machine with a GPU: parity, memory and race checks and timings, into docs/gpu.md
 #   make gpu-report     writes docs/gpu_report.md: figures of the kernels that need no GPU
 #   make sanitize       runs the native tests under AddressSanitizer and UBSan: every op on every instruction set (on one
@@ -51,7 +53,7 @@ NATIVE := $(filter csrc/%,$(SOURCES))
 GPU = $(findstring GPU,$(shell nvidia-smi -L 2>/dev/null))
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-slow test-transformers4 test-gpu-static test-ptx fuzz gpu gpu-report sanitize bench bench-peers bench-step bench-scaling bench-scripts bench-families bench-pretraining bench-int8-accuracy bench-compress lint
+.PHONY: install demo test test-slow test-transformers4 test-gpu-static test-ptx fuzz gpu gpu-report sanitize bench bench-peers bench-step bench-scaling bench-scripts bench-families bench-pretraining bench-int8-accuracy bench-compress bench-tradeoff bench-faithfulness lint
 
 install: $(INSTALLED)
 
@@ -161,6 +163,12 @@ bench-int8-accuracy: $(INSTALLED)
 bench-compress: $(INSTALLED)
 	$(PY) benchmarks/peers/install.py onnxruntime ctranslate2 --pip-args="$(PIP_ARGS)"
 	$(PY) -m benchmarks.models.compression $(BENCH_ARGS)
+
+bench-tradeoff: $(INSTALLED)
+	$(PY) -m benchmarks.models.tradeoff $(BENCH_ARGS)
+
+bench-faithfulness: $(INSTALLED)
+	$(PY) -m benchmarks.models.faithfulness $(BENCH_ARGS)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

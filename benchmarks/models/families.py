@@ -202,7 +202,7 @@ def window(quick: bool, rounds: int) -> dict[str, Any]:
 
     def call(count: int) -> Callable[[], Any]:
         packing = Packing.full(count, length // count, x.device)
-        form = forms(family, fast, [layer], parts, packing.max_seqlen)
+        form = forms(family, fast, [layer], parts, packing)
         given = layers.Call(family, packing, None, True, parts=parts, forms=form)
 
         def run() -> Any:

@@ -60,6 +60,13 @@ class Pretrained(nn.Module):
         super().__init__()
         self.config = config
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # models that were pickled before these were there have none of them
+        for name in ("final_norm", "head"):
+            if name not in self._modules:
+                self.__dict__.setdefault(name, None)
+
     @classmethod
     def from_pretrained(cls, directory: str | Path, **overrides: Any) -> Any:
         """Load a Hugging Face directory; `overrides` are fields of BertConfig, such as num_labels=3."""

@@ -22,7 +22,7 @@ def attention_maps(
 
     As in the op `attention`, a token's position is the number of tokens before it in its sequence.
     """
-    token = packing.spread(torch.ones_like(qkv[:, 0, 0, 0], dtype=torch.bool))  # (B, S)
+    token = packing.spread(qkv.new_ones(qkv.shape[0], dtype=torch.bool))  # (B, S)
     offset = (token.cumsum(1) - 1).clamp(min=0)  # (B, S)
     q, k, _ = packing.spread(qkv).permute(2, 0, 3, 1, 4)  # each (B, H, S, D)
     if rotary is not None:

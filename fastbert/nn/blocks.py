@@ -158,7 +158,8 @@ class SelfAttention(Block):
     With `window` a token sees so many tokens before and behind itself. Without heads it is the projection's bias.
     """
 
-    # set for the time of a forward; on the class, since models that were pickled before lack it
+    # on the class, since models that were pickled before lack them; an observer is set for the time of a forward
+    window: tuple[int, int] | None = None
     observer: Observer | None = None
 
     def __init__(
@@ -199,8 +200,7 @@ class SelfAttention(Block):
 
     def probabilities(self, x: Tensor, packing: Packing, rotary: F.Rotary | None = None) -> Tensor:
         """The softmax weights (B, H, S, S) before dropout, zeros at padding: slow and large."""
-        heads = self.qkv.num_heads
-        qkv = self.qkv(x) if heads else x.new_zeros(x.shape[0], 3, 0, 1)
+        qkv = self.qkv(x) if self.qkv.num_heads else x.new_zeros(x.shape[0], 3, 0, 1)
         return attention_maps(qkv, packing, self.window, rotary)
 
 
@@ -211,6 +211,8 @@ class EncoderLayer(Block):
     `gated` the feed-forward is a GatedFeedForward. With `rows` all that follows attention is computed for these rows
     only, with the dropout of the whole: (R, C).
     """
+
+    pre_norm = False  # on the class, as SelfAttention.window
 
     def __init__(
         self,

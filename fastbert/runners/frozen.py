@@ -89,7 +89,7 @@ class Origin:
         """Everything that the copies and the native call depend on; flat, because every forward compares it."""
         return (
             cpu.native.isa(),
-            [d[name] for d, name in self.settings],
+            [d.get(name) for d, name in self.settings],
             [id(m) for m in self.layers._modules.values()],
             [id(place.get(name)) for place, name in self.places],
             [*map(type, self.parts)],
