@@ -8,7 +8,6 @@ Models are made once, in the folder --runs: a rerun measures only. docs/compress
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ import fastbert
 from benchmarks import RESULTS, ROOT
 from benchmarks.models.compression_peers import PRECISIONS, Peers
 from benchmarks.models.int8_accuracy import Finetuned, entity_model, movie_model
-from benchmarks.models.summary import earlier, percentiles, ratio
+from benchmarks.models.summary import by_work, percentiles, ratio
 from benchmarks.peers.driver import WorkerError
 from benchmarks.report.readme import duration, filled, replaced
 from fastbert.cli.prune import prune
@@ -30,7 +29,6 @@ from fastbert.files import write_text
 from fastbert.finetune import Predictor
 from fastbert.finetune.judge import Part
 from fastbert.finetune.records import read_records
-from fastbert.machine import machine_info
 from fastbert.testing.peaks import peaks
 from fastbert.testing.timing import rotated
 
@@ -311,18 +309,14 @@ def main() -> None:
     from benchmarks.report.plots import draw_compression
 
     options = arguments()
-    facts = machine_info()
-    results = earlier(options.out, facts, rows={})
-    for name in options.works:
-        try:
-            one = WORKS[name](options.runs)
-            folder = options.runs / ("quick" if options.quick else "compression") / name
-            folder.mkdir(parents=True, exist_ok=True)
-            row = measured(one, models(one, folder, options.quick), folder, options)
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"{name}: {error}") from None
-        results["rows"][name] = {**row, "date": facts["date"]}
-        write_text(options.out, json.dumps(results, indent=1) + "\n")
+
+    def measure(name: str) -> dict[str, Any]:
+        one = WORKS[name](options.runs)
+        folder = options.runs / ("quick" if options.quick else "compression") / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return measured(one, models(one, folder, options.quick), folder, options)
+
+    results = by_work(options.works, options.out, measure)
     print(table(results))
     draw_compression(results, options.out.with_suffix(".png"))
     if options.out == JSON:

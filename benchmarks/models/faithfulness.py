@@ -17,12 +17,11 @@ import numpy as np
 
 from benchmarks import RESULTS, ROOT
 from benchmarks.models.int8_accuracy import Finetuned, entity_model, movie_model
-from benchmarks.models.summary import earlier
+from benchmarks.models.summary import by_work
 from benchmarks.report.readme import filled, replaced
 from fastbert.files import write_text
 from fastbert.finetune import Predictor
 from fastbert.interpret import Explainer, Question, explain, judge, sanity
-from fastbert.machine import machine_info
 
 JSON = RESULTS / "faithfulness.json"
 PAGE = ROOT / "docs" / "interpret.md"
@@ -156,16 +155,12 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure, print, and write the JSON; the page only where the JSON is the repository's."""
     options = arguments()
-    facts = machine_info()
-    results = earlier(options.out, facts, rows={})
-    for name in options.works:
+
+    def measure(name: str) -> dict[str, Any]:
         print(name, flush=True)
-        try:
-            row = measured(name, WORKS[name](options.runs), options)
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"{name}: {error}") from None
-        results["rows"][name] = {**row, "date": facts["date"]}
-        write_text(options.out, json.dumps(results, indent=1) + "\n")
+        return measured(name, WORKS[name](options.runs), options)
+
+    results = by_work(options.works, options.out, measure)
     print(table(results))
     if options.out == JSON:
         write_text(PAGE, replaced(PAGE.read_text(), table(results), BEGIN, END))

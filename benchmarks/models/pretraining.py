@@ -112,7 +112,7 @@ def seconds_a_batch(arms: list[str], options: argparse.Namespace) -> dict[str, f
     missing = [arm for arm in arms if arm not in known.get("seconds", {})]
     if not missing:
         return known["seconds"]
-    # those that the steps of a run are counted for
+    # a run has as many steps as two threads make in its minutes
     torch.set_num_threads(2)
     trainers = {}
     for arm in missing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 
 from benchmarks.models.works import OUR_FP32, OURS, PEERS, STOCK, Work, flops
 from benchmarks.peers.driver import Outcome
+from fastbert.files import write_text
+from fastbert.machine import machine_info
 
 # the least cosine that counts; peers in int8 round activations to 8 bits
 COSINE = {"fp32": 0.9999, "bf16": 0.9999, "int8": 0.9}
@@ -36,6 +39,25 @@ def earlier(out: Path, facts: dict[str, Any], **empty: Any) -> dict[str, Any]:
         print(f"{out} is from another machine or an older form: its rows are dropped")
         results = {}
     return empty | results | {"machine": facts}
+
+
+def by_work(
+    works: Iterable[str], out: Path, measure: Callable[[str], dict[str, Any]]
+) -> dict[str, Any]:
+    """The results in `out` with a new row of every work, which is written as soon as it is measured.
+
+    An OSError or ValueError of `measure` ends the program with the work's name; rows before it stay.
+    """
+    facts = machine_info()
+    results = earlier(out, facts, rows={})
+    for name in works:
+        try:
+            row = measure(name)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"{name}: {error}") from None
+        results["rows"][name] = {**row, "date": facts["date"]}
+        write_text(out, json.dumps(results, indent=1) + "\n")
+    return results
 
 
 def percentiles(values: Any) -> dict[str, float]:

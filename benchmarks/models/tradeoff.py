@@ -8,7 +8,6 @@ which benchmarks.models.compression shares: a rerun makes those that are missing
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,7 @@ from benchmarks.models.compression import (
     tested,
 )
 from benchmarks.models.int8_accuracy import Finetuned
-from benchmarks.models.summary import earlier, percentiles, ratio
-from fastbert.files import write_text
-from fastbert.machine import machine_info
+from benchmarks.models.summary import by_work, percentiles, ratio
 from fastbert.testing.peaks import peaks
 
 JSON = RESULTS / "tradeoff.json"
@@ -142,20 +139,16 @@ def main() -> None:
     from benchmarks.report.plots import draw_tradeoff
 
     options = arguments()
-    facts = machine_info()
-    results = earlier(options.out, facts, rows={})
-    for name in options.works:
-        try:
-            one = WORKS[name](options.runs)
-            folder = options.runs / ("quick" if options.quick else "compression") / name
-            folder.mkdir(parents=True, exist_ok=True)
-            folders, failed = points(one, folder, options.speedups, options.quick)
-            row = measured(one, folders, options)
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"{name}: {error}") from None
-        reasons = {f"{speedup:g}": reason for speedup, reason in failed.items()}
-        results["rows"][name] = {**row, "failed": reasons, "date": facts["date"]}
-        write_text(options.out, json.dumps(results, indent=1) + "\n")
+
+    def measure(name: str) -> dict[str, Any]:
+        one = WORKS[name](options.runs)
+        folder = options.runs / ("quick" if options.quick else "compression") / name
+        folder.mkdir(parents=True, exist_ok=True)
+        folders, failed = points(one, folder, options.speedups, options.quick)
+        row = measured(one, folders, options)
+        return {**row, "failed": {f"{speedup:g}": reason for speedup, reason in failed.items()}}
+
+    results = by_work(options.works, options.out, measure)
     print(table(results))
     print(draw_tradeoff(results, options.out.with_suffix(".png")))
 

@@ -154,7 +154,8 @@ class Iteration {
 void muon_orthogonalise(const int64_t* places, int64_t matrices, int64_t R, int64_t C,
                         int64_t steps, float a, float b, float c, int threads) {
   if (R * C == 0 || matrices == 0) return;
-  // every thread has matrices of its own, and all threads share those that are left over
+  // The first `own` matrices go to single threads, as many to each. All threads compute the rest,
+  // one matrix after the other.
   const int team = static_cast<int>(imin(threads, matrices));
   const int64_t own = matrices - matrices % team;
   const Scratch room(team, Iteration::size(R, C));

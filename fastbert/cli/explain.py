@@ -49,7 +49,9 @@ Absent = Annotated[
     typer.Option(help="what permutation and shap do to words: mask or remove; default mask"),
 ]
 Seed = Annotated[int | None, typer.Option(help="of methods that draw; default 0")]
-Layer = Annotated[int | None, typer.Option(help="layer, from 0, whose attention --out shows too")]
+Layer = Annotated[
+    int | None, typer.Option(help="number of a layer, from 0: --out shows its attention too")
+]
 Out = Annotated[Path | None, typer.Option(help=".html, .png or .json to write")]
 
 

@@ -105,7 +105,7 @@ def copied(config: DistilConfig, student: Any, teacher: Any) -> dict[str, str]:
 
 
 def check_vocabulary(config: DistilConfig, models: Models) -> None:
-    """Raise ValueError for text whose tokens the teacher may lack, and for a student's folder with other tokens."""
+    """Raise ValueError where a tokenizer does not fit: the teacher's its model, or the student's the teacher's."""
     if config.data != "text" and models.student_folder is None:
         return
     theirs = vocabulary(load_tokenizer(models.encoder))

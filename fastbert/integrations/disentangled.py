@@ -55,7 +55,7 @@ def terms(core: Any) -> tuple[str, ...]:
 
 
 def by_head(core: Any) -> bool:
-    """Whether the attention is the first DeBERTa's: it has one projection, whose rows are by head."""
+    """Whether the attention is the first DeBERTa's: one projection gives q, k and v of head after head."""
     return "q_bias" in core._parameters
 
 
@@ -159,7 +159,7 @@ def _one_group(packing: Packing, tokens: int) -> Groups:
 
 
 def heads_of(y: Tensor, core: Any) -> Tensor:
-    """DeBERTa's one projection y (T, 3 H D), whose rows are by head, as (T, 3, H, D) with biases of its own."""
+    """The output y (T, H 3 D) of the first DeBERTa's one projection as (T, 3, H, D), plus q_bias and v_bias."""
     q, v = core.q_bias, core.v_bias
     biases = torch.stack([q, torch.zeros_like(q), v]).unflatten(1, (-1, core.attention_head_size))
     return y.unflatten(1, (*biases.shape[1:2], 3, biases.shape[2])).transpose(1, 2) + biases
@@ -244,7 +244,7 @@ def _attend(
 
 
 def _by_distance(x: Tensor, table: Tensor, n: int) -> Tensor:
-    """(H, n, L, L): x_i . row of x (H, n L, D) and table (H, 2 S - 1, D), whose row is i's from S - 1 - i on."""
+    """x (H, n L, D), table (H, 2 S - 1, D) -> (H, n, L, L): row i, column j is x[i] . table[S - 1 - i + j]."""
     L = x.shape[1] // n
     skipped = table.shape[1] // 2 + 1 - L
     y = torch.bmm(x, table[:, skipped : skipped + 2 * L - 1].mT)

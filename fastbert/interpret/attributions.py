@@ -135,7 +135,7 @@ def permutation(q: Question, samples: int = 20, absent: str = "mask", seed: int 
 
 
 def shap(q: Question, samples: int = 1000, absent: str = "mask", seed: int = 0) -> Scored:
-    """Kernel SHAP: the linear model of which tokens are there, fitted under the kernel whose exact fit is Shapley's.
+    """Kernel SHAP: a linear model of the score in the tokens that are there, fitted to give Shapley's values.
 
     Exact where all 2^n - 2 coalitions are among the `samples`; else coalitions are drawn in pairs with their opposite.
     """

@@ -31,7 +31,7 @@ class Target:
 
     name: str
     score: Score
-    # tokens whose hidden states it reads; they are never changed. () where it reads a mean of all tokens
+    # the score reads the hidden states of these tokens, which no method changes; () for a mean of all tokens
     places: tuple[int, ...] = (0,)
 
 

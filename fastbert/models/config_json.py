@@ -73,7 +73,7 @@ def write(config: Any) -> dict[str, Any]:
     family = config.model_type
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     extra = dict(config.extra)
-    special = {name: values.pop(name) for name in _SPECIAL}
+    values = {name: value for name, value in values.items() if name not in _SPECIAL}
     if config.is_mixed:
         # in the place of an alias's
         extra["model_type"] = _MIXED + extra.get("model_type", family)
@@ -93,7 +93,7 @@ def write(config: Any) -> dict[str, Any]:
         values["quantization_config"] = _INT8 | about
     if config.problem_type is not None:
         values["problem_type"] = config.problem_type
-    values |= {name: [*sizes] for name in LAYER_SIZES if (sizes := special[name])}
+    values |= {name: [*sizes] for name in LAYER_SIZES if (sizes := getattr(config, name))}
     # Hugging Face keeps the number of labels only as the length of id2label
     names = config.id2label or {i: f"LABEL_{i}" for i in range(config.num_labels or 0)}
     values["id2label"] = {str(i): name for i, name in names.items()}
