@@ -72,7 +72,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "head", "training", "graphs"),
     [
-        ("Bert", "Model", False, 1),
+        pytest.param("Bert", "Model", False, 1, marks=slow),
         ("Bert", "ForMaskedLM", True, 2),
         pytest.param("Bert", "ForSequenceClassification", False, 2, marks=slow),
         pytest.param("Bert", "ForSequenceClassification", True, 2, marks=slow),

@@ -24,6 +24,7 @@ def tiny(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_method_is_judged_beside_random_orders(tiny, monkeypatch, capsys):
     out = tiny / "found.json"
     monkeypatch.setattr(sys, "argv", ["x", "--quick", "--out", str(out)])

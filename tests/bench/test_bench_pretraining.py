@@ -10,6 +10,7 @@ from benchmarks.models import pretraining
 from benchmarks.models.pretraining import ARMS, NEW, OLD
 
 
+@pytest.mark.slow
 def test_recipes_are_compared_and_runs_are_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(pretraining, "peaks", lambda seconds: {"fma_gflops_fp32": 1.0})
     monkeypatch.setattr(pretraining, "POINTS", 3)

@@ -272,6 +272,7 @@ def test_a_real_worker(tiny, tmp_path):
     assert made["fill_percent"] == 78
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(cpu.native is None, reason="the fastbert peer needs the native module")
 def test_real_workers_train(tiny, tmp_path):
     work = works.Work("pretrain", "tiny", "fp32", "tiny", lengths=(5, 29), memory_goal=0.5)

@@ -23,8 +23,6 @@ from fastbert.compress.pieces import smaller
 from fastbert.compress.prune import _copy
 from fastbert.finetune import Predictor, finetune
 
-TASKS = ["classify", "tag", "answer"]
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -98,7 +96,9 @@ def test_a_correction_makes_up_for_copies_of_columns():
     torch.testing.assert_close(small(**given).logits, expected, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task", ["classify", *(pytest.param(t, marks=pytest.mark.slow) for t in ("tag", "answer"))]
+)
 def test_a_trained_model_keeps_its_answers(task, trained, by_count, tmp_path):
     run = trained(task)
     data, held = tiny_tasks.ROWS[task](200), tiny_tasks.ROWS[task](80, seed=7)
@@ -221,7 +221,7 @@ def command(*arguments):
     return result
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_command_writes_a_folder(padded, trained, by_count, tmp_path):
     run, out = trained("classify"), tmp_path / "out"
     data = tiny_tasks.write_jsonl(tmp_path / "train.jsonl", tiny_tasks.texts(120))

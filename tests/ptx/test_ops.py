@@ -42,7 +42,6 @@ SMALL = {
         "triton": "attention_fwd attention_bwd_delta attention_bwd_dkdv attention_bwd_dq",
         "cuda": "attention_fwd attention_bwd_dkdv attention_bwd_dq",
     },
-    ("attention", "rotary-pairs"): {"triton": "attention_rope"},
     ("attention", "modern"): {"triton": "attention_fwd attention_bwd_dbias attention_rope"},
     ("layer_norm", "N7x13"): {
         "triton": "layer_norm_fwd layer_norm_bwd sum_partials",
