@@ -21,6 +21,7 @@
 #   make bench-compress measures size, metric and speed of pruned, distilled and int8 models, which it makes once; about
 #                       two hours, then minutes. BENCH_ARGS="--works movies" takes one of the two works
 #   make bench-tradeoff  prunes the model of movie sentences to a list of speed-ups, and draws its accuracy over its speed
+#   make bench-explaining  times integrated gradients beside captum's, and measures the memory of attention maps
 #   make bench-faithfulness  judges attributions of tokens on the models of make bench-int8-accuracy
 #   make gpu            on a machine with a GPU: parity, memory and race checks and timings, into docs/gpu.md
 #   make gpu-report     writes docs/gpu_report.md: figures of the kernels that need no GPU
@@ -53,7 +54,7 @@ NATIVE := $(filter csrc/%,$(SOURCES))
 GPU = $(findstring GPU,$(shell nvidia-smi -L 2>/dev/null))
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-slow test-transformers4 test-gpu-static test-ptx fuzz gpu gpu-report sanitize bench bench-peers bench-step bench-scaling bench-scripts bench-families bench-pretraining bench-int8-accuracy bench-compress bench-tradeoff bench-faithfulness lint
+.PHONY: install demo test test-slow test-transformers4 test-gpu-static test-ptx fuzz gpu gpu-report sanitize bench bench-peers bench-step bench-scaling bench-scripts bench-families bench-pretraining bench-int8-accuracy bench-compress bench-tradeoff bench-explaining bench-faithfulness lint
 
 install: $(INSTALLED)
 
@@ -176,6 +177,10 @@ bench-compress: $(INSTALLED)
 
 bench-tradeoff: $(INSTALLED)
 	$(PY) -m benchmarks.models.tradeoff $(BENCH_ARGS)
+
+bench-explaining: $(INSTALLED)
+	$(PIP_INSTALL) -q --no-deps captum
+	$(PY) -m benchmarks.models.explaining $(BENCH_ARGS)
 
 bench-faithfulness: $(INSTALLED)
 	$(PY) -m benchmarks.models.faithfulness $(BENCH_ARGS)
