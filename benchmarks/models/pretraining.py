@@ -4,8 +4,8 @@ Small BERTs learn the State of the Union addresses. First every arm's step is ti
 gives the number of steps that fit into the minutes on a quiet machine: the runs themselves may share it. The learning
 rates of the first two arms come from one grid, at a third of the minutes. These arms run with every seed; each of the
 others, the modern recipe with one change, runs once at a third of the minutes. All models are judged at the same
-held-out [MASK]s, 15 % of the tokens, once in full sentences and once in sentence pairs. A rerun goes on where the last
-one ended. docs/pretraining.md has the table.
+held-out [MASK]s, 15 % of the tokens, once in full sentences and once in sentence pairs. The JSON of the results keeps
+every finished run: a rerun, also in another checkout, makes those that are missing. docs/pretraining.md has the table.
 """
 
 from __future__ import annotations
@@ -106,12 +106,11 @@ def settings(arm: str, options: argparse.Namespace, **more: Any) -> PretrainConf
 
 
 def seconds_a_batch(arms: list[str], options: argparse.Namespace) -> dict[str, float]:
-    """The time of a step of all batches / their number, of every arm, in turns; kept in a file."""
-    file = options.runs / "seconds.json"
-    known = json.loads(file.read_text()) if file.is_file() else {}
-    missing = [arm for arm in arms if arm not in known.get("seconds", {})]
+    """The time of a step of all batches / their number, of every arm, in turns; kept in the results."""
+    kept = read(options)
+    missing = [arm for arm in arms if arm not in kept["seconds"]]
     if not missing:
-        return known["seconds"]
+        return kept["seconds"]
     # a run has as many steps as two threads make in its minutes
     torch.set_num_threads(2)
     trainers = {}
@@ -124,12 +123,24 @@ def seconds_a_batch(arms: list[str], options: argparse.Namespace) -> dict[str, f
     found = interleave(work, rounds=2 if options.quick else 8, warmup=1)
     after = peaks(1.0)["fma_gflops_fp32"]
     print(f"FMA peak {before:.0f} GFLOP/s before and {after:.0f} after")
-    seconds = known.get("seconds", {})
     for arm, trainer in trainers.items():
-        seconds[arm] = found[arm].median / trainer.config.accumulate
-    about = {"peaks": [*known.get("peaks", []), before, after], **machine_info()}
-    write_text(file, json.dumps({"seconds": seconds, **about}, indent=2) + "\n")
-    return seconds
+        kept["seconds"][arm] = found[arm].median / trainer.config.accumulate
+    kept["peaks"] += [before, after]
+    keep(options, **machine_info(), seconds=kept["seconds"], peaks=kept["peaks"])
+    return kept["seconds"]
+
+
+def read(options: argparse.Namespace) -> dict[str, Any]:
+    """The results so far."""
+    found = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    return {"seconds": {}, "peaks": [], "runs": {}} | found
+
+
+def keep(options: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """The results with these entries, which are written at once."""
+    results = read(options) | more
+    write_text(options.out, json.dumps(results, indent=1) + "\n")
+    return results
 
 
 def _feed(config: PretrainConfig, options: argparse.Namespace) -> Feed:
@@ -145,10 +156,10 @@ def trained(
     arm: str, lr: float, minutes: float, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """A run's curve: minutes, and the losses at [MASK] in full sentences and in pairs; made once."""
-    out = options.runs / f"{arm}-{lr:g}-{minutes:g}-{seed}".replace(" ", "_").replace("%", "pc")
-    curve = out / "curve.json"
-    if curve.is_file():
-        return json.loads(curve.read_text())
+    name = f"{arm}-{lr:g}-{minutes:g}-{seed}".replace(" ", "_").replace("%", "pc")
+    runs, out = read(options)["runs"], options.runs / name
+    if name in runs:
+        return runs[name]
     batch = seconds_a_batch([arm], options)[arm]
     config = settings(arm, options, lr=lr, seed=seed, steps=1)
     steps = max(round(60 * minutes / batch / config.batches_a_step), POINTS)
@@ -163,7 +174,7 @@ def trained(
     )
     pretrain(config, out, resume=(out / "config.toml").is_file(), quiet=True)
     found = _judged(out, config, batch, options)
-    write_text(curve, json.dumps(found, indent=2) + "\n")
+    keep(options, runs={**read(options)["runs"], name: found})
     for checkpoint in (out / "checkpoints").glob("*"):
         checkpoint.unlink()
     return found
@@ -213,7 +224,7 @@ def best_rate(arm: str, options: argparse.Namespace) -> tuple[float, dict[str, f
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All stages; prints each result as it is there."""
     seconds_a_batch(options.arms, options)
-    results: dict[str, Any] = {"minutes": options.minutes, "arms": {}, **machine_info()}
+    results: dict[str, Any] = {"minutes": options.minutes, "arms": {}}
     rates = {}
     for arm in (OLD, NEW):
         rates[arm], grid = best_rate(arm, options)
@@ -234,7 +245,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         run = trained(arm, lr, options.minutes / 3, 0, options)
         results["changes"][arm] = last(run)
         print(f"{arm}: {last(run):.3f}, {results['changes'][arm] - results['changes'][NEW]:+.3f}")
-    return results
+    return keep(options, **results)
 
 
 def report(results: dict[str, Any]) -> str:
@@ -307,7 +318,6 @@ def main() -> None:
     options = arguments()
     options.runs.mkdir(parents=True, exist_ok=True)
     results = measure(options)
-    write_text(options.out, json.dumps(results, indent=1) + "\n")
     if options.quick or options.out != JSON:
         print(report(results))
         return

@@ -1,6 +1,7 @@
 """The benchmark of recipes on tiny models: it runs, goes on where it ended, writes its table; no time is read."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -45,7 +46,8 @@ def test_recipes_are_compared_and_runs_are_kept(monkeypatch, tmp_path):
     assert f"goal {pretraining.GOAL}" in text
     pretraining.draw(found, tmp_path / "plot.png")
     assert pretraining.PAGE.read_text() == page
-    # nothing is trained twice
+    # nothing is trained twice, in a checkout without the folders of the runs either
+    shutil.rmtree(runs)
     monkeypatch.setattr(pretraining, "pretrain", lambda *_, **__: pytest.fail("trained again"))
     pretraining.main()
     assert json.loads(out.read_text())["changes"] == found["changes"]
