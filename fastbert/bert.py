@@ -1,4 +1,4 @@
-"""BERT, RoBERTa and DistilBERT with their heads; a family is an argument of BertConfig, not a class.
+"""BERT, RoBERTa, DistilBERT, ModernBERT and GPT-2 with their heads; a family is an argument of BertConfig, not a class.
 
 Tokens are packed inside. Padding is removed once, before the embeddings (one host sync), and comes back only in the
 outputs, as zeros. A caller with packed tokens passes input_ids (T,), cu_seqlens (B + 1,) int32 and max_seqlen; this
@@ -7,6 +7,7 @@ output_hidden_states, output_attentions, cu_seqlens and max_seqlen.
 """
 
 from fastbert.models.config import BertConfig
+from fastbert.models.decoder import GPTForCausalLM
 from fastbert.models.encoder import BertModel
 from fastbert.models.heads import (
     BertForMaskedLM,
@@ -27,5 +28,6 @@ __all__ = [
     "BertForSequenceClassification",
     "BertForTokenClassification",
     "BertModel",
+    "GPTForCausalLM",
     "Output",
 ]

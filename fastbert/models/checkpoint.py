@@ -1,4 +1,4 @@
-"""Hugging Face directories in and out: config.json and weights of BERT, RoBERTa and DistilBERT."""
+"""Hugging Face directories in and out: config.json and weights of every family."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastbert.models.config import BertConfig, model_folder
 from fastbert.models.config_json import LAYER_SIZES
 from fastbert.models.int8_files import hold, int8_keys, int8_modules, is_int8, parts_of
 from fastbert.models.layer_sizes import full_size, note_sizes, pad
-from fastbert.models.names import Names, hf_keys, names_of, prefix_of
+from fastbert.models.names import TRANSPOSED, Names, hf_keys, names_of, prefix_of
 from fastbert.models.weight_files import read_weights
 
 State = dict[str, Tensor]
@@ -34,11 +34,16 @@ _KINDS = {
     "xlm-roberta": "XLMRoberta",
     "camembert": "Camembert",
     "modernbert": "ModernBert",
+    "gpt2": "GPT2",
 }
+# our classes that transformers has under other names
+_CLASSES = {"GPTForCausalLM": "LMHeadModel"}
 # the roots of encoder keys in files that were written from a bare model, without the family's prefix
 _ROOTS = ("embeddings.", "encoder.", "transformer.", "pooler.", "layers.", "final_norm.")
+_FAMILY_ROOTS = {"gpt2": ("wte.", "wpe.", "h.", "ln_f.")}
 # fixed tables that old versions of transformers stored
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+_BUFFERS += (".attn.bias", ".attn.masked_bias")
 # keys of a loaded config.json that do not hold for the directory that we write
 _STALE = ("architectures", "auto_map", "torch_dtype", "_name_or_path", "transformers_version")
 # module -> the setting that gives its weight's number of rows
@@ -94,7 +99,7 @@ def save(model: nn.Module, directory: str | Path, padded: bool = False) -> None:
     name = class_name(type(model))
     values = {k: v for k, v in config.to_dict().items() if k not in _STALE}
     kind = _KINDS.get(values["model_type"], "Bert")
-    values["architectures"] = [kind + name.removeprefix("Bert")]
+    values["architectures"] = [kind + _CLASSES.get(name, name.removeprefix("Bert"))]
     values["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     state = to_hf(model, names_of(config.model_type, name), state)
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +143,8 @@ def to_hf(model: nn.Module, names: Names, values: State | None = None) -> State:
     if f"{decoder}.weight" in state and f"{names['mlm_head']}.bias" in state:
         # an untied decoder of transformers reads a bias of its own
         state[f"{decoder}.bias"] = state[f"{names['mlm_head']}.bias"].clone()
-    return state
+    turned = TRANSPOSED.get(model.config.model_type, ())  # type: ignore[union-attr]
+    return {k: v.T.contiguous() if k.endswith(turned) else v for k, v in state.items()}
 
 
 @torch.no_grad()
@@ -250,7 +256,7 @@ def _check_size(config: BertConfig, state: State, folder: Path) -> None:
 
 def _check_depth(config: BertConfig, unused: list[str], folder: Path, asked: bool) -> None:
     """Refuse a file with more layers than config.json says; an explicit num_hidden_layers takes the lowest ones."""
-    pattern = rf"{prefix_of(config.model_type)}\.(?:\w+\.)?layers?\.(\d+)\."
+    pattern = rf"{prefix_of(config.model_type)}\.(?:\w+\.)?(?:layers?|h)\.(\d+)\."
     found = [re.match(pattern, key) for key in unused]
     layers = [int(match[1]) for match in found if match is not None]
     if layers and not asked:
@@ -296,11 +302,12 @@ def _check_integers(own: BertConfig, config: BertConfig, folder: Path) -> None:
 def _standard(raw: Mapping[str, Tensor], family: str) -> State:
     """A file's weights under transformers' present names: with prefix, LayerNorm weight and bias, one decoder bias."""
     state: State = {}
+    roots, turned = _FAMILY_ROOTS.get(family, _ROOTS), TRANSPOSED.get(family, ())
     for key, value in raw.items():
         key = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key))
-        key = f"{prefix_of(family)}.{key}" if key.startswith(_ROOTS) else key
+        key = f"{prefix_of(family)}.{key}" if key.startswith(roots) else key
         if not key.endswith(_BUFFERS):
-            state[key] = value
+            state[key] = value.T if key.endswith(turned) and value.dim() == 2 else value
     # if a file has two different decoder biases, transformers adds decoder.bias
     for head in ("cls.predictions", "lm_head"):
         if f"{head}.decoder.bias" in state:

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastbert.files import parse_json, quoted, read_text
 from fastbert.models import config_json
-from fastbert.models.config_json import ALIASES, LAYER_SIZES
+from fastbert.models.config_json import ALIASES, LAYER_SIZES, REFUSED
 from fastbert.models.names import FORMS, SPELLINGS, TYPES
 
 # hidden_act -> `approximate` of bias_gelu; None: ReLU
@@ -54,7 +54,7 @@ def check_types(settings: Any) -> None:
 
 @dataclass
 class BertConfig:
-    """The settings of a BERT, RoBERTa, DistilBERT or ModernBERT; names are those of Hugging Face's BERT config.json.
+    """The settings of a BERT, RoBERTa, DistilBERT, ModernBERT or GPT-2; names are those of Hugging Face's BERT.
 
     Raises ValueError with a sentence for settings that do not fit together or that are not supported.
     """
@@ -82,13 +82,13 @@ class BertConfig:
     # standard deviation of fresh weights
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
-    # this id's word embedding is zero and gets no gradient from the lookup; None: 1 in RoBERTa, else 0
+    # this id's word embedding is zero and gets no gradient from the lookup; None: 1 in RoBERTa, none in GPT-2, else 0
     pad_token_id: int | None = None
     # "absolute" is a learned table, "sinusoidal" the fixed one of the Transformer paper; "rotary" has no table, and
     # attention turns queries and keys by their positions. None: rotary in ModernBERT, else absolute
     position_embedding_type: str | None = None
-    # the family: "bert", "roberta" (positions from the padding id), "distilbert" or "modernbert" (both without types
-    # and pooler)
+    # the family: "bert", "roberta" (positions from the padding id), "distilbert", "modernbert" (both without types and
+    # pooler) or "gpt2" (a token sees those before it, and the embeddings have no norm)
     model_type: str = "bert"
     # the form of the layers; None: the family's. With another form than the family's the model is fastbert's alone, and
     # to_dict writes another model_type. LayerNorm stands before the blocks, and behind the last layer
@@ -147,7 +147,7 @@ class BertConfig:
         if self.type_vocab_size is None:
             self.type_vocab_size = TYPES[self.model_type]
         if self.pad_token_id is None:
-            self.pad_token_id = 1 if self.model_type == "roberta" else 0
+            self.pad_token_id = {"roberta": 1, "gpt2": None}.get(self.model_type, 0)
         if self.add_pooler is None:
             self.add_pooler = self.model_type in ("bert", "roberta")
         for name, value in FORMS[self.model_type].items():
@@ -238,15 +238,9 @@ class BertConfig:
             raise ValueError(f"int8_bits is {quoted(self.int8_bits)}: it must be 12 or 8")
         if self.int8_embeddings and self.int8_bits is None:
             raise ValueError("int8_embeddings is true without int8_bits: set both")
-        if self.extra.get("quantization_config"):
-            raise ValueError(
-                "quantization_config is set: convert the weights back to floating point"
-            )
-        for key in ("is_decoder", "add_cross_attention"):
+        for key, why in REFUSED.items():
             if self.extra.get(key):
-                raise ValueError(
-                    f"{key} is set: fastbert builds encoders only, without cross attention"
-                )
+                raise ValueError(f"{key} is set: {why}")
 
     def _check_form(self) -> None:
         if (self.local_attention or 0) < 0 or self.global_attn_every_n_layers < 1:
@@ -270,8 +264,8 @@ class BertConfig:
             raise ValueError(
                 f"classifier_pooling is {quoted(self.classifier_pooling)}: choose cls or mean"
             )
-        if self.is_mixed and self.model_type == "distilbert":
-            raise ValueError("a DistilBERT of another form: set model_type to bert")
+        if self.is_mixed and self.model_type in ("distilbert", "gpt2"):
+            raise ValueError(f"a {self.model_type} of another form: set model_type to bert")
 
     @property
     def rotary(self) -> bool:
@@ -279,11 +273,18 @@ class BertConfig:
         return self.position_embedding_type == "rotary"
 
     @property
+    def causal(self) -> bool:
+        """Whether a token sees only itself and the tokens before it."""
+        return self.model_type == "gpt2"
+
+    @property
     def is_mixed(self) -> bool:
         """Whether transformers has no model of this form, so that from_pretrained alone loads it."""
-        modern = bool(self.pre_norm and self.gated and self.rotary)
-        if self.model_type == "modernbert":
-            return not modern or bool(self.add_pooler or self.type_vocab_size)
+        if self.model_type in ("modernbert", "gpt2"):
+            wanted = FORMS[self.model_type]
+            free = {"biases", "local_attention"} if self.model_type == "modernbert" else set()
+            other = any(getattr(self, n) != wanted[n] for n in wanted.keys() - free)
+            return other or bool(self.add_pooler or self.type_vocab_size)
         return bool(
             self.pre_norm or self.gated or self.rotary or self.local_attention or not self.biases
         )
@@ -291,6 +292,8 @@ class BertConfig:
     @property
     def windows(self) -> list[tuple[int, int] | None]:
         """The tokens before and behind that a token of each layer sees, None for all."""
+        if self.causal:
+            return [(-1, 0)] * self.num_hidden_layers
         half, every = (self.local_attention or 0) // 2, self.global_attn_every_n_layers
         local = (half, half) if self.local_attention else None
         return [local if i % every else None for i in range(self.num_hidden_layers)]

@@ -13,6 +13,12 @@ from fastbert.models.names import HF_DEFAULTS, NOT_WRITTEN, SPELLINGS
 ALIASES = {"xlm-roberta": "roberta", "camembert": "roberta"}
 # sizes of single layers -> the size that none of them exceeds
 LAYER_SIZES = {"layer_heads": "num_attention_heads", "layer_widths": "intermediate_size"}
+# settings that no model here has -> the remedy, or why
+REFUSED = {
+    "quantization_config": "convert the weights back to floating point",
+    "is_decoder": "the decoder here is gpt2, and the other families are encoders",
+    "add_cross_attention": "fastbert has no cross attention",
+}
 # the first letters of the model_type of a form that transformers has no model for; the family follows. The file has
 # the fields of BertConfig in their own names then
 _MIXED = "fastbert-"
@@ -41,6 +47,12 @@ _INT8 = {"library": "fastbert", "layout": 1}
 # ModernBERT's settings of biases
 _BIASES = ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias")
 _KINDS = {"global": "full_attention", "local": "sliding_attention"}
+# GPT-2's settings of another attention, with the value that fastbert has
+_GPT_ATTENTION = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+}
 
 
 def read(values: Any, fields: Sequence[str]) -> dict[str, Any]:
@@ -58,6 +70,8 @@ def read(values: Any, fields: Sequence[str]) -> dict[str, Any]:
         ours = dict(HF_DEFAULTS.get(family, {}))
         if family == "modernbert":
             values = _from_modernbert(values)
+        if family == "gpt2":
+            values = _from_gpt2(values)
     extra: dict[str, Any] = {}
     for key, value in values.items():
         name = names.get(key, key)
@@ -88,6 +102,8 @@ def write(config: Any) -> dict[str, Any]:
             values["add_pooler"] = config.add_pooler
         if family == "modernbert":
             values |= _to_modernbert(config)
+        if family == "gpt2":
+            values["embd_pdrop"] = config.hidden_dropout_prob
     if config.int8_bits is not None:
         about = {"bits": config.int8_bits, "embeddings": config.int8_embeddings}
         values["quantization_config"] = _INT8 | about
@@ -129,6 +145,28 @@ def _from_modernbert(values: dict[str, Any]) -> dict[str, Any]:
     if activation != "gelu":
         raise ValueError(f"classifier_activation is {quoted(activation)}: fastbert has gelu")
     return values | _local_layers(values) | _bases(values)
+
+
+def _from_gpt2(values: dict[str, Any]) -> dict[str, Any]:
+    """GPT-2's settings with the width of the feed-forward block filled in.
+
+    Raises ValueError for what no model here has: another attention, two rates of the dropout of hidden states.
+    """
+    values = dict(values)
+    for name, ours in _GPT_ATTENTION.items():
+        if values.get(name, ours) != ours:
+            raise ValueError(f"{name} is {quoted(values[name])}: fastbert has {quoted(ours)}")
+    rates = [values.get(name, 0.1) for name in ("embd_pdrop", "resid_pdrop")]
+    values.pop("embd_pdrop", None)
+    if rates[0] != rates[1]:
+        raise ValueError(
+            f"embd_pdrop is {quoted(rates[0])} and resid_pdrop {quoted(rates[1])}: fastbert has one rate for both, "
+            "which inference does not use; write it into config.json"
+        )
+    width = values.get("n_embd", 768)
+    if values.get("n_inner") is None and isinstance(width, int):
+        values["n_inner"] = 4 * width
+    return values
 
 
 def _bases(values: dict[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,15 @@ class Encoded(NamedTuple):
     attentions: tuple[Tensor, ...] | None
 
 
+class Scored(NamedTuple):
+    """The results of a language model's forward."""
+
+    encoded: Encoded
+    loss: Tensor | None
+    logits: Tensor | None  # (B, S, V), padded
+    first: Tensor  # (B, C) at the rows packing.starts, (0, C) if not requested
+
+
 class Pretrained(nn.Module):
     """The base of all models: configuration, fresh weights, loading and saving, gradient checkpointing."""
 
@@ -197,10 +206,12 @@ class BertModel(Pretrained):
             c.type_vocab_size or 0,
             eps=c.layer_norm_eps,
             p=c.hidden_dropout_prob,
-            padding_idx=c.pad_token_id,
+            # GPT-2's padding has an embedding like every token
+            padding_idx=None if c.causal else c.pad_token_id,
             position_padding_idx=c.pad_token_id if roberta else None,
             sinusoidal=c.position_embedding_type == "sinusoidal",
             bias=biases,
+            norm=not c.causal,
         )
         # an int8 model's floating-point weights take no memory at any time
         with nullcontext() if c.int8_bits is None else torch.device("meta"):
@@ -218,8 +229,8 @@ class BertModel(Pretrained):
                     pre_norm=bool(c.pre_norm),
                     gated=bool(c.gated),
                     window=window,
-                    # the norm of the embeddings stands before the first layer
-                    first_norm=i > 0,
+                    # the norm of the embeddings, where there is one, stands before the first layer
+                    first_norm=i > 0 or c.causal,
                 )
                 for i, ((heads, intermediate), window) in enumerate(
                     zip(c.layer_sizes, c.windows, strict=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastbert.models.config import BertConfig
-from fastbert.models.encoder import BertModel, Encoded, Pretrained
+from fastbert.models.encoder import BertModel, Encoded, Pretrained, Scored
 from fastbert.models.inputs import Inputs, prepare
 from fastbert.models.losses import class_loss, position_loss, sequence_loss
 from fastbert.models.output import Output, SequenceOutput
@@ -22,15 +22,20 @@ from fastbert.nn.tied import tied
 class _Head(Pretrained):
     """An encoder with a head."""
 
+    causal = False
+
     def __init__(self, config: BertConfig, add_pooler: bool = False) -> None:
         super().__init__(config)
-        if add_pooler and config.model_type == "distilbert":
+        name = type(self).__name__
+        if config.causal != self.causal:
             raise ValueError(
-                f"{type(self).__name__} needs the pooler, which DistilBERT does not have"
+                f"{name} of a {config.model_type}: a gpt2 is a GPTForCausalLM, and no other family is one"
             )
+        if add_pooler and config.model_type == "distilbert":
+            raise ValueError(f"{name} needs the pooler, which DistilBERT does not have")
         if add_pooler and config.model_type == "modernbert" and not config.add_pooler:
             raise ValueError(
-                f"{type(self).__name__} needs the pooler, which ModernBERT does not have: set add_pooler to true"
+                f"{name} needs the pooler, which ModernBERT does not have: set add_pooler to true"
             )
         self.bert = BertModel(config, add_pooler)
 
@@ -42,22 +47,18 @@ class _Head(Pretrained):
         return HeadTransform(c.hidden_size, eps=c.layer_norm_eps, bias=bool(c.biases))
 
 
-class Scored(NamedTuple):
-    """The results of a masked-LM forward."""
+class LanguageModel(_Head):
+    """A model that scores the words of the vocabulary."""
 
-    encoded: Encoded
-    loss: Tensor | None
-    logits: Tensor | None  # (B, S, V), padded
-    first: Tensor  # (B, C) at the rows packing.starts, (0, C) if not requested
-
-
-class _MaskedLM(_Head):
     labels_per_token = True
     reads_label_rows = True
 
     def __init__(self, config: BertConfig, add_pooler: bool = False) -> None:
         super().__init__(config, add_pooler)
-        self.mlm_head = MLMHead(
+        self.mlm_head = self._language_head(config)
+
+    def _language_head(self, config: BertConfig) -> MLMHead:
+        return MLMHead(
             config.hidden_size,
             config.vocab_size,
             # these heads have the exact GELU for every hidden_act
@@ -69,7 +70,7 @@ class _MaskedLM(_Head):
             bias=bool(config.biases),
         )
 
-    def _masked_lm(
+    def _scored(
         self,
         inputs: Inputs,
         return_logits: bool | None,
@@ -106,7 +107,7 @@ class _MaskedLM(_Head):
         return Scored(e, loss, logits, x[labelled:])
 
 
-class BertForPreTraining(_MaskedLM):
+class BertForPreTraining(LanguageModel):
     """Masked-LM and next-sentence heads; the loss is the sum of the losses whose labels are given."""
 
     architecture = "BertForPreTraining"
@@ -148,7 +149,7 @@ class BertForPreTraining(_MaskedLM):
             rows_wanted=True,
             **options,
         )
-        e, mlm_loss, logits, first = self._masked_lm(
+        e, mlm_loss, logits, first = self._scored(
             inputs, return_logits, num_items_in_batch, starts=True
         )
         nsp_logits = self.nsp_head(self.bert.pool(e.packing.of_starts(first)))
@@ -167,7 +168,7 @@ class BertForPreTraining(_MaskedLM):
         )
 
 
-class BertForMaskedLM(_MaskedLM):
+class BertForMaskedLM(LanguageModel):
     """The masked-LM head alone."""
 
     architecture = "BertForMaskedLM"
@@ -207,7 +208,7 @@ class BertForMaskedLM(_MaskedLM):
             rows_wanted=True,
             **options,
         )
-        e, loss, logits, _ = self._masked_lm(inputs, return_logits, num_items_in_batch)
+        e, loss, logits, _ = self._scored(inputs, return_logits, num_items_in_batch)
         return Output(
             loss=loss, logits=logits, hidden_states=e.hidden_states, attentions=e.attentions
         )

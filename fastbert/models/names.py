@@ -24,6 +24,17 @@ SPELLINGS: dict[str, dict[str, str]] = {
         "dropout": "hidden_dropout_prob",
         "attention_dropout": "attention_probs_dropout_prob",
     },
+    "gpt2": {
+        "n_positions": "max_position_embeddings",
+        "n_embd": "hidden_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_inner": "intermediate_size",
+        "activation_function": "hidden_act",
+        "resid_pdrop": "hidden_dropout_prob",
+        "attn_pdrop": "attention_probs_dropout_prob",
+        "layer_norm_epsilon": "layer_norm_eps",
+    },
     "modernbert": {
         "hidden_activation": "hidden_act",
         "norm_eps": "layer_norm_eps",
@@ -32,7 +43,7 @@ SPELLINGS: dict[str, dict[str, str]] = {
     },
 }
 # the number of token types, and the form of the layers, that a family has where nothing else is said
-TYPES = {"bert": 2, "roberta": 1, "distilbert": 0, "modernbert": 0}
+TYPES = {"bert": 2, "roberta": 1, "distilbert": 0, "modernbert": 0, "gpt2": 0}
 _BERT_FORM = {
     "pre_norm": False,
     "gated": False,
@@ -42,6 +53,7 @@ _BERT_FORM = {
 }
 FORMS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("bert", "roberta", "distilbert"), _BERT_FORM),
+    "gpt2": _BERT_FORM | {"pre_norm": True},
     "modernbert": {
         "pre_norm": True,
         "gated": True,
@@ -55,6 +67,12 @@ HF_DEFAULTS: dict[str, dict[str, Any]] = {
     "bert": {},
     "roberta": {"vocab_size": 50265, "type_vocab_size": 2},
     "distilbert": {"num_hidden_layers": 6},
+    "gpt2": {
+        "vocab_size": 50257,
+        "max_position_embeddings": 1024,
+        "hidden_act": "gelu_new",
+        "layer_norm_eps": 1e-5,
+    },
     "modernbert": {
         "vocab_size": 50368,
         "intermediate_size": 1152,
@@ -73,6 +91,7 @@ NOT_WRITTEN = {
     "roberta": {"seq_classif_dropout", "qa_dropout"},
     "distilbert": {"type_vocab_size", "layer_norm_eps", "classifier_dropout"},
     "modernbert": {"type_vocab_size", "seq_classif_dropout", "qa_dropout"},
+    "gpt2": {"type_vocab_size", "seq_classif_dropout", "qa_dropout", "classifier_dropout"},
 }
 
 _EMBEDDINGS: Names = {
@@ -115,9 +134,22 @@ _ENCODERS: dict[str, Names] = {
         "layers.*.output_norm": "layers.*.mlp_norm",
         **{name: name for name in ("embeddings.norm", "final_norm")},
     },
+    "gpt2": {
+        "embeddings.word": "wte",
+        "embeddings.position": "wpe",
+        "layers.*.attention.qkv": "h.*.attn.c_attn",
+        "layers.*.attention.out": "h.*.attn.c_proj",
+        "layers.*.attention_norm": "h.*.ln_1",
+        "layers.*.feed_forward.up": "h.*.mlp.c_fc",
+        "layers.*.feed_forward.down": "h.*.mlp.c_proj",
+        "layers.*.output_norm": "h.*.ln_2",
+        "final_norm": "ln_f",
+    },
 }
+# the ends of the names of matrices that a family's files hold as (inputs, outputs)
+TRANSPOSED = {"gpt2": tuple(f".c_{name}.weight" for name in ("attn", "proj", "fc"))}
 # the first part of an encoder's names in a model with a head, where it is not the family's name
-_PREFIXES = {"modernbert": "model"}
+_PREFIXES = {"modernbert": "model", "gpt2": "transformer"}
 # "mlm_head" alone is the module that holds the decoder's bias
 _HEADS: dict[str, Names] = {
     "bert": {
@@ -149,6 +181,7 @@ _HEADS: dict[str, Names] = {
         "head.dense": "head.dense",
         "head.norm": "head.norm",
     },
+    "gpt2": {"mlm_head": "lm_head", "mlm_head.decoder": "lm_head"},
 }
 # (family, class) -> names that differ from the rest of the family's
 _OWN_NAMES: dict[tuple[str, str], Names] = {

@@ -43,3 +43,14 @@ def bias_alone(x: Tensor, last: nn.Module) -> Tensor:
     if bias is None:
         return torch.zeros_like(x)
     return bias.to(x.dtype).expand(x.shape[0], -1)
+
+
+def sinusoidal_positions(positions: int, hidden_size: int) -> Tensor:
+    """The (P, C) fp32 position table of Vaswani et al., Attention is all you need (2017); C may be odd.
+
+    table[p, 2i] = sin(p / 10000^(2i / C)),  table[p, 2i + 1] = cos(p / 10000^(2i / C))
+    """
+    column = torch.arange(hidden_size, dtype=torch.float64)
+    rate = 10000.0 ** (-2.0 * (column // 2) / hidden_size)
+    angle = torch.arange(positions, dtype=torch.float64)[:, None] * rate
+    return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float()

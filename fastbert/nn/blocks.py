@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastbert import functional as F
 from fastbert.backend.reference.philox import dropout
 from fastbert.nn.attention_maps import attention_maps
-from fastbert.nn.base import Block, Linear, bias_alone, without_gradients
+from fastbert.nn.base import Block, Linear, bias_alone, sinusoidal_positions, without_gradients
 from fastbert.nn.feed_forward import FeedForward, GatedFeedForward
 from fastbert.nn.int8 import Int8Embedding
 from fastbert.nn.layer import (
@@ -32,19 +32,8 @@ from fastbert.nn.watch import first_hooked
 from fastbert.ops.context import seed_for
 
 
-def sinusoidal_positions(positions: int, hidden_size: int) -> Tensor:
-    """The (P, C) fp32 position table of Vaswani et al., Attention is all you need (2017); C may be odd.
-
-    table[p, 2i] = sin(p / 10000^(2i / C)),  table[p, 2i + 1] = cos(p / 10000^(2i / C))
-    """
-    column = torch.arange(hidden_size, dtype=torch.float64)
-    rate = 10000.0 ** (-2.0 * (column // 2) / hidden_size)
-    angle = torch.arange(positions, dtype=torch.float64)[:, None] * rate
-    return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float()
-
-
 class Embeddings(Block):
-    """Word + position + type embeddings, LayerNorm and dropout; no positions, or types, where their number is 0."""
+    """Word + position + type embeddings, LayerNorm, dropout; no positions, types or norm where the arguments say so."""
 
     def __init__(
         self,
@@ -59,6 +48,7 @@ class Embeddings(Block):
         position_padding_idx: int | None = None,
         sinusoidal: bool = False,
         bias: bool = True,
+        norm: bool = True,
     ) -> None:
         super().__init__()
         self.word: nn.Embedding | Int8Embedding
@@ -67,7 +57,7 @@ class Embeddings(Block):
         if max_positions:
             self.position = nn.Embedding(max_positions, hidden_size, position_padding_idx)
         self.token_type = nn.Embedding(types, hidden_size) if types else None
-        self.norm = nn.LayerNorm(hidden_size, eps, bias=bias)
+        self.norm = nn.LayerNorm(hidden_size, eps, bias=bias) if norm else None
         self.p = p
         self.sinusoidal = sinusoidal
         if sinusoidal:
@@ -92,8 +82,8 @@ class Embeddings(Block):
             types = None
         elif types is None:
             types = torch.zeros_like(positions)
-        if self.position is None:
-            return self._without_positions(ids, types, p, seed, site)
+        if self.position is None or self.norm is None:
+            return self._in_steps(ids, positions, types, p, seed, site)
         if isinstance(self.word, Int8Embedding) and not ids.is_floating_point():
             ids = self.word(ids).to(self.position.weight.dtype)
         return F.embed(
@@ -113,13 +103,16 @@ class Embeddings(Block):
             position_padding_idx=self.position.padding_idx,
         )
 
-    def _without_positions(
-        self, ids: Tensor, types: Tensor | None, p: float, seed: Tensor | None, site: int
-    ) -> Tensor:
-        x = ids if ids.is_floating_point() else self.word(ids).to(self.norm.weight.dtype)
+    def _in_steps(self, ids: Tensor, positions: Tensor, types: Any, p: float, *drop: Any) -> Tensor:
+        beside: Any = self.norm or self.position
+        x = ids if ids.is_floating_point() else self.word(ids).to(beside.weight.dtype)
+        if self.position is not None:
+            x = x + self.position(positions)
         if self.token_type is not None:
             x = x + self.token_type(types)
-        x = F.layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)
+        if self.norm is not None:
+            x = F.layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)
+        seed, site = drop
         return x if p == 0.0 else dropout(x, p, seed_for(p, seed, x), site)
 
 

@@ -251,6 +251,11 @@ class Packing:
         """(T, C) -> (B, C): the first token of every sequence, zeros where a sequence has none."""
         return self.of_starts(x.index_select(0, self.starts(x.shape[0])))
 
+    def lasts(self, tokens: int) -> Tensor:
+        """(T,) True at the last token of every sequence."""
+        sequence = self._coordinates(tokens + 1)[0]
+        return sequence[1:] != sequence[:-1]
+
     def mean(self, x: Tensor) -> Tensor:
         """(T, C) -> (B, C): the mean of every sequence's tokens, zeros where a sequence has none."""
         tokens = self.spread(x.new_ones(x.shape[0], 1)).sum(1)  # (B, 1)
@@ -305,6 +310,13 @@ class Padded(Packing):
         return grid.masked_fill(
             ~self.cu_seqlens.view(*self.cu_seqlens.shape, *[1] * (y.dim() - 1)), 0
         )
+
+    def lasts(self, tokens: int) -> Tensor:
+        # the first one in the order from the right
+        columns = self.cu_seqlens.flip(1).to(torch.int32).argmax(1)
+        last = self.max_seqlen - 1 - columns
+        places = torch.arange(self.max_seqlen, device=last.device)
+        return (places == last[:, None]).flatten()
 
     def starts(self, tokens: int) -> Tensor:
         columns = self.cu_seqlens.to(torch.int32).argmax(1)
