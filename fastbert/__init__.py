@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastbert.integrations.accelerate import accelerate, restore
     from fastbert.integrations.validate import validate
     from fastbert.runners.freeze import freeze, frozen_bytes, quantize, unfreeze, weight_bytes
+    from fastbert.runners.generate import generate
     from fastbert.tuning.explain import explain
     from fastbert.tuning.measure import tune
 
@@ -28,6 +29,7 @@ __all__ = [
     "explain",
     "freeze",
     "frozen_bytes",
+    "generate",
     "prune",
     "quantize",
     "restore",
@@ -44,6 +46,7 @@ _NAMES = {
     "explain": "fastbert.tuning.explain",
     "freeze": "fastbert.runners.freeze",
     "frozen_bytes": "fastbert.runners.freeze",
+    "generate": "fastbert.runners.generate",
     "prune": "fastbert.compress.prune",
     "quantize": "fastbert.runners.freeze",
     "restore": "fastbert.integrations.accelerate",

@@ -232,6 +232,7 @@ def encoder_infer(
     n: int,
     rows: int,
     R: int,
+    held: int,
     y: int,
     T: int,
     B: int,

@@ -1,4 +1,4 @@
-"""A trained model on plain text: the words behind [MASK], and vectors of texts."""
+"""A trained model on plain text: the words behind [MASK], vectors of texts, and texts that go on."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from fastbert.data.tokenizer import SpecialIds, is_roberta
 from fastbert.files import quoted
 from fastbert.integrations.sentence_transformers import SentenceModel, pool
 from fastbert.models.checkpoint import check_whole
+from fastbert.models.decoder import GPTForCausalLM
 from fastbert.models.encoder import BertModel
 from fastbert.models.heads import BertForMaskedLM
-from fastbert.runners.freeze import quantize_loaded
+from fastbert.runners.freeze import freeze, quantize_loaded
+from fastbert.runners.generate import generate
 
 
 def packed(encodings: Sequence[Any]) -> dict[str, Any]:
@@ -73,6 +75,37 @@ class Filler:
         if is_roberta(self.tokenizer):
             return str(self.tokenizer.decode([token_id], skip_special_tokens=False)).strip()
         return str(self.tokenizer.id_to_token(token_id))
+
+
+class Writer:
+    """Goes on with texts, by the GPT in a folder; `int8` quantises its layers (fastbert.quantize).
+
+    A text is read without special tokens and ends at the `eos_token_id` of config.json, if it has one.
+    """
+
+    def __init__(self, model: str | Path, int8: bool = False) -> None:
+        self.model = GPTForCausalLM.from_pretrained(model)
+        (quantize_loaded if int8 else freeze)(self.model)
+        check_whole(self.model, model)
+        self.tokenizer: Any = load_tokenizer(model, special=False)
+        self.eos = self.model.config.extra.get("eos_token_id")
+
+    def __call__(
+        self, prompts: Sequence[str], max_new_tokens: int = 32, **settings: Any
+    ) -> list[str]:
+        """Every prompt with its continuation, as fastbert.generate makes it with these `settings`.
+
+        Raises ValueError for a prompt that has no token, and as generate does.
+        """
+        encodings = self.tokenizer.encode_batch(list(prompts), add_special_tokens=False)
+        for prompt, encoding in zip(prompts, encodings, strict=True):
+            if not encoding.ids:
+                raise ValueError(f"{quoted(prompt)} has no token: write a word")
+        ids = [e.ids for e in encodings]
+        found = generate(self.model, ids, max_new_tokens, eos=self.eos, **settings)
+        texts = [[*first, *new.tolist()] for first, new in zip(ids, found, strict=True)]
+        decoded: list[str] = self.tokenizer.decode_batch(texts, skip_special_tokens=True)
+        return decoded
 
 
 class Embedder:

@@ -32,6 +32,7 @@ NOT_SLUGS = {
     "csrc/cpu/checksum.cpp": "finds writes to packed weights that PyTorch does not count",
     "csrc/cpu/lamb.cpp": "an optimiser's step, behind fastbert/train/lamb.py",
     "csrc/cpu/muon.cpp": "an optimiser's matrices, behind fastbert/train/muon.py",
+    "csrc/cpu/decode.cpp": "attention to kept keys and values, a step of encoder.cpp",
     "csrc/cpu/encoder.cpp": "whole layers for inference, made of the slugs' kernels",
     "csrc/cpu/runtime.cpp": "memory and threads, compiled once for all instruction sets",
 }

@@ -3,6 +3,7 @@
 #include "encoder.h"
 
 #include "attention.h"
+#include "decode.h"
 #include "dropout_add_layer_norm.h"
 #include "feed_forward.h"
 #include "gated_feed_forward.h"
@@ -87,12 +88,13 @@ class Encoder {
  public:
   // `room` rows of `wide` and of `narrow` elements, and of `columns` integers, fit into the buffers
   Encoder(int dtype, bool int8, bool pre_norm, int64_t T_, int64_t room, int64_t B, int64_t C,
-          int64_t wide, int64_t narrow, int64_t columns, int threads)
+          int64_t wide, int64_t narrow, int64_t columns, const Held* held, int threads)
       : dtype_(dtype),
         int8_(int8),
         tokens_(T_),
         B_(B),
         C_(C),
+        held_(held),
         threads_(threads),
         wide_(1, floats(room * wide)),
         narrow_(5, floats(room * narrow)),
@@ -113,7 +115,7 @@ class Encoder {
       const Form form = forms ? forms[i] : Form{};
       if (settings.pre_norm && i == 0)
         __builtin_memset(sums_[0], 0, static_cast<size_t>(tokens_ * C_) * sizeof(float));
-      layer(layers[i], settings, form, in, cu, last ? rows : nullptr, last ? R : 0, last, out);
+      layer(i, layers[i], settings, form, in, cu, last ? rows : nullptr, last ? R : 0, last, out);
       in = out;
     }
   }
@@ -174,10 +176,22 @@ class Encoder {
       add_and_norm_row(x + i * C_, sum + i * C_, w, b, rms, C_, eps, y + i * C_);
   }
 
+  // attention inside the sequences, or of new tokens to those that were kept
+  void attend(int64_t i, const Settings& s, const Form& f, const T* qkv, const int32_t* cu,
+              T* context) const {
+    if (held_) keep_keys(dtype_, qkv, cu, held_, i, B_, s.H, s.D, threads_);
+    if (held_ && B_ && held_[0].tokens)
+      attend_kept(dtype_, qkv, held_, context, i, B_, s.H, s.D, s.scale, threads_);
+    else
+      attention_fwd(dtype_, qkv, cu, context, nullptr, tokens_, B_, s.H, s.kv_heads, s.D, s.scale,
+                    f.left, f.right, f.rotary, f.half, f.pairs != 0, f.bias, f.positions, nullptr,
+                    0, 0, 1.0f, threads_);
+  }
+
   // A pre-norm layer reads and gives what is yet to be added to the sum; the last one gives the
   // sum.
-  void layer(const Layer& w, const Settings& s, const Form& f, const T* in, const int32_t* cu,
-             const int64_t* rows, int64_t R, bool last, T* out) const {
+  void layer(int64_t i, const Layer& w, const Settings& s, const Form& f, const T* in,
+             const int32_t* cu, const int64_t* rows, int64_t R, bool last, T* out) const {
     // pruned heads make the attention narrower than the layer
     const int64_t A = s.H * s.D;
     T* wide = reinterpret_cast<T*>(wide_[0]);
@@ -191,9 +205,7 @@ class Encoder {
     }
     if (s.H) {
       linear(in, w.qkv, w.qkv_bias, wide, tokens_, s.qkv_columns(), C_);
-      attention_fwd(dtype_, wide, cu, context, nullptr, tokens_, B_, s.H, s.kv_heads, s.D, s.scale,
-                    f.left, f.right, f.rotary, f.half, f.pairs != 0, f.bias, f.positions, nullptr,
-                    0, 0, 1.0f, threads_);
+      attend(i, s, f, wide, cu, context);
     }
     int64_t M = tokens_;
     if (rows) {
@@ -231,6 +243,7 @@ class Encoder {
   int dtype_;
   bool int8_;
   int64_t tokens_, B_, C_;
+  const Held* held_;
   int threads_;
   Scratch wide_, narrow_, stats_, sums_, quantised_, scales_;
 };
@@ -239,12 +252,13 @@ class Encoder {
 
 void encoder_infer(int dtype, bool int8, const void* x, const int32_t* cu_seqlens,
                    const int64_t* layers, const int64_t* sizes, const float* numbers,
-                   const int64_t* forms, int64_t n, const int64_t* rows, int64_t R, void* y,
-                   int64_t T, int64_t B, int64_t C, int threads) {
+                   const int64_t* forms, int64_t n, const int64_t* rows, int64_t R,
+                   const int64_t* held, void* y, int64_t T, int64_t B, int64_t C, int threads) {
   int64_t wide = 0, narrow = C, columns = 0;
   bool pre_norm = false;
   const auto* table = reinterpret_cast<const Layer*>(layers);
   static_assert(sizeof(Form) == kLayerForms * sizeof(int64_t));
+  static_assert(sizeof(Held) == 3 * sizeof(int64_t));
   for (int64_t i = 0; i < n; ++i) {
     const Settings s(sizes + i * kLayerSizes, numbers + i * kLayerNumbers);
     wide = imax(wide, imax(s.qkv_columns(), s.up_columns(int8)));
@@ -258,7 +272,7 @@ void encoder_infer(int dtype, bool int8, const void* x, const int32_t* cu_seqlen
   with_type(dtype, [&](auto t) {
     using E = decltype(t);
     const Encoder<E> encoder(dtype, int8, pre_norm, T, imax(T, R), B, C, wide, narrow, columns,
-                             threads);
+                             reinterpret_cast<const Held*>(held), threads);
     encoder.run(static_cast<const E*>(x), cu_seqlens, table, sizes, numbers,
                 reinterpret_cast<const Form*>(forms), n, rows, R, static_cast<E*>(y));
   });

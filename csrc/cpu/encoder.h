@@ -39,6 +39,9 @@ namespace FASTBERT_ISA {
 // with `int8` all by linear_int8_pack; biases and norms in fp32. With `rows` the last layer's
 // second half runs for these rows. The matrices of a block without heads, or of intermediate size
 // 0, are not read: the block gives its last bias. All layers are post-norm, or all are pre-norm.
+// With `held` keys and values are kept: all sequences begin, or all go on by one token, which sees
+// those before it. The layers have H key heads of one size then, and nothing in `forms` but
+// a causal window.
 void encoder_infer(int dtype, bool int8,
                    const void* x,              // (T, C)
                    const int32_t* cu_seqlens,  // (B + 1,)
@@ -49,7 +52,8 @@ void encoder_infer(int dtype, bool int8,
                    int64_t n,
                    const int64_t* rows,  // (R,), or null
                    int64_t R,
-                   void* y,  // (T, C), or (R, C)
+                   const int64_t* held,  // (B,) of Held, or null
+                   void* y,              // (T, C), or (R, C)
                    int64_t T, int64_t B, int64_t C, int threads);
 
 }  // namespace FASTBERT_ISA

@@ -4,6 +4,7 @@
 #include "bias_gelu.h"
 #include "checksum.h"
 #include "cross_entropy.h"
+#include "decode.h"
 #include "dropout_add_layer_norm.h"
 #include "embed.h"
 #include "encoder.h"

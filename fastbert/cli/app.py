@@ -22,7 +22,7 @@ from fastbert.cli.pretrain import pretrain
 from fastbert.cli.prune import prune
 from fastbert.cli.quantize import quantize
 from fastbert.cli.settings import ready
-from fastbert.cli.text import embed, fill_mask
+from fastbert.cli.text import embed, fill_mask, generate
 from fastbert.cli.tune import tune
 from fastbert.files import shortened
 
@@ -52,6 +52,7 @@ _command("distill", distill)
 _command("predict", predict)
 _command("fill-mask", fill_mask)
 _command("embed", embed)
+_command("generate", generate)
 _command("explain-text", explain_text)
 _command("quantize", quantize)
 _command("prune", prune)

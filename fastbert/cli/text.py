@@ -1,4 +1,4 @@
-"""`fastbert fill-mask` and `fastbert embed`: a trained model on text."""
+"""`fastbert fill-mask`, `fastbert embed` and `fastbert generate`: a trained model on text."""
 
 from __future__ import annotations
 
@@ -127,6 +127,48 @@ def embed(
         return
     files.write_bytes(out, _encoded(out.suffix, lines, vectors))
     typer.echo(f"{tuple(vectors.shape)} written to {out}", err=True)
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="text to go on with, may be repeated; without any, lines of stdin"),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="most tokens that are added to a text")] = 32,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the most probable token, 1 draws by the model's own odds")
+    ] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="draw from so many tokens")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="draw from the fewest tokens with this probability")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="print a line of JSON per text")] = False,
+    int8: Int8 = False,
+) -> None:
+    """Go on with texts, by a GPT: one of `fastbert pretrain --recipe gpt`, or a GPT-2 of transformers.
+
+    A prompt's text does not depend on the other prompts. Each is printed with its continuation.
+
+    Example: fastbert generate runs/gpt/model --prompt "The state of" --temperature 0.8 --top-p 0.9
+    """
+    model_folder(model)
+    ready()
+    from fastbert.infer import Writer
+    from fastbert.runners.generate import Sampling
+
+    Sampling(temperature, top_k, top_p)
+    writer = Writer(model, int8)
+    prompts = read_lines(prompt)
+    drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    texts = writer(prompts, max_new_tokens, **drawn)
+    if as_json:
+        rows = ({"prompt": p, "text": text} for p, text in zip(prompts, texts, strict=True))
+        typer.echo(files.json_lines(rows), nl=False)
+        return
+    for text in texts:
+        typer.echo(text)
 
 
 def read_lines(texts: list[str] | None, file: Path | None = None) -> list[str]:

@@ -32,6 +32,7 @@ _MODELS: dict[str, str | None] = {
     "RobertaTokenizer": "BPE",
     "XLMRobertaTokenizer": "Unigram",
     "CamembertTokenizer": "Unigram",
+    "GPT2Tokenizer": None,
     "PreTrainedTokenizer": None,
     "TokenizersBackend": None,
 }
@@ -52,12 +53,13 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, special: bool = True) -> Tokenizer:
     """Read the tokenizer of a folder, or a file: tokenizer.json as it is, vocab.txt, or vocab.json beside merges.txt.
 
     A folder's tokenizer gives the ids of transformers' AutoTokenizer. AutoTokenizer reads no vocab.txt without a
     config.json: it is lower-cased then unless a token has a capital letter or tokenizer_config.json says do_lower_case.
-    Padding and truncation are off. Raises FileNotFoundError, or ValueError that names the file and the remedy.
+    Padding and truncation are off. Without `special` it may lack BERT's special tokens, as GPT-2's does. Raises
+    FileNotFoundError, or ValueError that names the file and the remedy.
     """
     path = existing(path, TOKENIZER_FILES)
     file = (
@@ -71,7 +73,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         tokenizer = _read_whole(file)
     else:
         tokenizer = _Folder(file).tokenizer()
-    SpecialIds.of(tokenizer)
+    if special:
+        SpecialIds.of(tokenizer)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

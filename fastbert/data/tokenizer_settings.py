@@ -20,6 +20,7 @@ _CLASSES = {
     "roberta": "RobertaTokenizer",
     "xlm-roberta": "XLMRobertaTokenizer",
     "camembert": "CamembertTokenizer",
+    "gpt2": "GPT2Tokenizer",
 }
 FLAGS = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")

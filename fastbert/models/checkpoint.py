@@ -42,8 +42,10 @@ _CLASSES = {"GPTForCausalLM": "LMHeadModel"}
 _ROOTS = ("embeddings.", "encoder.", "transformer.", "pooler.", "layers.", "final_norm.")
 _FAMILY_ROOTS = {"gpt2": ("wte.", "wpe.", "h.", "ln_f.")}
 # fixed tables that old versions of transformers stored
-_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
-_BUFFERS += (".attn.bias", ".attn.masked_bias")
+_BUFFERS = (
+    *("embeddings.position_ids", "embeddings.token_type_ids"),
+    *(".attn.bias", ".attn.masked_bias"),
+)
 # keys of a loaded config.json that do not hold for the directory that we write
 _STALE = ("architectures", "auto_map", "torch_dtype", "_name_or_path", "transformers_version")
 # module -> the setting that gives its weight's number of rows
@@ -143,7 +145,7 @@ def to_hf(model: nn.Module, names: Names, values: State | None = None) -> State:
     if f"{decoder}.weight" in state and f"{names['mlm_head']}.bias" in state:
         # an untied decoder of transformers reads a bias of its own
         state[f"{decoder}.bias"] = state[f"{names['mlm_head']}.bias"].clone()
-    turned = TRANSPOSED.get(model.config.model_type, ())  # type: ignore[union-attr]
+    turned = TRANSPOSED.get(model.config.model_type, ())  # type: ignore[union-attr, arg-type]
     return {k: v.T.contiguous() if k.endswith(turned) else v for k, v in state.items()}
 
 

@@ -158,7 +158,7 @@ class Copies:
         if isinstance(weights[0], Int8Linear):
             return weights[0].packed()
         if self.bits is None:
-            return (_packed_gated if gated else _packed)(weights, dtype)
+            return (_packed_gated if gated else packed)(weights, dtype)
         return int8.pack(*int8.split(torch.cat([w.detach() for w in weights]), name), self.bits)
 
     def run(
@@ -167,6 +167,7 @@ class Copies:
         packing: Packing,
         rows: Tensor | None,  # (R,) int64
         forms: Tensor | None = None,  # (n, 7) int64 in the order of csrc/cpu/encoder.h
+        held: Tensor | None = None,  # (B, 3) int64 in the order of csrc/cpu/decode.h
     ) -> Tensor:
         """The last layer's output (T, C), or (R, C) at `rows`; the caller holds the tables that `forms` points to."""
         assert self._settings is not None
@@ -189,6 +190,7 @@ class Copies:
             table.shape[0],
             cpu.address(rows),
             0 if rows is None else count,
+            cpu.address(held),
             y.data_ptr(),
             T,
             cu_seqlens.shape[0] - 1,
@@ -304,7 +306,7 @@ def _settings_tables(
     return torch.tensor(sizes, dtype=torch.int64), torch.tensor(numbers, dtype=torch.float32)
 
 
-def _packed(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def packed(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """One weight or three, one below the other, (N, K) in the GEMM's own order, for inputs of this dtype."""
     if len({w.shape for w in weights}) > 1:
         weights = [torch.cat([w.detach() for w in weights])]
@@ -327,7 +329,7 @@ def _packed(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _packed_gated(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The first weights of a gated feed-forward, one (2 F, K) or two (F, K), packed as `_packed` does."""
+    """The first weights of a gated feed-forward, one (2 F, K) or two (F, K), packed as `packed` does."""
     halves = [w.detach().contiguous() for w in weights]
     gate, other = halves if len(halves) == 2 else halves[0].chunk(2)
     (F, K), kind = gate.shape, cpu.DTYPES[dtype]

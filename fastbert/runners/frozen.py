@@ -210,13 +210,15 @@ class Frozen(Copies):
         packing: Packing,
         rows: Tensor | None,  # (R,) int64
         rotary: Sequence[Rotary | None],  # of every layer
+        held: Tensor
+        | None = None,  # (B, 3) int64: keys and values that are kept, of a causal encoder
     ) -> Tensor:
         """The last layer's output (T, C), or (R, C) at `rows`."""
         windows = [layer.attention.window for layer in encoder.layers]  # type: ignore[union-attr]
         forms = [Form(w, r) for w, r in zip(windows, rotary, strict=True)]  # type: ignore[arg-type]
         # held until the call is over
         found = tables(forms) if any(f != Form() for f in forms) else []
-        return self.run(x, packing, rows, addresses(found))
+        return self.run(x, packing, rows, addresses(found), held)
 
 
 def _fields(layer: nn.Module) -> Fields | None:
