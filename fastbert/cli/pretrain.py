@@ -13,7 +13,7 @@ from fastbert.pretrain.config import PretrainConfig
 
 
 def pretrain(**flags: Any) -> None:
-    """Pretrain a BERT (masked words and next sentences), a RoBERTa or a ModernBERT (masked words) on text.
+    """Pretrain a BERT (masked words and next sentences), a RoBERTa or ModernBERT (masked words) or a GPT (next words).
 
     Settings come from flags, or from a --config file (lines such as `lr = 1e-4`, the flags' names with _ for -);
     flags win. OUT then holds config.toml (all settings), metrics.jsonl, tensorboard/, checkpoints/, loss.png and

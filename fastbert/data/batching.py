@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 
 from fastbert.data import rng
 from fastbert.data.collate import Batch, packed_batch
-from fastbert.data.masking import Masker
-from fastbert.data.pairs import Examples, full_sentences, ranges, sentence_pairs, walk
+from fastbert.data.masking import Masked, Masker
+from fastbert.data.pairs import Examples, blocks, full_sentences, ranges, sentence_pairs, walk
 from fastbert.data.settings import DataSettings
 from fastbert.data.shards import Shards, ShardsError
 from fastbert.data.tokenizer import SpecialIds, tokenizer_hash
@@ -80,7 +80,7 @@ def packed(
 
 
 class PretrainingData:
-    """Masked batches of a shard folder's documents, those of the training or of the held-out part.
+    """Batches of a shard folder's documents, those of the training or of the held-out part; masked but in recipe gpt.
 
     batch(epoch, number) depends on nothing but these arguments: any position can be resumed at once. Ranks get disjoint
     examples and the same number of batches. The held-out part has the same pairs and masks in every epoch, whatever the
@@ -145,9 +145,15 @@ class PretrainingData:
             )
         members = plan.members[plan.bounds[number] : plan.bounds[number + 1]]
         ids, types, cu_seqlens = self._assemble(plan.examples, members)
-        masked = self._masker(ids, cu_seqlens, self._masker.keys(*self._source(epoch), members))
-        labels = plan.examples.labels
-        batch = packed_batch(masked, types, cu_seqlens, None if labels is None else labels[members])
+        if self.settings.recipe == "gpt":
+            # every token but the last of a block predicts the next one, whose label the model reads itself
+            rows = np.delete(np.arange(len(ids)), cu_seqlens[1:] - 1)
+            batch = packed_batch(Masked(ids, ids, rows), None, cu_seqlens, None)
+        else:
+            masked = self._masker(ids, cu_seqlens, self._masker.keys(*self._source(epoch), members))
+            labels = plan.examples.labels
+            given = None if labels is None else labels[members]
+            batch = packed_batch(masked, types, cu_seqlens, given)
         batch.epoch, batch.number, batch.examples = epoch, number, tuple(members.tolist())
         return batch
 
@@ -189,7 +195,8 @@ class PretrainingData:
             short = settings.short_seq_prob
             examples = sentence_pairs(self.shards, self.documents, short_seq_prob=short, **common)
         else:
-            examples = full_sentences(self.shards, self.documents, **common)
+            make = blocks if settings.recipe == "gpt" else full_sentences
+            examples = make(self.shards, self.documents, **common)
         lengths, key = examples.lengths(), rng.derive(seed, epoch, rng.Purpose.BATCHES)
         if settings.max_tokens is None:
             members, bounds = bucketed(
@@ -205,18 +212,20 @@ class PretrainingData:
         return Plan(examples, members, bounds)
 
     def _assemble(self, examples: Examples, members: I64) -> tuple[I64, I64, I64]:
-        """Tokens and types (T,) and cu_seqlens (B + 1,): [CLS], then every piece and its [SEP]."""
+        """Tokens and types (T,) and cu_seqlens (B + 1,): [CLS] unless pieces say, then every piece and its [SEP]."""
         counts = examples.offsets[members + 1] - examples.offsets[members]  # (B,) pieces
         piece = ranges(examples.offsets[members], examples.offsets[members + 1])  # (P,)
         starts, ends = examples.starts[piece], examples.ends[piece]
-        sizes = ends - starts + 1  # (P,) with the [SEP]
+        sizes = examples.sizes(piece)  # (P,) with the [SEP]
         owner = np.repeat(np.arange(len(members)), counts)  # (P,)
-        place = np.cumsum(sizes) - sizes + owner + 1  # (P,) row of a piece's first token
+        lead = int(examples.closed is None)
+        place = np.cumsum(sizes) - sizes + lead * (owner + 1)  # (P,) row of a piece's first token
         cu_seqlens = np.zeros(len(members) + 1, np.int64)
-        cu_seqlens[1:] = np.cumsum(np.bincount(owner, sizes, len(members)).astype(np.int64) + 1)
+        cu_seqlens[1:] = np.cumsum(np.bincount(owner, sizes, len(members)).astype(np.int64) + lead)
         ids = np.full(cu_seqlens[-1], self.special.sep, np.int64)
-        ids[cu_seqlens[:-1]] = self.special.cls
-        ids[ranges(place, place + sizes - 1)] = self.shards.tokens[ranges(starts, ends)]
+        if lead:
+            ids[cu_seqlens[:-1]] = self.special.cls
+        ids[ranges(place, place + ends - starts)] = self.shards.tokens[ranges(starts, ends)]
         types = np.zeros_like(ids)
         if examples.labels is not None:
             types[ranges(place[1::2], place[1::2] + sizes[1::2])] = 1

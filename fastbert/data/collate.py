@@ -19,6 +19,8 @@ _INPUTS = ("input_ids", "token_type_ids", "cu_seqlens", "max_seqlen")
 class Batch(dict[str, Any]):
     """A batch to call a model with, `model(**batch)`, with the numbers of its examples.
 
+    Blocks for a GPT have no token_type_ids; their label_rows are the rows whose next token is labelled.
+
     Packed: input_ids, token_type_ids, labels (T,) int64; cu_seqlens (B + 1,) int32; max_seqlen, an int; label_rows (R,)
     int64; next_sentence_label (B,) int64, absent without NSP. Padded: see `pad_batch`.
     """
@@ -55,19 +57,20 @@ class Batch(dict[str, Any]):
 
 def packed_batch(
     masked: Masked,
-    types: NDArray[np.int64],  # (T,)
+    types: NDArray[np.int64] | None,  # (T,)
     cu_seqlens: NDArray[np.int64],  # (B + 1,)
     next_sentence: NDArray[np.int64] | None,  # (B,)
 ) -> Batch:
     """The packed batch of masked tokens."""
     batch = Batch(
         input_ids=torch.from_numpy(masked.input_ids),
-        token_type_ids=torch.from_numpy(types),
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
         max_seqlen=int(np.diff(cu_seqlens).max()),
         labels=torch.from_numpy(masked.labels),
         label_rows=torch.from_numpy(masked.label_rows),
     )
+    if types is not None:
+        batch["token_type_ids"] = torch.from_numpy(types)
     if next_sentence is not None:
         batch["next_sentence_label"] = torch.from_numpy(next_sentence)
     return batch

@@ -1,8 +1,9 @@
-"""Which tokens make an example: BERT's sentence pairs and RoBERTa's full sentences, anew for every epoch.
+"""Which tokens make an example: BERT's sentence pairs, RoBERTa's full sentences, GPT's blocks; anew for every epoch.
 
-An example is a few ranges ("pieces") of the flat token array, [CLS] piece [SEP] or [CLS] piece [SEP] piece [SEP] ...;
-no token is copied until its batch is made. What happens at a sentence is a function of (seed, epoch, sentence number),
-so it is computed for all sentences at once, and a short walk then visits those at which an example begins.
+An example is a few ranges ("pieces") of the flat token array, [CLS] piece [SEP] or [CLS] piece [SEP] piece [SEP] ...,
+or a block piece [SEP] piece ... with [SEP] at ends of documents; no token is copied until its batch is made. What
+happens at a sentence is a function of (seed, epoch, sentence number), so it is computed for all sentences at once, and
+a short walk then visits those at which an example begins.
 """
 
 from __future__ import annotations
@@ -33,14 +34,21 @@ class Examples:
     ends: I64  # (P,) one past its last
     offsets: I64  # (E + 1,)
     labels: I64 | None  # (E,) 0 = B follows A, 1 = B is from another document; None without NSP
+    # (P,) whether a [SEP] follows a piece, and no [CLS] begins an example; None: [CLS], and [SEP] after all pieces
+    closed: NDArray[np.bool_] | None = None
+
+    def sizes(self, pieces: Any = slice(None)) -> I64:
+        """Tokens of these pieces, each with the [SEP] that follows it."""
+        closed = 1 if self.closed is None else self.closed[pieces]
+        return self.ends[pieces] - self.starts[pieces] + closed
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def lengths(self) -> I64:
-        """(E,) tokens of each example with its [CLS] and the [SEP] after every piece."""
-        ends = np.concatenate([[0], np.cumsum(self.ends - self.starts + 1)])
-        return np.diff(ends[self.offsets]) + 1
+        """(E,) tokens of each example with its special ones."""
+        ends = np.concatenate([[0], np.cumsum(self.sizes())])
+        return np.diff(ends[self.offsets]) + (self.closed is None)
 
 
 def sentence_pairs(
@@ -176,6 +184,40 @@ def full_sentences(
     order = documents[np.argsort(rng.bits(key, documents), kind="stable")]
     budget = max_length - 2
     return _join([_full_block(shards, order[block], budget) for block in _blocks(shards, order)])
+
+
+def blocks(
+    shards: Shards,
+    documents: I64,  # (D,) document numbers
+    *,
+    max_length: int,
+    seed: int = 0,
+    epoch: int = 0,
+) -> Examples:
+    """GPT-2's blocks: documents end to end, each with a [SEP] behind it, cut after every max_length tokens.
+
+    Documents come in a new random order every epoch. A last block of one token, which predicts nothing, is left out.
+    Raises ValueError for no document.
+    """
+    if len(documents) == 0:
+        raise ValueError("there is no document to make examples of")
+    key = rng.derive(seed, epoch, rng.Purpose.DOCUMENTS)
+    order = documents[np.argsort(rng.bits(key, documents), kind="stable")]
+    first = shards.sentences[shards.documents[order]]  # (D,) tokens at which documents begin
+    # in the stream of all tokens and [SEP]s
+    bounds = np.concatenate(
+        [[0], np.cumsum(shards.sentences[shards.documents[order + 1]] - first + 1)]
+    )
+    total = int(bounds[-1])
+    cuts = np.append(np.arange(0, total, max_length), total)
+    if total % max_length == 1:
+        cuts = cuts[:-1]
+    pieces = np.union1d(bounds[bounds < cuts[-1]], cuts)
+    owner = np.searchsorted(bounds, pieces[:-1], side="right") - 1
+    closed = pieces[1:] == bounds[owner + 1]
+    shift = first[owner] - bounds[owner]
+    offsets = np.searchsorted(pieces, cuts)
+    return Examples(pieces[:-1] + shift, pieces[1:] + shift - closed, offsets, None, closed)
 
 
 def _full_block(shards: Shards, documents: I64, budget: int) -> Examples:

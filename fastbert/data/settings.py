@@ -12,7 +12,8 @@ class DataSettings:
     """How documents become masked batches; raises ValueError for a value that can't be."""
 
     recipe: str = (
-        "bert"  # "bert": sentence pairs and NSP; "roberta": full sentences, masked LM only
+        "bert"  # "bert": sentence pairs and NSP; "roberta": full sentences, masked LM only; "gpt":
+        # blocks of tokens of one length, nothing is masked
     )
     max_length: int = 128  # tokens of a sequence, special ones included
     short_seq_prob: float = 0.1  # share of BERT's examples that aim at a shorter random length
@@ -29,8 +30,8 @@ class DataSettings:
     )
 
     def __post_init__(self) -> None:
-        if self.recipe not in ("bert", "roberta"):
-            raise ValueError(f"recipe is {quoted(self.recipe)}: choose bert or roberta")
+        if self.recipe not in ("bert", "roberta", "gpt"):
+            raise ValueError(f"recipe is {quoted(self.recipe)}: choose bert, roberta or gpt")
         if self.max_length < 8:
             raise ValueError(f"max_length is {self.max_length}: it must be at least 8")
         if not 0.0 <= self.short_seq_prob <= 1.0:

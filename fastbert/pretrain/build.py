@@ -14,16 +14,22 @@ from fastbert.pretrain.config import PretrainConfig
 from fastbert.train.settings import check_length_said
 
 if TYPE_CHECKING:
+    from fastbert.models.decoder import GPTForCausalLM
     from fastbert.models.heads import BertForMaskedLM, BertForPreTraining
 
 
-def build_model(config: PretrainConfig, tokenizer: Any) -> BertForPreTraining | BertForMaskedLM:
+def build_model(
+    config: PretrainConfig, tokenizer: Any
+) -> BertForPreTraining | BertForMaskedLM | GPTForCausalLM:
     """A fresh model, or the one in `init_from`. Raises ValueError when tokenizer, sizes and recipe do not fit."""
     from fastbert.data import SpecialIds, vocabulary
+    from fastbert.models.decoder import GPTForCausalLM
     from fastbert.models.heads import BertForMaskedLM, BertForPreTraining
     from fastbert.pretrain.initial import start_with_neighbours
 
-    kind = BertForPreTraining if config.next_sentence else BertForMaskedLM
+    kind: Any = BertForPreTraining if config.next_sentence else BertForMaskedLM
+    if config.recipe == "gpt":
+        kind = GPTForCausalLM
     if config.init_from is None:
         special = SpecialIds.of(tokenizer)
         sizes = model_config(config, len(vocabulary(tokenizer)), special.pad)
@@ -32,17 +38,19 @@ def build_model(config: PretrainConfig, tokenizer: Any) -> BertForPreTraining | 
             first, last = ("bos", "cls"), ("eos", "sep")
             sizes.extra |= {f"{name}_token_id": special.cls for name in first}
             sizes.extra |= {f"{name}_token_id": special.sep for name in last}
+        if config.recipe == "gpt":
+            sizes.extra |= {f"{name}_token_id": special.sep for name in ("bos", "eos")}
         model = kind(sizes)
         if config.start == "neighbours":
             start_with_neighbours(model.bert)
         return model
-    model = kind.from_pretrained(
+    loaded: Any = kind.from_pretrained(
         config.init_from,
         hidden_dropout_prob=config.dropout,
         attention_probs_dropout_prob=config.attention_dropout,
     )
-    _check_loaded(model.config, config, len(vocabulary(tokenizer)))
-    return model
+    _check_loaded(loaded.config, config, len(vocabulary(tokenizer)))
+    return loaded
 
 
 def check_usable(config: PretrainConfig, out: Path) -> None:
@@ -65,6 +73,7 @@ def check_usable(config: PretrainConfig, out: Path) -> None:
 def model_config(config: PretrainConfig, vocab_size: int, pad: int) -> BertConfig:
     """The sizes of a fresh model; raises ValueError where they do not fit together."""
     roberta, modern = config.recipe == "roberta", config.recipe == "modern"
+    gpt = config.recipe == "gpt"
     assert config.ffn is not None
     assert config.dropout is not None
     assert config.attention_dropout is not None
@@ -87,9 +96,10 @@ def model_config(config: PretrainConfig, vocab_size: int, pad: int) -> BertConfi
         global_attn_every_n_layers=config.global_every,
         rope_theta=config.rope_theta,
         local_rope_theta=config.local_rope_theta,
-        model_type="modernbert" if modern else config.recipe,
-        pad_token_id=pad,
-        layer_norm_eps=1e-5 if roberta or modern else 1e-12,
+        model_type={"modern": "modernbert", "gpt": "gpt2"}.get(config.recipe, config.recipe),
+        hidden_act="gelu_new" if gpt else "gelu",
+        pad_token_id=None if gpt else pad,
+        layer_norm_eps=1e-5 if roberta or modern or gpt else 1e-12,
         # None: the family's
         add_pooler=True if config.next_sentence else None,
         type_vocab_size=2 if config.next_sentence else None,
@@ -98,6 +108,11 @@ def model_config(config: PretrainConfig, vocab_size: int, pad: int) -> BertConfi
 
 def _check_loaded(loaded: BertConfig, config: PretrainConfig, vocabulary: int) -> None:
     """Raise ValueError where the model in `init_from` does not fit the settings and the size of the vocabulary."""
+    if loaded.causal != (config.recipe == "gpt"):
+        raise ValueError(
+            f"the model in {config.init_from} is a {loaded.model_type} and recipe is {config.recipe}: the recipe gpt "
+            "trains a gpt2, and the others do not"
+        )
     if reason := loaded.why_not_trained:
         raise ValueError(f"the model in {config.init_from} {reason}")
     if vocabulary > loaded.vocab_size:

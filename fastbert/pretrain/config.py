@@ -40,6 +40,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         "local_attention": 128,
         "dropout": 0.0,
     },
+    # GPT-2 (Radford et al. 2019)
+    "gpt": {
+        **_BERT,
+        "next_sentence": False,
+        "mask_prob": None,
+        "tokenizer_kind": "bpe",
+        "pre_norm": True,
+    },
 }
 
 
@@ -48,7 +56,8 @@ class PretrainConfig(TrainingSettings):
     """The settings of a pretraining run; None has the meaning that the comment gives.
 
     `recipe` gives the settings that are None and that RECIPES has, each of which can be set by itself. With the recipe
-    modern the model is a ModernBERT, which transformers loads as long as these settings stay within its form.
+    modern the model is a ModernBERT, which transformers loads as long as these settings stay within its form; with gpt
+    it is a GPT-2 and nothing is masked.
 
     Raises TypeError or ValueError, naming the setting, for values that can't be.
     """
@@ -70,7 +79,8 @@ class PretrainConfig(TrainingSettings):
     recipe: str = setting(
         "bert",
         DATA,
-        "bert: sentence pairs, MLM + NSP; roberta: full sentences, MLM only; modern: as ModernBERT, MLM only",
+        "bert: sentence pairs, MLM + NSP; roberta: full sentences, MLM only; modern: as ModernBERT, MLM only; gpt: the "
+        "next word of blocks of max_length tokens",
     )
     next_sentence: bool | None = setting(
         None, DATA, "sentence pairs and NSP; default in the recipe bert only"
@@ -125,7 +135,7 @@ class PretrainConfig(TrainingSettings):
     pre_norm: bool | None = setting(
         None,
         MODEL,
-        "LayerNorm before the blocks, not after them; default in the recipe modern only",
+        "LayerNorm before the blocks, not after them; default in the recipes modern and gpt only",
     )
     gated: bool | None = setting(
         None, MODEL, "a gated feed-forward, GEGLU; default in the recipe modern only"
@@ -226,7 +236,9 @@ class PretrainConfig(TrainingSettings):
             *("heldout", "short_seq_prob", "mask_prob", "eval_mask_prob"),
             *("dropout", "attention_dropout"),
         )
-        if not self.mask_prob or not self.eval_mask_prob or not self.heldout:
+        if self.recipe == "gpt":
+            self._check_gpt()
+        elif not self.mask_prob or not self.eval_mask_prob or not self.heldout:
             raise ValueError(
                 "mask_prob, eval_mask_prob and heldout must be above 0: there is nothing to learn or judge"
             )
@@ -254,6 +266,19 @@ class PretrainConfig(TrainingSettings):
             raise ValueError(
                 f"max_tokens {self.max_tokens} is below max_length {self.max_length}: a batch holds whole sequences"
             )
+
+    def _check_gpt(self) -> None:
+        for name in ("mask_prob", "eval_mask_prob", "whole_word", "next_sentence"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} is set and recipe is gpt, which predicts every next word: leave it out"
+                )
+        if self.start != "normal":
+            raise ValueError(
+                f"start is {self.start} and recipe is gpt, whose tokens see none after them: use normal"
+            )
+        if not self.heldout:
+            raise ValueError("heldout must be above 0: there is nothing to judge")
 
     def batches_of(self, step: int) -> int:
         """The number of batches that make optimiser step `step`: equal stairs up to `accumulate` over the ramp."""

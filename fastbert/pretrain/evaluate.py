@@ -1,7 +1,7 @@
 """Evaluation on held-out documents under one fixed mask.
 
 One labelled token in ten is left visible, which lowers the loss over all labelled tokens. `mlm_loss_masked` and
-`accuracy_masked` count only the places where the input is [MASK].
+`accuracy_masked` count only the places where the input is [MASK]. A GPT is judged by every next word, `lm_loss`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def evaluate(
     world: World | None = None,
     judged: Callable[[Batch, int], Tensor] | None = None,
 ) -> dict[str, float]:
-    """Judge a pretraining model on packed batches: MLM loss, perplexity and accuracy, NSP accuracy.
+    """Judge a pretraining model on packed batches: MLM or next-word loss, perplexity and accuracy, NSP accuracy.
 
     Loss and accuracy are means over labelled tokens, and once more over those whose input is `mask_id`. Processes share
     the batches. `judged` is `judge` bound to a model whose weights are spread over processes, which gathers them.
@@ -53,6 +53,9 @@ def evaluate(
     loss, right, n, masked_loss, masked_right, masked_n, pairs_right, pairs = world.totals(
         *sums.tolist()
     )
+    if getattr(model, "causal", False):
+        perplexity = math.exp(min(loss / n, 700.0))
+        return {"lm_loss": loss / n, "perplexity": perplexity, "accuracy": right / n, "labelled": n}
     if masked_n == 0:
         raise ValueError("the held-out data has no masked token: hold out more of the documents")
     values = {
@@ -71,6 +74,11 @@ def evaluate(
     return values
 
 
+def judged_loss(values: dict[str, float]) -> float:
+    """The loss of an evaluation that a run is to lower: where [MASK], or of next words; infinite without either."""
+    return values.get("lm_loss", values.get("mlm_loss_masked", math.inf))
+
+
 def judge(model: Any, batch: Batch, mask_id: int) -> Tensor:
     """The eight sums of one batch: of loss, right and count, of these at [MASK], of pairs right and count."""
     rows, ids = batch["label_rows"], batch["input_ids"]
@@ -78,7 +86,8 @@ def judge(model: Any, batch: Batch, mask_id: int) -> Tensor:
     # only the labelled rows reach the decoder
     hidden = encoded.last_hidden_state.index_select(0, rows)  # (R, C)
     logits = model.mlm_head(hidden, model.bert.embeddings.word.weight).float()  # (R, V)
-    labels = batch["labels"].index_select(0, rows)
+    # a GPT's rows are those before the labelled tokens
+    labels = batch["labels"].index_select(0, rows + bool(getattr(model, "causal", False)))
     loss = tnf.cross_entropy(logits, labels, reduction="none").double()
     right = (logits.argmax(1) == labels).double()
     masked = (ids.index_select(0, rows) == mask_id).double()

@@ -1,4 +1,4 @@
-"""The data of a run: its tokenizer, its shards, training batches, and held-out batches under one fixed mask."""
+"""The data of a run: its tokenizer, its shards, training batches, and held-out batches, under one fixed mask."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fastbert.data import (
     train_tokenizer,
     vocabulary,
 )
-from fastbert.pretrain.baselines import mask_baselines
+from fastbert.pretrain.baselines import IGNORED, mask_baselines
 from fastbert.pretrain.config import PretrainConfig
 from fastbert.train.world import World
 
@@ -54,13 +54,15 @@ class Feed:
     def __init__(
         self, config: PretrainConfig, tokenizer: Any, shards: Shards, world: World
     ) -> None:
-        assert config.mask_prob is not None
-        assert config.eval_mask_prob is not None
+        self.causal = config.recipe == "gpt"
+        # nothing is masked for a GPT: the shares are not read
+        share, judged_share = config.mask_prob or 0.15, config.eval_mask_prob or 0.15
+        recipe = "bert" if config.next_sentence else "roberta"
         settings = DataSettings(
-            recipe="bert" if config.next_sentence else "roberta",
+            recipe="gpt" if self.causal else recipe,
             max_length=config.max_length,
             short_seq_prob=config.short_seq_prob,
-            mask_prob=config.mask_prob,
+            mask_prob=share,
             whole_word=config.whole_word,
             batch_size=config.batch_size or 1,
             max_tokens=config.max_tokens,
@@ -78,7 +80,7 @@ class Feed:
             for part in world.parts[1:]
         ]
         self.batches = Interleaved([self.train, *others]) if others else self.train
-        judged = replace(settings, mask_prob=config.eval_mask_prob)
+        judged = replace(settings, mask_prob=judged_share)
         self.heldout = PretrainingData(shards, tokenizer, judged, part="heldout")
         self.mask_id = self.heldout.special.mask
         self.eval_batches = _first_batches(self.heldout, config.eval_tokens)
@@ -105,26 +107,35 @@ class Feed:
         )
 
     def baselines(self) -> dict[str, float]:
-        """What counting predicts where the held-out input is [MASK], in nats; counted once."""
+        """What counting predicts where the held-out input is [MASK], or of next words, in nats; counted once."""
         if self._baselines is None:
             self._baselines = self._counted()
         return self._baselines
 
     def _counted(self) -> dict[str, float]:
-        ids, labels = [], []
+        ids: list[NDArray[np.int64]] = []
+        labels: list[NDArray[np.int64]] = []
+        special = set(self.heldout.special.all)
+        stream = self._stream()
         for batch in self.held_out():
             bounds = batch["cu_seqlens"].numpy()[1:-1]
-            ids += np.split(batch["input_ids"].numpy(), bounds)
-            labels += np.split(batch["labels"].numpy(), bounds)
-        found = mask_baselines(
-            self._stream(),
-            ids,
-            labels,
-            self.mask_id,
-            len(vocabulary(self.tokenizer)),
-            self.heldout.special.all,
-        )
-        return {"unigram entropy": found.unigram, "left and right bigrams": found.bigram}
+            if self.causal:
+                rows, tokens = batch["label_rows"].numpy(), batch["input_ids"].numpy()
+                hidden, none = np.full_like(rows, self.mask_id), np.full_like(rows, IGNORED)
+                # a next word as one that is hidden, as all behind it are
+                ids.append(np.stack([tokens[rows], hidden, hidden], 1).ravel())
+                labels.append(np.stack([none, tokens[rows + 1], none], 1).ravel())
+            else:
+                ids += np.split(batch["input_ids"].numpy(), bounds)
+                labels += np.split(batch["labels"].numpy(), bounds)
+        if self.causal:
+            # the end of a document is predicted too
+            special -= {self.heldout.special.sep}
+            stream = np.where(stream < 0, self.heldout.special.sep, stream)
+        size = len(vocabulary(self.tokenizer))
+        found = mask_baselines(stream, ids, labels, self.mask_id, size, sorted(special))
+        name = "left bigrams" if self.causal else "left and right bigrams"
+        return {"unigram entropy": found.unigram, name: found.bigram}
 
     def _stream(self) -> NDArray[np.int64]:
         """(T,) the training documents in the text's order, -1 between them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fastbert.pretrain.config import PretrainConfig
-from fastbert.pretrain.evaluate import evaluate
+from fastbert.pretrain.evaluate import evaluate, judged_loss
 from fastbert.pretrain.feed import Feed
 from fastbert.pretrain.trainer import PretrainTrainer
 from fastbert.train.loop import Run
@@ -23,7 +23,7 @@ class PretrainRun(Run):
         super().__init__(trainer, session, feed.identity())
         self.feed = feed
         self.judge = trainer.judge
-        # the loss at [MASK] that ends the run
+        # the held-out loss that ends the run
         self.goal: float | None = None
         if trainer.config.goal is not None:
             # counting takes seconds: one process does it
@@ -41,8 +41,9 @@ class PretrainRun(Run):
             self.world,
             self.judge,
         )
-        line = f"held out at step {t.at.step}: loss {values['mlm_loss_masked']:.4f} where [MASK]"
-        line += f", accuracy {values['accuracy_masked']:.1%}"
+        line = f"held out at step {t.at.step}: loss {judged_loss(values):.4f}"
+        line += "" if "lm_loss" in values else " where [MASK]"
+        line += f", accuracy {values.get('accuracy_masked', values['accuracy']):.1%}"
         if "nsp_accuracy" in values:
             low, high = values["nsp_low"], values["nsp_high"]
             line += f"; next sentence {values['nsp_accuracy']:.1%} ({low:.1%} to {high:.1%})"
@@ -56,11 +57,11 @@ class PretrainRun(Run):
         """The goal and the last evaluation, for the progress shown."""
         if self.goal is None:
             return ""
-        last = self.last_evaluation.get("mlm_loss_masked")
-        now = f", now {last:.2f}" if last is not None else ""
+        last = judged_loss(self.last_evaluation)
+        now = f", now {last:.2f}" if last < math.inf else ""
         return f"until the held-out loss is {self.goal:.2f}{now}"
 
 
 def reached(evaluation: dict[str, float], goal: float | None) -> bool:
-    """Whether an evaluation's loss at [MASK] is at most the goal; False without either."""
-    return goal is not None and evaluation.get("mlm_loss_masked", math.inf) <= goal
+    """Whether an evaluation's loss is at most the goal; False without either."""
+    return goal is not None and judged_loss(evaluation) <= goal

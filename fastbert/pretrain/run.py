@@ -14,6 +14,7 @@ import torch
 
 from fastbert.pretrain.build import as_loaded, build_model, check_usable
 from fastbert.pretrain.config import PretrainConfig
+from fastbert.pretrain.evaluate import judged_loss
 from fastbert.pretrain.feed import Feed, shared_feed
 from fastbert.pretrain.loop import PretrainRun, reached
 from fastbert.pretrain.trainer import PretrainTrainer
@@ -44,7 +45,7 @@ class Result:
     baselines: dict[str, float]
     # whether this process is the one that reports
     main: bool = True
-    # the loss at [MASK] that was to end the run
+    # the held-out loss that was to end the run
     goal: float | None = None
 
     @property
@@ -62,7 +63,7 @@ def pretrain(
     quiet: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Result:
-    """Pretrain a BERT or RoBERTa and write it to OUT/model; with `resume` go on with the run in OUT.
+    """Pretrain a model of one of the recipes and write it to OUT/model; with `resume` go on with the run in OUT.
 
     `config` may be None with `resume`. Raises ValueError, TypeError or OSError before training for settings, data or
     folders that can't be used, loop.Stopped after SIGTERM or SIGINT, and TrainingError when training can't go on.
@@ -100,8 +101,8 @@ def summary(result: Result) -> list[str]:
     held = result.evaluation
     lines = [
         f"{result.steps} steps in {duration(result.seconds)}",
-        f"held out, where the input is [MASK]: loss {held['mlm_loss_masked']:.3f} nats, "
-        f"accuracy {held['accuracy_masked']:.1%}",
+        f"held out, {'next words' if 'lm_loss' in held else 'where the input is [MASK]'}: loss "
+        f"{judged_loss(held):.3f} nats, accuracy {held.get('accuracy_masked', held['accuracy']):.1%}",
     ]
     if result.goal is not None:
         state = "reached" if result.reached else "not reached"

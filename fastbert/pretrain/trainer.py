@@ -1,4 +1,4 @@
-"""Pretraining steps: masked words and, with BERT's recipe, next sentences."""
+"""Pretraining steps: masked words and, with BERT's recipe, next sentences; next words with GPT's."""
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ class PretrainTrainer(Trainer):
     def __init__(
         self, model: nn.Module, data: Stream, config: PretrainConfig, world: World | None = None
     ) -> None:
+        gpt = config.recipe == "gpt"
+        # a CUDA graph's labels are not those of next tokens
+        self.replayable = not gpt
         super().__init__(model, data, config, world)
-        self.losses = ("mlm_loss", "nsp_loss") if config.next_sentence else ("mlm_loss",)
+        word = "lm_loss" if gpt else "mlm_loss"
+        self.losses = (word, "nsp_loss") if config.next_sentence else (word,)
         # evaluates one held-out batch; it reads weights outside of the model's forward
         self.judge = self.spread.bound(judge)
 
@@ -38,7 +42,7 @@ class PretrainTrainer(Trainer):
         return counts
 
     def backward(self, batch: Batch, counts: dict[str, int]) -> Tensor:
-        """Add one batch's gradients; returns its MLM and NSP losses, sums / the number of terms in the whole step."""
+        """Add one batch's gradients; returns its losses, sums / the number of terms in the whole step."""
         call: Any = self._replayed or self.spread.call
         with autocast(self.device, self.config.precision):
             output = call(**batch, **counts)

@@ -41,13 +41,18 @@ class TrainingRunner:
     under bf16 autocast. Parameters may be changed in place, not replaced; a graph ignores hooks, dropout rates,
     backends and an `eval()` of a part that were set after its capture. On a CPU the same padded call runs without
     graphs. One host sync a call, for the numbers of tokens and labels; none if `cu_seqlens`, `max_seqlen` and
-    `label_rows` are given. Raises TypeError for a model without a configuration (DistributedDataParallel has none) and
-    for `inputs_embeds`, ValueError for a model in eval mode, for fp16 autocast, which needs a GradScaler, and for
-    arguments that the model refuses.
+    `label_rows` are given. Raises TypeError for a model without a configuration (DistributedDataParallel has none), for
+    a GPT and for `inputs_embeds`, ValueError for a model in eval mode, for fp16 autocast, which needs a GradScaler, and
+    for arguments that the model refuses.
     """
 
     def __init__(self, model: nn.Module, *, max_graphs: int = 64) -> None:
         self.config = config_of(model, max_graphs)
+        if getattr(model, "causal", False):
+            raise TypeError(
+                f"a {type(model).__name__} is scored against the next tokens, which TrainingRunner does not do: call "
+                "the model itself"
+            )
         self.model, self.max_graphs = model, max_graphs
         self._masked_lm = getattr(model, "reads_label_rows", False)
         self._of_tokens = getattr(model, "labels_per_token", False)

@@ -12,12 +12,14 @@ from fastbert.train.metrics import read_metrics
 
 
 def plot_losses(metrics: Path, image: Path, baselines: Mapping[str, float], title: str) -> None:
-    """Draw training loss, held-out loss at [MASK], and baselines as horizontal lines, from a metrics.jsonl."""
+    """Draw training loss, held-out loss, and baselines as horizontal lines, from a metrics.jsonl."""
     lines = read_metrics(metrics)
     picture = figure()
     axes = picture.add_subplot(title=title, xlabel="step", ylabel="nats per predicted token")
     curve(axes, lines, "train", "mlm_loss", label="training, all labelled tokens", alpha=0.7)
     curve(axes, lines, "eval", "mlm_loss_masked", label="held out, where [MASK]", marker="o")
+    curve(axes, lines, "train", "lm_loss", label="training, next words", alpha=0.7)
+    curve(axes, lines, "eval", "lm_loss", label="held out, next words", marker="o")
     for i, (name, value) in enumerate(baselines.items()):
         axes.axhline(value, color=f"C{i + 2}", linestyle="--", label=f"{name}: {value:.3f}")
     axes.grid(alpha=0.3)
