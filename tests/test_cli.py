@@ -228,7 +228,7 @@ def malformed(folder):
         (["good.txt", "--config", "gone.toml"], "no configuration file"),
         (["good.txt", "--tokenizer", "good.txt"], "the tokenizer in good.txt can't be used"),
         (["good.txt", "--init-from", "none"], "there is no configuration at"),
-        (["good.txt", "--recipe", "gpt"], "recipe is 'gpt'"),
+        (["good.txt", "--recipe", "elmo"], "recipe is 'elmo'"),
         (["good.txt", "--heads", "7"], "is not divisible by num_attention_heads 7"),
         (["good.txt", "--epochs", "1", "--minutes", "1"], "epochs and minutes are both set"),
         (["good.txt", "--max-tokens", "9", "--batch-size", "9"], "both set"),

@@ -211,7 +211,8 @@ class _Folder(TokenizerFolder):
         saved = self.saved_tokens()
         listed = self.listed_tokens(saved)
         tokenizer.add_tokens([listed[index] for index in sorted(listed)])
-        SpecialIds.of(tokenizer)
+        if self.name != "GPT2Tokenizer":
+            SpecialIds.of(tokenizer)
         by_text = {str(token.content): token for token in listed.values()}
         special = self.special_tokens(tokenizer, model)
         own = [v for k, v in self.settings.items() if k.endswith("_token") and isinstance(v, str)]

@@ -60,6 +60,8 @@ class Copies:
         # the packed weights' memory, its checksum, and those of the sampled rows by the first row
         self._seal: tuple[Tensor, int, list[int]] | None = None
         self._calls = 0
+        # a decoder's weight, its checksum and its copy
+        self._table: tuple[Tensor, int, Tensor] | None = None
 
     def __deepcopy__(self, memo: Any) -> Copies:
         return type(self)(self.bits)
@@ -69,12 +71,13 @@ class Copies:
 
     def nbytes(self) -> int:
         """Bytes of the copies, of every dtype."""
-        return sum(t.nbytes for _, kept in self._packs.values() for t in kept)
+        table = 0 if self._table is None else self._table[2].nbytes
+        return table + sum(t.nbytes for _, kept in self._packs.values() for t in kept)
 
     def drop(self) -> None:
         """Forget the copies; the next forward makes them again."""
         self._packs.clear()
-        self._seal = None
+        self._seal = self._table = None
         _live.discard(self)
 
     def say_unused(self, reason: str) -> None:
@@ -143,6 +146,14 @@ class Copies:
         # not in `freeze`: deep copies and unpickled models are packed without a call of it
         _live.add(self)
         _watch_optimizers()
+
+    def table(self, weight: Tensor) -> Tensor:
+        """A decoder's weight (V, C) fp32, prepacked; the copy is kept as long as the numbers stay."""
+        found = _checksum(torch.tensor([_block(weight)], dtype=torch.int64))
+        kept = self._table
+        if kept is None or kept[0] is not weight or kept[1] != found:
+            kept = self._table = weight, found, packed([weight], torch.float32)
+        return kept[2]
 
     def _copy(
         self, weights: Sequence[Any], dtype: torch.dtype, gated: bool, name: str

@@ -22,7 +22,6 @@ from fastbert.backend import cpu
 from fastbert.files import quoted
 from fastbert.models.decoder import GPTForCausalLM
 from fastbert.nn.packing import Packing
-from fastbert.runners.copies import packed
 from fastbert.runners.frozen import Frozen
 
 # tokens of which a sequence's memory is a multiple, and its columns of a head: kHeldStep of csrc/cpu/decode.h
@@ -98,7 +97,7 @@ class _NativeCache:
         # (B, 3): Held of csrc/cpu/decode.h
         rows = [[m.data_ptr(), n, 0] for m, n in zip(self.memory, capacities, strict=True)]
         self.held = torch.tensor(rows, dtype=torch.int64)
-        self.head = _PackedHead(model)
+        self.head = _PackedHead(model, frozen)
 
     def begin(self, ids: Tensor, packing: Packing) -> Tensor:
         x = self.model.bert.embeddings(ids, packing.positions(len(ids)))
@@ -125,12 +124,12 @@ class _NativeCache:
 class _PackedHead:
     """The decoder to the vocabulary on a prepacked copy of its weight."""
 
-    def __init__(self, model: GPTForCausalLM) -> None:
+    def __init__(self, model: GPTForCausalLM, frozen: Frozen) -> None:
         self.model = model
         decoder, word = model.mlm_head.decoder, model.bert.embeddings.word
         weight = word.weight if decoder is None else decoder.weight
         whole = isinstance(weight, Tensor) and weight.dtype == torch.float32
-        self.packed = packed([weight], torch.float32) if whole else None
+        self.packed = frozen.table(weight) if whole else None
         self.size = weight.shape[0]
 
     def __call__(self, x: Tensor) -> Tensor:  # (B, C) -> (B, V)
@@ -225,7 +224,7 @@ def generate(
     seed per prompt for several texts of one. A text ends at a token of `eos`, or after max_new_tokens.
 
     On the CPU backend in fp32 a prompt's scores are bitwise those that it has alone, in int8 too. The weights are
-    prepacked for the call; `freeze` or `quantize` before it keeps the layers' copies for the next one. Other backends
+    prepacked for the call; after `freeze` or `quantize` the copies are kept for the next one. Other backends
     and dtypes, and weights that freeze can't read, run stock attention on a padded grid of keys. Raises TypeError for
     another model, ValueError for an empty prompt, one too long for the model's positions, and settings that can't be,
     IndexError for ids outside the vocabulary.

@@ -280,7 +280,7 @@ def test_identity_names_the_batch(data):
 
 
 BAD_SETTINGS = {
-    "recipe is 'gpt': choose bert or roberta": {"recipe": "gpt"},
+    "recipe is 'elmo': choose bert, roberta or gpt": {"recipe": "elmo"},
     "max_length is 7: it must be at least 8": {"max_length": 7},
     r"short_seq_prob is 1.5: it must be within \[0, 1\]": {"short_seq_prob": 1.5},
     "mask_prob is 0: it must be above 0 and below 1": {"mask_prob": 0},

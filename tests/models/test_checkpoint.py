@@ -260,7 +260,7 @@ BROKEN = {
     "a cut index": (index('{"weight_map": {'), "not an index of shards"),
     "another index": (index('{"weights": {}}'), "not an index of shards"),
     "no shard": (index('{"weight_map": {"a": "x.safetensors"}}'), "lacks x.safetensors, which"),
-    "gpt2": (lambda f: edit(f, model_type="gpt2"), "model_type is 'gpt2'"),
+    "t5": (lambda f: edit(f, model_type="t5"), "model_type is 't5'"),
     "a decoder": (lambda f: edit(f, is_decoder=True), "is_decoder is set"),
     "cut config": (truncate("config.json", 0.5), "not valid JSON"),
 }

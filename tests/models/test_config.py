@@ -89,7 +89,7 @@ def test_config_of_relatives_and_files(tmp_path: Any) -> None:
         ({"extra": {"is_decoder": True}}, "is_decoder is set"),
         ({"vocab_size": 0}, "vocab_size is 0"),
         ({"pad_token_id": 30522}, "pad_token_id is 30522"),
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
+        ({"model_type": "t5"}, "model_type is 't5'"),
         ({"problem_type": "ranking"}, "problem_type is 'ranking'"),
         ({"model_type": "roberta", "max_position_embeddings": 2}, "positions start at"),
     ],

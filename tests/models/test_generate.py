@@ -10,6 +10,7 @@ import torch
 import fastbert
 from fastbert.backend import cpu
 from fastbert.bert import BertConfig, GPTForCausalLM
+from fastbert.infer import Writer
 from fastbert.models.encoder import BertModel
 from fastbert.runners import generate as module
 from fastbert.runners.generate import Sampling, generate
@@ -185,6 +186,20 @@ def test_draws_follow_the_seed_and_the_prompt() -> None:
     assert max(draws) < 1.0
 
 
+@native
+def test_a_frozen_model_sees_every_write_to_its_decoder() -> None:
+    gpt, given = fastbert.freeze(model()), prompts()
+    before = generate(gpt, given, 4)
+    size = fastbert.frozen_bytes(gpt)
+    assert equal(generate(gpt, given, 4), before)
+    assert fastbert.frozen_bytes(gpt) == size > gpt.bert.embeddings.word.weight.nbytes
+    # past the version counter
+    gpt.bert.embeddings.word.weight.data.numpy()[:] *= -1.0
+    after = generate(gpt, given, 4)
+    assert not equal(before, after)
+    assert equal(after, generate(fastbert.unfreeze(gpt), given, 4))
+
+
 def test_the_model_is_left_as_it_was() -> None:
     gpt = model().train()
     text = generate(gpt, [[3, 4]], 96 - 1)[0]
@@ -224,3 +239,36 @@ def test_other_models_are_refused() -> None:
     config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
     with pytest.raises(TypeError, match="pass a GPTForCausalLM"):
         fastbert.generate(BertModel(config), [[1]])  # type: ignore[arg-type]
+
+
+def test_a_folder_of_transformers_with_its_own_tokenizer(tmp_path: Any) -> None:
+    """GPT-2's tokenizer has no special token of BERT's; ids and texts are transformers'."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.post_processor = processors.ByteLevel(trim_offsets=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    end = "<|endoftext|>"
+    trainer = trainers.BpeTrainer(
+        vocab_size=290, special_tokens=[end], initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator(["the state of the union is strong"] * 5, trainer)
+    known = {"unk_token": end, "bos_token": end, "eos_token": end}
+    kind = transformers.GPT2Tokenizer(tokenizer_object=raw, **known)
+    gpt = model(vocab_size=290, eos_token_id=0, bos_token_id=0)
+    gpt.save_pretrained(tmp_path)
+    kind.save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    given = ["the union", "Été: état"]
+    writer = Writer(tmp_path)
+    ids = [writer.tokenizer.encode(text, add_special_tokens=False).ids for text in given]
+    assert ids == [theirs(text)["input_ids"] for text in given]
+    found = generate(gpt, ids, 9, eos=0)
+    whole = [[*first, *new.tolist()] for first, new in zip(ids, found, strict=True)]
+    texts = writer(given, 9)
+    assert texts == [theirs.decode(text, skip_special_tokens=True) for text in whole]
+    with pytest.raises(ValueError, match="has no token"):
+        writer([""])

@@ -50,7 +50,7 @@ def test_bad_files(tmp_path, name, text, sentence):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"recipe": "gpt"}, "recipe is 'gpt': choose one of bert, roberta"),
+        ({"recipe": "elmo"}, "recipe is 'elmo': choose one of bert, roberta"),
         ({"precision": "fp16"}, "precision is 'fp16'"),
         ({"backend": "tpu"}, "backend is 'tpu'"),
         ({"optimiser": "adam"}, "optimiser is 'adam': choose one of adamw, lamb, muon"),
