@@ -203,6 +203,7 @@ def main() -> int:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     kept = json.loads(options.out.read_text())["rows"] if options.out.exists() else {}
     before = peaks(1.0 if options.quick else 4.0)["fma_gflops_fp32"]
     with tempfile.TemporaryDirectory() as folder:
