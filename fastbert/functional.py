@@ -12,6 +12,7 @@ from fastbert.ops.gated_feed_forward import gated_feed_forward
 from fastbert.ops.layer_norm import layer_norm
 from fastbert.ops.linear import linear
 from fastbert.ops.linear_int8 import linear_int8
+from fastbert.ops.lstm import lstm
 from fastbert.ops.mlm_loss import mlm_loss
 from fastbert.ops.qkv_proj import qkv_proj
 from fastbert.ops.relation_loss import relation_loss
@@ -30,6 +31,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_int8",
+    "lstm",
     "mlm_loss",
     "qkv_proj",
     "relation_loss",

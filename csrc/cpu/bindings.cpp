@@ -121,6 +121,8 @@ PYBIND11_MODULE(_cpu, m) {
   FASTBERT_DEFINE(linear_int8_packed_size);
   FASTBERT_DEFINE(linear_int8_pack);
   FASTBERT_DEFINE(linear_int8_unpack);
+  FASTBERT_DEFINE(lstm_fwd);
+  FASTBERT_DEFINE(lstm_bwd);
   FASTBERT_DEFINE(muon_orthogonalise);
   FASTBERT_DEFINE(relation_loss_fwd);
   FASTBERT_DEFINE(relation_loss_bwd);

@@ -14,6 +14,7 @@
 #include "layer_norm.h"
 #include "linear.h"
 #include "linear_int8.h"
+#include "lstm.h"
 #include "muon.h"
 #include "peak.h"
 #include "relation_loss.h"

@@ -57,4 +57,5 @@ SLUGS = (
     "cross_entropy",
     "mlm_loss",
     "relation_loss",
+    "lstm",
 )

@@ -18,6 +18,7 @@ from fastbert.nn.blocks import (
 from fastbert.nn.drop_in import GELU, CrossEntropyLoss, LayerNorm, RMSNorm
 from fastbert.nn.feed_forward import FeedForward, GatedFeedForward
 from fastbert.nn.int8 import Int8Embedding, Int8Linear
+from fastbert.nn.lstm import LSTM
 from fastbert.nn.packing import Packing
 from fastbert.nn.transformer import (
     MultiheadAttention,
@@ -27,6 +28,7 @@ from fastbert.nn.transformer import (
 
 __all__ = [
     "GELU",
+    "LSTM",
     "CrossEntropyLoss",
     "Embeddings",
     "EncoderLayer",
