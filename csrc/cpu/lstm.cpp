@@ -18,6 +18,8 @@ namespace {
 
 // units of a block: its two panels have i and f, g and o of W units
 constexpr int64_t kGates = 4, kBlock = kGates * W;
+// numbers ahead to fetch: one cache line
+constexpr int64_t kLine = 16;
 // multiply-adds per thread: fewer do not pay for starting one
 constexpr int64_t kStepGrain = int64_t{1} << 18;
 
@@ -177,16 +179,18 @@ struct Forward {
   const E* gates;
   const float* weights[2];
 
-  // floats of n sequences: two sets of h, one of c, the products of a block
-  static int64_t room(int64_t n, int64_t H) { return n * (3 * apart(H) + kBlock); }
+  // floats of n sequences: two sets of h, one of c, the products of a block, the rows
+  static int64_t room(int64_t n, int64_t H) { return n * (3 * apart(H) + kBlock + 2); }
 
   void run(const Group& group, float* room) const {
     const int64_t H = layer.H, ld = apart(H), n = group.size();
     float *h = room, *next = h + n * ld, *c = next + n * ld, *tile = c + n * ld;
+    int64_t* const at = reinterpret_cast<int64_t*>(tile + n * kBlock);
     layer.begin(group, layer.h0, h, ld), layer.begin(group, layer.c0, c, ld);
     int64_t rows = n;
     for (int64_t t = 0; (rows = group.active(t, rows)) > 0; ++t) {
       const int64_t height = panel_height(rows);
+      for (int64_t r = 0; r < rows; ++r) at[r] = layer.unit(group.row(r, t), group.direction);
       for (int64_t u = 0; u < H; u += W) {
         const float* panels = weights[group.direction] + u * kGates * H;
         if (t > 0 || layer.h0) {
@@ -196,7 +200,7 @@ struct Forward {
           zeros(tile, rows * kBlock);
         }
         for (int64_t r = 0; r < rows; ++r)
-          update(group, r, t, u, tile + r * kBlock, c + r * ld, next + r * ld);
+          update(at[r], group.direction, u, tile + r * kBlock, c + r * ld + u, next + r * ld + u);
       }
       float* before = h;
       h = next, next = before;
@@ -204,13 +208,16 @@ struct Forward {
   }
 
  private:
-  // units [u, u + W) of the group's r-th sequence
-  void update(const Group& group, int64_t r, int64_t t, int64_t u, const float* tile, float* c,
-              float* h) const {
-    const int64_t row = group.row(r, t), d = group.direction;
-    const int64_t unit = layer.unit(row, d) + u, gate = layer.gate(row, d) + u;
-    lstm_fwd_row(tile, gates + gate, layer.activated ? layer.activated + gate : nullptr, c + u,
-                 h + u, layer.y + unit, layer.cells + unit, layer.H, layer.H - u);
+  // Units [u, u + W) of a sequence, whose row begins at `at` in y. The gates of the units that
+  // follow, or of the next step, are fetched: each row has four runs of H numbers, too short for
+  // the processor to do so by itself.
+  void update(int64_t at, int64_t d, int64_t u, const float* tile, float* c, float* h) const {
+    const int64_t H = layer.H, unit = at + u, gate = kGates * at + u;
+    const int64_t step = kGates * layer.D * H;
+    const int64_t ahead = u + kLine < H ? kLine : kLine - H + (d ? -step : step);
+    for (int64_t k = 0; k < kGates; ++k) __builtin_prefetch(gates + gate + ahead + k * H);
+    lstm_fwd_row(tile, gates + gate, layer.activated ? layer.activated + gate : nullptr, c, h,
+                 layer.y + unit, layer.cells + unit, H, H - u);
   }
 };
 

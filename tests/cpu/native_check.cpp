@@ -3,6 +3,7 @@
 // other processors and runs it in an emulator. embed, both feed-forwards and encoder_infer are left
 // out: they are made of the same parts.
 #include "native_attention.h"
+#include "native_lstm.h"
 #include "native_relations.h"
 
 namespace {
@@ -293,6 +294,7 @@ void check_all(int t) {
   check_linear(t, 151, 131, 117), check_linear(t, 1, 2, 3), check_linear(t, 5, 37, 3200);
   check_attentions(t);
   check_relation_loss(t, 33, 64), check_relation_loss(t, 300, 8);
+  check_lstm(t, 2, 21), check_lstm(t, 1, 270), check_lstm(t, 2, 1);
   check_layer_norm(t, 301, 133), check_layer_norm(t, 2, 7);
   check_rms_norm(t, 301, 133), check_rms_norm(t, 2, 7);
   check_dropout_add_layer_norm(t, 301, 133);

@@ -249,6 +249,27 @@ def test_relation_loss(
 
 
 @EXAMPLES
+@given(DRAWN, LENGTHS, st.integers(1, 40), st.integers(1, 2), st.booleans(), st.integers(0, 3))
+# units of more than one slice of a sum, more sequences than rows of a tile
+@example(FIRST, [3, 1], 260, 1, False, 0)
+@example(PAIRS, [2, 0, 3, 1, 2, 2, 1, 4, 1, 2, 3, 1, 1, 2, 5, 1], 9, 2, True, 1)
+def test_lstm(d: Drawn, lengths: list[int], H: int, D: int, states: bool, tail: int) -> None:
+    lengths = [min(n, 9) for n in lengths]
+    T = sum(lengths)
+    gates = d.x(T + tail, D * 4 * H)
+    gates[T:] = float("nan")
+    kwargs = {
+        "gates": gates,
+        "weights": [d.x(4 * H, H, scale=H**-0.5) for _ in range(D)],
+        "cu_seqlens": d.cu_seqlens(*lengths),
+        "max_seqlen": max(lengths, default=0),
+    }
+    if states:
+        kwargs |= {name: d.x(D, len(lengths), H) for name in ("h0", "c0")}
+    check("lstm", kwargs, d)
+
+
+@EXAMPLES
 @given(DRAWN, ROWS, SIZES, st.booleans(), st.booleans(), st.sampled_from([0.0, 20.0]))
 @example(FIRST, 3, 1, True, True, 0.0)
 def test_layer_norm(d: Drawn, N: int, C: int, weight: bool, bias: bool, mean: float) -> None:

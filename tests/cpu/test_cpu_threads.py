@@ -54,6 +54,13 @@ def calls(dtype: torch.dtype) -> dict[str, dict]:
         "gated_feed_forward": {"x": x, **ffn, "w1": [up, -up], "b1": None, "activation": "silu"},
         "cross_entropy": {"logits": draw.normal(T, V), "labels": draw.labels(V, T, 0.6)},
         "mlm_loss": {"hidden": x, **decoder, "labels": draw.labels(V, T, 0.6)},
+        "lstm": {
+            "gates": draw.normal(T, 8 * D),
+            "weights": [draw.normal(4 * D, D, scale=D**-0.5) for _ in range(2)],
+            "cu_seqlens": qkv["cu_seqlens"],
+            "max_seqlen": 170,
+            **{name: draw.normal(2, 4, D) for name in ("h0", "c0")},
+        },
         "relation_loss": {
             "student": draw.normal(T, C),
             # its gradient is a zeros_like: a larger one makes torch's threads hang in a forked process

@@ -52,7 +52,8 @@ def forward(
     """
     D, H = len(weights), weights[0].shape[1]
     wide, first_h, first_c, *ws = widen(gates, h0, c0, *weights)
-    y, cells = (wide.new_zeros(wide.shape[0], D, H) for _ in range(2))
+    # connected to the graph also where there is no token
+    y, cells = (wide.new_zeros(wide.shape[0], D, H) + wide[:0].sum() for _ in range(2))
     activated = wide.new_zeros(wide.shape[0], D, 4, H)
     for d, b, rows in _walks(D, cu_seqlens):
         h, c = _state(first_h, d, b, wide[:0, :H]), _state(first_c, d, b, wide[:0, :H])
@@ -118,12 +119,11 @@ def backward(
             dweights[d] += dz.outer(h.to(dz.dtype))
             dz_all[row, d], dh, dc = dz, ws[d].t() @ dz, dc * f
         dh0[d, b], dc0[d, b] = dh, dc
-    none = wide.new_empty(0)
     return (
         dgates.to(dy.dtype),
         torch.cat(dweights).to(weights[0].dtype) if needs[0] else weights[0].new_empty(0),
-        dh0 if needs[1] else none,
-        dc0 if needs[2] else none,
+        dh0 if needs[1] else dh0.new_empty(0),
+        dc0 if needs[2] else dc0.new_empty(0),
     )
 
 

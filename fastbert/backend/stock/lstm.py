@@ -139,6 +139,8 @@ def backward(
                 grads[d].append(dz)
             states[0][d], states[1][d] = dh, dc
         dgates = _rows([of_d[::-1] for of_d in grads], layout).to(activated.dtype)
-    none = dy.new_empty(0, dtype=states[0].dtype)
     dweight = torch.cat(dweights).to(weights[0].dtype) if needs[0] else weights[0].new_empty(0)
-    return dgates, dweight, states[0] if needs[1] else none, states[1] if needs[2] else none
+    dh0, dc0 = (
+        state if need else state.new_empty(0) for state, need in zip(states, needs[1:], strict=True)
+    )
+    return dgates, dweight, dh0, dc0
