@@ -156,10 +156,12 @@ struct Layer {
 };
 
 // A row's W units from their products `tile`. `h` and `c` are the row's states, of which c is
-// replaced; `n` units of the block exist. Arrays are those of the token, from these units on.
-template <typename E>
+// replaced. Arrays are those of the token, from these units on, of which n exist; without kPart all
+// W do.
+template <bool kPart, typename E>
 inline void lstm_fwd_row(const float* tile, const E* gates, E* activated, float* c, float* h, E* y,
-                         float* cells, int64_t H, int64_t n) {
+                         float* cells, int64_t H, int64_t left) {
+  const int64_t n = kPart ? left : W;
   const F i = sigmoid(load(gates, n) + load(tile));
   const F f = sigmoid(load(gates + H, n) + load(tile + W));
   const F g = tanh(load(gates + 2 * H, n) + load(tile + 2 * W));
@@ -216,8 +218,9 @@ struct Forward {
     const int64_t step = kGates * layer.D * H;
     const int64_t ahead = u + kLine < H ? kLine : kLine - H + (d ? -step : step);
     for (int64_t k = 0; k < kGates; ++k) __builtin_prefetch(gates + gate + ahead + k * H);
-    lstm_fwd_row(tile, gates + gate, layer.activated ? layer.activated + gate : nullptr, c, h,
-                 layer.y + unit, layer.cells + unit, H, H - u);
+    E* const kept = layer.activated ? layer.activated + gate : nullptr;
+    const auto row = u + W <= H ? lstm_fwd_row<false, E> : lstm_fwd_row<true, E>;
+    row(tile, gates + gate, kept, c, h, layer.y + unit, layer.cells + unit, H, H - u);
   }
 };
 

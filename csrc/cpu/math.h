@@ -29,10 +29,14 @@ inline F exp_nonpositive(F x) {
   return power * bits_as<F>(bits_as<U>(biased) << 23);
 }
 
-// e^x - 1 for x <= 0, with its relative precision near 0: 2^n e^r - 1 = 2^n (e^r - 1) + (2^n - 1)
-inline F expm1_nonpositive(F x) {
+// e^x = scale (1 + less) with a power of two, as above for both signs of x, within 88 of 0; `less`
+// keeps its relative precision near 0
+struct Power {
+  F less, scale;
+};
+inline Power power_of(F x) {
   const F magic = set1(12583039.0f);
-  const F bounded = max(set1(-88.0f), x);
+  const F bounded = min(set1(88.0f), max(set1(-87.0f), x));
   const F biased = bounded * 1.44269504f + magic;
   const F n = biased - magic;
   const F r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -40,22 +44,20 @@ inline F expm1_nonpositive(F x) {
   q = q * r + 0.041668389f;
   q = q * r + 0.166665211f;
   q = q * r + 0.49999994f;
-  const F power = bits_as<F>(bits_as<U>(biased) << 23);
-  return (q * (r * r) + r) * power + (power - 1.0f);
+  return {q * (r * r) + r, bits_as<F>(bits_as<U>(biased) << 23)};
 }
 
-// 1 / (1 + e^-x) from e^-|x|: the left tail keeps its relative precision
+// 1 / (1 + e^-x)
 inline F sigmoid(F x) {
-  const F e = exp_nonpositive(-abs(x));
-  const F right = 1.0f / (1.0f + e);
-  return x < zero() ? e * right : right;
+  const Power p = power_of(-x);
+  return 1.0f / (p.less * p.scale + (p.scale + 1.0f));
 }
 
-// tanh x = -m / (2 + m) with the sign of x, where m = e^(-2 |x|) - 1
+// m / (m + 2),  m = e^2x - 1
 inline F tanh(F x) {
-  const F m = expm1_nonpositive(-2.0f * abs(x));
-  const U value = bits_as<U>(abs(m / (2.0f + m)));
-  return bits_as<F>(value | (bits_as<U>(x) & 0x80000000u));
+  const Power p = power_of(x + x);
+  const F m = p.less * p.scale + (p.scale - 1.0f);
+  return m / (m + 2.0f);
 }
 
 struct Activated {
