@@ -13,6 +13,7 @@ from fastbert.nn.drop_in import log_stock, why_not_fused
 from fastbert.nn.exports import replaces
 from fastbert.nn.packing import Packing
 from fastbert.nn.watch import why_not_bypassed
+from fastbert.ops._check import cu_seqlens_valid
 from fastbert.ops.context import autocast_dtype
 
 States = tuple[Tensor, Tensor]
@@ -105,9 +106,11 @@ class LSTM(nn.LSTM):
             log_stock(self, reason)
         if cu_seqlens is not None:
             packing = Packing.given(cu_seqlens, max_seqlen)
-            self._check(input, hx, packing)
+            x = self._packed(input, hx, packing)
             run = self._layers if reason is None else self._stock_packed
-            return run(input, packing, hx)
+            return run(x, packing, hx)
+        if max_seqlen is not None:
+            raise TypeError(f"max_seqlen is {max_seqlen} without cu_seqlens: pass both, or neither")
         if reason is not None:
             return super().forward(input, hx)
         if isinstance(input, PackedSequence):
@@ -127,14 +130,15 @@ class LSTM(nn.LSTM):
             return f"the input has shape {tuple(x.shape)}"
         return None
 
-    def _check(self, x: Any, hx: States | None, packing: Packing) -> None:
-        """Refuse packed tokens and states of other shapes."""
+    def _packed(self, x: Any, hx: States | None, packing: Packing) -> Tensor:
+        """The packed tokens x; refuses other inputs, and states of other shapes."""
         if not isinstance(x, Tensor) or x.dim() != 2:
             what = f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"the input is {what}: pass packed tokens (T, C) with cu_seqlens")
         self.check_input(x, packing.cu_seqlens)
         if hx is not None:
             self._check_states(hx, packing.batch)
+        return x
 
     def _check_states(self, hx: States, batch: int) -> None:
         expected = (self.num_layers * (1 + self.bidirectional), batch, self.hidden_size)
@@ -175,10 +179,11 @@ class LSTM(nn.LSTM):
         bounds = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         packing = Packing(bounds, x.batch_sizes.shape[0])
         y, states = self._layers(_Permuted.apply(x.data, rows, back), packing, hx)
-        y = PackedSequence(
-            _Permuted.apply(y, back, rows), x.batch_sizes, x.sorted_indices, x.unsorted_indices
+        out = _Permuted.apply(y, back, rows)
+        return (
+            PackedSequence(out, x.batch_sizes, x.sorted_indices, x.unsorted_indices),
+            self.permute_hidden(states, x.unsorted_indices),
         )
-        return y, self.permute_hidden(states, x.unsorted_indices)
 
     def _layers(self, x: Tensor, packing: Packing, hx: States | None) -> tuple[Tensor, States]:
         """Packed tokens (T, C) through all layers: y (T, D H), final h and c (layers D, B, H)."""
@@ -223,24 +228,21 @@ class LSTM(nn.LSTM):
         self, x: Tensor, packing: Packing, hx: States | None
     ) -> tuple[Tensor, States]:
         """`_layers` by torch's own code, which takes no empty sequence and no packed tokens in our order."""
-        D, H = 1 + self.bidirectional, self.hidden_size
-        lengths = packing.cu_seqlens.diff().cpu()
+        D, H, T = 1 + self.bidirectional, self.hidden_size, x.shape[0]
+        cu_seqlens = packing.cu_seqlens.cpu()
+        cu_seqlens_valid(cu_seqlens, T, packing.max_seqlen)
+        lengths = cu_seqlens.diff()
         here = lengths.nonzero().squeeze(1).to(x.device)
-        if hx is None:
-            hx = tuple(x.new_zeros(self.num_layers * D, packing.batch, H) for _ in range(2))
+        zeros = x.new_zeros(self.num_layers * D, packing.batch, H)
+        h0, c0 = (zeros, zeros.clone()) if hx is None else hx
         if not len(here):
-            return x.new_zeros(x.shape[0], D * H) + x.sum() * 0, hx
-        padded = packing.spread(x)[here].transpose(0, 1)
-        some = lengths[lengths > 0]
-        y, states = super().forward(
-            pack_padded_sequence(padded, some, enforce_sorted=False),
-            tuple(t[:, here].contiguous() for t in hx),
+            return x.new_zeros(T, D * H) + x[:0].sum(), (h0, c0)
+        lengths = lengths[lengths > 0]
+        sequence = pack_padded_sequence(
+            packing.spread(x)[here], lengths, batch_first=True, enforce_sorted=False
         )
-        y = pad_packed_sequence(y, batch_first=True)[0]
-        valid = torch.arange(y.shape[1]) < some[:, None]
-        rows = y[valid.to(x.device)]
-        tail = rows.new_zeros(x.shape[0] - rows.shape[0], rows.shape[1])
-        h, c = (
-            first.to(t.dtype).index_copy(1, here, t) for first, t in zip(hx, states, strict=True)
-        )
-        return torch.cat([rows, tail]), (h, c)
+        y, (h, c) = super().forward(sequence, (h0[:, here].contiguous(), c0[:, here].contiguous()))
+        padded, _ = pad_packed_sequence(y, batch_first=True)
+        token = torch.arange(padded.shape[1]) < lengths[:, None]
+        rows = nn.functional.pad(padded[token.to(x.device)], (0, 0, 0, T - int(cu_seqlens[-1])))
+        return rows, (h0.to(h.dtype).index_copy(1, here, h), c0.to(c.dtype).index_copy(1, here, c))

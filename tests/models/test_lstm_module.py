@@ -288,6 +288,16 @@ X, WHERE = packed((3, 2))
 REFUSED = {
     "projection": (lambda: nn.LSTM(C, H, proj_size=3), "has no projection"),
     "columns": (lambda: nn.LSTM(C + 1, H)(X, **WHERE), "must be equal to input_size"),
+    "a length alone": (
+        lambda: nn.LSTM(C, H)(X, max_seqlen=3),
+        "max_seqlen is 3 without cu_seqlens",
+    ),
+    "rows, torch's own code": (
+        lambda: nn.LSTM(C, H).double()(
+            X.double(), cu_seqlens=WHERE["cu_seqlens"] * 2, max_seqlen=9
+        ),
+        "cu_seqlens ends at 10 but there are 5 tokens",
+    ),
     "no length": (
         lambda: nn.LSTM(C, H)(X, cu_seqlens=WHERE["cu_seqlens"]),
         "pass the longest length",

@@ -65,7 +65,7 @@ def forward(
         y = gates.new_zeros(T, D * H)
         return y, _wide(y).clone(), torch.zeros_like(gates if save else gates[:0])
     layout = Layout(cu_seqlens, T, max_seqlen)
-    ys, cells, kept = ([[] for _ in range(D)] for _ in range(3))
+    ys, cells, kept = ([list[Tensor]() for _ in range(D)] for _ in range(3))
     for d, z_all in enumerate(_padded(gates, layout, D)):
         weight, valid = _wide(weights[d]).to(z_all.dtype).t(), _turned(layout.valid, d)[..., None]
         h, c = (_state(state, d, z_all[:, 0, :H]) for state in (h0, c0))
@@ -76,7 +76,8 @@ def forward(
             out = o * cell.tanh()
             # at padding a sequence's states wait: the second direction meets padding first
             h, c = torch.where(valid[:, t], out, h), torch.where(valid[:, t], cell, c)
-            ys[d].append(h), cells[d].append(c)
+            ys[d].append(h)
+            cells[d].append(c)
             if save:
                 kept[d].append(torch.cat([i, f, g, o], -1))
     activated = _rows(kept, layout) if save else gates[:0]
