@@ -255,15 +255,10 @@ def test_relation_loss(
 @example(PAIRS, [2, 0, 3, 1, 2, 2, 1, 4, 1, 2, 3, 1, 1, 2, 5, 1], 9, 2, True, 1)
 def test_lstm(d: Drawn, lengths: list[int], H: int, D: int, states: bool, tail: int) -> None:
     lengths = [min(n, 9) for n in lengths]
-    T = sum(lengths)
-    gates = d.x(T + tail, D * 4 * H)
-    gates[T:] = float("nan")
-    kwargs = {
-        "gates": gates,
-        "weights": [d.x(4 * H, H, scale=H**-0.5) for _ in range(D)],
-        "cu_seqlens": d.cu_seqlens(*lengths),
-        "max_seqlen": max(lengths, default=0),
-    }
+    gates = d.x(sum(lengths) + tail, D * 4 * H)
+    gates[sum(lengths) :] = float("nan")
+    kwargs = {"gates": gates, "weights": [d.x(4 * H, H, scale=H**-0.5) for _ in range(D)]}
+    kwargs |= {"cu_seqlens": d.cu_seqlens(*lengths), "max_seqlen": max(lengths, default=0)}
     if states:
         kwargs |= {name: d.x(D, len(lengths), H) for name in ("h0", "c0")}
     check("lstm", kwargs, d)
