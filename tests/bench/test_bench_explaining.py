@@ -26,8 +26,8 @@ def test_tables_show_ratios_and_goals():
         "maps": {"date": "today", "shapes": [{"B": 8, "S": 128, **of}]},
     }
     text = explaining.table({"rows": rows, "machine": MACHINE})
-    assert "| captum, text by text | 2.00 (1.90 to 2.10) times as fast |" in text
-    assert "| 8 x 128 | 1.10 | 1.50 |" in text
+    assert "| captum, text by text | 2.00 (1.90 to 2.10) | **missed** |" in text
+    assert "| 8 x 128 | 1.10 | met | 1.50 |" in text
 
 
 def test_scores_that_differ_are_not_timed():
