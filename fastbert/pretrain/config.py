@@ -254,6 +254,12 @@ class PretrainConfig(TrainingSettings):
             1, *sizes, "minutes", "goal", "max_tokens", "batch_size", "initializer_range", "shards"
         )
         self._check_least(1, "global_every", "rope_theta", "local_rope_theta")
+        angles = "rope_theta", "local_rope_theta"
+        self._check_used(
+            self.positions == "rotary", f"positions is {self.positions}, not rotary", *angles
+        )
+        local = "global_every", "local_rope_theta"
+        self._check_used(bool(self.local_attention), "local_attention is 0", *local)
         if self.goal is not None and not self.eval_every:
             raise ValueError(
                 "goal is set and eval_every is 0: evaluations are what a goal is seen by"

@@ -108,6 +108,13 @@ class Settings:
             if value is not None and value > bound:
                 raise ValueError(f"{name} is {value}: it must be at most {bound}")
 
+    def _check_used(self, used: bool, why_not: str, *names: str) -> None:
+        """Refuse settings that are not at their defaults where nothing reads them."""
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if not used and f.name in names and value != f.default:
+                raise ValueError(f"{f.name} is {value} and {why_not}: leave it out")
+
     def check_paths(self) -> None:
         """Raise FileNotFoundError or ValueError for a path that a run cannot use; - is standard input."""
         for f in dataclasses.fields(self):
@@ -200,6 +207,11 @@ class TrainingSettings(Settings):
         self._check_least(1, *above, "keep_last")
         seeds = dict.fromkeys(("seed", "split_seed"), 2**63 - 1)
         self._check_most({**seeds, "threads": 1024, "epochs": 10_000})
+        self._check_used(
+            self.schedule == "wsd",
+            f"schedule is {self.schedule}, not wsd, whose fall it is",
+            "decay",
+        )
 
     @property
     def warmup_steps(self) -> int:

@@ -124,6 +124,14 @@ def test_the_ramp_of_the_batch(accumulate, ramp):
         ({"global_every": 0}, "global_every is 0"),
         ({"local_attention": -1}, "local_attention is -1"),
         ({"eval_mask_prob": 0.0}, "eval_mask_prob"),
+        # nothing reads these
+        ({"decay": 0.5}, "decay is 0.5 and schedule is linear, not wsd"),
+        ({"rope_theta": 1e4}, "rope_theta is 10000.0 and positions is absolute, not rotary"),
+        ({"global_every": 2}, "global_every is 2 and local_attention is 0"),
+        (
+            {"recipe": "modern", "local_attention": 0, "local_rope_theta": 1e5},
+            "local_attention is 0",
+        ),
     ],
 )
 def test_bad_settings(settings, sentence):
