@@ -12,7 +12,6 @@ from fastbert import functional as F
 from fastbert.nn.drop_in import log_stock, why_not_fused
 from fastbert.nn.exports import replaces
 from fastbert.nn.packing import Packing
-from fastbert.nn.watch import why_not_bypassed
 from fastbert.ops._check import cu_seqlens_valid
 from fastbert.ops.context import autocast_dtype
 
@@ -107,8 +106,12 @@ class LSTM(nn.LSTM):
         if cu_seqlens is not None:
             packing = Packing.given(cu_seqlens, max_seqlen)
             x = self._packed(input, hx, packing)
-            run = self._layers if reason is None else self._stock_packed
-            return run(x, packing, hx)
+            # rows past the end are not read: NaN there would reach the gradients of the weights
+            tail = max(0, x.shape[0] - int(cu_seqlens[-1]))
+            x = x[: x.shape[0] - tail]
+            run = self._layers if reason is None and len(x) else self._stock_packed
+            y, states = run(x, packing, hx)
+            return nn.functional.pad(y, (0, 0, 0, tail)) if tail else y, states
         if max_seqlen is not None:
             raise TypeError(f"max_seqlen is {max_seqlen} without cu_seqlens: pass both, or neither")
         if reason is not None:
@@ -119,7 +122,7 @@ class LSTM(nn.LSTM):
 
     def _why_not_ours(self, x: Tensor) -> str | None:
         """Why the op cannot serve this input."""
-        if reason := why_not_fused(x) or why_not_bypassed():
+        if reason := why_not_fused(x):
             return reason
         if x.device.type != "cpu":
             return f"the input is on {x.device}, where torch's own kernel is fused"
@@ -190,7 +193,7 @@ class LSTM(nn.LSTM):
         D, H, cu = 1 + self.bidirectional, self.hidden_size, packing.cu_seqlens.long()
         # the rows of (T D, H) that hold each direction's last step of every sequence
         ends = torch.stack([cu[1:] - 1, cu[:-1]][:D], 0)
-        last = (ends * D + torch.arange(D)[:, None]).clamp(0, max(x.shape[0] * D - 1, 0)).flatten()
+        last = (ends * D + torch.arange(D)[:, None]).clamp(0, x.shape[0] * D - 1).flatten()
         some = (cu.diff() > 0)[:, None]
         final: tuple[list[Tensor], list[Tensor]] = ([], [])
         for layer in range(self.num_layers):
@@ -228,15 +231,15 @@ class LSTM(nn.LSTM):
         self, x: Tensor, packing: Packing, hx: States | None
     ) -> tuple[Tensor, States]:
         """`_layers` by torch's own code, which takes no empty sequence and no packed tokens in our order."""
-        D, H, T = 1 + self.bidirectional, self.hidden_size, x.shape[0]
+        D, H = 1 + self.bidirectional, self.hidden_size
         cu_seqlens = packing.cu_seqlens.cpu()
-        cu_seqlens_valid(cu_seqlens, T, packing.max_seqlen)
+        cu_seqlens_valid(cu_seqlens, x.shape[0], packing.max_seqlen)
         lengths = cu_seqlens.diff()
         here = lengths.nonzero().squeeze(1).to(x.device)
         zeros = x.new_zeros(self.num_layers * D, packing.batch, H)
         h0, c0 = (zeros, zeros.clone()) if hx is None else hx
         if not len(here):
-            return x.new_zeros(T, D * H) + x[:0].sum(), (h0, c0)
+            return x.new_zeros(0, D * H) + x.sum(), (h0, c0)
         lengths = lengths[lengths > 0]
         sequence = pack_padded_sequence(
             packing.spread(x)[here], lengths, batch_first=True, enforce_sorted=False
@@ -244,5 +247,5 @@ class LSTM(nn.LSTM):
         y, (h, c) = super().forward(sequence, (h0[:, here].contiguous(), c0[:, here].contiguous()))
         padded, _ = pad_packed_sequence(y, batch_first=True)
         token = torch.arange(padded.shape[1]) < lengths[:, None]
-        rows = nn.functional.pad(padded[token.to(x.device)], (0, 0, 0, T - int(cu_seqlens[-1])))
+        rows = padded[token.to(x.device)]
         return rows, (h0.to(h.dtype).index_copy(1, here, h), c0.to(c.dtype).index_copy(1, here, c))
