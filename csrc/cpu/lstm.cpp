@@ -43,7 +43,7 @@ __attribute__((noinline)) void lstm_fwd_row(const float* tile, const E* gates, E
 
 template <typename E>
 struct Forward {
-  const Layer<E>& layer;
+  const Recurrence<E>& layer;
   const E* gates;
   const float* weights[2];
 
@@ -119,7 +119,7 @@ __attribute__((noinline)) void lstm_bwd_row(const E* activated, const float* cel
 
 template <typename E>
 struct Backward {
-  const Layer<E>& layer;
+  const Recurrence<E>& layer;
   const E* dy;
   const float* dcells;
   const float* weights[2];
@@ -201,24 +201,25 @@ void lstm_fwd(int dtype, int w_dtype, const void* gates, const void* w0, const v
               const int32_t* cu_seqlens, const int32_t* order, const float* h0, const float* c0,
               void* y, float* cells, void* activated, int64_t T, int64_t B, int64_t H, int64_t D,
               int threads) {
-  const Scratch packed(D, Weights::forward_size(H));
+  const Scratch packed(D, StepWeights::forward_size(H));
   with_type(w_dtype, [&](auto w) {
     for (int64_t d = 0; d < D; ++d)
-      Weights::pack_forward(static_cast<const decltype(w)*>(d ? w1 : w0), H, packed[d], threads);
+      StepWeights::pack_forward(static_cast<const decltype(w)*>(d ? w1 : w0), H, packed[d],
+                                threads);
   });
   with_type(dtype, [&](auto t) {
     using E = decltype(t);
-    const Layer<E> layer = {static_cast<E*>(y),
-                            cells,
-                            static_cast<E*>(activated),
-                            h0,
-                            c0,
-                            cu_seqlens,
-                            order,
-                            T,
-                            B,
-                            H,
-                            D};
+    const Recurrence<E> layer = {static_cast<E*>(y),
+                                 cells,
+                                 static_cast<E*>(activated),
+                                 h0,
+                                 c0,
+                                 cu_seqlens,
+                                 order,
+                                 T,
+                                 B,
+                                 H,
+                                 D};
     const Forward<E> pass = {layer, static_cast<const E*>(gates), {packed[0], packed[D - 1]}};
     layer.each(&Forward<E>::room, threads,
                [&](const Group& group, float* room) { pass.run(group, room); });
@@ -232,24 +233,25 @@ void lstm_bwd(int dtype, int w_dtype, const void* dy, const float* dcells, const
               const int32_t* cu_seqlens, const int32_t* order, const float* h0, const float* c0,
               void* dgates, void* dweights, float* dh0, float* dc0, int64_t T, int64_t B, int64_t H,
               int64_t D, int threads) {
-  const Scratch packed(D, Weights::backward_size(H));
+  const Scratch packed(D, StepWeights::backward_size(H));
   with_type(w_dtype, [&](auto w) {
     for (int64_t d = 0; d < D; ++d)
-      Weights::pack_backward(static_cast<const decltype(w)*>(d ? w1 : w0), H, packed[d], threads);
+      StepWeights::pack_backward(static_cast<const decltype(w)*>(d ? w1 : w0), H, packed[d],
+                                 threads);
   });
   with_type(dtype, [&](auto t) {
     using E = decltype(t);
-    const Layer<E> layer = {static_cast<E*>(const_cast<void*>(y)),
-                            const_cast<float*>(cells),
-                            static_cast<E*>(const_cast<void*>(activated)),
-                            h0,
-                            c0,
-                            cu_seqlens,
-                            order,
-                            T,
-                            B,
-                            H,
-                            D};
+    const Recurrence<E> layer = {static_cast<E*>(const_cast<void*>(y)),
+                                 const_cast<float*>(cells),
+                                 static_cast<E*>(const_cast<void*>(activated)),
+                                 h0,
+                                 c0,
+                                 cu_seqlens,
+                                 order,
+                                 T,
+                                 B,
+                                 H,
+                                 D};
     const int64_t tokens = layer.tokens();
     const Scratch before(1, dweights ? tokens * D * H : 0);
     E* const h_before = dweights ? reinterpret_cast<E*>(before[0]) : nullptr;

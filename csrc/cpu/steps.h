@@ -16,7 +16,7 @@ constexpr int64_t kStepGrain = int64_t{1} << 18;
 // floats from a row of a buffer to the next: a power of two would put rows on the same cache lines
 inline int64_t apart(int64_t columns) { return round_up(columns, 16) + 16; }
 
-// The columns of the forward's panels, which are rows of W.
+// The columns of the forward's panels, which are rows of W_hh.
 template <typename TW>
 struct Units4 {
   const TW* w;  // (4, H, H)
@@ -29,12 +29,12 @@ struct Units4 {
   }
 };
 
-// Both directions' weights, packed.
-class Weights {
+// How a direction's weight is packed.
+class StepWeights {
  public:
   // floats of a direction in the forward: [blocks of units][2 panels][H][kNR]
   static int64_t forward_size(int64_t H) { return ceil_div(H, W) * kBlock * H + 4 * W; }
-  // and in the backward, where W is not transposed: [panels of units][4 H][kNR]
+  // and in the backward, where W_hh is not transposed: [panels of units][4 H][kNR]
   static int64_t backward_size(int64_t H) { return ceil_div(H, kNR) * kNR * kGates * H + 4 * W; }
 
   template <typename TW>
@@ -100,7 +100,7 @@ struct Group {
 
 // The layer's arrays and sizes.
 template <typename E>
-struct Layer {
+struct Recurrence {
   E* y;             // (T, D, H)
   float* cells;     // (T, D, H)
   E* activated;     // (T, D, 4, H), or null
@@ -115,7 +115,7 @@ struct Layer {
   int64_t state(int64_t b, int64_t d) const { return (d * B + b) * H; }
   int64_t tokens() const { return cu[B]; }
 
-  // body(group, weights' number, room) of every task
+  // body(group, room) of every task
   template <typename Body>
   void each(int64_t (*room)(int64_t n, int64_t H), int threads, const Body& body) const {
     if (B == 0) return;
