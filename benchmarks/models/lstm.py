@@ -1,10 +1,10 @@
 """fastbert.nn.LSTM beside torch's: `python -m benchmarks.models.lstm [--quick]`.
 
 Forward + backward of 32 sequences of up to 128 tokens, 41 % of the padded batch, fp32: ours on packed tokens and on the
-PackedSequence, torch on the PackedSequence and on the padded batch, with the same weights. Outputs at tokens and every
-gradient must agree before anything is timed. Each round times all of them in turns; a ratio is theirs / ours round by
-round: the median, with p20 and p80. Then ours on 0.25 to 4 times as many sequences: the cost per real token.
-docs/modules.md has the table.
+PackedSequence, torch on the PackedSequence and on the padded batch, with the same weights. Nothing is timed unless ours
+agrees with torch on the PackedSequence in outputs and all gradients, that of the input included. Each round times all
+of them in turns; a ratio is theirs / ours round by round: the median, with p20 and p80. Then ours on 0.25 to 4 times as
+many sequences: the cost per real token. docs/modules.md has the table.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pack_sequence, pad_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence
 
 from benchmarks import RESULTS, ROOT
 from benchmarks.report.readme import replaced
@@ -70,16 +70,24 @@ def flops(options: dict[str, Any], tokens: int) -> int:
     return sum(3 * 2 * tokens * D * 4 * H * (width + H) for width in widths)
 
 
-def step(model: torch.nn.LSTM, call: Callable[[], Any], rows: Callable[[Any], Tensor]) -> Step:
-    """Forward + backward of one call; `rows` gives its outputs at tokens in packed order."""
-    parameters = list(model.parameters())
+def step(
+    model: torch.nn.LSTM, x: Tensor, call: Callable[[Tensor], Any], rows: Callable[[Tensor], Tensor]
+) -> Step:
+    """Forward + backward of one call: outputs, gradients of x and of all parameters.
+
+    `rows` gives the tokens of an output, or of a gradient of x, in packed order.
+    """
+    x = x.clone().requires_grad_()
+    leaves = [x, *model.parameters()]
     upstream: list[Tensor] = []
 
     def run() -> list[Tensor]:
-        y = rows(call()[0])
+        y = call(x)[0]
+        y = rows(y.data if isinstance(y, PackedSequence) else y)
         if not upstream:
             upstream.append(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
-        return [y.detach(), *torch.autograd.grad(y, parameters, upstream[0])]
+        dx, *others = torch.autograd.grad(y, leaves, upstream[0])
+        return [y.detach(), rows(dx), *others]
 
     return run
 
@@ -93,21 +101,26 @@ def steps(
     ours = nn.LSTM(**options, batch_first=True)
     ours.load_state_dict(theirs.state_dict())
     parts = [torch.randn(n, options["input_size"]) for n in lengths]
-    packed, padded = torch.cat(parts), pad_sequence(parts, batch_first=True)
     sequence = pack_sequence(parts, enforce_sorted=False)
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    where = {
+        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        "max_seqlen": max(lengths),
+    }
     token = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    numbers = pack_sequence(list(torch.arange(len(packed)).split(lengths)), enforce_sorted=False)
-    back = numbers.data.argsort()
+    numbers = torch.arange(sum(lengths)).split(lengths)
+    back = pack_sequence(list(numbers), enforce_sorted=False).data.argsort()
+
+    def on_sequence(model: torch.nn.LSTM) -> Step:
+        def call(data: Tensor) -> Any:
+            return model(PackedSequence(data, *sequence[1:]))
+
+        return step(model, sequence.data, call, lambda t: t[back])
+
     made = {
-        OURS: step(
-            ours,
-            lambda: ours(packed, cu_seqlens=bounds, max_seqlen=max(lengths)),
-            lambda y: y,
-        ),
-        ON_SEQUENCE: step(ours, lambda: ours(sequence), lambda y: y.data[back]),
-        SEQUENCE: step(theirs, lambda: theirs(sequence), lambda y: y.data[back]),
-        PADDED: step(theirs, lambda: theirs(padded), lambda y: y[token]),
+        OURS: step(ours, torch.cat(parts), lambda x: ours(x, **where), lambda t: t),
+        ON_SEQUENCE: on_sequence(ours),
+        SEQUENCE: on_sequence(theirs),
+        PADDED: step(theirs, pad_sequence(parts, batch_first=True), theirs, lambda t: t[token]),
     }
     return made if only is None else {only: made[only]}
 
@@ -115,7 +128,8 @@ def steps(
 def agree(calls: dict[str, Step]) -> float:
     """The largest difference of outputs and gradients, over the norm; AssertionError above 1e-4.
 
-    The reverse direction of torch's padded batch begins with padding, so that its outputs are not compared.
+    Torch on its PackedSequence is the truth. On the padded batch the second direction begins with padding: it computes
+    something else.
     """
     truth = calls[SEQUENCE]()
     worst = 0.0
