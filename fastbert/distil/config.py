@@ -19,7 +19,9 @@ from fastbert.train.settings import (
     setting,
 )
 
-_SIZES = re.compile(r"\d+(x\d+){1,3}")
+# the first letters of a student whose layers are bidirectional LSTMs
+RECURRENT = "lstm:"
+_SIZES = re.compile(rf"\d+(x\d+){{1,3}}|{RECURRENT}\d+x\d+")
 _existing = partial(existing, remedy="name a file of training data, or a folder of texts")
 
 
@@ -83,7 +85,8 @@ class DistilConfig(TrainingSettings):
     student: str | None = setting(
         None,
         MODEL,
-        "sizes LAYERSxHIDDEN, such as 3x384, also with xHEADS or xHEADSxFFN; or a model folder",
+        "sizes LAYERSxHIDDEN, such as 3x384, also with xHEADS or xHEADSxFFN; lstm:LAYERSxHIDDEN for a bidirectional "
+        "LSTM; or a model folder",
         path=lambda text: not has_sizes(text),
     )
     start: str = setting(

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastbert.distil.config import DistilConfig, has_sizes, numbers_of
+from fastbert.distil.config import RECURRENT, DistilConfig, has_sizes, numbers_of
 from fastbert.distil.plan import KINDS, Plan, weights_of
 from fastbert.distil.unused import check_used
 from fastbert.files import quoted
 from fastbert.finetune.config import METRICS, Options, trained_model
 from fastbert.models.config import BertConfig, model_folder
+from fastbert.models.names import FORMS
 
 # the defaults of some settings, by kind of data
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -160,6 +161,8 @@ def student_of_sizes(config: DistilConfig, teacher: BertConfig) -> BertConfig:
     Where they are left out, heads keep the teacher's head size and the feed-forward its ratio to the hidden size.
     """
     assert config.student is not None
+    if config.student.startswith(RECURRENT):
+        return _lstm_of_sizes(config, teacher)
     sizes = [int(number) for number in config.student.split("x")]
     layers, hidden = sizes[:2]
     heads, ffn = (*sizes[2:], None, None)[:2]
@@ -186,6 +189,31 @@ def student_of_sizes(config: DistilConfig, teacher: BertConfig) -> BertConfig:
         raise ValueError(f"student is {quoted(config.student)}: {error}") from error
 
 
+def _lstm_of_sizes(config: DistilConfig, teacher: BertConfig) -> BertConfig:
+    """An LSTM's configuration with the teacher's vocabulary, token types and labels."""
+    assert config.student is not None
+    layers, hidden = map(int, config.student.removeprefix(RECURRENT).split("x"))
+    # of the family's own names alone
+    extra = {
+        k: v for k, v in teacher.extra.items() if k not in ("model_type", "classifier_pooling")
+    }
+    try:
+        return dataclasses.replace(
+            teacher,
+            model_type="lstm",
+            num_hidden_layers=layers,
+            hidden_size=hidden,
+            max_position_embeddings=teacher.max_length,
+            layer_heads=None,
+            layer_widths=None,
+            extra=extra,
+            **FORMS["lstm"],
+            **dropouts(config),
+        )
+    except ValueError as error:
+        raise ValueError(f"student is {quoted(config.student)}: {error}") from error
+
+
 def dropouts(config: DistilConfig) -> dict[str, Any]:
     """The fields of a student's configuration that the settings replace."""
     found = {
@@ -199,7 +227,8 @@ def chosen_layers(config: DistilConfig, teacher: BertConfig, count: int) -> list
     """The teacher's layers that a student of so many starts from; raises ValueError for numbers that it lacks."""
     most = teacher.num_hidden_layers
     if config.layers is None:
-        if count > most and config.start == "teacher":
+        recurrent = config.student is not None and config.student.startswith(RECURRENT)
+        if count > most and config.start == "teacher" and not recurrent:
             raise ValueError(
                 f"student is {quoted(config.student)} and the teacher has {most} layers: pass --start fresh, or fewer"
             )
@@ -229,7 +258,8 @@ def _student_folder(text: str) -> str:
         return str(model_folder(text))
     except FileNotFoundError:
         raise ValueError(
-            f"student is {quoted(text)}: pass sizes LAYERSxHIDDEN[xHEADS[xFFN]], such as 3x384, or an existing folder"
+            f"student is {quoted(text)}: pass sizes LAYERSxHIDDEN[xHEADS[xFFN]], such as 3x384, lstm:LAYERSxHIDDEN, or "
+            "an existing folder"
         ) from None
 
 

@@ -142,6 +142,11 @@ def check_losses(config: LossSettings, teacher: BertConfig, student: BertConfig)
     layers = teacher.num_hidden_layers, student.num_hidden_layers
     if 0 in layers and not {"soft", "labels", "vectors"} >= set(config.weights):
         raise ValueError("a model has no layers: choose of the losses soft, labels and vectors")
+    for name in ("attention", "relations"):
+        if name in config.weights and (teacher.recurrent or student.recurrent):
+            raise ValueError(
+                f"losses has {name}, and a model is an LSTM, which has no attention: choose soft, labels or hidden"
+            )
     if "attention" in config.weights and student.num_hidden_layers > teacher.num_hidden_layers:
         raise ValueError(
             f"losses has attention, and the student has {student.num_hidden_layers} layers and the teacher "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from fastbert.distil.config import DistilConfig, has_sizes
+from fastbert.distil.config import RECURRENT, DistilConfig, has_sizes
 from fastbert.distil.plan import UNJUDGED
 from fastbert.files import quoted
 
@@ -59,6 +59,12 @@ def check_used(config: DistilConfig, kind: str, losses: set[str], has_validation
 
 def _check_start(config: DistilConfig) -> None:
     assert config.student is not None
+    for name in ("layers", "attention_dropout"):
+        if config.student.startswith(RECURRENT) and getattr(config, name) is not None:
+            raise ValueError(
+                f"{name} is {quoted(getattr(config, name))} and the student is an LSTM, which has no such layers: "
+                "leave it out"
+            )
     if config.layers is not None and config.start == "fresh":
         raise ValueError(
             f"layers is {quoted(config.layers)} and start is fresh: leave one of them out"

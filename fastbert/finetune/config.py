@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from fastbert.files import RECORDS, existing, parse_json, read_text
-from fastbert.models.config import BertConfig, check_types, model_folder
+from fastbert.models.config import BertConfig, model_folder
+from fastbert.models.field_types import check_types
 from fastbert.train.settings import (
     BATCH,
     DATA,

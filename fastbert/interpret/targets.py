@@ -20,7 +20,7 @@ def class_target(model: Any, k: int, probability: bool = False) -> Target:
     """The logit, or the probability, of class k of a classifier of whole texts."""
     name = _class(model, k)
     scale = scale_of(model.config) if probability else "none"
-    mean = model.config.model_type == "modernbert" and model.config.classifier_pooling == "mean"
+    mean = model.config.classifier_pooling == "mean"
 
     def score(model: Any, given: dict[str, Any], rows: Tensor) -> Tensor:
         return _of(model(**given).logits, k, scale)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from fastbert.files import parse_json, quoted, read_text
+from fastbert.files import listed, parse_json, quoted, read_text
 from fastbert.models import config_json
 from fastbert.models.config_json import ALIASES, LAYER_SIZES, REFUSED
+from fastbert.models.field_types import check_types
 from fastbert.models.names import FORMS, SPELLINGS, TYPES
 
 # hidden_act -> `approximate` of bias_gelu; None: ReLU
@@ -30,31 +30,11 @@ PROBLEM_TYPES = (
     "single_label_classification",
     "multi_label_classification",
 )
-# type in an annotation -> type of a value, and its name in messages
-_TYPES: dict[str, tuple[Any, str]] = {
-    "int": (Integral, "a whole number"),
-    "float": (Real, "a number"),
-    "str": (str, "a text"),
-    "bool": (bool, "true or false"),
-    "dict": (dict, "a JSON object"),
-    "tuple": ((tuple, list), "a list"),
-}
-
-
-def check_types(settings: Any) -> None:
-    """Raise ValueError for a field of a dataclass whose value is not of the field's type."""
-    for f in dataclasses.fields(settings):
-        value, (kind, *optional) = getattr(settings, f.name), str(f.type).split(" | ")
-        wanted, called = _TYPES[kind.partition("[")[0]]
-        fits = isinstance(value, wanted) and (kind == "bool") == isinstance(value, bool)
-        fits = fits and (not isinstance(value, Real) or math.isfinite(value))
-        if not fits and not (optional and value is None):
-            raise ValueError(f"{f.name} is {quoted(value)}: it must be {called}")
 
 
 @dataclass
 class BertConfig:
-    """The settings of a BERT, RoBERTa, DistilBERT, ModernBERT or GPT-2; names are those of Hugging Face's BERT.
+    """The settings of a BERT, RoBERTa, DistilBERT, ModernBERT, GPT-2 or LSTM; names are those of Hugging Face's BERT.
 
     Raises ValueError with a sentence for settings that do not fit together or that are not supported.
     """
@@ -85,10 +65,11 @@ class BertConfig:
     # this id's word embedding is zero and gets no gradient from the lookup; None: 1 in RoBERTa, none in GPT-2, else 0
     pad_token_id: int | None = None
     # "absolute" is a learned table, "sinusoidal" the fixed one of the Transformer paper; "rotary" has no table, and
-    # attention turns queries and keys by their positions. None: rotary in ModernBERT, else absolute
+    # attention turns queries and keys by their positions; an LSTM has "none". None: the family's, rotary in ModernBERT
     position_embedding_type: str | None = None
     # the family: "bert", "roberta" (positions from the padding id), "distilbert", "modernbert" (both without types and
-    # pooler) or "gpt2" (a token sees those before it, and the embeddings have no norm)
+    # pooler), "gpt2" (a token sees those before it, and the embeddings have no norm) or "lstm" (layers are
+    # bidirectional LSTMs of hidden_size / 2 units a direction, without attention and feed-forward; fastbert's alone)
     model_type: str = "bert"
     # the form of the layers; None: the family's. With another form than the family's the model is fastbert's alone, and
     # to_dict writes another model_type. LayerNorm stands before the blocks, and behind the last layer
@@ -150,6 +131,9 @@ class BertConfig:
             self.pad_token_id = {"roberta": 1, "gpt2": None}.get(self.model_type, 0)
         if self.add_pooler is None:
             self.add_pooler = self.model_type in ("bert", "roberta")
+        if self.recurrent:
+            # its layers have neither heads nor a feed-forward block
+            self.num_attention_heads = self.intermediate_size = 1
         for name, value in FORMS[self.model_type].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -180,7 +164,11 @@ class BertConfig:
                 f"{self.num_attention_heads}: change one of them"
             )
         head = self.hidden_size // self.num_attention_heads
-        if head > 128:
+        if self.recurrent and self.hidden_size % 2:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size}: an lstm has half of it in each direction, use an even one"
+            )
+        if head > 128 and not self.recurrent:
             raise ValueError(
                 f"the head size is {head}: use more heads, attention takes at most 128"
             )
@@ -224,10 +212,11 @@ class BertConfig:
         if self.hidden_act not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise ValueError(f"hidden_act is {quoted(self.hidden_act)}: choose one of {known}")
-        if self.position_embedding_type not in ("absolute", "sinusoidal", "rotary"):
+        kinds = ("none",) if self.recurrent else ("absolute", "sinusoidal", "rotary")
+        if self.position_embedding_type not in kinds:
             raise ValueError(
-                f"position_embedding_type is {quoted(self.position_embedding_type)}: choose 'absolute', 'sinusoidal' "
-                "or 'rotary', relative positions are not supported"
+                f"position_embedding_type is {quoted(self.position_embedding_type)}: choose "
+                f"{listed(map(repr, kinds))}, relative positions are not supported"
             )
         self._check_form()
         if self.problem_type not in PROBLEM_TYPES:
@@ -264,6 +253,12 @@ class BertConfig:
             raise ValueError(
                 f"classifier_pooling is {quoted(self.classifier_pooling)}: choose cls or mean"
             )
+        one = {**FORMS["lstm"], "int8_bits": None, "layer_heads": None, "layer_widths": None}
+        other = [name for name, value in one.items() if getattr(self, name) != value]
+        if self.recurrent and other:
+            raise ValueError(
+                f"{other[0]} is {quoted(getattr(self, other[0]))}: the layers of an lstm have one form, leave it out"
+            )
         if self.is_mixed and self.model_type in ("distilbert", "gpt2"):
             raise ValueError(f"a {self.model_type} of another form: set model_type to bert")
 
@@ -271,6 +266,11 @@ class BertConfig:
     def rotary(self) -> bool:
         """Whether attention turns queries and keys by their positions; the embeddings have no positions then."""
         return self.position_embedding_type == "rotary"
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether the layers are bidirectional LSTMs, which have no attention."""
+        return self.model_type == "lstm"
 
     @property
     def causal(self) -> bool:
@@ -285,6 +285,8 @@ class BertConfig:
             free = {"biases", "local_attention"} if self.model_type == "modernbert" else set()
             other = any(getattr(self, n) != wanted[n] for n in wanted.keys() - free)
             return other or bool(self.add_pooler or self.type_vocab_size)
+        if self.recurrent:
+            return True
         return bool(
             self.pre_norm or self.gated or self.rotary or self.local_attention or not self.biases
         )
@@ -342,9 +344,9 @@ class BertConfig:
 
     @property
     def classifier_pooling(self) -> str:
-        """What of a sequence is classified: "cls", its first token, or "mean", of its tokens, in ModernBERT only."""
-        modern = self.model_type == "modernbert"
-        return self.extra.get("classifier_pooling", "cls") if modern else "cls"
+        """What of a sequence is classified: "cls", its first token, or "mean", of its tokens (ModernBERT, LSTM)."""
+        own = {"modernbert": "cls", "lstm": "mean"}.get(self.model_type)
+        return self.extra.get("classifier_pooling", own) if own else "cls"
 
     @property
     def position_offset(self) -> int:

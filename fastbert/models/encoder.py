@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from fastbert.models.config import BertConfig
 from fastbert.models.inputs import Inputs, prepare
 from fastbert.models.int8_files import check_state
 from fastbert.models.output import Output
+from fastbert.models.recurrent import LSTMLayer
 from fastbert.nn.base import Linear
 from fastbert.nn.blocks import Embeddings, EncoderLayer, QKVProjection
 from fastbert.nn.drop_in import LayerNorm
@@ -185,6 +186,32 @@ class Pretrained(nn.Module):
         return dropout(x, p, seed_for(p, seed, x), site)
 
 
+def _encoder_layers(c: BertConfig) -> Iterator[nn.Module]:
+    for i, ((heads, width), window) in enumerate(zip(c.layer_sizes, c.windows, strict=True)):
+        yield EncoderLayer(
+            c.hidden_size,
+            heads,
+            width,
+            head_size=c.head_size,
+            approximate=c.approximate,
+            eps=c.layer_norm_eps,
+            p=c.hidden_dropout_prob,
+            attention_p=c.attention_probs_dropout_prob,
+            bias=bool(c.biases),
+            pre_norm=bool(c.pre_norm),
+            gated=bool(c.gated),
+            window=window,
+            # the norm of the embeddings, where there is one, stands before the first layer
+            first_norm=i > 0 or c.causal,
+        )
+
+
+def _lstm_layers(c: BertConfig) -> Iterator[nn.Module]:
+    for i in range(c.num_hidden_layers):
+        # dropout is between the layers
+        yield LSTMLayer(c.hidden_size, p=c.hidden_dropout_prob * (i + 1 < c.num_hidden_layers))
+
+
 class BertModel(Pretrained):
     """The encoder: embeddings, layers, and the pooler (dense + tanh on the first token) where the family has one.
 
@@ -202,7 +229,7 @@ class BertModel(Pretrained):
         self.embeddings = Embeddings(
             words,
             width,
-            0 if c.rotary else c.max_position_embeddings,
+            0 if c.rotary or c.recurrent else c.max_position_embeddings,
             c.type_vocab_size or 0,
             eps=c.layer_norm_eps,
             p=c.hidden_dropout_prob,
@@ -215,27 +242,7 @@ class BertModel(Pretrained):
         )
         # an int8 model's floating-point weights take no memory at any time
         with nullcontext() if c.int8_bits is None else torch.device("meta"):
-            self.layers = nn.ModuleList(
-                EncoderLayer(
-                    width,
-                    heads,
-                    intermediate,
-                    head_size=c.head_size,
-                    approximate=c.approximate,
-                    eps=c.layer_norm_eps,
-                    p=c.hidden_dropout_prob,
-                    attention_p=c.attention_probs_dropout_prob,
-                    bias=biases,
-                    pre_norm=bool(c.pre_norm),
-                    gated=bool(c.gated),
-                    window=window,
-                    # the norm of the embeddings, where there is one, stands before the first layer
-                    first_norm=i > 0 or c.causal,
-                )
-                for i, ((heads, intermediate), window) in enumerate(
-                    zip(c.layer_sizes, c.windows, strict=True)
-                )
-            )
+            self.layers = nn.ModuleList(_lstm_layers(c) if c.recurrent else _encoder_layers(c))
         # behind the last layer
         self.final_norm = LayerNorm(width, c.layer_norm_eps, bias=biases) if c.pre_norm else None
         wanted = c.add_pooler if add_pooler is None else add_pooler

@@ -250,7 +250,8 @@ class BertForSequenceClassification(_Head):
 
     BERT classifies the pooler's output; RoBERTa has a dense layer with tanh instead, DistilBERT one with ReLU.
     ModernBERT classifies what a HeadTransform makes of the first token, or of the mean of all tokens where config.json
-    has the classifier_pooling "mean".
+    has the classifier_pooling "mean". An LSTM classifies the mean of all tokens, or the first one where config.json has
+    "cls", as RoBERTa does the first.
     """
 
     architecture = "BertForSequenceClassification"

@@ -24,6 +24,7 @@ SPELLINGS: dict[str, dict[str, str]] = {
         "dropout": "hidden_dropout_prob",
         "attention_dropout": "attention_probs_dropout_prob",
     },
+    "lstm": {},
     "gpt2": {
         "n_positions": "max_position_embeddings",
         "n_embd": "hidden_size",
@@ -43,7 +44,7 @@ SPELLINGS: dict[str, dict[str, str]] = {
     },
 }
 # the number of token types, and the form of the layers, that a family has where nothing else is said
-TYPES = {"bert": 2, "roberta": 1, "distilbert": 0, "modernbert": 0, "gpt2": 0}
+TYPES = {"bert": 2, "roberta": 1, "distilbert": 0, "modernbert": 0, "gpt2": 0, "lstm": 0}
 _BERT_FORM = {
     "pre_norm": False,
     "gated": False,
@@ -54,6 +55,7 @@ _BERT_FORM = {
 FORMS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("bert", "roberta", "distilbert"), _BERT_FORM),
     "gpt2": _BERT_FORM | {"pre_norm": True},
+    "lstm": _BERT_FORM | {"position_embedding_type": "none"},
     "modernbert": {
         "pre_norm": True,
         "gated": True,
@@ -114,6 +116,7 @@ _BERT_ENCODER: Names = _EMBEDDINGS | {
 }
 _ENCODERS: dict[str, Names] = {
     "bert": _BERT_ENCODER,
+    "lstm": _EMBEDDINGS | {"layers.*.lstm": "encoder.layer.*.lstm", "pooler": "pooler.dense"},
     "roberta": _BERT_ENCODER,
     "distilbert": _EMBEDDINGS
     | {
@@ -183,6 +186,7 @@ _HEADS: dict[str, Names] = {
     },
     "gpt2": {"mlm_head": "lm_head", "mlm_head.decoder": "lm_head"},
 }
+_HEADS["lstm"] = _HEADS["bert"]
 # (family, class) -> names that differ from the rest of the family's
 _OWN_NAMES: dict[tuple[str, str], Names] = {
     ("bert", "BertForQuestionAnswering"): {"classifier": "qa_outputs"},

@@ -113,6 +113,11 @@ def _check_loaded(loaded: BertConfig, config: PretrainConfig, vocabulary: int) -
             f"the model in {config.init_from} is a {loaded.model_type} and recipe is {config.recipe}: the recipe gpt "
             "trains a gpt2, and the others do not"
         )
+    if loaded.recurrent != (config.recipe == "lstm"):
+        raise ValueError(
+            f"the model in {config.init_from} is a {loaded.model_type} and recipe is {config.recipe}: the recipe lstm "
+            "trains an lstm, and the others do not"
+        )
     if reason := loaded.why_not_trained:
         raise ValueError(f"the model in {config.init_from} {reason}")
     if vocabulary > loaded.vocab_size:

@@ -9,7 +9,16 @@ from typing import Any
 
 from fastbert.files import SHARDS, TEXTS, TOKENIZER_FILES, existing, folder_or_new
 from fastbert.train import settings
-from fastbert.train.settings import BATCH, DATA, MODEL, RUN, TOKENIZER, TrainingSettings, setting
+from fastbert.train.settings import (
+    BATCH,
+    DATA,
+    MODEL,
+    OPTIMISER,
+    RUN,
+    TOKENIZER,
+    TrainingSettings,
+    setting,
+)
 
 # what a recipe sets where nothing else is said
 _BERT: dict[str, Any] = {
@@ -22,6 +31,7 @@ _BERT: dict[str, Any] = {
     "biases": True,
     "local_attention": 0,
     "dropout": 0.1,
+    "lr": 1e-4,
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "bert": _BERT,
@@ -39,6 +49,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "biases": False,
         "local_attention": 128,
         "dropout": 0.0,
+        "lr": 1e-4,
     },
     # GPT-2 (Radford et al. 2019)
     "gpt": {
@@ -48,6 +59,26 @@ RECIPES: dict[str, dict[str, Any]] = {
         "tokenizer_kind": "bpe",
         "pre_norm": True,
     },
+    # a bidirectional LSTM
+    "lstm": {
+        **_BERT,
+        "next_sentence": False,
+        "tokenizer_kind": "bpe",
+        "positions": "none",
+        "lr": 1e-3,
+    },
+}
+# the only values of settings of layers that an LSTM does not have; 12 heads are the default of all recipes
+_LSTM = {
+    "heads": (1, 12),
+    "ffn": (1,),
+    "start": ("normal",),
+    "positions": ("none",),
+    "pre_norm": (False,),
+    "gated": (False,),
+    "biases": (True,),
+    "local_attention": (0,),
+    "attention_dropout": (0.0,),
 }
 
 
@@ -57,7 +88,7 @@ class PretrainConfig(TrainingSettings):
 
     `recipe` gives the settings that are None and that RECIPES has, each of which can be set by itself. With the recipe
     modern the model is a ModernBERT, which transformers loads as long as these settings stay within its form; with gpt
-    it is a GPT-2 and nothing is masked.
+    it is a GPT-2 and nothing is masked; with lstm it is a bidirectional LSTM, which fastbert alone loads.
 
     Raises TypeError or ValueError, naming the setting, for values that can't be.
     """
@@ -80,7 +111,7 @@ class PretrainConfig(TrainingSettings):
         "bert",
         DATA,
         "bert: sentence pairs, MLM + NSP; roberta: full sentences, MLM only; modern: as ModernBERT, MLM only; gpt: the "
-        "next word of blocks of max_length tokens",
+        "next word of blocks of max_length tokens; lstm: a bidirectional LSTM, MLM only",
     )
     next_sentence: bool | None = setting(
         None, DATA, "sentence pairs and NSP; default in the recipe bert only"
@@ -178,6 +209,9 @@ class PretrainConfig(TrainingSettings):
         path=True,
     )
 
+    lr: float | None = setting(  # type: ignore[assignment]
+        None, OPTIMISER, "peak learning rate; default 1e-4, in the recipe lstm 1e-3"
+    )
     minutes: float | None = setting(
         None, BATCH, "time for the steps; the first ones are timed and fix the number of steps"
     )
@@ -214,7 +248,9 @@ class PretrainConfig(TrainingSettings):
         if self.max_tokens is None and self.batch_size is None:
             self.max_tokens = 8192
         if self.attention_dropout is None:
-            self.attention_dropout = self.dropout
+            self.attention_dropout = 0.0 if self.recipe == "lstm" else self.dropout
+        if self.ffn is None and self.recipe == "lstm":
+            self.ffn = 1
         if self.ffn is None:
             # a gate has three matrices of this width, not two: the parameters stay about as many
             self.ffn = max(round(self.hidden / 6), 1) * 16 if self.gated else 4 * self.hidden
@@ -225,7 +261,9 @@ class PretrainConfig(TrainingSettings):
             {
                 "recipe": tuple(RECIPES),
                 "tokenizer_kind": ("wordpiece", "bpe", None),
-                "positions": ("absolute", "sinusoidal", "rotary"),
+                "positions": ("none",)
+                if self.recipe == "lstm"
+                else ("absolute", "sinusoidal", "rotary"),
                 "start": ("normal", "neighbours"),
                 "strategy": ("ddp", "fsdp"),
             }
@@ -242,6 +280,12 @@ class PretrainConfig(TrainingSettings):
             raise ValueError(
                 "mask_prob, eval_mask_prob and heldout must be above 0: there is nothing to learn or judge"
             )
+        for name, values in _LSTM.items() if self.recipe == "lstm" else ():
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)} and recipe is lstm, whose layers have no such setting: leave it "
+                    "out"
+                )
         if not 0.0 <= self.batch_ramp <= 1.0:
             raise ValueError(f"batch_ramp is {self.batch_ramp}: it must be in [0, 1]")
         if self.batch_ramp and self.accumulate == 1:

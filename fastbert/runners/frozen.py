@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastbert.backend import chooser, cpu
 from fastbert.backend.reference.attention_form import Rotary
 from fastbert.backend.torch_private import exporting
+from fastbert.models.recurrent import LSTMLayer
 from fastbert.nn.base import Linear as BlockLinear
 from fastbert.nn.blocks import PARAMETERS, EncoderLayer, QKVProjection, SelfAttention
 from fastbert.nn.feed_forward import FeedForward, GatedFeedForward
@@ -238,6 +239,8 @@ def why_not_read(layer: nn.Module, training: bool = False) -> str | None:
 
     With `training` the parts may be in training mode.
     """
+    if isinstance(layer, LSTMLayer):
+        return "it is an LSTM, which has no native layer"
     for path, m in layer.named_modules(remove_duplicate=False):
         kind = type(m).__name__
         if type(m) not in PARTS.get(path, ()):

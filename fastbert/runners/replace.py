@@ -56,6 +56,8 @@ def _replace_all(
 
 
 def _why_not(encoder: BertModel, bits: int, embeddings: bool) -> str | None:
+    if encoder.config.recurrent:
+        return "its layers are LSTMs"
     word = encoder.embeddings.word
     wanted: dict[str, tuple[Any, tuple[type, ...]]] = {}
     for i, layer in enumerate(encoder.layers):
