@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # An entry is a module, or a package with all that is in it; the longest entry that fits a module counts.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("fastbert._lazy", "fastbert.files", "fastbert.machine"),
-    ("fastbert.models.config", "fastbert.models.config_json", "fastbert.models.names"),
+    (
+        *("fastbert.models.config", "fastbert.models.config_json", "fastbert.models.field_types"),
+        "fastbert.models.names",
+    ),
     ("fastbert.backend", "fastbert.kernels"),
     ("fastbert.ops", "fastbert.functional"),
     ("fastbert.nn",),

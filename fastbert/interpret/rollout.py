@@ -24,7 +24,7 @@ from fastbert.nn.layer import LayerCall, LayerSettings, Observer
 def observed(model: Any, observers: Mapping[int, Observer]) -> Iterator[None]:
     """Call the layers' observers, by layer, in the model's forwards inside; its prepacked copies rest."""
     encoder = model.bert
-    parts = {i: getattr(encoder.layers[i], "attention", None) for i in observers}
+    parts: dict[int, Any] = {i: getattr(encoder.layers[i], "attention", None) for i in observers}
     if None in parts.values():
         raise ValueError(
             f"the layers are {type(encoder.layers[0]).__name__}s, which have no attention: choose another method"

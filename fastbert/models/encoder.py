@@ -19,13 +19,13 @@ from fastbert.models.config import BertConfig
 from fastbert.models.inputs import Inputs, prepare
 from fastbert.models.int8_files import check_state
 from fastbert.models.output import Output
-from fastbert.models.recurrent import LSTMLayer
 from fastbert.nn.base import Linear
 from fastbert.nn.blocks import Embeddings, EncoderLayer, QKVProjection
 from fastbert.nn.drop_in import LayerNorm
 from fastbert.nn.exports import fx_leaf, refuse_script
 from fastbert.nn.int8 import Int8Embedding, Int8Linear, replace_matrices
 from fastbert.nn.packing import Packing
+from fastbert.nn.recurrent import LSTMLayer
 from fastbert.nn.watch import log_once
 from fastbert.ops.context import seed_for
 from fastbert.runners.frozen import Frozen

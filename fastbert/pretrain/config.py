@@ -71,14 +71,14 @@ RECIPES: dict[str, dict[str, Any]] = {
 # the only values of settings of layers that an LSTM does not have; 12 heads are the default of all recipes
 _LSTM = {
     "heads": (1, 12),
-    "ffn": (1,),
+    "ffn": (None, 1),
     "start": ("normal",),
     "positions": ("none",),
     "pre_norm": (False,),
     "gated": (False,),
     "biases": (True,),
     "local_attention": (0,),
-    "attention_dropout": (0.0,),
+    "attention_dropout": (None, 0.0),
 }
 
 

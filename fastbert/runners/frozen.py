@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from fastbert.backend import chooser, cpu
 from fastbert.backend.reference.attention_form import Rotary
 from fastbert.backend.torch_private import exporting
-from fastbert.models.recurrent import LSTMLayer
 from fastbert.nn.base import Linear as BlockLinear
 from fastbert.nn.blocks import PARAMETERS, EncoderLayer, QKVProjection, SelfAttention
 from fastbert.nn.feed_forward import FeedForward, GatedFeedForward
 from fastbert.nn.int8 import Int8Linear
 from fastbert.nn.layer import LayerSettings, activation_name
 from fastbert.nn.packing import Packing
+from fastbert.nn.recurrent import LSTMLayer
 from fastbert.nn.watch import log_once
 from fastbert.runners.copies import (
     RECORDED,

@@ -114,3 +114,15 @@ def test_rollouts_of_two_texts_are_those_of_each():
         expected = product.mean(0).masked_fill(q.fixed[n], 0.0)
         torch.testing.assert_close(found[n], expected, atol=1e-6, rtol=1e-5)
     assert explain(q, "gradient-rollout").scores[~q.fixed].min() > 0
+
+
+def test_gradients_explain_an_lstm_and_attention_does_not():
+    model = model_of(model_type="lstm")
+    question = question_of(model)
+    found = explain(question, "integrated", steps=50)
+    assert found.error < 0.02
+    for method in ("rollout", "gradient-rollout"):
+        with pytest.raises(ValueError, match="LSTMLayers, which have no attention"):
+            explain(question, method)
+    with pytest.raises(ValueError, match="no attention"):
+        attention_maps(model, {"input_ids": question.ids[None]})
