@@ -17,6 +17,7 @@
 #   make bench-families times newer encoders of transformers as they are and accelerated; 15 minutes
 #   make bench-decoding times texts, prompts and training steps of a GPT-2 beside transformers'; 5 minutes
 #   make bench-lstm     times fastbert.nn.LSTM beside torch's on packed and padded batches; 3 minutes
+#   make bench-contrasts  compares BERT, GPT and a bidirectional LSTM: costs, and copying over a distance; 4 minutes
 #   make bench-pretraining  compares recipes of pretraining for equal time; six hours, and a rerun goes on
 #   make bench-int8-accuracy  measures what quantize costs in accuracy, also of two models that it trains; an hour.
 #                       BENCH_ARGS="--sentences FILE --reactions FILE" adds rows of your files
@@ -56,7 +57,7 @@ NATIVE := $(filter csrc/%,$(SOURCES))
 GPU = $(findstring GPU,$(shell nvidia-smi -L 2>/dev/null))
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-slow test-transformers4 test-gpu-static test-ptx fuzz gpu gpu-report sanitize bench bench-peers bench-step bench-scaling bench-scripts bench-families bench-lstm bench-decoding bench-pretraining bench-int8-accuracy bench-compress bench-tradeoff bench-explaining bench-faithfulness lint
+.PHONY: install demo test test-slow test-transformers4 test-gpu-static test-ptx fuzz gpu gpu-report sanitize bench bench-peers bench-step bench-scaling bench-scripts bench-families bench-lstm bench-decoding bench-contrasts bench-pretraining bench-int8-accuracy bench-compress bench-tradeoff bench-explaining bench-faithfulness lint
 
 install: $(INSTALLED)
 
@@ -172,6 +173,9 @@ bench-decoding: $(INSTALLED)
 
 bench-lstm: $(INSTALLED)
 	$(PY) -m benchmarks.models.lstm $(BENCH_ARGS)
+
+bench-contrasts: $(INSTALLED)
+	$(PY) -m benchmarks.models.contrasts $(BENCH_ARGS)
 
 bench-pretraining: $(INSTALLED)
 	$(PY) -m benchmarks.models.pretraining $(BENCH_ARGS)
