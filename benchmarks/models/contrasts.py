@@ -189,7 +189,7 @@ def draw(results: dict[str, Any], image: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
-    parser.add_argument("--steps", type=int, default=1400, help="of the copy task")
+    parser.add_argument("--steps", type=int, default=1000, help="of the copy task")
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3], help="the grid")
     parser.add_argument("--quick", action="store_true", help="tiny models, to try the command")
     parser.add_argument("--out", type=Path, default=JSON, help="JSON of the results")
