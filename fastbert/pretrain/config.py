@@ -297,13 +297,7 @@ class PretrainConfig(TrainingSettings):
         self._check_least(
             1, *sizes, "minutes", "goal", "max_tokens", "batch_size", "initializer_range", "shards"
         )
-        self._check_least(1, "global_every", "rope_theta", "local_rope_theta")
-        angles = "rope_theta", "local_rope_theta"
-        self._check_used(
-            self.positions == "rotary", f"positions is {self.positions}, not rotary", *angles
-        )
-        local = "global_every", "local_rope_theta"
-        self._check_used(bool(self.local_attention), "local_attention is 0", *local)
+        self._check_form()
         if self.goal is not None and not self.eval_every:
             raise ValueError(
                 "goal is set and eval_every is 0: evaluations are what a goal is seen by"
@@ -316,6 +310,15 @@ class PretrainConfig(TrainingSettings):
             raise ValueError(
                 f"max_tokens {self.max_tokens} is below max_length {self.max_length}: a batch holds whole sequences"
             )
+
+    def _check_form(self) -> None:
+        self._check_least(1, "global_every", "rope_theta", "local_rope_theta")
+        angles = "rope_theta", "local_rope_theta"
+        self._check_used(
+            self.positions == "rotary", f"positions is {self.positions}, not rotary", *angles
+        )
+        local = "global_every", "local_rope_theta"
+        self._check_used(bool(self.local_attention), "local_attention is 0", *local)
 
     def _check_gpt(self) -> None:
         for name in ("mask_prob", "eval_mask_prob", "whole_word", "next_sentence"):
