@@ -8,6 +8,7 @@ then 16 bytes. The low halves q of the bytes are the first 16 numbers, (q - 8) d
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +63,7 @@ class _Entry(NamedTuple):
     """A tensor's place in the file."""
 
     kind: int
-    count: int
+    numbers: int
     start: int
     size: int
 
@@ -154,7 +155,7 @@ def _tokenizer(reader: _Reader, rows: int) -> Tokenizer:
         raise reader.refused("has pieces that lie outside of its text, or scores without a value")
     pieces = [
         decoded(blob[start:end], f"piece {i} of {reader.file}", offset=1)
-        for i, (start, end) in enumerate(zip(ends, ends[1:], strict=False))
+        for i, (start, end) in enumerate(pairwise(ends))
     ]
     places = {piece: i for i, piece in enumerate(pieces)}
     wanted = [ROBERTA_TOKENS[role] for role in ("cls", "sep", "pad", "unk")]
@@ -220,9 +221,9 @@ def _tensor(reader: _Reader, name: str, entry: _Entry, shape: list[int]) -> Tens
             f"has the tensor {name} of type {entry.kind}: 0 is fp32, 1 is Q4_0, and others are not known"
         )
     size = 4 * count if entry.kind == 0 else count // _BLOCK * _BLOCK_BYTES
-    if entry.count != count or entry.size != size or (entry.kind == 1 and count % _BLOCK):
+    if entry.numbers != count or entry.size != size or (entry.kind == 1 and count % _BLOCK):
         raise reader.refused(
-            f"has {entry.count} numbers in {entry.size} bytes for the tensor {name} of shape {tuple(shape)}"
+            f"has {entry.numbers} numbers in {entry.size} bytes for the tensor {name} of shape {tuple(shape)}"
         )
     # the place counts from the beginning of the file
     if entry.start + entry.size > len(reader.data):

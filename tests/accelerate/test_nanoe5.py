@@ -146,7 +146,7 @@ def test_ids_and_vectors(folder):
         ["▁the", "▁cat"],
         ["▁the", "▁cat", "s"],
         ["▁fi", "▁", "é"],
-        ["▁the", "▁", "☂", "<mask>", "▁", "a"],
+        ["▁the", "▁", "☂", " <mask>", "▁", "a"],
         [],
         [],
     ]
