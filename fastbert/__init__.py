@@ -14,6 +14,7 @@ from fastbert._lazy import find_moved, lazy
 if TYPE_CHECKING:
     from fastbert.backend.chooser import debug, use
     from fastbert.compress.prune import prune
+    from fastbert.compress.trim import trim
     from fastbert.integrations.accelerate import accelerate, restore
     from fastbert.integrations.validate import validate
     from fastbert.runners.freeze import freeze, frozen_bytes, quantize, unfreeze, weight_bytes
@@ -33,6 +34,7 @@ __all__ = [
     "prune",
     "quantize",
     "restore",
+    "trim",
     "tune",
     "unfreeze",
     "use",
@@ -50,6 +52,7 @@ _NAMES = {
     "prune": "fastbert.compress.prune",
     "quantize": "fastbert.runners.freeze",
     "restore": "fastbert.integrations.accelerate",
+    "trim": "fastbert.compress.trim",
     "tune": "fastbert.tuning.measure",
     "unfreeze": "fastbert.runners.freeze",
     "use": "fastbert.backend.chooser",

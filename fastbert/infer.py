@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import normalizers
 from torch import Tensor
 from torch.nn import functional as tnf
 
 from fastbert.data import load_tokenizer
 from fastbert.data.tokenizer import SpecialIds, is_roberta
 from fastbert.files import quoted
-from fastbert.integrations.sentence_transformers import SentenceModel, pool
+from fastbert.integrations.sentence_transformers import SentenceModel, lower_first, pool
 from fastbert.models.checkpoint import check_whole
 from fastbert.models.decoder import GPTForCausalLM
 from fastbert.models.encoder import BertModel
@@ -135,7 +134,7 @@ class Embedder:
             quantize_loaded(self.model)
         self.tokenizer: Any = load_tokenizer(self.about.encoder)
         if self.about.lower_case:
-            _lower(self.tokenizer)
+            lower_first(self.tokenizer)
         self.max_length: int = self.model.config.max_length
         if self.about.max_length is not None:
             self.max_length = min(self.max_length, self.about.max_length)
@@ -197,13 +196,3 @@ class Embedder:
                 f"pooling by {', '.join(self.pooling)} gives {width} numbers and the folder's files say "
                 f"{self.about.width}: choose another pooling, or correct the pooling's config.json"
             )
-
-
-def _lower(tokenizer: Any) -> None:
-    """Lower-case texts first, as sentence-transformers does for do_lower_case."""
-    old: Any = tokenizer.normalizer
-    # the library's types lack that a sequence is iterable
-    several = isinstance(old, normalizers.Sequence)
-    steps: list[Any] = list(old) if several else [old] if old else []  # type: ignore[call-overload, unused-ignore]
-    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])

@@ -23,6 +23,7 @@ from fastbert.cli.prune import prune
 from fastbert.cli.quantize import quantize
 from fastbert.cli.settings import ready
 from fastbert.cli.text import embed, fill_mask, generate
+from fastbert.cli.trim import trim
 from fastbert.cli.tune import tune
 from fastbert.files import shortened
 
@@ -56,6 +57,7 @@ _command("generate", generate)
 _command("explain-text", explain_text)
 _command("quantize", quantize)
 _command("prune", prune)
+_command("trim", trim)
 _command("tune", tune, bare=True)
 
 

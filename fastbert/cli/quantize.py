@@ -40,22 +40,17 @@ def quantize(
     """
     if bits not in (12, 8):
         raise ValueError(f"--bits {bits}: choose 12 or 8")
-    folder = trained_model(model)
-    folder_or_new(out, "name a new folder")
-    if out.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{out} is inside {folder}: name a folder outside of the model")
-    if out.is_dir() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is a folder with files: name a new one")
+    folder = source_of(model, out)
     ready()
     import fastbert
     from fastbert.integrations.sentence_transformers import SentenceModel
     from fastbert.train.store import write_folder
 
     encoder = SentenceModel.read(folder).encoder
-    parts = _parts(folder, encoder)
+    parts = parts_of_folder(folder, encoder)
     if BertConfig.from_file(encoder).int8_bits is not None:
         raise ValueError(f"the weights in {encoder} are int8 already: pass the model before it")
-    found = _load(encoder)
+    found = load_own(encoder)
     before = fastbert.weight_bytes(found)
     fastbert.quantize(found, bits, replace=True, embeddings=embeddings)
 
@@ -64,16 +59,31 @@ def quantize(
         found.save_pretrained(new / encoder.relative_to(folder))
 
     write_folder(out, fill)
-    stored = _stored(encoder), _stored(out / encoder.relative_to(folder))
-    typer.echo(f"{'bytes':<20} {'before':>14} {'after':>14}")
-    for name, (old, new) in {
-        "weights in files": stored,
-        "weights in memory": (sum(before.values()), sum(fastbert.weight_bytes(found).values())),
-    }.items():
-        typer.echo(f"{name:<20} {old:>14,} {new:>14,} {new / old:7.0%}")
+    stored = stored_bytes(encoder), stored_bytes(out / encoder.relative_to(folder))
+    held = sum(before.values()), sum(fastbert.weight_bytes(found).values())
+    before_and_after({"weights in files": stored, "weights in memory": held}, "bytes")
 
 
-def _load(folder: Path) -> Any:
+def source_of(model: Path, out: Path) -> Path:
+    """The folder of a model to be copied; refuses an OUT inside of it, and one with files."""
+    folder = trained_model(model)
+    folder_or_new(out, "name a new folder")
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{out} is inside {folder}: name a folder outside of the model")
+    if out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is a folder with files: name a new one")
+    return folder
+
+
+def before_and_after(rows: dict[str, tuple[int, int]], title: str = "") -> None:
+    """Print the two numbers of every row."""
+    width = max(20, *map(len, rows))
+    typer.echo(f"{title:<{width}} {'before':>14} {'after':>14}")
+    for name, (old, new) in rows.items():
+        typer.echo(f"{name:<{width}} {old:>14,} {new:>14,} {new / old:7.0%}")
+
+
+def load_own(folder: Path) -> Any:
     """The model in a folder, of the class that its config.json names; the bare encoder where we have no such class."""
     from fastbert import bert
     from fastbert.models.checkpoint import check_whole
@@ -94,7 +104,7 @@ def _load(folder: Path) -> Any:
     return found
 
 
-def _parts(folder: Path, encoder: Path) -> list[Path]:
+def parts_of_folder(folder: Path, encoder: Path) -> list[Path]:
     """A model folder and the folders that its modules.json names; refuses a name that leads out of it."""
     parts = {folder, encoder}
     if (folder / "modules.json").is_file():
@@ -120,7 +130,7 @@ def copy_files(folder: Path, encoder: Path, parts: list[Path], new: Path) -> Non
                 shutil.copyfile(path, new / path.relative_to(folder))
 
 
-def _stored(folder: Path) -> int:
+def stored_bytes(folder: Path) -> int:
     """Bytes of the weights that a folder's model is loaded from."""
     for pattern in ("model*.safetensors", "pytorch_model*.bin"):
         if found := [path.stat().st_size for path in folder.glob(pattern)]:

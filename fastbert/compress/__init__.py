@@ -1,1 +1,1 @@
-"""Smaller models that are faster: pruning to a speed-up that is measured."""
+"""Smaller models: pruning to a speed-up that is measured, and vocabularies of the texts at hand."""

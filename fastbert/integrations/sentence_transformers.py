@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import normalizers
 from torch import Tensor, nn
 from torch.nn import functional as tnf
 
@@ -162,6 +163,16 @@ class SentenceModel:
             raise _refused(
                 file, f"default_prompt_name is {quoted(self.default_prompt)}", "one of prompts"
             )
+
+
+def lower_first(tokenizer: Any) -> None:
+    """Lower-case texts first, as sentence-transformers does for do_lower_case."""
+    old: Any = tokenizer.normalizer
+    # the library's types lack that a sequence is iterable
+    several = isinstance(old, normalizers.Sequence)
+    steps: list[Any] = list(old) if several else [old] if old else []  # type: ignore[call-overload, unused-ignore]
+    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
 
 
 def pool(hidden: Tensor, lengths: Tensor, modes: Sequence[str], skipped: int = 0) -> Tensor:
