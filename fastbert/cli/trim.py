@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,7 +55,7 @@ def trim(
     ready()
     import fastbert
     from fastbert.compress.trim import trim as trim_vocabulary
-    from fastbert.data import load_tokenizer, read_documents, save_tokenizer
+    from fastbert.data import load_tokenizer, read_documents
     from fastbert.integrations.sentence_transformers import SentenceModel, lower_first
     from fastbert.train.store import write_folder
 
@@ -67,25 +68,14 @@ def trim(
         lower_first(tokenizer)
     found = load_own(encoder)
     rows, before = found.config.vocab_size, fastbert.weight_bytes(found)
-    # a prompt stands before every text
-    prompts = [prompt for prompt in about.prompts.values() if prompt] * min_count
     paragraphs = (p for document in documents for p in document.paragraphs)
-    smaller = trim_vocabulary(
-        found, tokenizer, (text for part in (prompts, paragraphs) for text in part), min_count
-    )
+    # pieces of prompts are kept, however often the texts have them
+    prompts = [*filter(None, about.prompts.values())] * min_count
+    smaller = trim_vocabulary(found, tokenizer, chain(prompts, paragraphs), min_count)
 
     def fill(new: Path) -> None:
         copy_files(folder, encoder, parts, new)
-        place = new / encoder.relative_to(folder)
-        for pattern in _OTHER_FORMS:
-            for path in place.glob(pattern):
-                path.unlink()
-        settings = place / "tokenizer_config.json"
-        old = parse_json(read_text(settings)) if settings.is_file() else {}
-        save_tokenizer(smaller, place)
-        values = json.loads(read_text(settings)) | {k: old[k] for k in _KEPT if k in old}
-        write_text(settings, json.dumps(values, indent=2) + "\n")
-        found.save_pretrained(place)
+        _save(found, smaller, new / encoder.relative_to(folder))
 
     write_folder(out, fill)
     before_and_after(
@@ -101,3 +91,18 @@ def trim(
             ),
         }
     )
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a model and a tokenizer in the place of the copied files of the tokenizer before it."""
+    from fastbert.data import save_tokenizer
+
+    for pattern in _OTHER_FORMS:
+        for path in folder.glob(pattern):
+            path.unlink()
+    settings = folder / "tokenizer_config.json"
+    old = parse_json(read_text(settings)) if settings.is_file() else {}
+    save_tokenizer(tokenizer, folder)
+    values = json.loads(read_text(settings)) | {key: old[key] for key in _KEPT if key in old}
+    write_text(settings, json.dumps(values, indent=2) + "\n")
+    model.save_pretrained(folder)
