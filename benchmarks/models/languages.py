@@ -172,7 +172,7 @@ def table(results: dict[str, Any]) -> str:
     m, v = results["machine"], results["machine"]["versions"]
     dates = " and ".join(sorted({row["date"] for row in rows.values()}))
     footnote = (
-        f"{dates}, {m['cpu']} ({m['instructions']}), {m['threads']} threads, fastbert {v['fastbert']}, torch "
+        f"{dates}, {m['cpu']} ({m['instructions']}), threads: {m['threads']}, fastbert {v['fastbert']}, torch "
         f"{v['torch']}. In brackets the difference in points."
     )
     if any("ratio" in row for row in rows.values()):
