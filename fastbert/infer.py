@@ -84,6 +84,7 @@ class Writer:
 
     def __init__(self, model: str | Path, int8: bool = False) -> None:
         self.model = GPTForCausalLM.from_pretrained(model)
+        int8 = int8 or self.model.config.int8_bits is not None
         (quantize_loaded if int8 else freeze)(self.model)
         check_whole(self.model, model)
         self.tokenizer: Any = load_tokenizer(model, special=False)

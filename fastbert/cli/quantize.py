@@ -91,6 +91,10 @@ def load_own(folder: Path) -> Any:
 
     names = BertConfig.from_file(folder).extra.get("architectures")
     name = str(names[0])[:80] if isinstance(names, list) and names else "BertModel"
+    if name in ("GPT2LMHeadModel", bert.GPTForCausalLM.architecture):
+        found = bert.GPTForCausalLM.from_pretrained(folder)
+        check_whole(found, folder)
+        return found
     head = re.search(r"For[A-Z]\w*$", name)
     kind = getattr(bert, f"Bert{head[0]}", None) if head else bert.BertModel
     if kind is None:

@@ -168,9 +168,9 @@ def _gather(model: Pretrained, kept: Tensor, numbers: dict[int, int]) -> None:
         return nn.Parameter(p[kept.to(p.device)], requires_grad=p.requires_grad)
 
     config, word = model.config, model.bert.embeddings.word
-    assert config.pad_token_id is not None
-    # an id without a token means nothing afterwards
-    config.pad_token_id = word.padding_idx = numbers.get(config.pad_token_id)
+    if config.pad_token_id is not None:
+        # an id without a token means nothing afterwards
+        config.pad_token_id = word.padding_idx = numbers.get(config.pad_token_id)
     if isinstance(word, Int8Embedding):
         places = kept.to(word.scale.device)
         word.hold(word.weight[places], word.scale[places])
@@ -178,7 +178,7 @@ def _gather(model: Pretrained, kept: Tensor, numbers: dict[int, int]) -> None:
         word.weight, word.num_embeddings = rows(word.weight), len(kept)
     head = getattr(model, "mlm_head", None)
     if head is not None:
-        head.bias = rows(head.bias)
+        head.bias = None if head.bias is None else rows(head.bias)
         if head.decoder is not None:
             head.decoder.weight, head.decoder.out_features = rows(head.decoder.weight), len(kept)
     config.vocab_size = len(kept)
