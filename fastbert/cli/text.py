@@ -173,7 +173,7 @@ def generate(
 
 def read_lines(texts: list[str] | None, file: Path | None = None) -> list[str]:
     """The texts: those given, or the lines of a file or of standard input; an empty one is refused."""
-    name = "the text"
+    name = "the command line"
     if not texts:
         name = "standard input" if file is None or str(file) == "-" else str(file)
         if name == "standard input" and sys.stdin.isatty():

@@ -211,7 +211,7 @@ class _Folder(TokenizerFolder):
         saved = self.saved_tokens()
         listed = self.listed_tokens(saved)
         tokenizer.add_tokens([listed[index] for index in sorted(listed)])
-        if self.name != "GPT2Tokenizer":
+        if model is not None:
             SpecialIds.of(tokenizer)
         by_text = {str(token.content): token for token in listed.values()}
         special = self.special_tokens(tokenizer, model)

@@ -60,11 +60,12 @@ class GPTForCausalLM(LanguageModel):
     ) -> Output:
         """Score the next word of every token; `labels` are not shifted, usually they are input_ids.
 
-        A token is scored against the label of the token that follows it in its sequence, as in transformers: the first
-        label of a sequence does not count, and neither do labels at padding. With labels in training there are no
-        logits, unless return_logits is True. `label_rows` are the packed row numbers of the tokens whose next token is
-        labelled and save a host sync; the loss is the mean over them, or their sum / num_items_in_batch. Raises
-        ValueError for token_type_ids.
+        A token is scored against the label of the token that follows it in its sequence: the first label of a sequence
+        does not count, and neither do labels at padding. transformers is the same where padding has the label -100 and
+        stands on the right; on the left, it scores a text's first label against padding. With labels in training there
+        are no logits, unless return_logits is True. `label_rows` are the packed row numbers of the tokens whose next
+        token is labelled and save a host sync; the loss is the mean over them, or their sum / num_items_in_batch.
+        Raises ValueError for token_type_ids.
         """
         if token_type_ids is not None:
             raise ValueError("token_type_ids are given: a gpt2 has no token types, leave them out")

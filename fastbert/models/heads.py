@@ -28,9 +28,8 @@ class _Head(Pretrained):
         super().__init__(config)
         name = type(self).__name__
         if config.causal != self.causal:
-            raise ValueError(
-                f"{name} of a {config.model_type}: a gpt2 is a GPTForCausalLM, and no other family is one"
-            )
+            remedy = "load a gpt2 with GPTForCausalLM" if config.causal else "it takes gpt2 alone"
+            raise ValueError(f"model_type is {config.model_type} and the model {name}: {remedy}")
         if add_pooler and config.model_type == "distilbert":
             raise ValueError(f"{name} needs the pooler, which DistilBERT does not have")
         if add_pooler and config.model_type == "modernbert" and not config.add_pooler:

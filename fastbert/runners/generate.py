@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from operator import index
 from typing import Any, Protocol
 
 import torch
@@ -44,7 +45,7 @@ class Sampling:
         t, k, p = self.temperature, self.top_k, self.top_p
         if not isinstance(t, Real) or not 0.0 <= t < math.inf:
             raise ValueError(f"temperature is {quoted(t)}: it must be at least 0")
-        if k is not None and (not isinstance(k, Integral) or k < 1):
+        if k is not None and (not isinstance(k, Integral) or isinstance(k, bool) or k < 1):
             raise ValueError(f"top_k is {quoted(k)}: it must be at least 1")
         if p is not None and (not isinstance(p, Real) or not 0.0 < p <= 1.0):
             raise ValueError(f"top_p is {quoted(p)}: it must be above 0 and at most 1")
@@ -54,9 +55,16 @@ class Sampling:
             )
 
     def pick(self, scores: Tensor, u: float) -> int:
-        """The token at `u` in [0, 1) of the distribution of scores (V,)."""
+        """The token at `u` in [0, 1) of the distribution of scores (V,); raises ValueError for scores of nan."""
+        # nan counts as the highest score
+        best = int(scores.argmax())
+        if not math.isfinite(highest := float(scores[best])):
+            raise ValueError(
+                f"the highest score of a next token is {highest}: the model's weights are damaged, or too large for "
+                "its dtype"
+            )
         if self.temperature == 0.0:
-            return int(scores.argmax())
+            return best
         z = scores.double() / self.temperature
         ids = torch.arange(len(z), device=z.device)
         if self.top_k is not None and self.top_k < len(z):
@@ -236,14 +244,16 @@ def generate(
     if not ids:
         return []
     seeds = _seeds(seed, len(ids))
-    ends = {int(e) for e in ([] if eos is None else [eos] if isinstance(eos, int) else eos)}
+    given = [] if eos is None else _whole("eos", eos)
+    ends = set(given) if isinstance(given, list) else {given}
     draws = [_Draws(s, prompt) for s, prompt in zip(seeds, ids, strict=True)]
-    training = model.training
+    modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
         return _run(model, ids, max_new_tokens, sampling, draws, ends)
     finally:
-        model.train(training)
+        for m, mode in modes.items():
+            m.training = mode
 
 
 def _run(
@@ -309,6 +319,9 @@ def _checked(
         raise ValueError(f"max_new_tokens is {quoted(count)}: it must be at least 1")
     if c.layer_heads is not None:
         raise ValueError("layer_heads is set: generate takes layers that have the same heads")
+    for i, p in enumerate(prompts, 1):
+        if isinstance(p, str):
+            raise TypeError(f"prompt {i} is a str: pass token ids, or call a fastbert.infer.Writer")
     found = [torch.as_tensor(p, device="cpu") for p in prompts]
     for i, p in enumerate(found, 1):
         if p.dim() != 1 or len(p) == 0:
@@ -331,10 +344,25 @@ def _checked(
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    seeds = [seed] * count if isinstance(seed, int) else [*seed]
+    given = _whole("seed", seed)
+    seeds = given if isinstance(given, list) else [given] * count
     if len(seeds) != count:
         raise ValueError(f"there are {len(seeds)} seeds and {count} prompts: pass one each, or one")
     for s in seeds:
-        if not isinstance(s, int) or not 0 <= s < 1 << 63:
+        if not 0 <= s < 1 << 63:
             raise ValueError(f"seed is {quoted(s)}: it must be a whole number from 0 to 2^63 - 1")
-    return [int(s) for s in seeds]
+    return seeds
+
+
+def _whole(name: str, value: Any) -> int | list[int]:
+    """A whole number, or several, of Python, numpy or torch."""
+    try:
+        return index(value)
+    except TypeError:
+        pass
+    try:
+        return [index(v) for v in value]
+    except TypeError:
+        raise ValueError(
+            f"{name} is {quoted(value)}: it must be a whole number, or a list of them"
+        ) from None

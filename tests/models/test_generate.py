@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -235,13 +236,48 @@ def test_bad_input_gets_a_sentence(given: Any, settings: Any, sentence: str) -> 
         generate(model(), given, **settings)
 
 
+@pytest.mark.parametrize("drawn", [{}, {"temperature": 1.0, "top_k": 3, "top_p": 0.9}])
+def test_damaged_weights_get_a_sentence(drawn: dict[str, Any]) -> None:
+    """Not a token of no meaning, as argmax finds one among nan."""
+    gpt = model()
+    gpt.bert.embeddings.word.weight.data[5] = torch.nan
+    with pytest.raises(ValueError, match="highest score of a next token is nan"):
+        generate(gpt, [[1, 2], [5]], 3, **drawn)
+
+
+def test_parts_keep_their_modes() -> None:
+    """A part that is in evaluation in a model that is trained stays so."""
+    gpt = model().train()
+    gpt.bert.layers[0].eval()
+    generate(gpt, [[1]], 2)
+    assert gpt.training
+    assert not gpt.bert.layers[0].training
+
+
+def test_whole_numbers_of_numpy_and_torch() -> None:
+    gpt, given = model(), [[1, 2], [3]]
+    drawn: dict[str, Any] = {"temperature": 1.0}
+    plain = generate(gpt, given, 6, seed=[7, 8], eos=5, **drawn)
+    seeds: Any = np.array([7, 8])
+    for eos in (np.int64(5), torch.tensor(5), [torch.tensor(5)], np.array([5])):
+        assert equal(plain, generate(gpt, given, 6, seed=seeds, eos=eos, **drawn))  # type: ignore[arg-type]
+    for settings in ({"eos": "a"}, {"eos": [None]}, {"seed": None}, {"seed": 1.5}):
+        with pytest.raises(ValueError, match="must be a whole number, or a list of them"):
+            generate(gpt, given, 6, **settings)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="top_k is True"):
+        Sampling(1.0, top_k=True)
+    with pytest.raises(TypeError, match=r"call a fastbert\.infer\.Writer"):
+        generate(gpt, ["a text"], 6)  # type: ignore[list-item]
+
+
 def test_other_models_are_refused() -> None:
     config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
     with pytest.raises(TypeError, match="pass a GPTForCausalLM"):
         fastbert.generate(BertModel(config), [[1]])  # type: ignore[arg-type]
 
 
-def test_a_folder_of_transformers_with_its_own_tokenizer(tmp_path: Any) -> None:
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "PreTrainedTokenizerFast"])
+def test_a_folder_of_transformers_with_its_own_tokenizer(name: str, tmp_path: Any) -> None:
     """GPT-2's tokenizer has no special token of BERT's; ids and texts are transformers'."""
     transformers = pytest.importorskip("transformers", minversion="5.0")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -257,7 +293,7 @@ def test_a_folder_of_transformers_with_its_own_tokenizer(tmp_path: Any) -> None:
     )
     raw.train_from_iterator(["the state of the union is strong"] * 5, trainer)
     known = {"unk_token": end, "bos_token": end, "eos_token": end}
-    kind = transformers.GPT2Tokenizer(tokenizer_object=raw, **known)
+    kind = getattr(transformers, name)(tokenizer_object=raw, **known)
     gpt = model(vocab_size=290, eos_token_id=0, bos_token_id=0)
     gpt.save_pretrained(tmp_path)
     kind.save_pretrained(tmp_path)

@@ -224,9 +224,9 @@ def test_what_is_not_supported_is_refused(settings: dict[str, Any], sentence: st
 
 def test_classes_of_other_kinds_and_types_are_refused() -> None:
     for kind in (bert.BertForMaskedLM, bert.BertForSequenceClassification):
-        with pytest.raises(ValueError, match="a gpt2 is a GPTForCausalLM"):
+        with pytest.raises(ValueError, match="load a gpt2 with GPTForCausalLM"):
             kind(OURS)
-    with pytest.raises(ValueError, match="no other family is one"):
+    with pytest.raises(ValueError, match="it takes gpt2 alone"):
         GPTForCausalLM(BertConfig())
     ids = torch.ones(1, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match="no token types"):

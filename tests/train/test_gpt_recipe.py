@@ -186,7 +186,7 @@ def test_other_forms_and_models_are_refused_before_anything_is_written(
         with pytest.raises(ValueError, match=sentence):
             pretrain(PretrainConfig(**{**settings, **changed}), tmp_path / "run", quiet=True)
         assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="a gpt2 is a GPTForCausalLM"):
+    with pytest.raises(ValueError, match="load a gpt2 with GPTForCausalLM"):
         BertForMaskedLM.from_pretrained(finished.model)
     more = {**settings, "init_from": str(finished.model), "steps": 2, "lr": 1e-4}
     result = pretrain(PretrainConfig(**more), tmp_path / "more", quiet=True)
