@@ -142,6 +142,10 @@ def shap(q: Question, samples: int = 1000, absent: str = "mask", seed: int = 0) 
     _at_least("samples", samples, 2)
     n = len(q.players)
     masks, weights = _coalitions(n, samples, seed)
+    if len(masks) < 2 * (n - 1):
+        raise ValueError(
+            f"samples is {samples} and the text has {n} tokens: shap needs at least two a token, {2 * n}"
+        )
     ends = np.stack([np.zeros(n, bool), np.ones(n, bool)])
     values = _values(q, np.concatenate([ends, masks]), absent)
     base, total = values[0], values[1] - values[0]

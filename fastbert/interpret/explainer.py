@@ -30,6 +30,7 @@ from fastbert.models.config import BertConfig
 
 _FINETUNED = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _MASKED = ("ForMaskedLM", "ForPreTraining")
+_GPT = "LMHeadModel"
 
 
 class Explainer:
@@ -53,6 +54,11 @@ class Explainer:
             self.kind = self._user.options.task
         elif name.endswith(_MASKED):
             self._user, self.kind = Filler(folder), "mask"
+        elif name.endswith(_GPT):
+            raise ValueError(
+                f"{folder} holds a GPT, whose next words are not explained: pass a fine-tuned model, a masked LM or a "
+                "sentence encoder"
+            )
         else:
             self._user, self.kind = Embedder(folder), "sentences"
         self.model: Any = self._user.model.eval()

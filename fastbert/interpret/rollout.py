@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.reference.attention_form import split
-from fastbert.interpret.question import Question
+from fastbert.interpret.question import Question, still
 from fastbert.models.inputs import prepare
 from fastbert.nn.attention_maps import Maps, rebuilt
 from fastbert.nn.layer import LayerCall, LayerSettings, Observer
@@ -65,13 +65,8 @@ def attention_maps(
     for i in layers:
         chosen = heads if heads is None else _numbers("head", heads, config.layer_sizes[i][0])
         maps[i] = Maps(packing, chosen, rows)
-    training = model.training
-    model.eval()
-    try:
-        with observed(model, maps):
-            model.bert.encode(prepared)
-    finally:
-        model.train(training)
+    with still(model), observed(model, maps):
+        model.bert.encode(prepared)
     empty = prepared.packing.batch, 0, most if rows is None else len(rows), most
     # a layer without heads calls no observer
     return {i: m.found[0] if m.found else torch.zeros(empty) for i, m in maps.items()}

@@ -167,3 +167,11 @@ def test_a_byte_level_masked_model(tmp_path):
     assert found.target == "union"
     words = [word.strip() for word, *_ in found.of_words()]
     assert [words[0], *words[2:]] == ["the", "of", "the", "union"]
+
+
+def test_a_gpt_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}'
+    )
+    with pytest.raises(ValueError, match="holds a GPT, whose next words are not explained"):
+        Explainer(tmp_path)

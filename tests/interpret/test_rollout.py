@@ -20,7 +20,11 @@ def test_maps_are_those_of_output_attentions(form):
     given = {"input_ids": IDS, "attention_mask": MASK}
     with torch.no_grad():
         expected = model(**given, output_attentions=True).attentions
+    # a part in evaluation inside a model that is trained stays so
+    model.train()
+    model.bert.layers[1].eval()
     found = attention_maps(model, given)
+    assert [m.training for m in model.bert.layers] == [True, False, True]
     assert [*found] == [0, 1, 2]
     for i, m in found.items():
         torch.testing.assert_close(m, expected[i], atol=2e-6, rtol=1e-4)
