@@ -303,7 +303,7 @@ def test_fill_mask_takes_lines_and_roberta(roberta):
         (["no mask here"], "there is no [MASK] in 'no mask here'"),
         (["[MASK]", "--top", "0"], "top is 0"),
         (["[MASK] " * 100], "truncate it"),
-        ([" "], "text 1 of the text is empty"),
+        ([" "], "text 1 of the command line is empty"),
     ],
 )
 def test_fill_mask_refuses(model, words, sentence, capsys):

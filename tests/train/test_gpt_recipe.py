@@ -144,7 +144,7 @@ def test_the_command_goes_on_with_texts(finished):
     ("given", "sentence"),
     [
         (["--prompt", "a", "--top-k", "3"], "set temperature"),
-        (["--prompt", " "], "text 1 of the text is empty"),
+        (["--prompt", " "], "text 1 of the command line is empty"),
         (["--prompt", "the", "--max-new-tokens", "64"], "the model has 64 positions"),
         (["--prompt", "the", "--temperature", "-1"], "it must be at least 0"),
     ],
