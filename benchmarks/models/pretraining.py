@@ -106,15 +106,19 @@ def settings(arm: str, options: argparse.Namespace, **more: Any) -> PretrainConf
 
 
 def seconds_a_batch(arms: list[str], options: argparse.Namespace) -> dict[str, float]:
-    """The time of a step of all batches / their number, of every arm, in turns; kept in the results."""
+    """The time of a step of all batches / their number, of every arm, in turns; kept in the results.
+
+    Arms that are added later may be timed on another machine: they are scaled by the modern recipe's two times.
+    """
     kept = read(options)
     missing = [arm for arm in arms if arm not in kept["seconds"]]
     if not missing:
         return kept["seconds"]
+    known = kept["seconds"].get(NEW)
     # a run has as many steps as two threads make in its minutes
     torch.set_num_threads(2)
     trainers = {}
-    for arm in missing:
+    for arm in missing if known is None else [NEW, *missing]:
         config = settings(arm, options, steps=1_000_000, batch_ramp=0.0)
         feed = _feed(config, options)
         trainers[arm] = PretrainTrainer(build_model(config, feed.tokenizer), feed.batches, config)
@@ -123,10 +127,12 @@ def seconds_a_batch(arms: list[str], options: argparse.Namespace) -> dict[str, f
     found = interleave(work, rounds=2 if options.quick else 8, warmup=1)
     after = peaks(1.0)["fma_gflops_fp32"]
     print(f"FMA peak {before:.0f} GFLOP/s before and {after:.0f} after")
-    for arm, trainer in trainers.items():
-        kept["seconds"][arm] = found[arm].median / trainer.config.accumulate
+    here = {a: found[a].median / t.config.accumulate for a, t in trainers.items()}
+    scale = 1.0 if known is None else known / here[NEW]
+    kept["seconds"] |= {arm: here[arm] * scale for arm in missing}
     kept["peaks"] += [before, after]
-    keep(options, **machine_info(), seconds=kept["seconds"], peaks=kept["peaks"])
+    machine = machine_info() if known is None else {}
+    keep(options, **machine, seconds=kept["seconds"], peaks=kept["peaks"])
     return kept["seconds"]
 
 
