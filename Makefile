@@ -24,6 +24,7 @@
 #   make bench-compress measures size, metric and speed of pruned, distilled and int8 models, which it makes once; about
 #                       two hours, then minutes. BENCH_ARGS="--works movies" takes one of the two works
 #   make bench-tradeoff  prunes the model of movie sentences to a list of speed-ups, and draws its accuracy over its speed
+#   make bench-students  distils students of 3 layers, and trains them without a teacher; goes on where it ended
 #   make bench-explaining  times integrated gradients beside captum's, and measures the memory of attention maps
 #   make bench-faithfulness  judges attributions of tokens on the models of make bench-int8-accuracy
 #   make bench-languages  measures a multilingual model on Tatoeba: BENCH_ARGS="--tatoeba FILE"; 20 minutes
@@ -58,7 +59,7 @@ NATIVE := $(filter csrc/%,$(SOURCES))
 GPU = $(findstring GPU,$(shell nvidia-smi -L 2>/dev/null))
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-slow test-transformers4 test-gpu-static test-ptx fuzz gpu gpu-report sanitize bench bench-peers bench-step bench-scaling bench-scripts bench-families bench-lstm bench-decoding bench-contrasts bench-pretraining bench-int8-accuracy bench-compress bench-tradeoff bench-explaining bench-faithfulness bench-languages lint
+.PHONY: install demo test test-slow test-transformers4 test-gpu-static test-ptx fuzz gpu gpu-report sanitize bench bench-peers bench-step bench-scaling bench-scripts bench-families bench-lstm bench-decoding bench-contrasts bench-pretraining bench-int8-accuracy bench-compress bench-tradeoff bench-students bench-explaining bench-faithfulness bench-languages lint
 
 install: $(INSTALLED)
 
@@ -193,6 +194,9 @@ bench-compress: $(INSTALLED)
 
 bench-tradeoff: $(INSTALLED)
 	$(PY) -m benchmarks.models.tradeoff $(BENCH_ARGS)
+
+bench-students: $(INSTALLED)
+	$(PY) -m benchmarks.models.students $(BENCH_ARGS)
 
 bench-explaining: $(INSTALLED)
 	$(PIP_INSTALL) -q --no-deps captum

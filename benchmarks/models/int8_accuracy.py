@@ -151,7 +151,7 @@ def movie_model(runs: Path) -> Finetuned:
 def entity_model(runs: Path) -> Finetuned:
     """Entities of CoNLL-2003."""
     train, validation, test = conll2003()
-    config = FinetuneConfig(sources=[str(train)], task="tag", lr=3e-4, steps=200, model=_minilm())
+    config = FinetuneConfig(sources=[str(train)], task="tag", lr=3e-4, epochs=2, model=_minilm())
     config.validation = str(validation)
     return Finetuned(trained(runs, "conll", config), train, validation, test, "f1", "tags")
 

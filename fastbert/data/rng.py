@@ -30,6 +30,8 @@ class Purpose(IntEnum):
     BATCHES = 30
     # fine-tuning: the examples held out, and the order of an epoch
     EXAMPLES = 40
+    # distillation: tokens that others take the place of
+    REPLACED = 50
 
 
 def bits(key: U64, counter: NDArray[np.int64] | NDArray[np.uint64]) -> U64:

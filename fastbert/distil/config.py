@@ -74,6 +74,11 @@ class DistilConfig(TrainingSettings):
         None, DATA, "tokens in the longest sequence; default the teacher's, or 128"
     )
     mask_prob: float = setting(0.15, DATA, "text: part of the tokens that is to be predicted")
+    replaced: float = setting(
+        0.0,
+        DATA,
+        "labelled: part of the tokens that other tokens of the batch take the place of, anew in every epoch",
+    )
     data_dir: str | None = setting(
         None,
         DATA,
@@ -141,7 +146,7 @@ class DistilConfig(TrainingSettings):
     def _check(self) -> None:
         super()._check()
         self._check_choices({"data": (*KINDS, None), "start": ("teacher", "fresh")})
-        self._check_shares("heldout", "dropout", "attention_dropout", "mask_prob")
+        self._check_shares("heldout", "dropout", "attention_dropout", "mask_prob", "replaced")
         self._check_least(0, "patience", "eval_tokens", "teacher_layer")
         above = ("batch_size", "max_tokens", "max_length", "temperature", "relation_heads")
         self._check_least(1, *above, "shards")

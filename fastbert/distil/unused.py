@@ -15,9 +15,9 @@ _OF_TEXT = dict.fromkeys(("separator", "mask_prob", "data_dir", "eval_tokens"), 
 }
 # {kind of data: {setting without use: remedy}}
 _BY_KIND = {
-    "text": {"validation": "say heldout", "test": _LEAVE, "metric": _LEAVE},
+    "text": {"validation": "say heldout", "test": _LEAVE, "metric": _LEAVE, "replaced": _LEAVE},
     "labelled": {"field": "name the columns as in the teacher's training", **_OF_TEXT},
-    "sentences": {"metric": _LEAVE, **_OF_TEXT},
+    "sentences": {"metric": _LEAVE, "replaced": _LEAVE, **_OF_TEXT},
 }
 # {setting: the loss that reads it}
 _BY_LOSS = {"temperature": "soft", "teacher_layer": "relations", "relation_heads": "relations"}
@@ -43,6 +43,11 @@ def check_used(config: DistilConfig, kind: str, losses: set[str], has_validation
             )
     if config.int8 and losses == {"labels"}:
         raise ValueError("int8 is set and losses is labels, which reads no teacher: leave int8 out")
+    if config.replaced and losses == {"labels"}:
+        raise ValueError(
+            f"replaced is {config.replaced} and losses is labels: the data has no labels of other texts; leave it out, "
+            "or add soft"
+        )
     if config.patience and losses <= UNJUDGED:
         raise ValueError(
             f"patience is {config.patience} and no evaluation judges {' and '.join(sorted(losses))}: leave it out"

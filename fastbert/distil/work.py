@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastbert import functional as F
-from fastbert.data import Batch
+from fastbert.data import Batch, rng
 from fastbert.distil.config import DistilConfig
 from fastbert.distil.models import Models
 from fastbert.distil.plan import Wanted
@@ -20,7 +21,7 @@ from fastbert.files import listed
 from fastbert.finetune.classify import Classify, scale_of
 from fastbert.finetune.config import FinetuneConfig
 from fastbert.finetune.data import Sources, load_data
-from fastbert.finetune.features import Shuffled, items
+from fastbert.finetune.features import items
 from fastbert.finetune.judge import Part
 from fastbert.finetune.loop import judge, training_data
 from fastbert.models.checkpoint import check_whole
@@ -89,13 +90,23 @@ class Work(Protocol):
         """The sizes of the data in a few words."""
 
 
+class Numbered(Protocol):
+    """The batches of an epoch by their numbers."""
+
+    def __len__(self) -> int:
+        """The number of batches in an epoch."""
+
+    def batch(self, epoch: int, number: int) -> Batch:
+        """One of them."""
+
+
 class Divided:
     """The batches of one process, where several processes share the batches of an epoch.
 
     The last batches of an epoch are left out if there are fewer of them than parts.
     """
 
-    def __init__(self, batches: Shuffled, world: World) -> None:
+    def __init__(self, batches: Numbered, world: World) -> None:
         self.batches, self.world = batches, world
 
     def stream(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
@@ -109,6 +120,33 @@ class Divided:
                 for part in self.world.parts:
                     yield self.batches.batch(epoch, first + part)
             epoch, start = epoch + 1, 0
+
+
+class Replaced:
+    """Batches in which other tokens take the place of some: each comes from a random place of its batch.
+
+    Teacher and student see the same tokens, so that the teacher labels texts that the data lacks (Tang et al. 2019 mask
+    words and take words from other texts to this end). Special tokens stay, and none is put anywhere.
+    """
+
+    def __init__(self, batches: Numbered, share: float, special: list[int], seed: int) -> None:
+        self.batches, self.share, self.special, self.seed = batches, share, special, seed
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def batch(self, epoch: int, number: int) -> Batch:
+        """Batch `number` of `epoch`; it depends on nothing else."""
+        batch = self.batches.batch(epoch, number)
+        ids = batch["input_ids"].numpy()
+        key = rng.derive(self.seed, epoch, number, rng.Purpose.REPLACED)
+        words = np.flatnonzero(~np.isin(ids, self.special))
+        places = words[rng.uniform(key, words) < self.share]
+        taken = words[rng.integers(key, places + len(ids), len(words))]
+        found = ids.copy()
+        found[places] = ids[taken]
+        batch["input_ids"] = torch.from_numpy(found)
+        return batch
 
 
 class Text:
@@ -257,8 +295,12 @@ class Labelled:
         return model
 
     def open(self) -> None:
-        batches = training_data(self.data, self.settings)
+        batches: Numbered = training_data(self.data, self.settings)
         check_divisible(len(batches), self.world)
+        if self.config.replaced:
+            added = self.tokenizer.get_added_tokens_decoder()
+            special = [number for number, token in added.items() if token.special]
+            batches = Replaced(batches, self.config.replaced, special, self.config.seed)
         self.batches: Stream = Divided(batches, self.world)
         self.epoch = len(batches)
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import tiny_tasks
 
-from benchmarks.models import bench_bert, compression, compression_peers, tradeoff
+from benchmarks.models import bench_bert, compression, compression_peers, students, tradeoff
 from benchmarks.models.int8_accuracy import Finetuned
 from benchmarks.peers.driver import WorkerError
 from benchmarks.report.plots import draw_compression
@@ -151,3 +151,29 @@ def test_the_table_states_goals_and_reasons(tmp_path):
     assert "170 and 171 GFLOP/s" in found.replace("\n", " ")
     drawn = draw_compression(results, tmp_path / "compression.png")
     assert drawn.read_bytes().startswith(b"\x89PNG")
+
+
+def test_students_with_and_without_a_teacher_are_kept_run_by_run(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    trained = []
+
+    def student(kind, work, one, seed, options):
+        trained.append((kind, seed))
+        return 0.8 + 0.01 * seed + 0.05 * (kind == students.DISTILLED)
+
+    monkeypatch.setattr(students, "trained", student)
+    monkeypatch.setitem(students.WORKS, "movies", (lambda runs: tiny["classify"], {}, {}))
+    out = tmp_path / "students.json"
+    command = ["students", "--works", "movies", "--seeds", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    students.main()
+    assert "5.00 points better, and the larger spread is 0.71" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    kept = json.loads(out.read_text())
+    del kept["rows"]["movies"]["labels alone 1"]
+    out.write_text(json.dumps(kept))
+    trained.clear()
+    students.main()
+    assert trained == [("labels alone", 1)]

