@@ -135,9 +135,10 @@ def _from_modernbert(values: dict[str, Any]) -> dict[str, Any]:
     for name in ("position_embedding_type", "layer_norm_eps"):
         values.pop(name, None)
     biases = {name: values.pop(name, False) for name in _BIASES}
-    if len(set(biases.values())) > 1 or not values.pop("decoder_bias", True):
+    all_or_none = [*biases.values()] in ([True] * len(biases), [False] * len(biases))
+    if not all_or_none or values.pop("decoder_bias", True) is not True:
         raise ValueError(
-            f"{', '.join(f'{name} is {value}' for name, value in biases.items())}: fastbert has these biases all or "
+            f"{', '.join(f'{name} is {quoted(value)}' for name, value in biases.items())}: fastbert has these biases all or "
             "none, and the decoder's in any case"
         )
     values["biases"] = biases["norm_bias"]

@@ -12,6 +12,8 @@ from pairs import SIZES, batch, build
 from fastbert import bert, nn
 from fastbert.bert import BertConfig
 
+LAYER = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")
+
 # --- configuration, fresh weights, outputs ---
 
 
@@ -174,3 +176,19 @@ def test_wrong_labels_of_classifiers_are_refused() -> None:
         model(IDS, labels=torch.tensor([0, 3]))
     with pytest.raises(ValueError, match="needs the pooler"):
         bert.BertForPreTraining(BertConfig(**SIZES, model_type="distilbert"))
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "DistilBert", "ModernBert", "GPT2"])
+def test_a_wrong_value_of_any_key_of_a_config_is_a_sentence(family: str) -> None:
+    """Each key of transformers' file takes wrong values in turn: it is refused, or without meaning for fastbert."""
+    distil = {"dim": 32, "n_heads": 2, "n_layers": 2, "hidden_dim": 64}
+    sizes = distil if family == "DistilBert" else {k: v for k, v in SIZES.items() if k in LAYER}
+    kind = getattr(transformers, f"{family}Config")
+    values = kind(**sizes, vocab_size=60, pad_token_id=0).to_dict()
+    BertConfig.from_dict(values)
+    for key in values:
+        for wrong in ([], [1], {}, {"a": 1}, "x", -1, 0.5, float("inf"), True, None):
+            try:
+                BertConfig.from_dict({**values, key: wrong})
+            except ValueError as error:
+                assert len(str(error)) > 20
