@@ -52,6 +52,7 @@ def row(points, share):
         "bytes": sizes | {languages.ROWS: share * 1_000_000},
         "rows": dict.fromkeys(languages.OURS, 20),
         "ratio": ratios,
+        "resident": {languages.FP32: 500_000_000, languages.ROWS: share * 5_000_000},
     }
 
 
@@ -66,6 +67,7 @@ def test_tables_show_goals(points, share, met):
     assert f"| 90.0 (+0.0) | {said} |" in text
     assert f"| int8, rows too | 20 | 20 to {share} | 20% to {share}%, goal 35%: {said} |" in text
     assert "| trimmed | 20 | 100 | 100% | deu 1.50, jpn 1.50 |" in text
+    assert f"with int8 rows, {share}% (goal 35%: {said})" in " ".join(text.split())
 
 
 @pytest.mark.skipif(cpu.native is None, reason=str(cpu.unavailable))
@@ -76,6 +78,8 @@ def test_a_run_on_a_small_model(tmp_path, monkeypatch, capsys):
     side = "".join(" ".join(draw.choices(words, k=4)) + "\n" for _ in range(12))
     file = archive(tmp_path / "a.tar.gz", deu_eng_deu=side, deu_eng_eng=side)
     monkeypatch.setattr(languages, "peaks", dict)
+    # each figure is a process that imports torch
+    monkeypatch.setattr(languages, "resident", lambda folder: {"fp32": 2, "int8, rows too": 1})
     words = ["--tatoeba", file, "--languages", "deu", "--rounds", 2, "--texts", 5]
     words += ["--runs", tmp_path / "runs", "--out", tmp_path / "out.json"]
     monkeypatch.setattr(sys, "argv", ["languages", *map(str, words)])
