@@ -19,6 +19,8 @@ import fastbert
 from benchmarks import RESULTS, ROOT
 from benchmarks.models.compression_peers import PRECISIONS, Peers
 from benchmarks.models.int8_accuracy import Finetuned, entity_model, movie_model
+from benchmarks.models.students import DISTILLED as DISTILLED_STUDENT
+from benchmarks.models.students import STUDENT, trained
 from benchmarks.models.summary import by_work, percentiles, ratio
 from benchmarks.peers.driver import WorkerError
 from benchmarks.report.readme import duration, filled, replaced
@@ -41,8 +43,8 @@ TITLES = {
     "movies": "MiniLM-L6 fine-tuned, {examples:,} movie sentences",
     "entities": "MiniLM-L6 fine-tuned, CoNLL-2003's test set of {examples:,} sentences",
 }
-STUDENT = "3x384"
-DENSE, PRUNED, BOTH, DISTILLED = "dense", "pruned 2.0", "pruned 3.0, distilled", "distilled 3x384"
+DENSE, PRUNED, BOTH = "dense", "pruned 2.0", "pruned 3.0, distilled"
+DISTILLED = f"distilled {STUDENT}"
 # {form: (its model, whether the encoder's weights are int8)}
 FORMS = {
     f"{model}{', int8' if int8 else ''}": (model, int8)
@@ -64,14 +66,19 @@ Seconds = Callable[[int], float]
 # --- models ---
 
 
-def models(one: Finetuned, folder: Path, quick: bool = False) -> dict[str, Path]:
-    """{model: its folder}; what is not in `folder` yet is made: two are pruned, two distilled from the dense one."""
+def models(
+    work: str, one: Finetuned, folder: Path, students: Path, quick: bool = False
+) -> dict[str, Path]:
+    """{model: its folder}; what is not in the folders yet is made: two are pruned, two distilled from the dense one.
+
+    The student of a few layers is the first one of benchmarks.models.students.
+    """
     small, smaller = (pruned(one, folder, speedup, quick) for speedup in (2.0, 3.0))
     return {
         DENSE: one.model,
         PRUNED: small,
-        BOTH: distilled(one, folder / "pruned-3-distilled", str(smaller), quick),
-        DISTILLED: distilled(one, folder / f"student-{STUDENT}", STUDENT, quick),
+        BOTH: distilled(one, folder / "pruned-3-distilled", smaller, quick),
+        DISTILLED: trained(DISTILLED_STUDENT, work, one, 0, students, quick),
     }
 
 
@@ -83,13 +90,13 @@ def pruned(one: Finetuned, folder: Path, speedup: float, quick: bool) -> Path:
     return out
 
 
-def distilled(one: Finetuned, run: Path, student: str, quick: bool) -> Path:
-    """The student of a distillation from the dense model; `student` is a folder or sizes."""
+def distilled(one: Finetuned, run: Path, student: Path, quick: bool) -> Path:
+    """The student in a folder, trained further by distillation from the dense model."""
     if not (run / "result.json").is_file():
         config = DistilConfig(
             teacher=str(one.model),
             sources=[str(one.train)],
-            student=student,
+            student=str(student),
             losses="soft,labels,hidden",
             **({"steps": 4} if quick else {"epochs": 3.0}),
         )
@@ -314,7 +321,9 @@ def main() -> None:
         one = WORKS[name](options.runs)
         folder = options.runs / ("quick" if options.quick else "compression") / name
         folder.mkdir(parents=True, exist_ok=True)
-        return measured(one, models(one, folder, options.quick), folder, options)
+        students = folder if options.quick else options.runs / "students"
+        found = models(name, one, folder, students, options.quick)
+        return measured(one, found, folder, options)
 
     results = by_work(options.works, options.out, measure)
     print(table(results))

@@ -35,7 +35,7 @@ DISTILLED, ALONE = "distilled", "labels alone"
 # {work: (the fine-tuned model, settings of both, settings of the distillation)}
 WORKS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "movies": (movie_model, {"lr": 2e-4, "epochs": 5.0}, {"replaced": 0.15}),
-    "entities": (entity_model, {"lr": 3e-4, "epochs": 3.0}, {}),
+    "entities": (entity_model, {"lr": 3e-4, "epochs": 2.0}, {}),
 }
 TITLES = {"movies": "movie sentences, accuracy", "entities": "CoNLL-2003's test set, entity F1"}
 LOSSES = "soft,labels,hidden"
@@ -53,48 +53,58 @@ def start(folder: Path) -> Path:
     return folder
 
 
-def trained(kind: str, work: str, one: Finetuned, seed: int, options: argparse.Namespace) -> float:
-    """The metric of a student on the test set."""
+def trained(kind: str, work: str, one: Finetuned, seed: int, folder: Path, quick: bool) -> Path:
+    """The folder of a student in `folder`, which is trained if it is not there."""
     _, both, distillation = WORKS[work]
     given: dict[str, Any] = {**both, "seed": seed, "sources": [str(one.train)]}
     if one.validation is not None:
         given["validation"] = str(one.validation)
-    if options.quick:
+    if quick:
         given |= {"epochs": None, "steps": 4}
-    out = options.runs / "students" / f"{work}-{kind.replace(' ', '-')}-{seed}"
+    out = folder / f"{work}-{kind.replace(' ', '-')}-{seed}"
     again = (out / "config.toml").is_file()
+    if (out / "result.json").is_file():
+        return out / "model"
     if kind == DISTILLED:
         given |= {"teacher": str(one.model), "student": STUDENT, "losses": LOSSES, **distillation}
         distil(DistilConfig(**given), out, resume=again, quiet=True)
     else:
-        task = "classify" if work == "movies" else "tag"
-        model = start(options.runs / "students" / "start")
-        finetune(
-            FinetuneConfig(**given, model=str(model), task=task), out, resume=again, quiet=True
-        )
-    found: float = Predictor(out / "model").records(one.test)[1][one.metric]
-    return found
+        task, model = "classify" if work == "movies" else "tag", str(start(folder / "start"))
+        finetune(FinetuneConfig(**given, model=model, task=task), out, resume=again, quiet=True)
+    return out / "model"
+
+
+def judged(model: Path, one: Finetuned) -> float:
+    """A model's metric on the test set."""
+    value: float = Predictor(model).records(one.test)[1][one.metric]
+    return value
 
 
 def measured(options: argparse.Namespace) -> dict[str, Any]:
     """{work: the teacher's metric and those of all students}; every run is kept in the JSON at once."""
-    results = json.loads(options.out.read_text()) if options.out.is_file() else {}
-    rows = results.setdefault("rows", {})
+    results = read(options.out)
     for work in options.works:
-        row = rows.setdefault(work, {})
         wanted = [f"{kind} {seed}" for seed in range(options.seeds) for kind in (DISTILLED, ALONE)]
-        if row.keys() >= {*wanted, "teacher"}:
+        missing = [name for name in wanted if name not in results["rows"].get(work, {})]
+        if not missing:
             continue
         one = WORKS[work][0](options.runs)
-        row["teacher"] = Predictor(one.model).records(one.test)[1][one.metric]
-        for name in wanted:
-            if name not in row:
-                kind, _, seed = name.rpartition(" ")
-                row[name] = trained(kind, work, one, int(seed), options)
-                print(f"{work}, {name}: {row[name]:.4f} (teacher {row['teacher']:.4f})", flush=True)
-                results |= {"machine": machine_info()}
-                write_text(options.out, json.dumps(results, indent=1) + "\n")
+        teacher = judged(one.model, one)
+        for name in missing:
+            kind, _, seed = name.rpartition(" ")
+            folder = options.runs / ("quick" if options.quick else "students")
+            value = judged(trained(kind, work, one, int(seed), folder, options.quick), one)
+            print(f"{work}, {name}: {value:.4f} (teacher {teacher:.4f})", flush=True)
+            # another process may train other works
+            results = read(options.out) | {"machine": machine_info()}
+            results["rows"].setdefault(work, {}).update({"teacher": teacher, name: value})
+            write_text(options.out, json.dumps(results, indent=1) + "\n")
     return results
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The results so far."""
+    return json.loads(file.read_text()) if file.is_file() else {"rows": {}}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -106,7 +116,7 @@ def table(results: dict[str, Any]) -> str:
     notes = []
     for work, row in results["rows"].items():
         values = {
-            kind: [100 * v for name, v in row.items() if name.startswith(kind)]
+            kind: [100 * v for name, v in sorted(row.items()) if name.startswith(kind)]
             for kind in (DISTILLED, ALONE)
         }
         for kind, found in values.items():

@@ -67,7 +67,7 @@ def test_a_worker_with_our_head_decides_as_we_do(task, tiny, tmp_path, monkeypat
 
 def test_models_are_made_once(tiny, tmp_path, monkeypatch):
     one = tiny["classify"]
-    monkeypatch.setattr(compression, "STUDENT", "1x32")
+    monkeypatch.setattr(students, "STUDENT", "1x32")
     made = []
 
     def prune(model, data, out, speedup, examples):
@@ -75,7 +75,7 @@ def test_models_are_made_once(tiny, tmp_path, monkeypatch):
         shutil.copytree(model, out)
 
     monkeypatch.setattr(compression, "prune", prune)
-    found = compression.models(one, tmp_path, quick=True)
+    found = compression.models("movies", one, tmp_path, tmp_path, quick=True)
     assert made == [2.0, 3.0]
     assert [BertConfig.from_file(folder).num_hidden_layers for folder in found.values()] == [
         2,
@@ -83,8 +83,9 @@ def test_models_are_made_once(tiny, tmp_path, monkeypatch):
         2,
         1,
     ]
-    monkeypatch.setattr(compression, "distil", lambda *_, **__: pytest.fail("trained again"))
-    assert compression.models(one, tmp_path, quick=True) == found
+    for module in (compression, students):
+        monkeypatch.setattr(module, "distil", lambda *_, **__: pytest.fail("trained again"))
+    assert compression.models("movies", one, tmp_path, tmp_path, quick=True) == found
     assert made == [2.0, 3.0]
 
 
@@ -158,11 +159,12 @@ def test_students_with_and_without_a_teacher_are_kept_run_by_run(
 ):
     trained = []
 
-    def student(kind, work, one, seed, options):
+    def student(kind, work, one, seed, folder, quick):
         trained.append((kind, seed))
         return 0.8 + 0.01 * seed + 0.05 * (kind == students.DISTILLED)
 
     monkeypatch.setattr(students, "trained", student)
+    monkeypatch.setattr(students, "judged", lambda model, one: model if model != one.model else 0.9)
     monkeypatch.setitem(students.WORKS, "movies", (lambda runs: tiny["classify"], {}, {}))
     out = tmp_path / "students.json"
     command = ["students", "--works", "movies", "--seeds", "2", "--out", str(out)]
