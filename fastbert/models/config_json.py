@@ -137,9 +137,9 @@ def _from_modernbert(values: dict[str, Any]) -> dict[str, Any]:
     biases = {name: values.pop(name, False) for name in _BIASES}
     all_or_none = [*biases.values()] in ([True] * len(biases), [False] * len(biases))
     if not all_or_none or values.pop("decoder_bias", True) is not True:
+        found = ", ".join(f"{name} is {quoted(value)}" for name, value in biases.items())
         raise ValueError(
-            f"{', '.join(f'{name} is {quoted(value)}' for name, value in biases.items())}: fastbert has these biases all or "
-            "none, and the decoder's in any case"
+            f"{found}: fastbert has these biases all or none, and the decoder's in any case"
         )
     values["biases"] = biases["norm_bias"]
     activation = values.pop("classifier_activation", "gelu")
