@@ -186,6 +186,11 @@ class FinetuneConfig(TrainingSettings):
         base = BertConfig.from_file(model_folder(self.model))
         if reason := base.why_not_trained:
             raise ValueError(f"the model in {self.model} {reason}")
+        if self.task == "answer" and base.causal:
+            raise ValueError(
+                f"task is answer and the model in {self.model} is a gpt2, whose tokens do not see those behind them: "
+                "choose classify or tag, or another model"
+            )
         if self.max_length > base.max_length:
             raise ValueError(
                 f"max_length is {self.max_length} and the model in {self.model} has {base.max_length} positions: "

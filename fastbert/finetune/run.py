@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastbert.data.tokenizer import SpecialIds
 from fastbert.files import quoted
 from fastbert.finetune.config import FinetuneConfig
 from fastbert.finetune.data import Data, Sources, load_data
@@ -15,6 +16,7 @@ from fastbert.finetune.judge import Part
 from fastbert.finetune.loop import FinetuneRun, FinetuneTrainer, judge, training_data
 from fastbert.finetune.plot import plot_confusion, plot_curves
 from fastbert.finetune.tag import seqeval
+from fastbert.models.config import BertConfig
 from fastbert.train import store
 from fastbert.train.progress import duration
 from fastbert.train.session import Session
@@ -81,6 +83,9 @@ def build_model(config: FinetuneConfig, data: Data) -> Any:
     given = {name: value for name, value in given.items() if value is not None}
     # of a head that another task may have had
     given |= {"problem_type": None, "id2label": None, "label2id": None, "num_labels": 2}
+    if BertConfig.from_file(config.model).causal:
+        # transformers looks for a text's last token before this one
+        given["pad_token_id"] = SpecialIds.of(data.tokenizer).pad
     if names := data.task.names:
         given["num_labels"] = len(names)
         given["id2label"] = dict(enumerate(names))

@@ -20,12 +20,12 @@ def class_target(model: Any, k: int, probability: bool = False) -> Target:
     """The logit, or the probability, of class k of a classifier of whole texts."""
     name = _class(model, k)
     scale = scale_of(model.config) if probability else "none"
-    mean = model.config.classifier_pooling == "mean"
+    places = {"mean": (), "cls": (0,), "last": (-1,)}[model.config.classifier_pooling]
 
     def score(model: Any, given: dict[str, Any], rows: Tensor) -> Tensor:
         return _of(model(**given).logits, k, scale)
 
-    return Target(name, score, () if mean else (0,))
+    return Target(name, score, places)
 
 
 def tag_target(model: Any, place: int, k: int, probability: bool = False) -> Target:

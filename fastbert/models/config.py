@@ -249,10 +249,9 @@ class BertConfig:
             )
         if self.gated and self.approximate is None:
             raise ValueError(f"hidden_act is {quoted(self.hidden_act)}: a gate takes a GELU")
-        if self.classifier_pooling not in ("cls", "mean"):
-            raise ValueError(
-                f"classifier_pooling is {quoted(self.classifier_pooling)}: choose cls or mean"
-            )
+        pooling = self.classifier_pooling
+        if pooling not in ("cls", "mean") and not self.causal:
+            raise ValueError(f"classifier_pooling is {quoted(pooling)}: choose cls or mean")
         one = {**FORMS["lstm"], "int8_bits": None, "layer_heads": None, "layer_widths": None}
         other = [name for name, value in one.items() if getattr(self, name) != value]
         if self.recurrent and other:
@@ -344,9 +343,10 @@ class BertConfig:
 
     @property
     def classifier_pooling(self) -> str:
-        """What of a sequence is classified: "cls", its first token, or "mean", of its tokens (ModernBERT, LSTM)."""
+        """What of a sequence is classified: its first token ("cls"), its tokens' "mean", or a GPT's "last" token."""
         own = {"modernbert": "cls", "lstm": "mean"}.get(self.model_type)
-        return self.extra.get("classifier_pooling", own) if own else "cls"
+        other = "last" if self.causal else "cls"
+        return self.extra.get("classifier_pooling", own) if own else other
 
     @property
     def position_offset(self) -> int:

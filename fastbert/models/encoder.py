@@ -374,6 +374,11 @@ class BertModel(Pretrained):
         e = self.encode(inputs, inputs.packing.starts(inputs.positions.shape[0]))
         return e._replace(x=e.packing.of_starts(e.x))
 
+    def encode_ends(self, inputs: Inputs) -> Encoded:
+        """Run the encoder for every sequence's last token: x is (B, C), zeros for an empty sequence."""
+        e = self.encode(inputs, inputs.packing.ends(inputs.positions.shape[0]))
+        return e._replace(x=e.packing.of_starts(e.x))
+
     def pool(self, first: Tensor) -> Tensor:
         """Dense + tanh on every sequence's first token (B, C)."""
         return torch.tanh(self.pooler(first))  # type: ignore[misc]

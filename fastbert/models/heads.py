@@ -22,13 +22,16 @@ from fastbert.nn.tied import tied
 class _Head(Pretrained):
     """An encoder with a head."""
 
-    causal = False
+    # whether the class is for a GPT alone, or, with None, for every family
+    causal: bool | None = False
 
     def __init__(self, config: BertConfig, add_pooler: bool = False) -> None:
         super().__init__(config)
         name = type(self).__name__
-        if config.causal != self.causal:
-            remedy = "load a gpt2 with GPTForCausalLM" if config.causal else "it takes gpt2 alone"
+        if self.causal not in (None, config.causal):
+            remedy = "it takes gpt2 alone"
+            if config.causal:
+                remedy = "load a gpt2 with GPTForCausalLM, or for classes of texts or of tokens"
             raise ValueError(f"model_type is {config.model_type} and the model {name}: {remedy}")
         if add_pooler and config.model_type == "distilbert":
             raise ValueError(f"{name} needs the pooler, which DistilBERT does not have")
@@ -250,19 +253,21 @@ class BertForSequenceClassification(_Head):
     BERT classifies the pooler's output; RoBERTa has a dense layer with tanh instead, DistilBERT one with ReLU.
     ModernBERT classifies what a HeadTransform makes of the first token, or of the mean of all tokens where config.json
     has the classifier_pooling "mean". An LSTM classifies the mean of all tokens, or the first one where config.json has
-    "cls", as RoBERTa does the first.
+    "cls", as RoBERTa does the first. A GPT classifies the last token without a bias, as transformers'
+    GPT2ForSequenceClassification does.
     """
 
     architecture = "BertForSequenceClassification"
+    causal = None
 
     def __init__(self, config: BertConfig) -> None:
         pooler = config.model_type == "bert"
         super().__init__(config, add_pooler=pooler)
         width = config.hidden_size
         self.head = self._transform()
-        plain = pooler or self.head is not None
+        plain = pooler or self.head is not None or config.causal
         self.pre_classifier = None if plain else Linear(width, width)
-        self.classifier = Linear(width, config.num_labels or 1)
+        self.classifier = Linear(width, config.num_labels or 1, bias=not config.causal)
         self.init_weights()
 
     @fx_leaf
@@ -282,6 +287,8 @@ class BertForSequenceClassification(_Head):
         if self.config.classifier_pooling == "mean":
             e = self.bert.encode(inputs)
             e = e._replace(x=e.packing.mean(e.x))
+        elif self.config.classifier_pooling == "last":
+            e = self.bert.encode_ends(inputs)
         else:
             e = self.bert.encode_starts(inputs)
         logits = self.classifier(self._features(e))
@@ -297,6 +304,8 @@ class BertForSequenceClassification(_Head):
         p = self.config.classifier_p
         if self.head is not None:
             return self.head_dropout(self.head.transform(e.x), p, e.seed, 0)
+        if self.config.causal:
+            return e.x
         if self.pre_classifier is None:
             return self.head_dropout(self.bert.pool(e.x), p, e.seed, 0)
         x = e.x
@@ -308,9 +317,10 @@ class BertForSequenceClassification(_Head):
 
 
 class BertForTokenClassification(_Head):
-    """A classifier of every token; logits (B, S, num_labels)."""
+    """A classifier of every token; logits (B, S, num_labels). A GPT's tokens do not see those behind them."""
 
     architecture = "BertForTokenClassification"
+    causal = None
     labels_per_token = True
 
     def __init__(self, config: BertConfig) -> None:
@@ -331,16 +341,8 @@ class BertForTokenClassification(_Head):
         **options: Any,
     ) -> Output:
         """Score tokens; labels at padding do not count."""
-        inputs = prepare(
-            self.config,
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            labels=labels,
-            **options,
-        )
+        batch = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        inputs = prepare(self.config, *batch, labels=labels, **options)
         e = self.bert.encode(inputs)
         x = e.x if self.head is None else self.head.transform(e.x)
         logits = self.classifier(self.head_dropout(x, self.config.classifier_p, e.seed, 0))

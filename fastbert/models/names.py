@@ -93,7 +93,7 @@ NOT_WRITTEN = {
     "roberta": {"seq_classif_dropout", "qa_dropout"},
     "distilbert": {"type_vocab_size", "layer_norm_eps", "classifier_dropout"},
     "modernbert": {"type_vocab_size", "seq_classif_dropout", "qa_dropout"},
-    "gpt2": {"type_vocab_size", "seq_classif_dropout", "qa_dropout", "classifier_dropout"},
+    "gpt2": {"type_vocab_size", "seq_classif_dropout", "qa_dropout"},
 }
 
 _EMBEDDINGS: Names = {
@@ -193,6 +193,7 @@ _OWN_NAMES: dict[tuple[str, str], Names] = {
     ("roberta", "BertForQuestionAnswering"): {"classifier": "qa_outputs"},
     ("distilbert", "BertForQuestionAnswering"): {"classifier": "qa_outputs"},
     ("roberta", "BertForSequenceClassification"): {"classifier": "classifier.out_proj"},
+    ("gpt2", "BertForSequenceClassification"): {"classifier": "score"},
 }
 
 

@@ -267,8 +267,14 @@ class Packing:
             return self.cu_seqlens.new_empty(0, dtype=torch.int64)
         return self.cu_seqlens[:-1].clamp(max=tokens - 1).to(torch.int64)
 
+    def ends(self, tokens: int) -> Tensor:
+        """(B,) rows of the sequences' last tokens, as `starts` those of the first."""
+        if tokens == 0:
+            return self.starts(tokens)
+        return (self.cu_seqlens[1:] - 1).clamp(min=0).to(torch.int64)
+
     def of_starts(self, x: Tensor) -> Tensor:
-        """(B, C): x at the rows `starts`, with zeros where a sequence has no token."""
+        """(B, C): x at the rows `starts` or `ends`, with zeros where a sequence has no token."""
         if x.shape[0] == 0:
             return x.new_zeros((self.batch, x.shape[1])) + x.sum()
         return torch.where((self.cu_seqlens.diff() > 0)[:, None], x, 0.0)
@@ -312,11 +318,13 @@ class Padded(Packing):
         )
 
     def lasts(self, tokens: int) -> Tensor:
+        rows = torch.arange(tokens, device=self.cu_seqlens.device)
+        return (rows.view(self.batch, -1) == self.ends(tokens)[:, None]).flatten()
+
+    def ends(self, tokens: int) -> Tensor:
         # the first one in the order from the right
-        columns = self.cu_seqlens.flip(1).to(torch.int32).argmax(1)
-        last = self.max_seqlen - 1 - columns
-        places = torch.arange(self.max_seqlen, device=last.device)
-        return (places == last[:, None]).flatten()
+        columns = self.max_seqlen - 1 - self.cu_seqlens.flip(1).to(torch.int32).argmax(1)
+        return torch.arange(self.batch, device=columns.device) * self.max_seqlen + columns
 
     def starts(self, tokens: int) -> Tensor:
         columns = self.cu_seqlens.to(torch.int32).argmax(1)

@@ -32,8 +32,8 @@ SIZES: dict[str, Any] = {
 OURS = BertConfig.from_dict({"model_type": "gpt2", **SIZES})
 
 
-def models(name: str, folder: Path, **settings: Any) -> tuple[Any, nn.Module]:
-    """Ours, loaded from what transformers has saved, and transformers' with random weights."""
+def models(name: str, folder: Path, kind: Any = None, **settings: Any) -> tuple[Any, nn.Module]:
+    """Ours, of class `kind`, loaded from what transformers has saved, and transformers' with random weights."""
     config = transformers.GPT2Config(**{**SIZES, **settings})
     config._attn_implementation = "eager"
     torch.manual_seed(0)
@@ -42,7 +42,8 @@ def models(name: str, folder: Path, **settings: Any) -> tuple[Any, nn.Module]:
         for p in theirs.parameters():
             p.add_(torch.randn(p.shape), alpha=0.1)
     theirs.save_pretrained(folder)
-    kind = GPTForCausalLM if name == "LMHeadModel" else bert.BertModel
+    if kind is None:
+        kind = GPTForCausalLM if name == "LMHeadModel" else bert.BertModel
     return kind.from_pretrained(folder), theirs
 
 
@@ -223,7 +224,7 @@ def test_what_is_not_supported_is_refused(settings: dict[str, Any], sentence: st
 
 
 def test_classes_of_other_kinds_and_types_are_refused() -> None:
-    for kind in (bert.BertForMaskedLM, bert.BertForSequenceClassification):
+    for kind in (bert.BertForMaskedLM, bert.BertForQuestionAnswering):
         with pytest.raises(ValueError, match="load a gpt2 with GPTForCausalLM"):
             kind(OURS)
     with pytest.raises(ValueError, match="it takes gpt2 alone"):
