@@ -17,7 +17,8 @@
 #   make bench-families times newer encoders of transformers as they are and accelerated; 15 minutes
 #   make bench-decoding times texts, prompts and training steps of a GPT-2 beside transformers'; 5 minutes
 #   make bench-lstm     times fastbert.nn.LSTM beside torch's on packed and padded batches; 3 minutes
-#   make bench-contrasts  compares BERT, GPT and a bidirectional LSTM: costs, and copying over a distance; 5 minutes
+#   make bench-contrasts  compares BERT, GPT and a bidirectional LSTM: costs, tasks of distance, pretraining and
+#                       fine-tuning in equal time; two and a half hours, and a rerun goes on
 #   make bench-pretraining  compares recipes of pretraining for equal time; six hours, and a rerun goes on
 #   make bench-int8-accuracy  measures what quantize costs in accuracy, also of two models that it trains; an hour.
 #                       BENCH_ARGS="--sentences FILE --reactions FILE" adds rows of your files

@@ -11,8 +11,8 @@ every finished run: a rerun, also in another checkout, makes those that are miss
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -20,20 +20,16 @@ from typing import Any
 import torch
 
 from benchmarks import RESULTS, ROOT
+from benchmarks.models.equal_time import Arms
 from benchmarks.report.readme import filled, replaced
 from fastbert.data.fetch import fetch
 from fastbert.files import write_text
-from fastbert.machine import machine_info
-from fastbert.pretrain import PretrainConfig, pretrain
+from fastbert.pretrain import PretrainConfig
 from fastbert.pretrain.build import build_model
 from fastbert.pretrain.evaluate import evaluate
-from fastbert.pretrain.feed import Feed, shared_feed
-from fastbert.pretrain.trainer import PretrainTrainer
-from fastbert.testing.peaks import peaks
-from fastbert.testing.timing import interleave
+from fastbert.pretrain.feed import Feed
 from fastbert.train.plot import figure, save
 from fastbert.train.store import Checkpoints
-from fastbert.train.world import World
 
 JSON, PLOT = RESULTS / "pretraining.json", RESULTS / "pretraining.png"
 PAGE = ROOT / "docs" / "pretraining.md"
@@ -105,92 +101,26 @@ def settings(arm: str, options: argparse.Namespace, **more: Any) -> PretrainConf
     )
 
 
-def seconds_a_batch(arms: list[str], options: argparse.Namespace) -> dict[str, float]:
-    """The time of a step of all batches / their number, of every arm, in turns; kept in the results.
-
-    Arms that are added later may be timed on another machine: they are scaled by the modern recipe's two times.
-    """
-    kept = read(options)
-    missing = [arm for arm in arms if arm not in kept["seconds"]]
-    if not missing:
-        return kept["seconds"]
-    known = kept["seconds"].get(NEW)
-    # a run has as many steps as two threads make in its minutes
-    torch.set_num_threads(2)
-    trainers = {}
-    for arm in missing if known is None else [NEW, *missing]:
-        config = settings(arm, options, steps=1_000_000, batch_ramp=0.0)
-        feed = _feed(config, options)
-        trainers[arm] = PretrainTrainer(build_model(config, feed.tokenizer), feed.batches, config)
-    before = peaks(1.0)["fma_gflops_fp32"]
-    work = {arm: trainer.train_step for arm, trainer in trainers.items()}
-    found = interleave(work, rounds=2 if options.quick else 8, warmup=1)
-    after = peaks(1.0)["fma_gflops_fp32"]
-    print(f"FMA peak {before:.0f} GFLOP/s before and {after:.0f} after")
-    here = {a: found[a].median / t.config.accumulate for a, t in trainers.items()}
-    scale = 1.0 if known is None else known / here[NEW]
-    kept["seconds"] |= {arm: here[arm] * scale for arm in missing}
-    kept["peaks"] += [before, after]
-    machine = machine_info() if known is None else {}
-    keep(options, **machine, seconds=kept["seconds"], peaks=kept["peaks"])
-    return kept["seconds"]
-
-
-def read(options: argparse.Namespace) -> dict[str, Any]:
-    """The results so far."""
-    found = json.loads(options.out.read_text()) if options.out.is_file() else {}
-    return {"seconds": {}, "peaks": [], "runs": {}} | found
-
-
-def keep(options: argparse.Namespace, **more: Any) -> dict[str, Any]:
-    """The results with these entries, which are written at once."""
-    results = read(options) | more
-    write_text(options.out, json.dumps(results, indent=1) + "\n")
-    return results
-
-
-def _feed(config: PretrainConfig, options: argparse.Namespace) -> Feed:
-    """The data of a configuration; all share the tokenizer and the shards in the folder of the runs."""
-    tokenizer = options.runs / "tokenizer"
-    own = tokenizer / "tokenizer.json"
-    if own.is_file():
-        config = replace(config, tokenizer=str(own))
-    return shared_feed(config, options.runs, World(), resume=False, quiet=True)
+def arms_of(options: argparse.Namespace) -> Arms:
+    """The arms, whose runs have as many steps as two threads make in their minutes."""
+    made = partial(settings, options=options)
+    judged = partial(_judged, options=options)
+    return Arms(options, made, base=NEW, threads=2, points=POINTS, judged=judged)
 
 
 def trained(
     arm: str, lr: float, minutes: float, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """A run's curve: minutes, and the losses at [MASK] in full sentences and in pairs; made once."""
-    name = f"{arm}-{lr:g}-{minutes:g}-{seed}".replace(" ", "_").replace("%", "pc")
-    runs, out = read(options)["runs"], options.runs / name
-    if name in runs:
-        return runs[name]
-    batch = seconds_a_batch([arm], options)[arm]
-    config = settings(arm, options, lr=lr, seed=seed, steps=1)
-    steps = max(round(60 * minutes / batch / config.batches_a_step), POINTS)
-    _feed(config, options)
-    every = max(steps // POINTS, 1)
-    config = replace(
-        config,
-        steps=steps,
-        checkpoint_every=every,
-        keep_last=POINTS + 2,
-        tokenizer=str(options.runs / "tokenizer" / "tokenizer.json"),
-    )
-    pretrain(config, out, resume=(out / "config.toml").is_file(), quiet=True)
-    found = {"arm": arm, "minutes": minutes, **_judged(out, config, batch, options)}
-    keep(options, runs={**read(options)["runs"], name: found})
-    for checkpoint in (out / "checkpoints").glob("*"):
-        checkpoint.unlink()
-    return found
+    return arms_of(options).trained(arm, lr, minutes, seed)
 
 
 def _judged(
     out: Path, config: PretrainConfig, batch: float, options: argparse.Namespace
 ) -> dict[str, Any]:
+    feed = arms_of(options).feed
     feeds = {
-        name: _feed(replace(config, next_sentence=pairs, tokenizer=None), options)
+        name: feed(replace(config, next_sentence=pairs, tokenizer=None))
         for name, pairs in (("full", False), ("pairs", True))
     }
     model = build_model(config, feeds["full"].tokenizer)
@@ -229,8 +159,9 @@ def best_rate(arm: str, options: argparse.Namespace) -> tuple[float, dict[str, f
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All stages; prints each result as it is there."""
-    seconds_a_batch(options.arms, options)
-    keep(options, minutes=options.minutes)
+    arms = arms_of(options)
+    arms.seconds_a_batch(options.arms)
+    arms.keep(minutes=options.minutes)
     rates = {}
     for arm in (OLD, NEW):
         rates[arm], grid = best_rate(arm, options)
@@ -246,7 +177,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             print(
                 f"{arm}: {last(trained(arm, lr, options.minutes / 3, 0, options)):.3f}", flush=True
             )
-    return read(options)
+    return arms.read()
 
 
 def runs_of(results: dict[str, Any], arm: str, minutes: float) -> list[dict[str, Any]]:
@@ -350,7 +281,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     options.runs.mkdir(parents=True, exist_ok=True)
-    results = read(options) if options.report else measure(options)
+    results = arms_of(options).read() if options.report else measure(options)
     if options.quick or options.out != JSON:
         print(report(results))
         return

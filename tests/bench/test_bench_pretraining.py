@@ -7,13 +7,13 @@ import sys
 import pytest
 import tiny_run
 
-from benchmarks.models import pretraining
+from benchmarks.models import equal_time, pretraining
 from benchmarks.models.pretraining import ARMS, NEW, OLD
 
 
 @pytest.mark.slow
 def test_recipes_are_compared_and_runs_are_kept(monkeypatch, tmp_path):
-    monkeypatch.setattr(pretraining, "peaks", lambda seconds: {"fma_gflops_fp32": 1.0})
+    monkeypatch.setattr(equal_time, "peaks", lambda seconds: {"fma_gflops_fp32": 1.0})
     monkeypatch.setattr(pretraining, "POINTS", 3)
     texts = tiny_run.write_corpus(tmp_path / "texts", documents=20)
     out, runs = tmp_path / "out.json", tmp_path / "runs"
@@ -48,7 +48,7 @@ def test_recipes_are_compared_and_runs_are_kept(monkeypatch, tmp_path):
     assert pretraining.PAGE.read_text() == page
     # nothing is trained twice, in a checkout without the folders of the runs either
     shutil.rmtree(runs)
-    monkeypatch.setattr(pretraining, "pretrain", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(equal_time, "pretrain", lambda *_, **__: pytest.fail("trained again"))
     pretraining.main()
     assert json.loads(out.read_text())["runs"] == found["runs"]
 
