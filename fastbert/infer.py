@@ -133,7 +133,7 @@ class Embedder:
         self.model = BertModel.from_pretrained(self.about.encoder, add_pooler=False).eval()
         if int8:
             quantize_loaded(self.model)
-        self.tokenizer: Any = load_tokenizer(self.about.encoder)
+        self.tokenizer: Any = self._own_tokenizer()
         if self.about.lower_case:
             lower_first(self.tokenizer)
         self.max_length: int = self.model.config.max_length
@@ -176,6 +176,17 @@ class Embedder:
         lengths = batch["cu_seqlens"].long().diff()
         vectors: Tensor = self.about.layers(pool(hidden, lengths, self.pooling, self.skipped))
         return vectors
+
+    def _own_tokenizer(self) -> Any:
+        try:
+            return load_tokenizer(self.about.encoder)
+        except ValueError as error:
+            if not self.model.config.causal:
+                raise
+            raise ValueError(
+                f"{self.about.encoder} holds a GPT and {error}: take an encoder for vectors, or a GPT of fastbert "
+                "pretrain"
+            ) from None
 
     def _prompt_tokens(self) -> int:
         """The tokens of the prompt with the first special one, which are left out of the pooling."""

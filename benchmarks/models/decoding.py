@@ -176,18 +176,35 @@ def table(found: dict[str, Any]) -> str:
             f"| {name} | {r['median']:.2f} ({r['p20']:.2f} to {r['p80']:.2f}) | {part} | "
             f"{shown}: {'met' if value >= goal else '**missed**'} |"
         )
-    m, (before, after) = found["machine"], found["peaks"]
-    v = m["versions"]
-    lines += [
-        "",
-        filled(
-            f"{m['date']}, {m['cpu']} ({m['instructions']}), {m['threads']} threads, fastbert {v['fastbert']}, torch "
-            f"{v['torch']}, transformers {found['transformers']}, random weights; prompts of 64 tokens for decoding, "
-            f"else {sum(LENGTHS)} tokens in {len(LENGTHS)} x {max(LENGTHS)}; AdamW included in the step. Multiply-adds "
-            f"on registers: {before:.0f} and {after:.0f} GFLOP/s before and after."
-        ),
+    texts = [
+        "In brackets p20 to p80 of interleaved rounds. Random weights; prompts of 64 tokens for decoding, else "
+        f"{sum(LENGTHS)} tokens in {len(LENGTHS)} x {max(LENGTHS)}; AdamW included in the step."
     ]
-    return "\n".join(lines)
+    measured: dict[str, list[str]] = {}
+    for name, row in found["rows"].items():
+        measured.setdefault(_circumstances(row), []).append(name)
+    for circumstances, names in measured.items():
+        which = "" if len(measured) == 1 else f"{'; '.join(names)}: "
+        texts.append(f"{which}{circumstances}.")
+    return "\n".join([*lines, "", filled(" ".join(texts))])
+
+
+def _circumstances(row: dict[str, Any]) -> str:
+    """When, where and in how many rounds a row was measured."""
+    m, (before, after) = row["machine"], row["peaks"]
+    v = m["versions"]
+    return (
+        f"{m['date']}, {m['cpu']} ({m['instructions']}), {m['threads']} threads, {row['rounds']} rounds, fastbert "
+        f"{v['fastbert']}, torch {v['torch']}, transformers {v['transformers']}; multiply-adds on registers "
+        f"{before:.0f} and {after:.0f} GFLOP/s before and after"
+    )
+
+
+def kept_rows(out: Path) -> dict[str, Any]:
+    """The rows of a JSON, each with its machine, date and peaks; an older form has them once for all."""
+    found = json.loads(out.read_text()) if out.exists() else {"rows": {}}
+    common = {name: found[name] for name in ("machine", "peaks") if name in found}
+    return {name: common | row for name, row in found["rows"].items()}
 
 
 def main() -> int:
@@ -204,19 +221,17 @@ def main() -> int:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    kept = json.loads(options.out.read_text())["rows"] if options.out.exists() else {}
+    kept, facts = kept_rows(options.out), {"machine": machine_info()}
     before = peaks(1.0 if options.quick else 4.0)["fma_gflops_fp32"]
     with tempfile.TemporaryDirectory() as folder:
         for name in options.rows:
             rounds = 2 if options.quick else options.rounds
-            kept[name] = measured(name, options.quick, rounds, Path(folder))
-            print(name, json.dumps(kept[name]), flush=True)
-    found = {
-        "rows": {name: kept[name] for name in ROWS if name in kept},
-        "peaks": [before, peaks(1.0 if options.quick else 4.0)["fma_gflops_fp32"]],
-        "machine": machine_info(),
-        "transformers": transformers.__version__,
-    }
+            kept[name] = facts | measured(name, options.quick, rounds, Path(folder))
+            print(name, json.dumps(kept[name]["ratio"]), flush=True)
+    around = [before, peaks(1.0 if options.quick else 4.0)["fma_gflops_fp32"]]
+    for name in options.rows:
+        kept[name]["peaks"] = around
+    found = {"rows": {name: kept[name] for name in ROWS if name in kept}}
     write_text(options.out, json.dumps(found, indent=1) + "\n")
     print(table(found))
     if options.out == JSON:

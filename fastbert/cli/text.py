@@ -12,6 +12,7 @@ import typer
 from fastbert import files
 from fastbert.cli.settings import ready
 from fastbert.files import LINES, existing, quoted
+from fastbert.finetune.config import trained_model
 from fastbert.models.config import model_folder
 
 if TYPE_CHECKING:
@@ -149,11 +150,12 @@ def generate(
 ) -> None:
     """Go on with texts, by a GPT: one of `fastbert pretrain --recipe gpt`, or a GPT-2 of transformers.
 
-    A prompt's text does not depend on the other prompts. Each is printed with its continuation.
+    A prompt's text does not depend on the other prompts. Each is printed with its continuation; a text may have line
+    breaks, which --json keeps apart.
 
-    Example: fastbert generate runs/gpt/model --prompt "The state of" --temperature 0.8 --top-p 0.9
+    Example: fastbert generate runs/gpt --prompt "The state of" --temperature 0.8 --top-p 0.9
     """
-    model_folder(model)
+    model = trained_model(model)
     ready()
     from fastbert.infer import Writer
     from fastbert.runners.generate import Sampling

@@ -87,9 +87,11 @@ class Shards:
         count = len(self.documents) - 1
         heldout = max(least, round(fraction * count)) if fraction else 0
         if count - heldout < least:
+            has = "1 document" if count == 1 else f"{count} documents"
             raise ValueError(
-                f"{self.folder} has {count} documents, of which {heldout} would be held out: at least {least} must be "
-                "left to train on; add documents, say what separates them, or hold out none"
+                f"{self.folder} has {has}, of which {heldout} would be held out: at least {least} must be left to "
+                "train on; add documents, name the line between two of one file by separator ('' is a blank line), or "
+                "lower heldout"
             )
         key = rng.derive(seed, rng.Purpose.HELD_OUT_DOCUMENTS)
         order = np.argsort(rng.bits(key, np.arange(count)), kind="stable")

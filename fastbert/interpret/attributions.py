@@ -217,7 +217,8 @@ def explain(question: Question, method: str = "integrated", **options: Any) -> A
     """The scores of a question's tokens by a method of METHODS; `options` are the method's own."""
     q = question
     if method not in METHODS:
-        raise ValueError(f"method is {quoted(method)}: choose {', '.join(METHODS)}")
+        known = [name for name in METHODS if name != "random"]
+        raise ValueError(f"method is {quoted(method)}: choose {', '.join(known)}")
     if method in _WITH_GRADIENTS and (reason := why_not_gradients(q.model)):
         raise ValueError(
             f"the model records no gradient, {reason}: load it in floating point, or choose permutation, shap or "

@@ -52,7 +52,9 @@ def rgb(score: float, most: float) -> tuple[int, int, int]:
 
 def summary(a: Attribution) -> str:
     """What is explained, by which method, in one line."""
-    error = "" if a.error is None else f", completeness error {a.error:.2%}"
+    # of Shapley values the sum is right by construction
+    shown = a.error is not None and a.method == "integrated"
+    error = f", completeness error {a.error:.2%}" if shown else ""
     return f"{a.target}: {a.value:.4f}, by {a.method}{error}"
 
 

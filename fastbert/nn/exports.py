@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from types import FunctionType
 from typing import Any
@@ -16,8 +16,10 @@ from fastbert.backend import torch_private
 Forward = Callable[..., Any]
 
 
-def replaces(stock: type[nn.Module]) -> Callable[[Forward], Forward]:
+def replaces(stock: type[nn.Module], own: Sequence[str] = ()) -> Callable[[Forward], Forward]:
     """Decorate the forward of a drop-in: exporters find the forward of `stock`, a class of torch.nn, in its place.
+
+    `own` are keyword arguments that `stock` does not have: an exporter is refused where one is given.
 
     torch.export, torch.onnx.export and torch.jit.trace run that one. torch.fx decides as for a module of `stock`, by
     default to record a call of the module. torch.jit.script compiles its source.
@@ -25,13 +27,23 @@ def replaces(stock: type[nn.Module]) -> Callable[[Forward], Forward]:
     theirs: Any = stock.forward
     exporting, leaf = torch_private.exporting, _leaf
 
+    def known(kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of `stock`."""
+        given = [name for name in own if kwargs.pop(name, None) is not None]
+        if given:
+            raise NotImplementedError(
+                f"{given[0]} is given while an exporter looks, which finds torch.nn.{stock.__name__}: pass a padded "
+                "batch without it"
+            )
+        return kwargs
+
     def decorate(ours: Forward) -> Forward:
         def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
             if exporting():
-                return theirs(self, *args, **kwargs)
+                return theirs(self, *args, **known(kwargs))
             for a in (*args, *kwargs.values()):
                 if isinstance(a, proxy):
-                    return leaf(a.tracer, self, stock, made, args, kwargs)
+                    return leaf(a.tracer, self, stock, made, known, args, kwargs)
             return ours(self, *args, **kwargs)
 
         proxy = Proxy
@@ -39,13 +51,23 @@ def replaces(stock: type[nn.Module]) -> Callable[[Forward], Forward]:
         made = FunctionType(
             forward.__code__, theirs.__globals__, "forward", None, forward.__closure__
         )
-        return wraps(theirs)(made)
+        found: Any = wraps(theirs)(made)
+        if own:
+            # torch.export binds a call's arguments before it calls
+            found.__signature__ = inspect.signature(ours)
+        return found
 
     return decorate
 
 
 def _leaf(
-    tracer: Any, m: nn.Module, stock: type[nn.Module], forward: Forward, args: Any, kwargs: Any
+    tracer: Any,
+    m: nn.Module,
+    stock: type[nn.Module],
+    forward: Forward,
+    known: Callable[[dict[str, Any]], dict[str, Any]],
+    args: Any,
+    kwargs: Any,
 ) -> Any:
     """What torch.fx records for a call of a drop-in: the module, or the operations of the forward of `stock`."""
     if type(m).forward is forward and (path := tracer.path_of_module(m)):
@@ -54,7 +76,7 @@ def _leaf(
         twin.__dict__ = m.__dict__
         if tracer.is_leaf_module(twin, path):
             return tracer.create_proxy("call_module", path, args, kwargs)
-    return stock.forward(m, *args, **kwargs)
+    return stock.forward(m, *args, **known(kwargs))
 
 
 def fx_leaf(forward: Forward) -> Forward:

@@ -90,7 +90,7 @@ class LSTM(nn.LSTM):
         twin.__dict__ = self.__dict__
         return twin
 
-    @replaces(nn.LSTM)
+    @replaces(nn.LSTM, own=("cu_seqlens", "max_seqlen"))
     def forward(
         self,
         input: Tensor | PackedSequence,

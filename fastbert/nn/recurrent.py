@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.reference.philox import dropout
+from fastbert.backend.torch_private import exporting
 from fastbert.nn.base import Block
 from fastbert.nn.lstm import LSTM
 from fastbert.ops.context import seed_for
@@ -45,6 +46,11 @@ class LSTMLayer(Block):
         rows: Tensor | None = None,  # (R,) int64
         rotary: None = None,
     ) -> Tensor:
+        if exporting():
+            raise NotImplementedError(
+                "an LSTM encoder reads packed tokens, which torch.nn.LSTM, as exporters find it, does not have: call "
+                "the model itself, or export one with attention"
+            )
         y: Tensor = self.lstm(x, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)[0]
         p = self.p if self.training else 0.0
         if p:

@@ -75,6 +75,7 @@ def model_config(config: PretrainConfig, vocab_size: int, pad: int) -> BertConfi
     roberta, modern = config.recipe == "roberta", config.recipe == "modern"
     gpt = config.recipe == "gpt"
     assert config.ffn is not None
+    assert config.max_position is not None
     assert config.dropout is not None
     assert config.attention_dropout is not None
     return BertConfig(

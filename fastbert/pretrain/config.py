@@ -157,7 +157,11 @@ class PretrainConfig(TrainingSettings):
     ffn: int | None = setting(
         None, MODEL, "width of the feed-forward block; default 4 x hidden, with a gate 8 / 3 of it"
     )
-    max_position: int = setting(512, MODEL, "tokens in the longest sequence the model can ever see")
+    max_position: int | None = setting(
+        None,
+        MODEL,
+        "tokens in the longest sequence the model can ever see; default 512, in the recipe gpt max_length",
+    )
     positions: str | None = setting(
         None,
         MODEL,
@@ -244,6 +248,9 @@ class PretrainConfig(TrainingSettings):
                 setattr(self, name, value)
         if self.eval_mask_prob is None:
             self.eval_mask_prob = self.mask_prob
+        if self.max_position is None:
+            # a GPT's blocks are all max_length tokens long: positions behind them would stay untrained
+            self.max_position = self.max_length if self.recipe == "gpt" else 512
         super().__post_init__()
         if self.max_tokens is None and self.batch_size is None:
             self.max_tokens = 8192
@@ -302,6 +309,7 @@ class PretrainConfig(TrainingSettings):
             raise ValueError(
                 "goal is set and eval_every is 0: evaluations are what a goal is seen by"
             )
+        assert self.max_position is not None
         if self.max_length > self.max_position:
             raise ValueError(
                 f"max_length {self.max_length} is above max_position {self.max_position}: raise max_position"

@@ -315,10 +315,15 @@ def _checked(
 ) -> list[Tensor]:
     """Every prompt's ids as a tensor on the CPU."""
     c = model.config
-    if not isinstance(count, Integral) or count < 1:
-        raise ValueError(f"max_new_tokens is {quoted(count)}: it must be at least 1")
+    if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
+        raise ValueError(
+            f"max_new_tokens is {quoted(count)}: it must be a whole number of at least 1"
+        )
     if c.layer_heads is not None:
-        raise ValueError("layer_heads is set: generate takes layers that have the same heads")
+        raise ValueError(
+            "layer_heads is set and generate takes layers that have the same heads: save the model with "
+            "save_pretrained(..., padded=True) and load that"
+        )
     for i, p in enumerate(prompts, 1):
         if isinstance(p, str):
             raise TypeError(f"prompt {i} is a str: pass token ids, or call a fastbert.infer.Writer")
@@ -332,7 +337,8 @@ def _checked(
             raise TypeError(f"prompt {i} is {p.dtype}: pass int64 token ids")
         if not 0 <= int(p.min()) <= int(p.max()) < c.vocab_size:
             raise IndexError(
-                f"prompt {i} has ids from {int(p.min())} to {int(p.max())}, and the vocabulary {c.vocab_size} tokens"
+                f"prompt {i} has ids from {int(p.min())} to {int(p.max())}, and the vocabulary {c.vocab_size} tokens: "
+                "encode it with the model's own tokenizer"
             )
         # the last new token is not read
         if len(p) + count - 1 > c.max_length:

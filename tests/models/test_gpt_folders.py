@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
 from fastbert.bert import BertConfig, GPTForCausalLM
 from fastbert.cli.app import main
 from fastbert.data import load_tokenizer, save_tokenizer, train_tokenizer
-from fastbert.infer import Writer
+from fastbert.infer import Embedder, Writer
 
 TEXT = "the cat sat on the mat and the dog ran away"
 
@@ -38,10 +39,10 @@ def test_trim_keeps_the_scores_of_kept_pieces(folder, tmp_path):
     tokenizers = [load_tokenizer(f) for f in (folder, tmp_path / "small")]
     encodings = [t.encode(TEXT, add_special_tokens=False) for t in tokenizers]
     assert encodings[0].tokens == encodings[1].tokens
-    models = [GPTForCausalLM.from_pretrained(f).eval() for f in (folder, tmp_path / "small")]
+    gpts = [GPTForCausalLM.from_pretrained(f).eval() for f in (folder, tmp_path / "small")]
     with torch.no_grad():
         before, after = (
-            m(torch.tensor([e.ids])).logits[0] for m, e in zip(models, encodings, strict=True)
+            m(torch.tensor([e.ids])).logits[0] for m, e in zip(gpts, encodings, strict=True)
         )
     pieces = sorted(tokenizers[1].get_vocab().items(), key=lambda item: item[1])
     kept = [tokenizers[0].token_to_id(piece) for piece, _ in pieces]
@@ -52,3 +53,12 @@ def test_trim_keeps_the_scores_of_kept_pieces(folder, tmp_path):
 def test_a_folder_of_int8_weights_has_its_head(folder, tmp_path):
     command("quantize", folder, tmp_path / "int8")
     assert Writer(tmp_path / "int8")(["the cat"], 5) == Writer(folder, int8=True)(["the cat"], 5)
+
+
+def test_vectors_of_a_gpt_without_special_tokens_are_refused_with_a_remedy(folder):
+    assert Embedder(folder)(["the cat"]).shape == (1, 32)
+    plain = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    plain.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match=r"holds a GPT and .*: take an encoder for vectors"):
+        Embedder(folder)

@@ -269,6 +269,17 @@ class Called(torch.nn.Module):
         return self.lstm(x)[0]
 
 
+class Packed(Called):
+    """A module that calls an LSTM with packed tokens."""
+
+    def __init__(self, lstm, **where):
+        super().__init__(lstm)
+        self.where = where
+
+    def forward(self, x):
+        return self.lstm(x, **self.where)[0]
+
+
 def test_exporters_find_torchs_module():
     ours, theirs = twins(batch_first=True)
     x = torch.randn(2, 5, C)
@@ -277,7 +288,17 @@ def test_exporters_find_torchs_module():
     torch.testing.assert_close(traced(x)[0], theirs(x)[0])
     program = torch.export.export(ours, (x,))
     torch.testing.assert_close(program.module()(x)[0], theirs(x)[0])
+    # packed tokens are no argument of torch's module
+    x, where = packed((3, 2))
+    sentence = "cu_seqlens is given while an exporter looks"
+    with pytest.raises(NotImplementedError, match=sentence):
+        torch.export.export(ours, (x,), where)
+    with pytest.raises(NotImplementedError, match=sentence):
+        torch.export.export(Packed(ours, **where), (x,))
+    with pytest.raises(NotImplementedError, match=sentence):
+        torch.jit.trace(Packed(ours, **where), (x,))
     # torch.jit.script gives a module with overloads no forward of its own: another module has to call it
+    x = torch.randn(2, 5, C)
     scripted = torch.jit.script(Called(ours))
     torch.testing.assert_close(scripted(x), theirs(x)[0])
 

@@ -152,3 +152,9 @@ def test_tools_of_attention_are_refused():
         fastbert.quantize(model, replace=True)
     with pytest.raises(ValueError, match="can't be pruned: it is an LSTM"):
         prune(model, [{**batch, "labels": batch["input_ids"]}])
+
+
+def test_exporters_are_refused():
+    ids = torch.randint(5, 40, (2, 6))
+    with pytest.raises(NotImplementedError, match="export one with attention"):
+        torch.export.export(model_of(BertModel), (ids,))

@@ -116,10 +116,26 @@ def test_a_run_that_breaks_off_goes_on_bitwise(settings, optimiser, tmp_path, mo
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
+def test_positions_are_those_that_blocks_train(settings):
+    short = {k: v for k, v in settings.items() if k != "max_position"}
+    assert PretrainConfig(**short).max_position == short["max_length"]
+    assert PretrainConfig(**{**short, "recipe": "roberta"}).max_position == 512
+
+
+def test_one_document_is_refused_with_advice(settings, tmp_path):
+    (tmp_path / "one.txt").write_text("\n\n".join(["The union needs the law."] * 30))
+    given = {**settings, "sources": [str(tmp_path / "one.txt")], "steps": 2}
+    with pytest.raises(ValueError, match=r"has 1 document, .* name the line between .* separator"):
+        pretrain(PretrainConfig(**given), tmp_path / "out", quiet=True)
+    found = pretrain(PretrainConfig(**given, separator=""), tmp_path / "parts", quiet=True)
+    assert found.steps == 2
+
+
 def test_the_command_goes_on_with_texts(finished):
     prompts = ["The great union", "The law serves the"]
     words = [w for p in prompts for w in ("--prompt", p)]
-    given = ["generate", str(finished.model), "--max-new-tokens", "12"]
+    # OUT of the run is as good as OUT/model
+    given = ["generate", str(finished.out), "--max-new-tokens", "12"]
     run = CliRunner().invoke(app, [*given, *words])
     assert run.exit_code == 0, run.output
     writer = Writer(finished.model)
