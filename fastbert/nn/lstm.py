@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from fastbert import functional as F
+from fastbert.files import quoted
 from fastbert.nn.drop_in import log_stock, why_not_fused
 from fastbert.nn.exports import replaces
 from fastbert.nn.packing import Packing
@@ -35,12 +36,27 @@ class _Permuted(torch.autograd.Function):
         return _Permuted.apply(dy, back, order), None, None
 
 
-def _sequences(batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Lengths (B,) of a PackedSequence, and its rows (T,), sequence after sequence; both int64 on the CPU."""
+def _sequences(batch_sizes: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Lengths (B,) of a PackedSequence of `tokens` rows, and its rows (T,), sequence after sequence; int64 on the CPU.
+
+    Raises ValueError for batch_sizes that no sequences have.
+    """
+    if bool((batch_sizes.diff() > 0).any()) or int(batch_sizes.sum()) > tokens:
+        raise ValueError(
+            f"batch_sizes {str(batch_sizes.tolist())[:100]} of the PackedSequence grow, or count more than its "
+            f"{tokens} rows: make it with pack_sequence or pack_padded_sequence"
+        )
     number = torch.arange(int(batch_sizes[0]))[:, None]
     there = number < batch_sizes  # (B, S)
     first = batch_sizes.cumsum(0) - batch_sizes
     return there.sum(1), (first + number)[there]
+
+
+def _is_pair(hx: Any) -> bool:
+    """Whether hx can be read as (h_0, c_0); torch also takes a tensor of both."""
+    if isinstance(hx, (tuple, list)):
+        return len(hx) == 2 and all(isinstance(t, Tensor) for t in hx)
+    return isinstance(hx, Tensor) and len(hx) == 2
 
 
 class LSTM(nn.LSTM):
@@ -72,6 +88,8 @@ class LSTM(nn.LSTM):
             raise ValueError(
                 f"proj_size is {proj_size}: fastbert.nn.LSTM has no projection, leave it 0 or use torch.nn.LSTM"
             )
+        if not isinstance(bidirectional, bool):
+            raise TypeError(f"bidirectional is {quoted(bidirectional)}: pass True or False")
         super().__init__(
             input_size,
             hidden_size,
@@ -100,6 +118,12 @@ class LSTM(nn.LSTM):
         max_seqlen: int | None = None,
     ) -> tuple[Any, States]:
         data = input.data if isinstance(input, PackedSequence) else input
+        if not isinstance(data, Tensor):
+            raise TypeError(
+                f"the input is a {type(input).__name__}: pass a tensor or PackedSequence"
+            )
+        if hx is not None and not _is_pair(hx):
+            raise TypeError(f"hx is {type(hx).__name__}: pass the two tensors (h_0, c_0)")
         reason = self._why_not_ours(data)
         if reason is not None:
             log_stock(self, reason)
@@ -176,7 +200,7 @@ class LSTM(nn.LSTM):
         if hx is not None:
             self._check_states(hx, int(x.batch_sizes[0]))
             hx = self.permute_hidden(hx, x.sorted_indices)
-        lengths, rows = _sequences(x.batch_sizes)
+        lengths, rows = _sequences(x.batch_sizes, x.data.shape[0])
         back = torch.empty_like(rows)
         back[rows] = torch.arange(rows.shape[0])
         bounds = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)

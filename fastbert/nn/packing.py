@@ -187,11 +187,15 @@ class Packing:
     @classmethod
     def given(cls, cu_seqlens: Tensor, max_seqlen: int | None) -> Packing:
         """Tokens that the caller has packed; no host sync. Raises ValueError or TypeError for wrong metadata."""
+        if not isinstance(cu_seqlens, Tensor):
+            raise TypeError(
+                f"cu_seqlens is {type(cu_seqlens).__name__}: pass a tensor (B + 1,) int32 of running sums from 0"
+            )
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype != torch.int32:
             raise ValueError(
                 f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}: pass (B + 1,) int32 running sums from 0"
             )
-        if max_seqlen is None or isinstance(max_seqlen, Tensor):
+        if max_seqlen is None or isinstance(max_seqlen, (Tensor, float, str)):
             raise TypeError(
                 f"max_seqlen is {type(max_seqlen).__name__}: pass the longest length as a Python int with cu_seqlens"
             )

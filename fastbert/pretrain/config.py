@@ -68,6 +68,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lr": 1e-3,
     },
 }
+POSITIONS = ("absolute", "sinusoidal", "rotary")
 # the only values of settings of layers that an LSTM does not have; 12 heads are the default of all recipes
 _LSTM = {
     "heads": (1, 12),
@@ -268,9 +269,8 @@ class PretrainConfig(TrainingSettings):
             {
                 "recipe": tuple(RECIPES),
                 "tokenizer_kind": ("wordpiece", "bpe", None),
-                "positions": ("none",)
-                if self.recipe == "lstm"
-                else ("absolute", "sinusoidal", "rotary"),
+                # below, an LSTM refuses all but none
+                "positions": (*("none",)[: self.recipe == "lstm"], *POSITIONS),
                 "start": ("normal", "neighbours"),
                 "strategy": ("ddp", "fsdp"),
             }

@@ -311,7 +311,32 @@ def test_compile():
 
 
 X, WHERE = packed((3, 2))
+Y = torch.zeros(5, 2, C)
+STATE = torch.zeros(1, 2, H)
 REFUSED = {
+    "directions": (lambda: nn.LSTM(C, H, bidirectional="yes"), "bidirectional is 'yes'"),
+    "a list": (lambda: nn.LSTM(C, H)([1.0]), "the input is a list"),
+    "no input": (lambda: nn.LSTM(C, H)(None), "the input is a NoneType"),
+    "three states": (lambda: nn.LSTM(C, H)(Y, (STATE,) * 3), "hx is tuple: pass the two"),
+    "one state": (lambda: nn.LSTM(C, H)(Y, (STATE,)), "hx is tuple: pass the two"),
+    "h_0 alone": (lambda: nn.LSTM(C, H)(Y, STATE), "hx is Tensor: pass the two"),
+    "no states": (lambda: nn.LSTM(C, H)(Y, (None, None)), "hx is tuple: pass the two"),
+    "sizes that grow": (
+        lambda: nn.LSTM(C, H)(PackedSequence(X, torch.tensor([2, 3]))),
+        r"batch_sizes \[2, 3\] of the PackedSequence grow",
+    ),
+    "too many sizes": (
+        lambda: nn.LSTM(C, H)(PackedSequence(X, torch.tensor([4, 4]))),
+        "count more than its 5 rows",
+    ),
+    "a length that is no int": (
+        lambda: nn.LSTM(C, H)(X, **{**WHERE, "max_seqlen": 3.0}),
+        "max_seqlen is float: pass the longest length",
+    ),
+    "bounds in a list": (
+        lambda: nn.LSTM(C, H)(X, cu_seqlens=[0, 3, 5], max_seqlen=3),
+        "cu_seqlens is list: pass a tensor",
+    ),
     "projection": (lambda: nn.LSTM(C, H, proj_size=3), "has no projection"),
     "columns": (lambda: nn.LSTM(C + 1, H)(X, **WHERE), "must be equal to input_size"),
     "a length alone": (

@@ -117,7 +117,7 @@ def test_students_that_cannot_be(teacher, changes, sentence, tmp_path):
         ({"start": "neighbours"}, "start is neighbours and recipe is lstm"),
         ({"gated": True}, "gated is True and recipe is lstm"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1 and recipe is lstm"),
-        ({"positions": "rotary"}, "positions is 'rotary'"),
+        ({"positions": "rotary"}, "positions is rotary and recipe is lstm"),
         ({"recipe": "roberta", "positions": "none"}, "positions is 'none'"),
     ],
 )
