@@ -12,7 +12,7 @@ import os
 import re
 import reprlib
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -21,11 +21,15 @@ from typing import IO, Any
 UNFINISHED = ".unfinished-"
 # the remedies for a path that does not exist, by the kind of file that is read there
 TEXTS = "name a text file, a folder, or - for stdin"
+IMAGES = "name an image file, or a folder of images"
 RECORDS = "name a file of labelled data"
 LINES = "name a text file with one text per line, or - for standard input"
 TOKENIZER_FILES = "name a tokenizer's folder or file"
 # and for a file where a folder is written
 SHARDS = "name a folder for the tokenised text"
+
+# of the images in a folder
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 
 _LINE_END = re.compile(r"\r\n?|\n")
 # JSON escapes the others itself
@@ -50,6 +54,24 @@ def folder_or_new(path: str | Path, remedy: str) -> Path:
     if os.path.isfile(path):
         raise ValueError(f"{path} is a file: {remedy}")
     return Path(path)
+
+
+def images_in(paths: Sequence[str | Path]) -> list[Path]:
+    """The image files among the paths and in the folders that they name, these in the order of their names.
+
+    Raises FileNotFoundError for a path that does not exist, ValueError for a folder without images.
+    """
+    found: list[Path] = []
+    for path in paths:
+        here = existing(path, IMAGES)
+        if here.is_dir():
+            inside = sorted(p for p in here.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise ValueError(f"{path} holds no image that ends in {', '.join(IMAGE_SUFFIXES)}")
+            found += inside
+        else:
+            found.append(here)
+    return found
 
 
 def decoded(data: bytes, name: str, offset: int = 0) -> str:

@@ -37,6 +37,11 @@ class Batch(dict[str, Any]):
         return f"epoch {self.epoch}, batch {self.number}, examples {', '.join(map(str, self.examples))}"
 
     @property
+    def tokens(self) -> int:
+        """The number of tokens of its texts, and of patches of its images."""
+        return len(self["input_ids"]) + len(self.get("patches", ()))
+
+    @property
     def inputs(self) -> dict[str, Any]:
         """The arguments of an encoder in a packed batch, without labels."""
         return {name: value for name, value in self.items() if name in _INPUTS}

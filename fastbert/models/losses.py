@@ -41,6 +41,20 @@ def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> T
     return tnf.binary_cross_entropy_with_logits(logits, labels)
 
 
+def contrastive_loss(logits: Tensor, kind: str) -> Tensor:
+    """The loss of logits (B, B) whose diagonal has the pairs: the mean over pairs.
+
+    softmax: the mean of the cross-entropies of rows and of columns (CLIP). sigmoid: each of the B B logits is a yes or
+    a no of its own (SigLIP).
+    """
+    B = logits.shape[0]
+    if kind == "softmax":
+        labels = torch.arange(B, device=logits.device)
+        return (class_loss(logits, labels) + class_loss(logits.T.contiguous(), labels)) / 2
+    signs = 2.0 * torch.eye(B, dtype=logits.dtype, device=logits.device) - 1.0
+    return -tnf.logsigmoid(signs * logits).sum() / B
+
+
 def position_loss(scores: Tensor, position: Tensor, packing: Packing) -> Tensor:
     """Cross-entropy of scores (T,) over each sequence's tokens; a position (B,) without a token is ignored."""
     grid = packing.spread(scores)  # (B, S)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastbert.models.config import BertConfig, model_folder
+from fastbert.pretrain.captions import read_captions
 from fastbert.pretrain.config import PretrainConfig
 from fastbert.train.settings import check_length_said
 
@@ -55,6 +56,9 @@ def build_model(
 
 def check_usable(config: PretrainConfig, out: Path) -> None:
     """The checks of a new run that read nothing but the config.json of `init_from`."""
+    if config.images is not None:
+        _check_images(config)
+        return
     if not config.sources:
         raise ValueError("sources is empty: name the text to train on, or - for standard input")
     for source in config.sources:
@@ -105,6 +109,44 @@ def model_config(config: PretrainConfig, vocab_size: int, pad: int) -> BertConfi
         add_pooler=True if config.next_sentence else None,
         type_vocab_size=2 if config.next_sentence else None,
     )
+
+
+def encoder_config(
+    config: PretrainConfig, vocab_size: int, pad: int, image: bool = False
+) -> BertConfig:
+    """The sizes of an encoder: of both in a single stream, of texts or of an `image` in two towers."""
+    stream = config.recipe == "single-stream"
+    assert config.ffn is not None
+    assert config.dropout is not None
+    assert config.attention_dropout is not None
+    return BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=config.hidden,
+        num_hidden_layers=(config.image_layers or 0) if image else config.layers,
+        num_attention_heads=config.heads,
+        intermediate_size=config.ffn,
+        hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.attention_dropout,
+        max_position_embeddings=1 if image else config.max_position,
+        position_embedding_type="absolute" if image else config.positions,
+        initializer_range=config.initializer_range,
+        pre_norm=config.pre_norm,
+        gated=config.gated,
+        biases=config.biases,
+        pad_token_id=pad,
+        add_pooler=stream,
+        type_vocab_size=2 if stream else 0,
+    )
+
+
+def _check_images(config: PretrainConfig) -> None:
+    """The checks of a new run on images, but for their decoding."""
+    check_length_said(config.to_dict())
+    config.check_paths()
+    encoder_config(config, config.vocab_size, 0)
+    for folder in (config.images, config.eval_images):
+        if folder is not None:
+            read_captions(folder)
 
 
 def _check_loaded(loaded: BertConfig, config: PretrainConfig, vocabulary: int) -> None:

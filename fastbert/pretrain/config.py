@@ -7,11 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastbert.files import SHARDS, TEXTS, TOKENIZER_FILES, existing, folder_or_new
+from fastbert.files import IMAGES, SHARDS, TEXTS, TOKENIZER_FILES, existing, folder_or_new
+from fastbert.pretrain.recipes import BERT, LSTM, OF_IMAGES, POSITIONS, RECIPES, TEXT_ALONE
 from fastbert.train import settings
 from fastbert.train.settings import (
     BATCH,
     DATA,
+    LOSSES,
     MODEL,
     OPTIMISER,
     RUN,
@@ -19,68 +21,6 @@ from fastbert.train.settings import (
     TrainingSettings,
     setting,
 )
-
-# what a recipe sets where nothing else is said
-_BERT: dict[str, Any] = {
-    "next_sentence": True,
-    "mask_prob": 0.15,
-    "tokenizer_kind": "wordpiece",
-    "positions": "absolute",
-    "pre_norm": False,
-    "gated": False,
-    "biases": True,
-    "local_attention": 0,
-    "dropout": 0.1,
-    "lr": 1e-4,
-}
-RECIPES: dict[str, dict[str, Any]] = {
-    "bert": _BERT,
-    "roberta": {**_BERT, "next_sentence": False, "tokenizer_kind": "bpe"},
-    # ModernBERT (Warner et al. 2024)
-    "modern": {
-        "next_sentence": False,
-        "mask_prob": 0.3,
-        # so that its losses compare with those of the other recipes
-        "eval_mask_prob": 0.15,
-        "tokenizer_kind": "bpe",
-        "positions": "rotary",
-        "pre_norm": True,
-        "gated": True,
-        "biases": False,
-        "local_attention": 128,
-        "dropout": 0.0,
-        "lr": 1e-4,
-    },
-    # GPT-2 (Radford et al. 2019)
-    "gpt": {
-        **_BERT,
-        "next_sentence": False,
-        "mask_prob": None,
-        "tokenizer_kind": "bpe",
-        "pre_norm": True,
-    },
-    # a bidirectional LSTM
-    "lstm": {
-        **_BERT,
-        "next_sentence": False,
-        "tokenizer_kind": "bpe",
-        "positions": "none",
-        "lr": 1e-3,
-    },
-}
-POSITIONS = ("absolute", "sinusoidal", "rotary")
-# the only values of settings of layers that an LSTM does not have; 12 heads are the default of all recipes
-_LSTM = {
-    "heads": (1, 12),
-    "ffn": (None, 1),
-    "start": ("normal",),
-    "positions": ("none",),
-    "pre_norm": (False,),
-    "gated": (False,),
-    "biases": (True,),
-    "local_attention": (0,),
-    "attention_dropout": (None, 0.0),
-}
 
 
 @dataclass
@@ -112,7 +52,25 @@ class PretrainConfig(TrainingSettings):
         "bert",
         DATA,
         "bert: sentence pairs, MLM + NSP; roberta: full sentences, MLM only; modern: as ModernBERT, MLM only; gpt: the "
-        "next word of blocks of max_length tokens; lstm: a bidirectional LSTM, MLM only",
+        "next word of blocks of max_length tokens; lstm: a bidirectional LSTM, MLM only; with images two-towers: CLIP "
+        "or SigLIP; single-stream: as ViLT, MLM and matching",
+    )
+    images: str | None = setting(
+        None,
+        DATA,
+        "folder of images with captions.tsv, .csv or .jsonl, instead of text",
+        path=True,
+        check=partial(existing, remedy=IMAGES),
+    )
+    eval_images: str | None = setting(
+        None,
+        DATA,
+        "such a folder to judge the model on; default a part of the images",
+        path=True,
+        check=partial(existing, remedy=IMAGES),
+    )
+    shift: int = setting(
+        0, DATA, "pixels by which images are moved at random in training, both ways"
     )
     next_sentence: bool | None = setting(
         None, DATA, "sentence pairs and NSP; default in the recipe bert only"
@@ -193,6 +151,12 @@ class PretrainConfig(TrainingSettings):
     local_rope_theta: float = setting(
         10000.0, MODEL, "base of the angles of rotary positions in local layers"
     )
+    patch: int = setting(16, MODEL, "pixels in a side of a patch of an image")
+    max_patches: int = setting(32, MODEL, "patches in the longest side of the largest image")
+    image_layers: int | None = setting(
+        None, MODEL, "two-towers: layers of the encoder of images; default layers"
+    )
+    projection: int = setting(256, MODEL, "two-towers: length of a vector")
     dropout: float | None = setting(
         None, MODEL, "dropout of hidden states; default .1, in the recipe modern 0"
     )
@@ -214,8 +178,14 @@ class PretrainConfig(TrainingSettings):
         path=True,
     )
 
+    contrast: str = setting(
+        "softmax", LOSSES, "two-towers: softmax (CLIP) or sigmoid (SigLIP) of a batch's pairs"
+    )
+    chunk: int = setting(
+        0, BATCH, "two-towers: pairs encoded at once, with the gradients of the batch; 0 for all"
+    )
     lr: float | None = setting(  # type: ignore[assignment]
-        None, OPTIMISER, "peak learning rate; default 1e-4, in the recipe lstm 1e-3"
+        None, OPTIMISER, "peak learning rate; default 1e-4, lstm 1e-3, with images 5e-4"
     )
     minutes: float | None = setting(
         None, BATCH, "time for the steps; the first ones are timed and fix the number of steps"
@@ -243,7 +213,7 @@ class PretrainConfig(TrainingSettings):
 
     def __post_init__(self) -> None:
         # an unknown recipe is refused with the other settings
-        known = RECIPES[self.recipe] if self.recipe in [*RECIPES] else _BERT
+        known = RECIPES[self.recipe] if self.recipe in [*RECIPES] else BERT
         for name, value in known.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -253,7 +223,11 @@ class PretrainConfig(TrainingSettings):
             # a GPT's blocks are all max_length tokens long: positions behind them would stay untrained
             self.max_position = self.max_length if self.recipe == "gpt" else 512
         super().__post_init__()
-        if self.max_tokens is None and self.batch_size is None:
+        if self.recipe in OF_IMAGES:
+            self.batch_size = self.batch_size or 256
+            if self.recipe == "two-towers":
+                self.image_layers = self.image_layers or self.layers
+        elif self.max_tokens is None and self.batch_size is None:
             self.max_tokens = 8192
         if self.attention_dropout is None:
             self.attention_dropout = 0.0 if self.recipe == "lstm" else self.dropout
@@ -272,6 +246,7 @@ class PretrainConfig(TrainingSettings):
                 # below, an LSTM refuses all but none
                 "positions": (*("none",)[: self.recipe == "lstm"], *POSITIONS),
                 "start": ("normal", "neighbours"),
+                "contrast": ("softmax", "sigmoid"),
                 "strategy": ("ddp", "fsdp"),
             }
         )
@@ -281,13 +256,16 @@ class PretrainConfig(TrainingSettings):
             *("heldout", "short_seq_prob", "mask_prob", "eval_mask_prob"),
             *("dropout", "attention_dropout"),
         )
+        self._check_used_by_images()
         if self.recipe == "gpt":
             self._check_gpt()
+        elif self.recipe in OF_IMAGES:
+            self._check_images()
         elif not self.mask_prob or not self.eval_mask_prob or not self.heldout:
             raise ValueError(
                 "mask_prob, eval_mask_prob and heldout must be above 0: there is nothing to learn or judge"
             )
-        for name, values in _LSTM.items() if self.recipe == "lstm" else ():
+        for name, values in LSTM.items() if self.recipe == "lstm" else ():
             if getattr(self, name) not in values:
                 raise ValueError(
                     f"{name} is {getattr(self, name)} and recipe is lstm, whose layers have no such setting: leave it "
@@ -327,6 +305,37 @@ class PretrainConfig(TrainingSettings):
         )
         local = "global_every", "local_rope_theta"
         self._check_used(bool(self.local_attention), "local_attention is 0", *local)
+
+    def _check_used_by_images(self) -> None:
+        own = self.recipe in OF_IMAGES
+        if own != (self.images is not None):
+            has = "images is set" if self.images else "images is not set"
+            remedy = "name a folder of images" if own else f"choose {' or '.join(OF_IMAGES)}"
+            raise ValueError(f"{has} and recipe is {self.recipe}: {remedy}")
+        self._check_least(0, "shift", "chunk")
+        self._check_least(1, "patch", "max_patches", "image_layers", "projection")
+        reason = f"recipe is {self.recipe}"
+        self._check_used(not own, f"{reason}, which reads images", *TEXT_ALONE)
+        images = "eval_images", "shift", "patch", "max_patches"
+        self._check_used(own, f"{reason}, which reads no images", *images)
+        towers = "contrast", "chunk", "projection", "image_layers"
+        self._check_used(self.recipe == "two-towers", f"{reason}, not two-towers", *towers)
+
+    def _check_images(self) -> None:
+        reason = f"recipe is {self.recipe}"
+        for name in ("sources", "next_sentence", "local_attention", "max_tokens"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} is set and {reason}, which has no use for it: leave it out"
+                )
+        masks = self.recipe == "single-stream"
+        if bool(self.mask_prob) != masks or (self.whole_word and not masks):
+            remedy = "set mask_prob above 0" if masks else "leave mask_prob and whole_word out"
+            raise ValueError(f"{reason}, which masks {'words' if masks else 'no words'}: {remedy}")
+        if self.positions == "rotary":
+            raise ValueError(f"{reason} and positions is rotary: choose absolute or sinusoidal")
+        if not self.heldout and self.eval_images is None:
+            raise ValueError("heldout is 0: set it above 0, or name eval_images to judge on")
 
     def _check_gpt(self) -> None:
         for name in ("mask_prob", "eval_mask_prob", "whole_word", "next_sentence"):

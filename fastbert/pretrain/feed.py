@@ -30,6 +30,7 @@ from fastbert.data import (
 )
 from fastbert.pretrain.baselines import IGNORED, mask_baselines
 from fastbert.pretrain.config import PretrainConfig
+from fastbert.train.trainer import Stream
 from fastbert.train.world import World
 
 # counting more of a large corpus than this does not make the baselines better
@@ -39,7 +40,7 @@ _COUNTED_TOKENS = 20_000_000
 class Interleaved:
     """The batches of several parts of the data in turn: those of number 0, those of number 1, and so on."""
 
-    def __init__(self, parts: Sequence[PretrainingData]) -> None:
+    def __init__(self, parts: Sequence[Stream]) -> None:
         self.parts = parts
 
     def stream(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:

@@ -12,14 +12,18 @@ from typing import Any
 
 import torch
 
+from fastbert.models.images import TwoTowers
 from fastbert.pretrain.build import as_loaded, build_model, check_usable
 from fastbert.pretrain.config import PretrainConfig
 from fastbert.pretrain.evaluate import judged_loss
 from fastbert.pretrain.feed import Feed, shared_feed
+from fastbert.pretrain.image_feed import ImageFeed, shared_image_feed
+from fastbert.pretrain.image_run import ImageRun, ImageTrainer, build_image_model, shown
 from fastbert.pretrain.loop import PretrainRun, reached
+from fastbert.pretrain.recipes import OF_IMAGES
 from fastbert.pretrain.trainer import PretrainTrainer
 from fastbert.train import store
-from fastbert.train.plot import plot_losses
+from fastbert.train.plot import plot_losses, plot_recalls
 from fastbert.train.progress import duration
 from fastbert.train.session import Session
 from fastbert.train.trainer import TrainingError
@@ -71,25 +75,39 @@ def pretrain(
     check = partial(check_usable, out=Path(out))
     session = Session(PretrainConfig, config, out, resume=resume, quiet=quiet, say=say, check=check)
     with session as s:
-        feed = shared_feed(
-            s.config, s.out, s.world, resume=s.resume, rebuild=rebuild, quiet=s.quiet
-        )
-        model = s.model(lambda: build_model(s.config, feed.tokenizer))
+        feed: Feed | ImageFeed
+        if s.config.recipe in OF_IMAGES:
+            feed = shared_image_feed(s.config, s.out, s.world, resume=s.resume)
+        else:
+            feed = shared_feed(
+                s.config, s.out, s.world, resume=s.resume, rebuild=rebuild, quiet=s.quiet
+            )
+        build: Any = build_model if isinstance(feed, Feed) else build_image_model
+        model = s.model(lambda: build(s.config, feed.tokenizer))
         s.say(_description(s.config, model, feed))
         s.begin(model, lambda: _scheduled(s.config, model, feed, s.world))
-        trainer = PretrainTrainer(model, feed.batches, s.config, s.world)
-        run = PretrainRun(trainer, feed, s)
+        trainer = _trainer(model, feed, s.config, s.world)
+        kind: Any = PretrainRun if isinstance(feed, Feed) else ImageRun
+        run = kind(trainer, feed, s)
         return _report(s, run, run.train())
 
 
-def _report(s: Session[PretrainConfig], run: PretrainRun, evaluation: dict[str, float]) -> Result:
+def _trainer(
+    model: torch.nn.Module, feed: Feed | ImageFeed, config: PretrainConfig, world: World
+) -> Any:
+    kind = PretrainTrainer if isinstance(feed, Feed) else ImageTrainer
+    return kind(model, feed.batches, config, world)
+
+
+def _report(s: Session[PretrainConfig], run: Any, evaluation: dict[str, float]) -> Result:
     """Write the model, the curve and the final figures."""
     at, plot, main = run.trainer.at, s.out / "loss.png", s.world.main
     s.export(run.trainer.spread.whole(), run.feed.tokenizer)
     baselines = run.feed.baselines() if main else {}
     if main:
         title = f"{s.config.recipe} pretraining"
-        plot_losses(s.out / "metrics.jsonl", plot, baselines, title)
+        draw = plot_losses if isinstance(run, PretrainRun) else plot_recalls
+        draw(s.out / "metrics.jsonl", plot, baselines, title)
         values = {"steps": at.step, "seconds": at.seconds, "held_out": evaluation}
         store.write_json(s.out / "result.json", {**values, "baselines": baselines})
     figures = (at.step, at.seconds, evaluation, baselines)
@@ -99,8 +117,27 @@ def _report(s: Session[PretrainConfig], run: PretrainRun, evaluation: dict[str, 
 def summary(result: Result) -> list[str]:
     """How good the model is and where it is, in a few lines."""
     held = result.evaluation
+    lines = [f"{result.steps} steps in {duration(result.seconds)}"]
+    lines += _judged_words(result) if "text_to_image_r1" not in held else _judged_images(result)
+    names = {
+        "model": result.model,
+        "loss curve": result.plot,
+        "metrics": result.out / "metrics.jsonl",
+        "TensorBoard": result.out / "tensorboard",
+        "settings": result.out / "config.toml",
+    }
+    # TensorBoard's folder is there if the package is installed
+    return lines + [f"{name:<12} {path}" for name, path in names.items() if path.exists()]
+
+
+def _judged_images(result: Result) -> list[str]:
+    chance = ", ".join(f"{name} {value:.1%}" for name, value in result.baselines.items())
+    return [f"held out, {line}" for line in shown(result.evaluation)] + [f"  {chance}"]
+
+
+def _judged_words(result: Result) -> list[str]:
+    held = result.evaluation
     lines = [
-        f"{result.steps} steps in {duration(result.seconds)}",
         f"held out, {'next words' if 'lm_loss' in held else 'where the input is [MASK]'}: loss "
         f"{judged_loss(held):.3f} nats, accuracy {held.get('accuracy_masked', held['accuracy']):.1%}",
     ]
@@ -115,26 +152,20 @@ def summary(result: Result) -> list[str]:
         lines.append(
             f"next sentence: {held['nsp_accuracy']:.1%} right (95 %: {low:.1%} to {high:.1%})"
         )
-    names = {
-        "model": result.model,
-        "loss curve": result.plot,
-        "metrics": result.out / "metrics.jsonl",
-        "TensorBoard": result.out / "tensorboard",
-        "settings": result.out / "config.toml",
-    }
-    # TensorBoard's folder is there if the package is installed
-    return lines + [f"{name:<12} {path}" for name, path in names.items() if path.exists()]
+    return lines
 
 
 def _scheduled(
-    config: PretrainConfig, model: torch.nn.Module, feed: Feed, world: World
+    config: PretrainConfig, model: torch.nn.Module, feed: Feed | ImageFeed, world: World
 ) -> PretrainConfig:
     """The settings that are recorded: with the number of steps, where they are timed that of the slowest process."""
     found = as_loaded(config, model.config)  # type: ignore[arg-type]
     return replace(found, steps=int(world.most(_steps(config, model, feed, world))))
 
 
-def _steps(config: PretrainConfig, model: torch.nn.Module, feed: Feed, world: World) -> int:
+def _steps(
+    config: PretrainConfig, model: torch.nn.Module, feed: Feed | ImageFeed, world: World
+) -> int:
     """The number of optimiser steps that follows from the settings."""
     if config.steps is not None:
         return config.steps
@@ -150,7 +181,7 @@ def _steps(config: PretrainConfig, model: torch.nn.Module, feed: Feed, world: Wo
 
 
 def seconds_per_step(
-    model: torch.nn.Module, feed: Feed, config: PretrainConfig, world: World
+    model: torch.nn.Module, feed: Feed | ImageFeed, config: PretrainConfig, world: World
 ) -> float:
     """Time some steps of all batches on a copy of the model; the model and the generators are left as they were.
 
@@ -160,7 +191,7 @@ def seconds_per_step(
     rng = store.capture_rng()
     single = World(shards=len(world.parts))
     settings = replace(config, steps=1_000_000, batch_ramp=0.0)
-    trial = PretrainTrainer(copy.deepcopy(model), feed.batches, settings, single)
+    trial = _trainer(copy.deepcopy(model), feed, settings, single)
     # the first step is slower than the rest: memory, imports
     trial.train_step()
     started, steps, elapsed = time.perf_counter(), 0, 0.0
@@ -171,12 +202,17 @@ def seconds_per_step(
     return elapsed / steps
 
 
-def _description(config: PretrainConfig, model: Any, feed: Feed) -> str:
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    sizes = model.config
+def _description(config: PretrainConfig, model: Any, feed: Feed | ImageFeed) -> str:
+    c, millions = model.config, sum(p.numel() for p in model.parameters()) / 1e6
+    if isinstance(model, TwoTowers):
+        sizes = (
+            f"texts {c.text.num_hidden_layers} layers x {c.text.hidden_size}, images {c.image.num_hidden_layers} x "
+            f"{c.image.hidden_size}, vectors of {c.projection_dim}, vocabulary {c.text.vocab_size}"
+        )
+    else:
+        sizes = f"{c.num_hidden_layers} layers x {c.hidden_size}, vocabulary {c.vocab_size}"
     return (
-        f"{type(model).__name__} with {millions:.1f} M parameters: {sizes.num_hidden_layers} layers x "
-        f"{sizes.hidden_size}, vocabulary {sizes.vocab_size}; {feed.describe()}; {config.precision} on "
+        f"{type(model).__name__} with {millions:.1f} M parameters: {sizes}; {feed.describe()}; {config.precision} on "
         f"{config.device}, {config.threads} threads"
     )
 

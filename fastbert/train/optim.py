@@ -28,7 +28,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     kept: list[tuple[str, Tensor]] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            free = name in norms or name.rpartition(".")[2] == "bias"
+            # a single number is a temperature
+            free = name in norms or name.rpartition(".")[2] == "bias" or not parameter.dim()
             (kept if free else decayed).append((name, parameter))
     return [
         {

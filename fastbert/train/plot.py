@@ -27,6 +27,28 @@ def plot_losses(metrics: Path, image: Path, baselines: Mapping[str, float], titl
     save(picture, image)
 
 
+def plot_recalls(metrics: Path, image: Path, baselines: Mapping[str, float], title: str) -> None:
+    """Draw the losses of a run on images, and beside them its recalls and those of chance, from a metrics.jsonl."""
+    lines = read_metrics(metrics)
+    picture = figure(12)
+    losses, recalls = picture.subplots(1, 2)
+    losses.set(title=title, xlabel="step", ylabel="nats")
+    for name in ("contrastive_loss", "mlm_loss", "matching_loss"):
+        curve(losses, lines, "train", name, label=f"training, {name}", alpha=0.7)
+    for name in ("contrastive_loss", "mlm_loss_masked"):
+        curve(losses, lines, "eval", name, label=f"held out, {name}", marker="o")
+    recalls.set(title="held out", xlabel="step", ylabel="recall", ylim=(0, 1))
+    for way in ("text_to_image", "image_to_text"):
+        for rank in ("r1", "r10"):
+            curve(recalls, lines, "eval", f"{way}_{rank}", label=f"{way} {rank}", marker="o")
+    for i, (name, value) in enumerate(baselines.items()):
+        recalls.axhline(value, color=f"C{i + 4}", linestyle="--", label=f"{name}: {value:.3f}")
+    for axes in (losses, recalls):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    save(picture, image)
+
+
 def figure(width: float = 8, height: float = 5) -> Any:
     """An empty figure that needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -135,7 +135,7 @@ class Trainer:
         norm_there = self.spread.clip(self.config.clip or math.inf)
         # the only wait for the device in a step
         *own, norm = torch.cat([torch.stack(parts).sum(0), norm_there.double()[None]]).tolist()
-        *values, tokens = self.world.totals(*own, sum(len(b["input_ids"]) for b in batches))
+        *values, tokens = self.world.totals(*own, sum(b.tokens for b in batches))
         loss = sum(values)
         if not math.isfinite(loss) or not math.isfinite(norm):
             self._refuse(loss, norm, batches)

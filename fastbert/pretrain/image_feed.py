@@ -1,0 +1,198 @@
+"""The data of a run on images beside text: pairs in batches of packed tokens and patches, anew for every epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastbert.data import (
+    Batch,
+    Masker,
+    load_tokenizer,
+    rng,
+    save_tokenizer,
+    tokenizer_hash,
+    train_tokenizer,
+)
+from fastbert.data.images import U8, image_batch, moved
+from fastbert.pretrain.config import PretrainConfig
+from fastbert.pretrain.feed import Interleaved
+from fastbert.pretrain.pictures import Pictures, store_pictures
+from fastbert.train.world import World
+
+I64 = NDArray[np.int64]
+
+
+class Pairs:
+    """Batches of pairs: `batch(epoch, number)` depends on nothing but these, the settings and the part's number.
+
+    In an epoch every image occurs once, with one of its captions, moved by up to `shift` pixels. Images that do not
+    fill a batch of every part are left out of the epoch.
+    """
+
+    def __init__(self, feed: ImageFeed, images: I64, part: int = 0, parts: int = 1) -> None:
+        self.feed, self.images = feed, images
+        self.part, self.parts = part, parts
+        assert feed.config.batch_size is not None
+        self.size = min(feed.config.batch_size, len(images) // parts)
+
+    def num_batches(self, epoch: int = 0) -> int:
+        """Batches of this part in an epoch."""
+        return len(self.images) // (self.size * self.parts)
+
+    def batch(self, epoch: int, number: int) -> Batch:
+        """Batch `number` of `epoch`."""
+        f, c = self.feed, self.feed.config
+        order = rng.bits(rng.derive(c.seed, epoch, rng.Purpose.IMAGES), self.images).argsort()
+        first = (number * self.parts + self.part) * self.size
+        members = self.images[order[first : first + self.size]]
+
+        def drawn(purpose: rng.Purpose, high: I64 | int, more: int = 0) -> I64:
+            key = rng.derive(c.seed, epoch, purpose, more)
+            return rng.integers(key, members, high)
+
+        counts = np.array([len(f.pictures.captions[i]) for i in members])
+        chosen = drawn(rng.Purpose.CAPTIONS, counts)
+        texts = [f.tokens[i][k] for i, k in zip(members, chosen, strict=True)]
+        down, right = (drawn(rng.Purpose.SHIFTS, 2 * c.shift + 1, i) - c.shift for i in (0, 1))
+        keys = Masker.keys(c.seed, epoch, members)
+        others = f.partners(keys, self.images, members)
+        shown = [f.pictures.pixels(i) for i in others]
+        if c.shift:
+            shown = [moved(p, *by) for p, *by in zip(shown, down, right, strict=True)]
+        batch = f.paired(texts, shown, keys, members == others)
+        batch.epoch, batch.number, batch.examples = epoch, number, tuple(members.tolist())
+        return batch
+
+    def stream(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """Batches without end from number `start` of `epoch` on."""
+        while True:
+            yield from (self.batch(epoch, n) for n in range(start, self.num_batches(epoch)))
+            epoch, start = epoch + 1, 0
+
+
+class ImageFeed:
+    """Pairs for training and for evaluation, their captions as tokens."""
+
+    def __init__(
+        self, config: PretrainConfig, tokenizer: Any, pictures: Pictures, world: World
+    ) -> None:
+        self.config, self.tokenizer, self.pictures = config, tokenizer, pictures
+        self.masker = None
+        if config.recipe == "single-stream":
+            assert config.mask_prob is not None
+            self.masker = Masker(tokenizer, config.mask_prob, config.whole_word)
+        tokenizer.enable_truncation(config.max_length)
+        # captions of all images in one call
+        flat = tokenizer.encode_batch([c for captions in pictures.captions for c in captions])
+        tokenizer.no_truncation()
+        ids = iter([np.array(e.ids, np.int64) for e in flat])
+        self.tokens = [[next(ids) for _ in captions] for captions in pictures.captions]
+        train, self.held = self._split()
+        least = 2 * world.shards
+        if len(train) < least or len(self.held) < 2:
+            raise ValueError(
+                f"there are {len(train)} images to train on and {len(self.held)} held out: give at least {least} and 2"
+            )
+        self.train = Pairs(self, train, world.rank, world.shards)
+        parts = [Pairs(self, train, part, world.shards) for part in world.parts]
+        self.batches = Interleaved(parts) if len(parts) > 1 else self.train
+
+    def _split(self) -> tuple[I64, I64]:
+        """The numbers of the images for training and of those held out."""
+        numbers, first = np.arange(len(self.pictures)), self.pictures.held_from
+        if first is not None:
+            return numbers[:first], numbers[first:]
+        key = rng.derive(self.config.split_seed, rng.Purpose.HELD_OUT_IMAGES)
+        order = rng.bits(key, numbers).argsort()
+        count = max(math.ceil(self.config.heldout * len(numbers)), 2)
+        return np.sort(order[count:]), np.sort(order[:count])
+
+    def partners(self, keys: rng.U64, pool: I64, members: I64) -> I64:
+        """The images beside the members' texts: their own, or in a single stream for every second one another."""
+        if self.masker is None or len(pool) < 2:
+            return members
+        key = rng.bits(keys, np.array([rng.Purpose.PARTNERS], np.int64))
+        drawn = pool[rng.integers(key, np.array([1]), len(pool))]
+        other = (rng.uniform(key, np.array([0])) < 0.5) & (drawn != members)
+        return np.where(other, drawn, members)
+
+    def paired(
+        self, texts: Sequence[I64], images: Sequence[U8], keys: rng.U64, own: NDArray[np.bool_]
+    ) -> Batch:
+        """The batch of texts beside images. In a single stream words are masked where the image is the text's `own`."""
+        lengths = np.array([len(text) for text in texts])
+        cu_seqlens = np.cumsum([0, *lengths])
+        ids = np.concatenate(texts)
+        batch = Batch(
+            cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)), max_seqlen=int(lengths.max())
+        )
+        if self.masker is not None:
+            masked = self.masker(ids, cu_seqlens, keys)
+            visible = np.repeat(own, lengths)
+            ids = np.where(visible, masked.input_ids, ids)
+            batch["labels"] = torch.from_numpy(np.where(visible, masked.labels, -100))
+            batch["label_rows"] = torch.from_numpy(masked.label_rows[visible[masked.label_rows]])
+            batch["matching_label"] = torch.from_numpy((~own).astype(np.int64))
+        batch["input_ids"] = torch.from_numpy(ids)
+        batch.update(image_batch(images, self.config.patch))
+        return batch
+
+    def identity(self) -> dict[str, str]:
+        """Hashes of the tokenizer, and of images and captions."""
+        return {
+            "the tokenizer": tokenizer_hash(self.tokenizer),
+            "the images and captions": self.pictures.digest,
+        }
+
+    def describe(self) -> str:
+        """The sizes of the data in a few words."""
+        captions = sum(map(len, self.pictures.captions))
+        return (
+            f"{len(self.pictures)} images with {captions} captions, {len(self.held)} images held out, "
+            f"{self.train.num_batches()} batches an epoch"
+        )
+
+    def baselines(self) -> dict[str, float]:
+        """What chance reaches in the evaluation."""
+        return {f"chance R@{k}": min(k / len(self.held), 1.0) for k in (1, 5, 10)}
+
+
+def shared_image_feed(
+    config: PretrainConfig, out: Path, world: World, *, resume: bool
+) -> ImageFeed:
+    """The data of a run; the main process decodes the images and trains the tokenizer, then the others read them."""
+    path = out / "data" / "images"
+    if world.main and not resume:
+        assert config.images is not None
+        sizes = config.patch, config.max_patches
+        pictures = store_pictures(path, config.images, config.eval_images, *sizes)
+        tokenizer = _tokenizer(config, pictures)
+        feed = ImageFeed(config, tokenizer, pictures, world)
+        save_tokenizer(tokenizer, out / "tokenizer")
+    world.meet()
+    if not world.main or resume:
+        feed = ImageFeed(config, load_tokenizer(out / "tokenizer"), Pictures(path), world)
+    return feed
+
+
+def _tokenizer(config: PretrainConfig, pictures: Pictures) -> Any:
+    if config.tokenizer is not None:
+        try:
+            return load_tokenizer(config.tokenizer)
+        except ValueError as error:
+            raise ValueError(
+                f"the tokenizer in {config.tokenizer} can't be used: {error}"
+            ) from error
+    assert config.tokenizer_kind is not None
+    # captions for evaluation are not read
+    captions = [c for captions in pictures.captions[: pictures.held_from] for c in captions]
+    return train_tokenizer(
+        captions, config.tokenizer_kind, config.vocab_size, lowercase=config.lowercase
+    )

@@ -1,0 +1,80 @@
+"""The store of pixels and captions that a run on images reads.
+
+It is two files: NAME.bin has the bytes of all images one after the other, NAME.json their sizes, their captions and a
+hash of it all. Images are decoded once; training maps the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastbert.data import ShardsError
+from fastbert.data.images import U8, TooLarge, read_image
+from fastbert.files import parse_json, read_text, replacing, write_text
+from fastbert.pretrain.captions import read_captions
+
+
+class Pictures:
+    """An open store: the pixels of image i by `pixels(i)`, its captions by `captions[i]`."""
+
+    def __init__(self, path: Path) -> None:
+        values = parse_json(read_text(path.with_suffix(".json")))
+        self.sizes: list[tuple[int, int]] = [tuple(size) for size in values["sizes"]]
+        self.captions: list[list[str]] = values["captions"]
+        self.digest: str = values["sha256"]
+        # the images from this number on are for evaluation; None: a part of all is
+        self.held_from: int | None = values["held_from"]
+        self._starts = np.cumsum([0] + [3 * h * w for h, w in self.sizes])
+        size = path.with_suffix(".bin").stat().st_size
+        if size != self._starts[-1]:
+            raise ShardsError(
+                f"{path.with_suffix('.bin')} has {size} bytes and its images {self._starts[-1]}: start a new run"
+            )
+        self._bytes = np.memmap(path.with_suffix(".bin"), np.uint8, "r")
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def pixels(self, number: int) -> U8:
+        """(height, width, 3)."""
+        part = self._bytes[self._starts[number] : self._starts[number + 1]]
+        return np.asarray(part).reshape(*self.sizes[number], 3)
+
+
+def store_pictures(
+    path: Path, folder: str, held: str | None, patch_size: int, sides: int
+) -> Pictures:
+    """Decode the images of a folder, and of one for evaluation, into a new store at `path`.
+
+    Raises FileNotFoundError or ValueError, naming file and line, as read_captions and read_image do.
+    """
+    parts = [read_captions(folder), read_captions(held) if held is not None else []]
+    everything = [one for part in parts for one in part]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sizes, digest = [], hashlib.sha256()
+    with replacing(path.with_suffix(".bin")) as new, open(new, "wb") as file:
+        for one in everything:
+            try:
+                pixels = read_image(one.file, patch_size, sides)
+            except ValueError as error:
+                remedy = "" if isinstance(error, TooLarge) else ": repair it, or leave it out"
+                raise ValueError(f"{one.place}: {error}{remedy}") from error
+            sizes.append(pixels.shape[:2])
+            data = pixels.tobytes()
+            digest.update(data)
+            file.write(data)
+    captions = [one.captions for one in everything]
+    digest.update(json.dumps([sizes, captions]).encode())
+    values: dict[str, Any] = {
+        "sizes": sizes,
+        "captions": captions,
+        "held_from": None if held is None else len(parts[0]),
+        "sha256": digest.hexdigest(),
+    }
+    write_text(path.with_suffix(".json"), json.dumps(values) + "\n")
+    return Pictures(path)
