@@ -1,4 +1,4 @@
-"""A trained model on plain text: the words behind [MASK], vectors of texts, and texts that go on."""
+"""A trained model on plain text and images: the words behind [MASK], vectors, and texts that go on."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as tnf
 
 from fastbert.data import load_tokenizer
+from fastbert.data.images import image_batch, read_image
 from fastbert.data.tokenizer import SpecialIds, is_roberta
 from fastbert.files import quoted
 from fastbert.integrations.sentence_transformers import SentenceModel, lower_first, pool
@@ -18,6 +19,7 @@ from fastbert.models.checkpoint import check_whole
 from fastbert.models.decoder import GPTForCausalLM
 from fastbert.models.encoder import BertModel
 from fastbert.models.heads import BertForMaskedLM
+from fastbert.models.images import TwoTowers, patch_sizes
 from fastbert.runners.freeze import freeze, quantize_loaded
 from fastbert.runners.generate import generate
 
@@ -208,3 +210,53 @@ class Embedder:
                 f"pooling by {', '.join(self.pooling)} gives {width} numbers and the folder's files say "
                 f"{self.about.width}: choose another pooling, or correct the pooling's config.json"
             )
+
+
+class ImageTextEmbedder:
+    """Makes vectors of images and of texts, in one space and of length 1, with the two towers in a folder.
+
+    `cut` counts the texts that were too long for the model.
+    """
+
+    def __init__(self, model: str | Path) -> None:
+        self.model = TwoTowers.from_pretrained(model)
+        self.patch_size, self.sides = patch_sizes(self.model.config.image)
+        self.tokenizer: Any = load_tokenizer(model)
+        self.max_length: int = self.model.config.text.max_length
+        self.cut = 0
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str], batch_size: int = 32) -> Tensor:
+        """(N, D) fp32, a row per text in order."""
+        self.tokenizer.no_truncation()
+        self.cut = sum(len(e.ids) > self.max_length for e in self.tokenizer.encode_batch(texts))
+        self.tokenizer.enable_truncation(self.max_length)
+        found = []
+        for some in _parts(texts, batch_size):
+            batch = packed(self.tokenizer.encode_batch(some))
+            del batch["token_type_ids"]
+            found.append(self.model.embed_texts(**self._there(batch)).cpu())
+        return torch.cat([torch.empty(0, self.model.config.projection_dim), *found])
+
+    @torch.no_grad()
+    def images(self, files: Sequence[str | Path], batch_size: int = 32) -> Tensor:
+        """(N, D) fp32, a row per image in order.
+
+        Raises FileNotFoundError, or ValueError naming the file, for an image that can't be read or is too large.
+        """
+        found = []
+        for some in _parts(files, batch_size):
+            pixels = [read_image(file, self.patch_size, self.sides) for file in some]
+            batch = image_batch(pixels, self.patch_size)
+            found.append(self.model.embed_images(**self._there(batch)).cpu())
+        return torch.cat([torch.empty(0, self.model.config.projection_dim), *found])
+
+    def _there(self, batch: dict[str, Any]) -> dict[str, Any]:
+        device = self.model.device
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def _parts(items: Sequence[Any], size: int) -> list[Any]:
+    if size < 1:
+        raise ValueError(f"batch_size is {size}: it must be at least 1")
+    return [items[i : i + size] for i in range(0, len(items), size)]

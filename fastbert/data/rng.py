@@ -32,12 +32,11 @@ class Purpose(IntEnum):
     EXAMPLES = 40
     # distillation: tokens that others take the place of
     REPLACED = 50
-    # images beside text: those held out; in each epoch their order, their captions, places and partners
+    # images beside text: those held out; in each epoch their order, their captions and their places
     HELD_OUT_IMAGES = 2
     IMAGES = 60
     CAPTIONS = 61
     SHIFTS = 62
-    PARTNERS = 63
 
 
 def bits(key: U64, counter: NDArray[np.int64] | NDArray[np.uint64]) -> U64:

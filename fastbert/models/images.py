@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -87,15 +88,14 @@ class ImageTextConfig:
 
 
 def is_two_towers(folder: str | Path) -> bool:
-    """Whether a model folder holds two towers; raises FileNotFoundError or ValueError where it holds no settings."""
+    """Whether a model folder holds two towers."""
     file = model_folder(folder) / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"there is no configuration at {file}: pass a model's folder")
-    try:
+        return False
+    with suppress(ValueError):
         values = parse_json(read_text(file))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    return isinstance(values, dict) and values.get("model_type") == TWO_TOWERS
+        return isinstance(values, dict) and values.get("model_type") == TWO_TOWERS
+    return False
 
 
 def with_patches(config: BertConfig, patch_size: int, max_patches: int) -> BertConfig:
@@ -350,12 +350,16 @@ class BertForImageText(LanguageModel):
         labels: Tensor | None = None,  # (T,) int64, -100 = not labelled
         label_rows: Tensor
         | None = None,  # (R,) int64, the labelled tokens' numbers among the text's
-        matching_label: Tensor | None = None,  # (B,) int64
+        matching_label: Tensor | None = None,  # (B,) int64, -100 = not asked
         num_items_in_batch: int | None = None,
         num_pairs_in_batch: int | None = None,
         return_logits: bool = False,
     ) -> MatchingOutput:
-        """Score pairs, and masked words; losses are means, or sums / the numbers given."""
+        """Score pairs, and masked words; losses are means, or sums / the numbers given.
+
+        A matching_label of -100 asks nothing. The texts that are asked should have no masks: a mask that only pairs
+        have, or only others, is an answer.
+        """
         if len(cu_seqlens) != len(patch_cu_seqlens):
             pairs = len(patch_cu_seqlens) - 1, len(cu_seqlens) - 1
             raise ValueError(f"there are {pairs[0]} images and {pairs[1]} texts: pass pairs")

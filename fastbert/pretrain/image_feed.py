@@ -62,11 +62,12 @@ class Pairs:
         texts = [f.tokens[i][k] for i, k in zip(members, chosen, strict=True)]
         down, right = (drawn(rng.Purpose.SHIFTS, 2 * c.shift + 1, i) - c.shift for i in (0, 1))
         keys = Masker.keys(c.seed, epoch, members)
-        others = f.partners(keys, self.images, members)
+        asked = rng.uniform(keys, np.array([f.ASKED])) < 0.5
+        others = np.where(asked, f.partners(keys, self.images, members), members)
         shown = [f.pictures.pixels(i) for i in others]
         if c.shift:
             shown = [moved(p, *by) for p, *by in zip(shown, down, right, strict=True)]
-        batch = f.paired(texts, shown, keys, members == others)
+        batch = f.paired(texts, shown, keys, asked, members == others)
         batch.epoch, batch.number, batch.examples = epoch, number, tuple(members.tolist())
         return batch
 
@@ -78,7 +79,14 @@ class Pairs:
 
 
 class ImageFeed:
-    """Pairs for training and for evaluation, their captions as tokens."""
+    """Pairs for training and for evaluation, their captions as tokens.
+
+    In a single stream every second pair in training is asked whether it is one: half of these have another image, and
+    no word is masked, since a mask would be an answer. In the others words are masked.
+    """
+
+    # the draws of a pair, by its key
+    ASKED, OTHER, PARTNER = range(1 << 20, (1 << 20) + 3)
 
     def __init__(
         self, config: PretrainConfig, tokenizer: Any, pictures: Pictures, world: World
@@ -116,17 +124,20 @@ class ImageFeed:
 
     def partners(self, keys: rng.U64, pool: I64, members: I64) -> I64:
         """The images beside the members' texts: their own, or in a single stream for every second one another."""
-        if self.masker is None or len(pool) < 2:
+        if self.masker is None:
             return members
-        key = rng.bits(keys, np.array([rng.Purpose.PARTNERS], np.int64))
-        drawn = pool[rng.integers(key, np.array([1]), len(pool))]
-        other = (rng.uniform(key, np.array([0])) < 0.5) & (drawn != members)
-        return np.where(other, drawn, members)
+        drawn = pool[rng.integers(keys, np.array([self.PARTNER]), len(pool))]
+        return np.where(rng.uniform(keys, np.array([self.OTHER])) < 0.5, drawn, members)
 
     def paired(
-        self, texts: Sequence[I64], images: Sequence[U8], keys: rng.U64, own: NDArray[np.bool_]
+        self,
+        texts: Sequence[I64],
+        images: Sequence[U8],
+        keys: rng.U64,
+        asked: NDArray[np.bool_],
+        own: NDArray[np.bool_],
     ) -> Batch:
-        """The batch of texts beside images. In a single stream words are masked where the image is the text's `own`."""
+        """The batch of texts beside images. In a single stream words are masked where it is not `asked` for a match."""
         lengths = np.array([len(text) for text in texts])
         cu_seqlens = np.cumsum([0, *lengths])
         ids = np.concatenate(texts)
@@ -135,11 +146,13 @@ class ImageFeed:
         )
         if self.masker is not None:
             masked = self.masker(ids, cu_seqlens, keys)
-            visible = np.repeat(own, lengths)
-            ids = np.where(visible, masked.input_ids, ids)
-            batch["labels"] = torch.from_numpy(np.where(visible, masked.labels, -100))
-            batch["label_rows"] = torch.from_numpy(masked.label_rows[visible[masked.label_rows]])
-            batch["matching_label"] = torch.from_numpy((~own).astype(np.int64))
+            hidden = np.repeat(~asked, lengths)
+            ids = np.where(hidden, masked.input_ids, ids)
+            batch["labels"] = torch.from_numpy(np.where(hidden, masked.labels, -100))
+            batch["label_rows"] = torch.from_numpy(masked.label_rows[hidden[masked.label_rows]])
+            batch["matching_label"] = torch.from_numpy(
+                np.where(asked, (~own).astype(np.int64), -100)
+            )
         batch["input_ids"] = torch.from_numpy(ids)
         batch.update(image_batch(images, self.config.patch))
         return batch

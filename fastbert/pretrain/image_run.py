@@ -52,16 +52,14 @@ class ImageTrainer(Trainer):
         self.losses = ("contrastive_loss",) if towers else ("mlm_loss", "matching_loss")
 
     def counts(self, batches: list[Batch]) -> dict[str, int]:
-        """The number of pairs in the whole step, and in a single stream of labelled tokens."""
-        own = (
-            sum(len(b["cu_seqlens"]) - 1 for b in batches),
-            sum(len(b.get("label_rows", ())) for b in batches),
-        )
-        pairs, labelled = self.world.totals(*own)
-        counts = {"num_pairs_in_batch": int(pairs)}
-        if self.config.recipe == "single-stream":
-            counts["num_items_in_batch"] = max(int(labelled), 1)
-        return counts
+        """The number of pairs in the whole step; in a single stream of those that are asked, and of labelled tokens."""
+        if self.config.recipe == "two-towers":
+            pairs = self.world.total(sum(len(b["cu_seqlens"]) - 1 for b in batches))
+            return {"num_pairs_in_batch": int(pairs)}
+        asked = sum(int((b["matching_label"] != -100).sum()) for b in batches)
+        labelled = sum(len(b["label_rows"]) for b in batches)
+        pairs, words = (max(int(n), 1) for n in self.world.totals(asked, labelled))
+        return {"num_pairs_in_batch": pairs, "num_items_in_batch": words}
 
     def backward(self, batch: Batch, counts: dict[str, int]) -> Tensor:
         """Add one batch's gradients; returns its losses, sums / the number of terms in the whole step."""

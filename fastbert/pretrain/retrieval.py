@@ -81,7 +81,7 @@ def evaluate_towers(model: TwoTowers, feed: ImageFeed) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate_stream(model: BertForImageText, feed: ImageFeed) -> dict[str, float]:
-    """Held-out pairs under one fixed mask, every second one beside another image: words where [MASK], and matching.
+    """Words of held-out pairs under one fixed mask, and matching of the pairs without it, half with another image.
 
     Recalls rank the first images and their first captions by the odds that they match.
     """
@@ -97,13 +97,16 @@ def evaluate_stream(model: BertForImageText, feed: ImageFeed) -> dict[str, float
     with autocast(model.device, c.precision):
         for i in range(0, len(held), size):
             part = slice(i, i + size)
-            batch = feed.paired(
-                [feed.tokens[j][0] for j in held[part]],
-                [feed.pictures.pixels(j) for j in others[part]],
-                keys[part],
-                held[part] == others[part],
-            )
-            sums += _judged(model, batch, feed.masker.special.mask)
+            texts = [feed.tokens[j][0] for j in held[part]]
+            for asked, beside in ((False, held[part]), (True, others[part])):
+                batch = feed.paired(
+                    texts,
+                    [feed.pictures.pixels(j) for j in beside],
+                    keys[part],
+                    np.full(len(texts), asked),
+                    held[part] == beside,
+                )
+                sums += _judged(model, batch, feed.masker.special.mask)
         some = held[:_RANKED]
         scores = torch.stack([_match(model, feed, image, some) for image in some])
     model.train(training)
