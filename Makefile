@@ -29,6 +29,7 @@
 #   make bench-explaining  times integrated gradients beside captum's, and measures the memory of attention maps
 #   make bench-faithfulness  judges attributions of tokens on the models of make bench-int8-accuracy
 #   make bench-languages  measures a multilingual model on Tatoeba: BENCH_ARGS="--tatoeba FILE"; 20 minutes
+#   make bench-emoji    trains two towers on emoji, twice half an hour, and measures the memory of a step; a rerun goes on
 #   make gpu            on a machine with a GPU: parity, memory and race checks and timings, into docs/gpu.md
 #   make gpu-report     writes docs/gpu_report.md: figures of the kernels that need no GPU
 #   make sanitize       runs the native tests under AddressSanitizer and UBSan: every op on every instruction set (on one
@@ -60,7 +61,7 @@ NATIVE := $(filter csrc/%,$(SOURCES))
 GPU = $(findstring GPU,$(shell nvidia-smi -L 2>/dev/null))
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-slow test-transformers4 test-gpu-static test-ptx fuzz gpu gpu-report sanitize bench bench-peers bench-step bench-scaling bench-scripts bench-families bench-lstm bench-decoding bench-contrasts bench-pretraining bench-int8-accuracy bench-compress bench-tradeoff bench-students bench-explaining bench-faithfulness bench-languages lint
+.PHONY: install demo test test-slow test-transformers4 test-gpu-static test-ptx fuzz gpu gpu-report sanitize bench bench-peers bench-step bench-scaling bench-scripts bench-families bench-lstm bench-decoding bench-contrasts bench-pretraining bench-int8-accuracy bench-compress bench-tradeoff bench-students bench-explaining bench-faithfulness bench-languages bench-emoji lint
 
 install: $(INSTALLED)
 
@@ -188,6 +189,9 @@ bench-int8-accuracy: $(INSTALLED)
 
 bench-languages: $(INSTALLED)
 	$(PY) -m benchmarks.models.languages $(BENCH_ARGS)
+
+bench-emoji: $(INSTALLED)
+	$(PY) -m benchmarks.models.emoji $(BENCH_ARGS)
 
 bench-compress: $(INSTALLED)
 	$(PY) benchmarks/peers/install.py onnxruntime ctranslate2 --pip-args="$(PIP_ARGS)"

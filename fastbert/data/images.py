@@ -7,7 +7,7 @@ patch.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +103,43 @@ def moved(pixels: U8, down: int, right: int) -> U8:
     return found
 
 
-def image_batch(images: Sequence[U8], patch_size: int) -> dict[str, Any]:
+def zoomed(pixels: U8, factor: float) -> U8:
+    """The image, of the same size, drawn larger or smaller around its middle; white comes in at the sides."""
+    from PIL import Image
+
+    height, width = pixels.shape[:2]
+    size = max(round(width * factor), 1), max(round(height * factor), 1)
+    drawn = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+    found = np.full_like(pixels, BACKGROUND)
+    (top, up), (left, aside) = (
+        (max(-d, 0), max(d, 0))
+        for d in ((drawn.shape[0] - height) // 2, (drawn.shape[1] - width) // 2)
+    )
+    part = drawn[up : up + height, aside : aside + width]
+    found[top : top + part.shape[0], left : left + part.shape[1]] = part
+    return found
+
+
+def tinted(pixels: U8, factors: NDArray[np.float64]) -> U8:
+    """The image with the distance of each colour (3,) from white multiplied by a factor."""
+    away = (BACKGROUND - pixels.astype(np.float32)) * factors.astype(np.float32)
+    return (BACKGROUND - np.minimum(away, BACKGROUND)).astype(np.uint8)
+
+
+def image_batch(
+    images: Sequence[U8],
+    patch_size: int,
+    choose: Callable[[int, int], NDArray[np.int64]] | None = None,
+) -> dict[str, Any]:
     """Images, laid end to end, as the keyword arguments of an image encoder.
 
     patches (P, 3 p p) uint8, places (P, 2) int64, patch_cu_seqlens (B + 1,) int32, patch_max_seqlen, an int.
+    `choose` gives, of an image's number and of the number of its patches, the patches that are taken.
     """
     found = [to_patches(pixels, patch_size) for pixels in images]
+    if choose is not None:
+        chosen = [choose(i, len(patches)) for i, (patches, _) in enumerate(found)]
+        found = [(p[c], at[c]) for (p, at), c in zip(found, chosen, strict=True)]
     lengths = np.array([len(patches) for patches, _ in found])
     return {
         "patches": torch.from_numpy(np.concatenate([patches for patches, _ in found])),

@@ -32,11 +32,10 @@ class Purpose(IntEnum):
     EXAMPLES = 40
     # distillation: tokens that others take the place of
     REPLACED = 50
-    # images beside text: those held out; in each epoch their order, their captions and their places
+    # images beside text: those held out; in each epoch their order and their captions
     HELD_OUT_IMAGES = 2
     IMAGES = 60
     CAPTIONS = 61
-    SHIFTS = 62
 
 
 def bits(key: U64, counter: NDArray[np.int64] | NDArray[np.uint64]) -> U64:

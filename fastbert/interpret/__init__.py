@@ -8,6 +8,7 @@ write_html(attribution, "why.html")
 from fastbert.interpret.attributions import METHODS, Attribution, explain
 from fastbert.interpret.explainer import Explainer
 from fastbert.interpret.faithful import Judged, judge, randomised, sanity
+from fastbert.interpret.images import PatchScores, explain_image, write_patches_png
 from fastbert.interpret.pages import write_html, write_png
 from fastbert.interpret.question import Question, Target
 from fastbert.interpret.rollout import attention_maps
@@ -24,12 +25,14 @@ __all__ = [
     "Attribution",
     "Explainer",
     "Judged",
+    "PatchScores",
     "Question",
     "Target",
     "answer_target",
     "attention_maps",
     "class_target",
     "explain",
+    "explain_image",
     "judge",
     "randomised",
     "sanity",
@@ -37,5 +40,6 @@ __all__ = [
     "tag_target",
     "word_target",
     "write_html",
+    "write_patches_png",
     "write_png",
 ]

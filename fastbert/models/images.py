@@ -141,7 +141,10 @@ class ImageEncoder(Pretrained):
         patch_max_seqlen: int,
     ) -> Encoded:
         """Encode images: x is (P, C)."""
-        x = self.patches(patches, places)
+        return self.encode(self.patches(patches, places), patch_cu_seqlens, patch_max_seqlen)
+
+    def encode(self, x: Tensor, patch_cu_seqlens: Tensor, patch_max_seqlen: int) -> Encoded:
+        """Encode embedded patches (P, C)."""
         first = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         sizes: dict[str, Any] = {"cu_seqlens": patch_cu_seqlens, "max_seqlen": patch_max_seqlen}
         return self.bert.encode(prepare(self.config, inputs_embeds=x, position_ids=first, **sizes))

@@ -72,6 +72,15 @@ class PretrainConfig(TrainingSettings):
     shift: int = setting(
         0, DATA, "pixels by which images are moved at random in training, both ways"
     )
+    zoom: float = setting(
+        0.0, DATA, "part by which images are made larger or smaller at random in training"
+    )
+    tint: float = setting(
+        0.0, DATA, "part by which each colour is made stronger or weaker at random in training"
+    )
+    drop_patches: float = setting(
+        0.0, DATA, "part of an image's patches that training leaves out, others each time"
+    )
     next_sentence: bool | None = setting(
         None, DATA, "sentence pairs and NSP; default in the recipe bert only"
     )
@@ -312,11 +321,12 @@ class PretrainConfig(TrainingSettings):
             has = "images is set" if self.images else "images is not set"
             remedy = "name a folder of images" if own else f"choose {' or '.join(OF_IMAGES)}"
             raise ValueError(f"{has} and recipe is {self.recipe}: {remedy}")
-        self._check_least(0, "shift", "chunk")
+        self._check_least(0, "shift", "chunk", "zoom", "tint")
+        self._check_shares("drop_patches")
         self._check_least(1, "patch", "max_patches", "image_layers", "projection")
         reason = f"recipe is {self.recipe}"
         self._check_used(not own, f"{reason}, which reads images", *TEXT_ALONE)
-        images = "eval_images", "shift", "patch", "max_patches"
+        images = "eval_images", "shift", "zoom", "tint", "drop_patches", "patch", "max_patches"
         self._check_used(own, f"{reason}, which reads no images", *images)
         towers = "contrast", "chunk", "projection", "image_layers"
         self._check_used(self.recipe == "two-towers", f"{reason}, not two-towers", *towers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,21 @@ from fastbert.data import (
     tokenizer_hash,
     train_tokenizer,
 )
-from fastbert.data.images import U8, image_batch, moved
+from fastbert.data.images import U8, image_batch, moved, tinted, zoomed
 from fastbert.pretrain.config import PretrainConfig
 from fastbert.pretrain.feed import Interleaved
 from fastbert.pretrain.pictures import Pictures, store_pictures
 from fastbert.train.world import World
 
 I64 = NDArray[np.int64]
+# the draws of a pair in an epoch, by its key; those of masks have lower numbers
+ASKED, OTHER, PARTNER, VARIED, DROPPED = ((1 << 20) + 16 * i for i in range(5))
 
 
 class Pairs:
     """Batches of pairs: `batch(epoch, number)` depends on nothing but these, the settings and the part's number.
 
-    In an epoch every image occurs once, with one of its captions, moved by up to `shift` pixels. Images that do not
+    In an epoch every image occurs once, with one of its captions, varied as the settings say. Images that do not
     fill a batch of every part are left out of the epoch.
     """
 
@@ -53,23 +55,44 @@ class Pairs:
         first = (number * self.parts + self.part) * self.size
         members = self.images[order[first : first + self.size]]
 
-        def drawn(purpose: rng.Purpose, high: I64 | int, more: int = 0) -> I64:
-            key = rng.derive(c.seed, epoch, purpose, more)
-            return rng.integers(key, members, high)
-
         counts = np.array([len(f.pictures.captions[i]) for i in members])
-        chosen = drawn(rng.Purpose.CAPTIONS, counts)
+        key = rng.derive(c.seed, epoch, rng.Purpose.CAPTIONS)
+        chosen = rng.integers(key, members, counts)
         texts = [f.tokens[i][k] for i, k in zip(members, chosen, strict=True)]
-        down, right = (drawn(rng.Purpose.SHIFTS, 2 * c.shift + 1, i) - c.shift for i in (0, 1))
         keys = Masker.keys(c.seed, epoch, members)
-        asked = rng.uniform(keys, np.array([f.ASKED])) < 0.5
+        asked = rng.uniform(keys, np.array([ASKED])) < 0.5
         others = np.where(asked, f.partners(keys, self.images, members), members)
-        shown = [f.pictures.pixels(i) for i in others]
-        if c.shift:
-            shown = [moved(p, *by) for p, *by in zip(shown, down, right, strict=True)]
-        batch = f.paired(texts, shown, keys, asked, members == others)
+        shown = [
+            self._varied(f.pictures.pixels(i), key) for i, key in zip(others, keys, strict=True)
+        ]
+        batch = f.paired(texts, shown, keys, asked, members == others, self._chosen(keys))
         batch.epoch, batch.number, batch.examples = epoch, number, tuple(members.tolist())
         return batch
+
+    def _varied(self, pixels: U8, key: Any) -> U8:
+        """An image of training, larger or smaller, moved and tinted at random by the settings."""
+        c = self.feed.config
+        draws = 2.0 * rng.uniform(key, np.arange(VARIED, VARIED + 6)) - 1.0
+        if c.zoom:
+            pixels = zoomed(pixels, (1.0 + c.zoom) ** draws[0])
+        if c.shift:
+            down, right = (round((c.shift + 0.5) * draw - 1e-9) for draw in draws[1:3])
+            pixels = moved(pixels, down, right)
+        if c.tint:
+            pixels = tinted(pixels, (1.0 + c.tint) ** draws[3:])
+        return pixels
+
+    def _chosen(self, keys: rng.U64) -> Callable[[int, int], I64] | None:
+        """The patches that are left of an image when a part of them is dropped, at least one."""
+        part = self.feed.config.drop_patches
+        if not part:
+            return None
+
+        def choose(number: int, count: int) -> I64:
+            order = rng.bits(keys[number], np.arange(DROPPED, DROPPED + count)).argsort()
+            return np.sort(order[: max(round((1.0 - part) * count), 1)])
+
+        return choose
 
     def stream(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Batches without end from number `start` of `epoch` on."""
@@ -84,9 +107,6 @@ class ImageFeed:
     In a single stream every second pair in training is asked whether it is one: half of these have another image, and
     no word is masked, since a mask would be an answer. In the others words are masked.
     """
-
-    # the draws of a pair, by its key
-    ASKED, OTHER, PARTNER = range(1 << 20, (1 << 20) + 3)
 
     def __init__(
         self, config: PretrainConfig, tokenizer: Any, pictures: Pictures, world: World
@@ -126,8 +146,8 @@ class ImageFeed:
         """The images beside the members' texts: their own, or in a single stream for every second one another."""
         if self.masker is None:
             return members
-        drawn = pool[rng.integers(keys, np.array([self.PARTNER]), len(pool))]
-        return np.where(rng.uniform(keys, np.array([self.OTHER])) < 0.5, drawn, members)
+        drawn = pool[rng.integers(keys, np.array([PARTNER]), len(pool))]
+        return np.where(rng.uniform(keys, np.array([OTHER])) < 0.5, drawn, members)
 
     def paired(
         self,
@@ -136,6 +156,7 @@ class ImageFeed:
         keys: rng.U64,
         asked: NDArray[np.bool_],
         own: NDArray[np.bool_],
+        choose: Callable[[int, int], I64] | None = None,
     ) -> Batch:
         """The batch of texts beside images. In a single stream words are masked where it is not `asked` for a match."""
         lengths = np.array([len(text) for text in texts])
@@ -154,7 +175,7 @@ class ImageFeed:
                 np.where(asked, (~own).astype(np.int64), -100)
             )
         batch["input_ids"] = torch.from_numpy(ids)
-        batch.update(image_batch(images, self.config.patch))
+        batch.update(image_batch(images, self.config.patch, choose))
         return batch
 
     def identity(self) -> dict[str, str]:
