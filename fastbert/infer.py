@@ -19,7 +19,8 @@ from fastbert.models.checkpoint import check_whole
 from fastbert.models.decoder import GPTForCausalLM
 from fastbert.models.encoder import BertModel
 from fastbert.models.heads import BertForMaskedLM
-from fastbert.models.images import TwoTowers, patch_sizes
+from fastbert.models.images import patch_sizes
+from fastbert.models.two_towers import TwoTowers
 from fastbert.runners.freeze import freeze, quantize_loaded
 from fastbert.runners.generate import generate
 

@@ -37,7 +37,8 @@ from fastbert.bert import BertConfig
 from fastbert.data.fetch import fetch
 from fastbert.files import json_lines, parse_json, read_text, write_text
 from fastbert.infer import ImageTextEmbedder
-from fastbert.models.images import ImageTextConfig, TwoTowers, with_patches
+from fastbert.models.images import with_patches
+from fastbert.models.two_towers import ImageTextConfig, TwoTowers
 from fastbert.pretrain import PretrainConfig, pretrain
 from fastbert.pretrain.retrieval import recalls
 

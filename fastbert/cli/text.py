@@ -28,6 +28,15 @@ Texts = Annotated[
     list[str] | None, typer.Argument(help="text; without any, lines of standard input")
 ]
 
+Images = Annotated[
+    list[Path] | None,
+    typer.Option(help="two towers: image file, or folder of images; may be repeated"),
+]
+Prompt = Annotated[
+    str | None,
+    typer.Option(help="name of a prompt in config_sentence_transformers.json; default its own"),
+]
+
 
 def fill_mask(
     model: Model,
@@ -79,10 +88,7 @@ def embed(
     file: Annotated[
         Path | None, typer.Option(help="text file or .gz with a text a line, - for standard input")
     ] = None,
-    images: Annotated[
-        list[Path] | None,
-        typer.Option(help="two towers: image file, or folder of images; may be repeated"),
-    ] = None,
+    images: Images = None,
     out: Annotated[
         Path | None, typer.Option(help=".npy, .safetensors or .jsonl; default JSON lines printed")
     ] = None,
@@ -92,10 +98,7 @@ def embed(
             help="mean of all tokens, or cls, the first one; default what modules.json says, or mean"
         ),
     ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(help="name of a prompt in config_sentence_transformers.json; default its own"),
-    ] = None,
+    prompt: Prompt = None,
     batch_size: Annotated[int, typer.Option(help="texts encoded at once")] = 32,
     normalize: Annotated[
         bool, typer.Option("--normalize", help="make vectors of length 1")
@@ -122,7 +125,7 @@ def embed(
         existing(file, LINES)
     found = files.images_in(images or [])
     ready()
-    from fastbert.models.images import is_two_towers
+    from fastbert.models.two_towers import is_two_towers
 
     if images or is_two_towers(model):
         given = {"pooling": pooling, "prompt": prompt, "int8": int8 or None}

@@ -13,7 +13,7 @@ from torch.nn import functional as tnf
 from fastbert.data.images import BACKGROUND, U8, to_patches, to_pixels
 from fastbert.files import shortened
 from fastbert.interpret.question import still
-from fastbert.models.images import TwoTowers
+from fastbert.models.two_towers import TwoTowers
 from fastbert.train.plot import figure, save
 
 # patches of one packed batch

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from fastbert.data import Batch, SpecialIds, vocabulary
-from fastbert.models.images import BertForImageText, ImageTextConfig, TwoTowers, with_patches
+from fastbert.models.images import with_patches
+from fastbert.models.single_stream import BertForImageText
+from fastbert.models.two_towers import ImageTextConfig, TwoTowers
 from fastbert.pretrain.build import encoder_config
 from fastbert.pretrain.config import PretrainConfig
 from fastbert.pretrain.image_feed import ImageFeed

@@ -12,8 +12,9 @@ from torch.nn import functional as tnf
 
 from fastbert.data import Batch, Masker
 from fastbert.data.images import image_batch
-from fastbert.models.images import BertForImageText, TwoTowers
 from fastbert.models.losses import contrastive_loss
+from fastbert.models.single_stream import BertForImageText
+from fastbert.models.two_towers import TwoTowers
 from fastbert.pretrain.image_feed import ImageFeed
 from fastbert.train.session import autocast
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastbert.models.images import TwoTowers
+from fastbert.models.two_towers import TwoTowers
 from fastbert.pretrain.build import as_loaded, build_model, check_usable
 from fastbert.pretrain.config import PretrainConfig
 from fastbert.pretrain.evaluate import judged_loss

@@ -9,7 +9,8 @@ from PIL import Image
 from fastbert.bert import BertConfig
 from fastbert.data.images import image_batch
 from fastbert.interpret import explain_image, write_patches_png
-from fastbert.models.images import ImageTextConfig, TwoTowers, with_patches
+from fastbert.models.images import with_patches
+from fastbert.models.two_towers import ImageTextConfig, TwoTowers
 
 
 def towers():

@@ -9,15 +9,10 @@ from torch.nn import functional as tnf
 
 from fastbert.bert import BertConfig
 from fastbert.data.images import image_batch
-from fastbert.models.images import (
-    BertForImageText,
-    ImageTextConfig,
-    TwoTowers,
-    chunks,
-    is_two_towers,
-    with_patches,
-)
+from fastbert.models.images import with_patches
 from fastbert.models.losses import contrastive_loss
+from fastbert.models.single_stream import BertForImageText
+from fastbert.models.two_towers import ImageTextConfig, TwoTowers, chunks, is_two_towers
 from fastbert.nn.patches import PatchEmbedding
 from fastbert.train.optim import parameter_groups
 
@@ -156,7 +151,7 @@ def test_backward_replays_the_dropout_of_each_chunk(monkeypatch):
     replayed = gradients(model, batch, 3)
     # the same chunks, with all activations kept
     monkeypatch.setattr(
-        "fastbert.models.images.recompute", lambda f, *args, use_reentrant: f(*args)
+        "fastbert.models.two_towers.recompute", lambda f, *args, use_reentrant: f(*args)
     )
     kept = gradients(model, batch, 3)
     assert replayed[0] == kept[0]

@@ -13,7 +13,8 @@ from PIL import Image
 from fastbert.cli import app
 from fastbert.data import load_tokenizer
 from fastbert.infer import ImageTextEmbedder
-from fastbert.models.images import BertForImageText, TwoTowers
+from fastbert.models.single_stream import BertForImageText
+from fastbert.models.two_towers import TwoTowers
 from fastbert.pretrain import run
 from fastbert.pretrain.captions import read_captions
 from fastbert.pretrain.image_feed import shared_image_feed
