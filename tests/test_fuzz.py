@@ -12,16 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file
 
 from fastbert.backend import tuned
 from fastbert.bert import BertConfig, BertModel
 from fastbert.cli.app import _is_expected
 from fastbert.data.corpus import read_documents
+from fastbert.data.images import read_image, to_patches
 from fastbert.data.shards import Shards, build_shards
 from fastbert.data.tokenizer import save_tokenizer, vocabulary
 from fastbert.data.tokenizer_files import load_tokenizer
@@ -30,6 +33,8 @@ from fastbert.files import read_lines
 from fastbert.finetune.config import FinetuneConfig
 from fastbert.finetune.records import read_records
 from fastbert.integrations.fairseq import convert_fairseq_roberta
+from fastbert.models.images import with_patches
+from fastbert.models.two_towers import ImageTextConfig, TwoTowers
 from fastbert.pretrain.config import PretrainConfig
 from fastbert.train.settings import load_settings
 from fastbert.train.store import Checkpoints
@@ -149,6 +154,28 @@ def read_winners(path: Path) -> Any:
         return tuned.stored()
 
 
+def image(name: str) -> Callable[[Path], Path]:
+    """The maker of an image of 9 x 6 pixels."""
+
+    def make(folder: Path) -> Path:
+        pixels = np.random.default_rng(0).integers(0, 255, (6, 9, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+        return folder / name
+
+    return make
+
+
+def read_patches(path: Path) -> Any:
+    return to_patches(read_image(path, 4, 8), 4)
+
+
+def towers(folder: Path) -> Path:
+    sizes: dict[str, Any] = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    small = BertConfig(vocab_size=9, intermediate_size=4, max_position_embeddings=9, **sizes)
+    TwoTowers(ImageTextConfig(small, with_patches(small, 2, 2), 4)).save_pretrained(folder)
+    return folder / "config.json"
+
+
 # name: (a maker of a good file, its reader)
 FORMATS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     "lines": (written("a.txt", TEXT), read_lines),
@@ -181,6 +208,10 @@ FORMATS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     "fairseq": (fairseq, lambda p: convert_fairseq_roberta(p, p.parent / "out")),
     "checkpoint": (checkpoint, lambda p: Checkpoints(p.parent, 1).load()),
     "tuned.json": (winners, read_winners),
+    **{
+        name: (image(name), read_patches) for name in ("a.png", "a.jpg", "a.gif", "a.webp", "a.bmp")
+    },
+    "two towers": (towers, lambda p: TwoTowers.from_pretrained(p.parent)),
 }
 
 

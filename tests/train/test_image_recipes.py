@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import ranks
 import tiny_images
 import tiny_run
 import torch
@@ -73,12 +74,16 @@ def test_a_stream_runs_and_judges(folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_stream_learns_to_match(folder, tmp_path):
+    sizes = {"layers": 3, "hidden": 64, "heads": 4, "lr": 1e-3, "batch_size": 36}
     settings = tiny_images.tiny_settings(
-        folder, "single-stream", steps=500, eval_every=0, checkpoint_every=0, batch_size=36
+        folder, "single-stream", steps=1200, eval_every=0, checkpoint_every=0, **sizes
     )
     result = pretrain(PretrainConfig(**settings), tmp_path / "run", quiet=True)
-    assert result.evaluation["matching_accuracy"] > 0.8
-    assert result.evaluation["text_to_image_r5"] > 0.7
+    held = result.evaluation
+    assert held["matching_accuracy"] > 0.8
+    # two of the held-out images may have the same words
+    assert held["text_to_image_r1"] > 0.6
+    assert held["mlm_loss_masked"] < 1.0
 
 
 @pytest.mark.parametrize("recipe", ["two-towers", "single-stream"])
@@ -126,6 +131,21 @@ def test_a_step_is_that_of_chunks_and_of_parts(folder, tmp_path):
         lines = read_metrics(tmp_path / name / "metrics.jsonl")
         losses[name] = [line["loss"] for line in lines if line["kind"] == "train"]
     assert losses["chunks"] == pytest.approx(losses["whole"], rel=1e-4)
+
+
+@pytest.mark.parametrize("recipe", ["two-towers", "single-stream"])
+def test_two_processes_have_the_losses_of_one(folder, tmp_path, recipe):
+    more = {"steps": 3, "shards": 2, "batch_size": 9, "dropout": 0.0}
+    more |= {"chunk": 4} if recipe == "two-towers" else {}
+    given = tiny_images.tiny_settings(folder, recipe, **more)
+    pretrain(PretrainConfig(**given), tmp_path / "one", quiet=True)
+    errors = tmp_path / "errors"
+    assert ranks.run(2, ranks.train, given, tmp_path / "two", errors=errors) == ([0, 0], {})
+    one, two = (
+        [line["loss"] for line in read_metrics(tmp_path / n / "metrics.jsonl") if "loss" in line]
+        for n in ("one", "two")
+    )
+    assert one == pytest.approx(two, rel=1e-4)
 
 
 def opened(folder, out, world=None, recipe="two-towers", **more):
