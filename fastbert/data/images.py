@@ -6,6 +6,7 @@ patch.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -103,21 +104,25 @@ def moved(pixels: U8, down: int, right: int) -> U8:
     return found
 
 
-def zoomed(pixels: U8, factor: float) -> U8:
-    """The image, of the same size, drawn larger or smaller around its middle; white comes in at the sides."""
+def stretched(pixels: U8, down: float, across: float, degrees: float = 0.0) -> U8:
+    """The image, of the same size, with height and width times a factor, turned around its middle; white comes in."""
     from PIL import Image
 
     height, width = pixels.shape[:2]
-    size = max(round(width * factor), 1), max(round(height * factor), 1)
-    drawn = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
-    found = np.full_like(pixels, BACKGROUND)
-    (top, up), (left, aside) = (
-        (max(-d, 0), max(d, 0))
-        for d in ((drawn.shape[0] - height) // 2, (drawn.shape[1] - width) // 2)
+    angle = math.radians(degrees)
+    sine, cosine = math.sin(angle), math.cos(angle)
+    # the place in the image that is shown at a place of the result, from the middle
+    a, b, d, e = cosine / across, sine / across, -sine / down, cosine / down
+    x, y = width / 2, height / 2
+    matrix = (a, b, x - a * x - b * y, d, e, y - d * x - e * y)
+    found = Image.fromarray(pixels).transform(
+        (width, height),
+        Image.Transform.AFFINE,
+        matrix,
+        Image.Resampling.BILINEAR,
+        fillcolor=(BACKGROUND,) * 3,
     )
-    part = drawn[up : up + height, aside : aside + width]
-    found[top : top + part.shape[0], left : left + part.shape[1]] = part
-    return found
+    return np.asarray(found)
 
 
 def tinted(pixels: U8, factors: NDArray[np.float64]) -> U8:

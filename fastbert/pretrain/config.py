@@ -73,8 +73,11 @@ class PretrainConfig(TrainingSettings):
         0, DATA, "pixels by which images are moved at random in training, both ways"
     )
     zoom: float = setting(
-        0.0, DATA, "part by which images are made larger or smaller at random in training"
+        0.0,
+        DATA,
+        "part by which both sides of images are stretched or shrunk at random in training",
     )
+    turn: float = setting(0.0, DATA, "degrees by which images are turned at random in training")
     tint: float = setting(
         0.0, DATA, "part by which each colour is made stronger or weaker at random in training"
     )
@@ -321,12 +324,21 @@ class PretrainConfig(TrainingSettings):
             has = "images is set" if self.images else "images is not set"
             remedy = "name a folder of images" if own else f"choose {' or '.join(OF_IMAGES)}"
             raise ValueError(f"{has} and recipe is {self.recipe}: {remedy}")
-        self._check_least(0, "shift", "chunk", "zoom", "tint")
+        self._check_least(0, "shift", "chunk", "zoom", "turn", "tint")
         self._check_shares("drop_patches")
         self._check_least(1, "patch", "max_patches", "image_layers", "projection")
         reason = f"recipe is {self.recipe}"
         self._check_used(not own, f"{reason}, which reads images", *TEXT_ALONE)
-        images = "eval_images", "shift", "zoom", "tint", "drop_patches", "patch", "max_patches"
+        images = (
+            "eval_images",
+            "shift",
+            "zoom",
+            "turn",
+            "tint",
+            "drop_patches",
+            "patch",
+            "max_patches",
+        )
         self._check_used(own, f"{reason}, which reads no images", *images)
         towers = "contrast", "chunk", "projection", "image_layers"
         self._check_used(self.recipe == "two-towers", f"{reason}, not two-towers", *towers)

@@ -20,7 +20,7 @@ from fastbert.data import (
     tokenizer_hash,
     train_tokenizer,
 )
-from fastbert.data.images import U8, image_batch, moved, tinted, zoomed
+from fastbert.data.images import U8, image_batch, moved, stretched, tinted
 from fastbert.pretrain.config import PretrainConfig
 from fastbert.pretrain.feed import Interleaved
 from fastbert.pretrain.pictures import Pictures, store_pictures
@@ -70,16 +70,16 @@ class Pairs:
         return batch
 
     def _varied(self, pixels: U8, key: Any) -> U8:
-        """An image of training, larger or smaller, moved and tinted at random by the settings."""
+        """An image of training, stretched, turned, moved and tinted at random by the settings."""
         c = self.feed.config
-        draws = 2.0 * rng.uniform(key, np.arange(VARIED, VARIED + 6)) - 1.0
-        if c.zoom:
-            pixels = zoomed(pixels, (1.0 + c.zoom) ** draws[0])
+        draws = 2.0 * rng.uniform(key, np.arange(VARIED, VARIED + 8)) - 1.0
+        if c.zoom or c.turn:
+            down, across = (1.0 + c.zoom) ** draws[:2]
+            pixels = stretched(pixels, down, across, c.turn * draws[2])
         if c.shift:
-            down, right = (round((c.shift + 0.5) * draw - 1e-9) for draw in draws[1:3])
-            pixels = moved(pixels, down, right)
+            pixels = moved(pixels, *(round(n) for n in (c.shift + 0.499) * draws[3:5]))
         if c.tint:
-            pixels = tinted(pixels, (1.0 + c.tint) ** draws[3:])
+            pixels = tinted(pixels, (1.0 + c.tint) ** draws[5:])
         return pixels
 
     def _chosen(self, keys: rng.U64) -> Callable[[int, int], I64] | None:

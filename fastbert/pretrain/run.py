@@ -77,6 +77,8 @@ def pretrain(
     with session as s:
         feed: Feed | ImageFeed
         if s.config.recipe in OF_IMAGES:
+            if rebuild:
+                raise ValueError("rebuild is set and the run reads images, not text: leave it out")
             feed = shared_image_feed(s.config, s.out, s.world, resume=s.resume)
         else:
             feed = shared_feed(

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastbert.data.images import image_batch, moved, read_image, to_patches, to_pixels
+from fastbert.data.images import (
+    image_batch,
+    moved,
+    read_image,
+    stretched,
+    tinted,
+    to_patches,
+    to_pixels,
+)
 from fastbert.files import images_in
 
 
@@ -41,6 +49,39 @@ def test_moved(down, right):
     wide = np.full((26, 27, 3), 255, np.uint8)
     wide[10 + down : 16 + down, 10 + right : 17 + right] = pixels
     assert np.array_equal(moved(pixels, down, right), wide[10:16, 10:17])
+
+
+def test_stretched_and_turned():
+    pixels = np.full((11, 15, 3), 255, np.uint8)
+    pixels[3:8, 5:10] = 0
+    assert np.array_equal(stretched(pixels, 1.0, 1.0), pixels)
+    # a square of 5 pixels around the middle becomes 10 wide, and 2.5 high
+    found = (255.0 - stretched(pixels, 0.5, 2.0))[..., 0] / 255
+    assert found.sum(1).max() == pytest.approx(10, abs=0.6)
+    assert found.sum(0).max() == pytest.approx(2.5, abs=0.6)
+    assert np.abs(found - found[::-1, ::-1]).max() < 0.02
+    # a bar that lies stands after a quarter of a turn
+    bar = np.full((15, 15, 3), 255, np.uint8)
+    bar[7, 2:13] = 0
+    bar[7, 12] = (255, 0, 0)
+    turned = stretched(bar, 1.0, 1.0, 90)
+    assert np.abs(turned.astype(int) - np.rot90(bar, -1)).max() < 3
+
+
+def test_tinted_keeps_white():
+    pixels = np.full((2, 2, 3), 255, np.uint8)
+    pixels[0] = (205, 55, 255)
+    found = tinted(pixels, np.array([2.0, 2.0, 0.5]))
+    assert found[0, 0].tolist() == [155, 0, 255]
+    assert (found[1] == 255).all()
+
+
+def test_patches_are_chosen():
+    images = [random_pixels(8, 8), random_pixels(8, 4, seed=1)]
+    batch = image_batch(images, 4, lambda i, count: np.arange(i, count))
+    assert batch["patch_cu_seqlens"].tolist() == [0, 4, 5]
+    assert batch["places"].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [1, 0]]
+    assert np.array_equal(batch["patches"][4:].numpy(), to_patches(images[1], 4)[0][1:])
 
 
 def saved(path, mode, size=(5, 6)):

@@ -354,6 +354,11 @@ def test_settings_that_do_not_fit(folder, settings, message):
         PretrainConfig(**tiny_images.tiny_settings(folder, **settings))
 
 
+def test_images_are_not_rebuilt(towers):
+    with pytest.raises(ValueError, match="rebuild is set and the run reads images"):
+        pretrain(None, towers.out, resume=True, rebuild=True, quiet=True)
+
+
 def test_too_few_images_and_too_large_ones(folder, tmp_path):
     with pytest.raises(ValueError, match=r"captions.jsonl:1: .*red-square-0.png is 12 x 12 pixels"):
         opened(folder, tmp_path / "a", max_patches=2)
