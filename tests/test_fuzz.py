@@ -36,6 +36,7 @@ from fastbert.integrations.fairseq import convert_fairseq_roberta
 from fastbert.models.images import with_patches
 from fastbert.models.two_towers import ImageTextConfig, TwoTowers
 from fastbert.pretrain.config import PretrainConfig
+from fastbert.pretrain.pictures import Pictures, store_pictures
 from fastbert.train.settings import load_settings
 from fastbert.train.store import Checkpoints
 
@@ -169,6 +170,19 @@ def read_patches(path: Path) -> Any:
     return to_patches(read_image(path, 4, 8), 4)
 
 
+def pictures(name: str) -> Callable[[Path], Path]:
+    """The maker of a store of two images, of which a file is damaged."""
+
+    def make(folder: Path) -> Path:
+        for file in ("a.png", "b.png"):
+            image(file)(folder)
+        (folder / "captions.csv").write_text("file,caption\na.png,one\nb.png,two\n")
+        store_pictures(folder / "images", str(folder), None, 4, 8)
+        return folder / name
+
+    return make
+
+
 def towers(folder: Path) -> Path:
     sizes: dict[str, Any] = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
     small = BertConfig(vocab_size=9, intermediate_size=4, max_position_embeddings=9, **sizes)
@@ -211,6 +225,8 @@ FORMATS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     **{
         name: (image(name), read_patches) for name in ("a.png", "a.jpg", "a.gif", "a.webp", "a.bmp")
     },
+    "pictures": (pictures("images.json"), lambda p: Pictures(p.with_suffix(""))),
+    "pixels": (pictures("images.bin"), lambda p: Pictures(p.with_suffix(""))),
     "two towers": (towers, lambda p: TwoTowers.from_pretrained(p.parent)),
 }
 

@@ -23,19 +23,21 @@ class Pictures:
     """An open store: the pixels of image i by `pixels(i)`, its captions by `captions[i]`."""
 
     def __init__(self, path: Path) -> None:
-        values = parse_json(read_text(path.with_suffix(".json")))
-        self.sizes: list[tuple[int, int]] = [tuple(size) for size in values["sizes"]]
-        self.captions: list[list[str]] = values["captions"]
-        self.digest: str = values["sha256"]
-        # the images from this number on are for evaluation; None: a part of all is
-        self.held_from: int | None = values["held_from"]
+        settings, pixels = path.with_suffix(".json"), path.with_suffix(".bin")
+        try:
+            values = parse_json(read_text(settings))
+            self.sizes = [(int(h), int(w)) for h, w in values["sizes"]]
+            self.captions: list[list[str]] = [[*map(str, some)] for some in values["captions"]]
+            # the images from this number on are for evaluation; None: a part of all is
+            self.held_from: int | None = values["held_from"]
+            self.digest = str(values["sha256"])
+            self._bytes = np.memmap(pixels, np.uint8, "r")
+            found = digest_of(self._bytes, self.sizes, self.captions, self.held_from)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ShardsError(f"{settings} is damaged ({error!r:.100}): start a new run") from error
+        if found != self.digest:
+            raise ShardsError(f"{settings} and {pixels} do not belong together: start a new run")
         self._starts = np.cumsum([0] + [3 * h * w for h, w in self.sizes])
-        size = path.with_suffix(".bin").stat().st_size
-        if size != self._starts[-1]:
-            raise ShardsError(
-                f"{path.with_suffix('.bin')} has {size} bytes and its images {self._starts[-1]}: start a new run"
-            )
-        self._bytes = np.memmap(path.with_suffix(".bin"), np.uint8, "r")
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -56,7 +58,7 @@ def store_pictures(
     parts = [read_captions(folder), read_captions(held) if held is not None else []]
     everything = [one for part in parts for one in part]
     path.parent.mkdir(parents=True, exist_ok=True)
-    sizes, digest = [], hashlib.sha256()
+    sizes = []
     with replacing(path.with_suffix(".bin")) as new, open(new, "wb") as file:
         for one in everything:
             try:
@@ -65,16 +67,22 @@ def store_pictures(
                 remedy = "" if isinstance(error, TooLarge) else ": repair it, or leave it out"
                 raise ValueError(f"{one.place}: {error}{remedy}") from error
             sizes.append(pixels.shape[:2])
-            data = pixels.tobytes()
-            digest.update(data)
-            file.write(data)
+            file.write(pixels.tobytes())
     captions = [one.captions for one in everything]
-    digest.update(json.dumps([sizes, captions]).encode())
+    held_from = None if held is None else len(parts[0])
+    written = np.memmap(path.with_suffix(".bin"), np.uint8, "r")
     values: dict[str, Any] = {
         "sizes": sizes,
         "captions": captions,
-        "held_from": None if held is None else len(parts[0]),
-        "sha256": digest.hexdigest(),
+        "held_from": held_from,
+        "sha256": digest_of(written, sizes, captions, held_from),
     }
     write_text(path.with_suffix(".json"), json.dumps(values) + "\n")
     return Pictures(path)
+
+
+def digest_of(pixels: Any, sizes: Any, captions: Any, held_from: int | None) -> str:
+    """A hash of all that a store holds."""
+    digest = hashlib.sha256(pixels)
+    digest.update(json.dumps([sizes, captions, held_from]).encode())
+    return digest.hexdigest()
