@@ -52,9 +52,12 @@ def arguments_read(family: Family, forward: Callable[..., Any]) -> frozenset[str
     return frozenset(names)
 
 
-def why_not_packed(self: Any, given: dict[str, Any]) -> str | None:
-    """Why the encoder must run transformers' code; reads no tensor's values."""
-    config = self.config
+def why_not_packed(self: Any, given: dict[str, Any], seen: dict[str, Any]) -> str | None:
+    """Why the encoder must run transformers' code; reads no tensor's values.
+
+    `seen` are the arguments as a batch of one kind of tokens: `given`, or as Family.sequence returns them.
+    """
+    config, family = self.config, self.fastbert_family
     for name in ("is_decoder", "add_cross_attention", "is_causal"):
         if getattr(config, name, False):
             return f"config.{name} is set"
@@ -66,13 +69,13 @@ def why_not_packed(self: Any, given: dict[str, Any]) -> str | None:
     if implementation not in ("eager", "sdpa") and "flash_attention" not in implementation:
         return f"the attention implementation is {quoted(implementation)}"
     for name, value in given.items():
-        known = name in _KNOWN or name in self.fastbert_family.per_token
+        known = name in _KNOWN or name in family.per_token or name in family.others
         if known or value is None or value is False:
             continue
         read = self.fastbert_arguments
         if name in read or not read or "flash" in implementation:
             return f"the argument {name} is not known to the packed path"
-    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    ids, embeds = seen.get("input_ids"), seen.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         return "one of input_ids and inputs_embeds must be given"
     values, dims = (embeds, 3) if ids is None else (ids, 2)
@@ -80,12 +83,12 @@ def why_not_packed(self: Any, given: dict[str, Any]) -> str | None:
         return "the batch is not (B, S)"
     if values.device.type == "meta":
         return "the tensors are on meta"
-    mask = given.get("attention_mask")
+    mask = seen.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         return "attention_mask is not (B, S)"
     if given.get("position_ids") is not None and "flash" in implementation:
         return "position_ids may mark packed sequences for flash attention"
-    if reason := forms.why_not(self.fastbert_family, self, given):
+    if reason := forms.why_not(family, self, given):
         return reason
     return why_not_bypassed()
 
@@ -105,8 +108,7 @@ def _why_not_maps(self: Any, given: dict[str, Any]) -> str | None:
     if self.training:
         return "training shows the weights after dropout"
     if torch.is_grad_enabled():
-        embeds = given.get("inputs_embeds")
-        leaves = [*self.parameters(), *(() if embeds is None else (embeds,))]
+        leaves = [*self.parameters(), *(t for t in given.values() if isinstance(t, Tensor))]
         if any(t.requires_grad for t in leaves):
             return "a gradient may go through the weights: call the model under torch.no_grad()"
     return "torch.compile traces the model" if torch.compiler.is_compiling() else None
@@ -201,11 +203,16 @@ def packing_of(
             'accelerate(model, at_padding="zeros") if their outputs are not used',
             logging.WARNING,
         )
-    elif self.fastbert_at_padding != "stock" or rows.shape[0] == values.shape[:2].numel():
+    elif not _padding_wanted(self) or rows.shape[0] == values.shape[:2].numel():
         return packing, None, None
     if family.disentangled:
         return None, None, "outputs at padding are asked for, and disentangled attention has none"
     return Packing.full(*full), (given["attention_mask"] != 0).to(values.device), None
+
+
+def _padding_wanted(self: Any) -> bool:
+    """Whether outputs at padding must be transformers', by the user's choice or since the model reads them."""
+    return self.fastbert_at_padding == "stock" or type(self).__name__ in self.fastbert_family.reads_last
 
 
 def positions(self: Any, given: dict[str, Any], shape: torch.Size) -> Tensor:

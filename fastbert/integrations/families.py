@@ -111,6 +111,12 @@ class Family:
     positions: bool = True  # False: the embeddings read no position ids
     # True: embeddings look at the whole padded batch, and are computed before padding is removed
     padded_embeddings: bool = False
+    # a function of the model and its arguments, for batches that hold images: images.py. Where it is given, the model's
+    # own code runs its embeddings on the padded batch, and the holder of the layers takes the padding out
+    sequence: Callable[[Any, dict[str, Any]], dict[str, Any] | str] | None = None
+    causal: tuple[str, ...] = ()  # classes of models whose tokens see those before them only
+    # classes of models that read their outputs in the last column, which may be padding
+    reads_last: tuple[str, ...] = ()
     layers: str = "layer"  # the stack's attribute
     # a function of the stack: its layers in the order in which they run; None: each runs once
     order: Callable[[Any], list[nn.Module]] | None = None
@@ -123,6 +129,7 @@ class Family:
     # scores have terms of content and position, and the embeddings are multiplied by the mask (DeBERTa)
     disentangled: bool = False
     per_token: tuple[str, ...] = ()  # arguments of the model (B, S, ...) beside those of BERT
+    others: tuple[str, ...] = ()  # arguments that only the embeddings or `sequence` read
     # the model's norm behind its encoder: what it computes at padding is set to zero
     end: str = ""
     # the kinds of attention masks that the model takes as a dict; it makes no mask of a kind that is None there

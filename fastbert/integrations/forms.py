@@ -40,6 +40,8 @@ def forms(
     family: Family, model: Any, stacked: Sequence[nn.Module], parts: Sequence[Any], packing: Packing
 ) -> tuple[Form, ...]:
     """One form per layer; none where attention reads its weights alone."""
+    if type(model).__name__ in family.causal:
+        return (Form(window=(-1, 0)),) * len(stacked)
     if not (family.rotary or family.bias):
         return ()
     length = packing.max_seqlen

@@ -11,13 +11,17 @@ from torch.nn import functional as tnf
 
 from fastbert import functional as F
 from fastbert.backend.torch_private import exporting
-from fastbert.integrations import recognise
+from fastbert.integrations import images, recognise
 from fastbert.integrations.families import module_at
 from fastbert.integrations.handing import handing
 from fastbert.nn.packing import find_labelled
 from fastbert.nn.watch import hooked, log_once, why_not_bypassed
 
 Stock = Callable[..., Any]
+_LABELLED_PADDING = (
+    "accelerate: labels at padding are not -100 and count in transformers' loss: transformers' code runs, on padding "
+    "too"
+)
 
 
 def token_labels(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
@@ -26,6 +30,18 @@ def token_labels(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
     known = all(isinstance(t, Tensor) for t in tensors) and not exporting()
     if known and _labelled(given)[1]:
         return _stock_for(self, None, stock, given)
+    return stock(self, **given)
+
+
+def joined_labels(self: Any, stock: Stock, given: dict[str, Any]) -> Any:
+    """VisualBERT's masked LM, with a label for each token of text and image: as token_labels."""
+    labels, text = given.get("labels"), values(given)
+    known = all(isinstance(t, Tensor) for t in (labels, text, given.get("visual_embeds")))
+    if known and not exporting():
+        mask = images.joined_mask(given, text)
+        if mask is not None and find_labelled(labels, mask, text)[1].shape[0]:
+            log_once(_LABELLED_PADDING)
+            return _stock_for(self, None, stock, given)
     return stock(self, **given)
 
 
@@ -70,10 +86,7 @@ def _labelled(given: dict[str, Any]) -> tuple[Tensor, int, int]:
     rows, sizes = find_labelled(given["labels"], mask, values(given))
     outside, misshaped = sizes.shape[:2]
     if outside:
-        log_once(
-            "accelerate: labels at padding are not -100 and count in transformers' loss: "
-            "transformers' code runs, on padding too"
-        )
+        log_once(_LABELLED_PADDING)
     return rows, outside, misshaped
 
 

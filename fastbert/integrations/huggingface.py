@@ -157,22 +157,24 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     wanted = given.pop("fastbert", "all") if family.passes else taken("all")
     if wanted is None:
         return stock(self, **given)
-    reason = batch.why_not_packed(self, given)
+    seen = given if family.sequence is None else family.sequence(self, given)
+    reason = seen if isinstance(seen, str) else batch.why_not_packed(self, given, seen)
     packing: Packing | None = None
     stacked: list[nn.Module] = []
     tokens: Tensor | None = None
     if reason is None:
-        indices = batch.indices_of(self, given)
+        assert not isinstance(seen, str)
+        indices = batch.indices_of(self, seen)
         stacked = family.layers_of(family.stack_of(self))
-        reason = batch.why_not_these_shapes(self, given, stacked)
-    if reason is None:
-        packing, tokens, reason = batch.packing_of(self, given, indices)
+        reason = batch.why_not_these_shapes(self, seen, stacked)
+        if reason is None:
+            packing, tokens, reason = batch.packing_of(self, seen, indices)
     if tokens is not None and batch.maps_wanted(self, given):
         packing, reason = None, "output_attentions is set, and outputs at padding are wanted"
-    if packing is None:
+    if packing is None or isinstance(seen, str):
         return _stock(self, stock, given, reason)
     maps = Maps(packing) if batch.maps_wanted(self, given) else None
-    values = heads.values(given)
+    values = heads.values(seen)
     parts = tuple(family.layout.of(layer) for layer in stacked)
     # one seed for the whole forward: layers that are recomputed in backward must draw the same masks. None is drawn
     # where nothing is dropped: the user's next random numbers are those of an unaccelerated run
@@ -203,7 +205,8 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     if self.fastbert_old:  # transformers4.encoder packs
         return stock(self, **given, fastbert=call)
     as_dict = given.pop("return_dict", getattr(self.config, "return_dict", True))
-    given = _packed(self, given, packing) | {"return_dict": True}
+    given = given if family.sequence is not None else _packed(self, given, packing)
+    given["return_dict"] = True
     output = call.shown(_stock_with(call, self, stock, given))
     if maps is not None:
         # in the place of the empty tuple of transformers' recorders
@@ -271,7 +274,7 @@ def _why_not_packed_between_layers(
     family = self.fastbert_family
     stack, embeddings = family.stack_of(self), getattr(self, family.embeddings)
     inputs = []
-    if not family.padded_embeddings:
+    if not family.padded_embeddings and family.sequence is None:
         if type(embeddings).__module__ != family.module and type(embeddings) is not nn.Embedding:
             return f"the embeddings are a {type(embeddings).__name__}"
         inputs = list(embeddings.modules())
@@ -311,12 +314,15 @@ def _encoder(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any
     call = given.pop("fastbert", None) if family.passes else taken(None)
     if call is None:
         return stock(self, **given)
-    x, mask = given.pop("hidden_states"), given.pop("attention_mask", None)
+    name = "hidden_states" if "hidden_states" in given else "inputs_embeds"
+    x, mask = given.pop(name), given.pop("attention_mask", None)
     given.pop("use_cache", None)
     # only encoders that record hidden states themselves get these arguments
     states: list[Tensor] | None = [] if given.pop("output_hidden_states", False) else None
     given.pop("return_dict", None)
     dtype = x.dtype
+    if family.sequence is not None and call.packed:
+        x = call.packing.unpad(x)[None]
     if family.first:
         x = getattr(self, family.first)(x)
     if family.bias and not call.packed:
@@ -361,6 +367,8 @@ def _layer(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     done = None
     if call.numbers is not None:  # the model's own code runs its layers
         number = call.numbers[id(self)]
+        if family.sequence is not None and call.packed and number == 0:
+            x = call.packing.unpad(x)[None]
         done, call = frozen.served_by(call, number, x), call.at(number)
     if call.packed:
         y = layers.run(call.parts[0], x[0], call) if done is None else done[0]
@@ -383,5 +391,6 @@ _FORWARDS = {
     "pretraining": heads.pretraining,
     "question_answering": heads.question_answering,
     "token_labels": heads.token_labels,
+    "joined_labels": heads.joined_labels,
     "first_token": heads.first_token,
 }

@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from fastbert.integrations import images
 from fastbert.integrations.families import Family, Layout, with_paths
 from fastbert.integrations.layouts import (
     ALBERT,
     BERT,
+    CLIP,
     DEBERTA,
     DEBERTA_2,
     DISTILBERT,
@@ -20,6 +22,8 @@ from fastbert.integrations.layouts import (
     MPNET,
     NOMIC,
     PRE_NORM,
+    VILT,
+    VIT,
 )
 
 _LM_HEAD = ("lm_head.dense", "gelu", "lm_head.layer_norm"), "lm_head.decoder"
@@ -75,6 +79,24 @@ def _deberta(name: str, prefix: str, layout: Layout, **others: Any) -> Family:
         "warns": True,
     }
     return _like_bert(name, prefix, *_PREDICTIONS, **(kind | _SINCE_5 | others))
+
+
+def _towers(name: str, prefix: str, **others: Any) -> Family:
+    """A family with one model of images and one of text, whose layers are of one class."""
+    kind: dict[str, Any] = {
+        "stack": "encoder",
+        "encoder": f"{prefix}Encoder",
+        "layer": f"{prefix}EncoderLayer",
+        "layers": "layers",
+        "transform": (),
+        "decoder": "",
+        "output": "BaseModelOutput",
+        "positions": False,
+        "others": ("pixel_values", "interpolate_pos_encoding"),
+        "kinds": {"Model": None, "TextModel": "model", "VisionModel": "model"},
+        "oldest": (5, 0),
+    }
+    return Family(f"transformers.models.{name}.modeling_{name}", prefix, CLIP, **(kind | others))
 
 
 def _albert_order(stack: Any) -> list[nn.Module]:
@@ -223,6 +245,78 @@ FAMILIES = {
             first="embedding_hidden_mapping_in",
             kinds={"ForPreTraining": "token_labels"},
             output="BaseModelOutput",
+            **_SINCE_5,
+        ),
+        _like_bert(
+            "layoutlm",
+            "LayoutLM",
+            *_PREDICTIONS,
+            output="BaseModelOutput",
+            per_token=("bbox",),
+            warns=True,
+            **_SINCE_5,
+        ),
+        _flat(
+            "vit",
+            "ViT",
+            VIT,
+            transform=(),
+            decoder="",
+            rotary="",
+            order=None,
+            kinds={"ForImageClassification": "first_token"},
+            sequence=images.tower("embeddings.patch_embeddings.projection", first=1),
+            others=("pixel_values", "bool_masked_pos", "interpolate_pos_encoding"),
+        ),
+        _towers(
+            "clip",
+            "CLIP",
+            causal=("CLIPTextModel",),
+            sequence=images.tower("embeddings.patch_embedding", first=1),
+        ),
+        _towers(
+            "siglip",
+            "Siglip",
+            reads_last=("SiglipTextModel",),
+            sequence=images.tower("embeddings.patch_embedding", first=0),
+        ),
+        _like_bert(
+            "vilt",
+            "Vilt",
+            ("",),
+            "",
+            layout=VILT,
+            sequence=images.vilt,
+            positions=False,
+            others=("pixel_values", "pixel_mask", "image_token_type_idx"),
+            passes=False,
+            output="BaseModelOutput",
+            kinds={
+                "ForMaskedLM": "token_labels",
+                "ForQuestionAnswering": "first_token",
+                "ForImageAndTextRetrieval": "first_token",
+            },
+            **_SINCE_5,
+        ),
+        _like_bert(
+            "visual_bert",
+            "VisualBert",
+            *_PREDICTIONS,
+            sequence=images.visual_bert,
+            positions=False,
+            others=(
+                "visual_embeds",
+                "visual_attention_mask",
+                "visual_token_type_ids",
+                "image_text_alignment",
+            ),
+            passes=False,
+            output="BaseModelOutput",
+            kinds={
+                "ForPreTraining": "joined_labels",
+                "ForQuestionAnswering": None,
+                "ForVisualReasoning": "first_token",
+            },
             **_SINCE_5,
         ),
         _deberta("deberta", "Deberta", DEBERTA),

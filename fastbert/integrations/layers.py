@@ -108,6 +108,8 @@ class Call(NamedTuple):
     def shown(self, output: Any) -> Any:
         """The output of transformers' forward on (1, T) with its hidden states as (B, S, C), zeros at padding."""
         family, packing = self.family, self.packing
+        if family.sequence is not None:
+            return self._shown_late(output)
         last = shown = output.last_hidden_state
         if family.last and not family.encoder:
             shown = self.padded(last[0])
@@ -120,6 +122,25 @@ class Call(NamedTuple):
                 for h in output.hidden_states
             )
         output["last_hidden_state"] = shown
+        return output
+
+    def _shown_late(self, output: Any) -> Any:
+        """`shown` for a model that runs its embeddings, and what stands behind its layers, on the padded batch."""
+        packing, states = self.packing, output.get("hidden_states")
+        # norms make other numbers of the zeros at padding
+        emptied = self.tokens is None and packing.rows is not None
+        size = (packing.batch, packing.length)
+
+        def show(h: Any) -> Any:
+            if h is None:
+                return None
+            if h.shape[:2] != size:
+                return packing.pad(h[0])
+            return packing.pad(packing.unpad(h)) if emptied else h
+
+        if states:
+            output["hidden_states"] = tuple(map(show, states))
+        output["last_hidden_state"] = show(output.last_hidden_state)
         return output
 
 

@@ -104,6 +104,43 @@ DEBERTA_2 = replace(
 )
 
 
+VIT = Layout(
+    paths(
+        "attention",
+        *("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+        *("attention.attention_dropout", "attention.o_proj", "dropout", "layernorm_before"),
+        *("mlp.fc1", "mlp.activation_fn", "mlp.fc2", "dropout", "layernorm_after"),
+    ),
+    paths("attention", "mlp"),
+    pre_norm=True,
+)
+CLIP = Layout(
+    paths(
+        "self_attn",
+        *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        *("self_attn.dropout", "self_attn.out_proj", "", "layer_norm1"),
+        *("mlp.fc1", "mlp.activation_fn", "mlp.fc2", "", "layer_norm2"),
+    ),
+    paths("self_attn", "mlp"),
+    pre_norm=True,
+    scale=lambda core, _: core.scale,
+)
+VILT = replace(
+    PRE_NORM,
+    parts=with_paths(
+        PRE_NORM.parts,
+        core="attention.attention",
+        query="attention.attention.query",
+        key="attention.attention.key",
+        value="attention.attention.value",
+        attention_dropout="attention.attention.dropout",
+        attention_norm="layernorm_before",
+        output_norm="layernorm_after",
+    ),
+    holders=paths("attention", "attention.attention", "attention.output", "intermediate", "output"),
+)
+
+
 def _llama(attention_norm: str, output_norm: str, **others: str) -> tuple[Path, ...]:
     """The parts of a layer whose modules have Llama's names."""
     parts = dict.fromkeys(Parts._fields, "") | {
