@@ -212,7 +212,10 @@ def packing_of(
 
 def _padding_wanted(self: Any) -> bool:
     """Whether outputs at padding must be transformers', by the user's choice or since the model reads them."""
-    return self.fastbert_at_padding == "stock" or type(self).__name__ in self.fastbert_family.reads_last
+    return (
+        self.fastbert_at_padding == "stock"
+        or type(self).__name__ in self.fastbert_family.reads_last
+    )
 
 
 def positions(self: Any, given: dict[str, Any], shape: torch.Size) -> Tensor:

@@ -116,6 +116,7 @@ def encoder_config(
 ) -> BertConfig:
     """The sizes of an encoder: of both in a single stream, of texts or of an `image` in two towers."""
     stream = config.recipe == "single-stream"
+    assert config.max_position is not None
     assert config.ffn is not None
     assert config.dropout is not None
     assert config.attention_dropout is not None
