@@ -50,9 +50,10 @@ def existing(path: str | Path, remedy: str) -> Path:
 
 
 def folder_or_new(path: str | Path, remedy: str) -> Path:
-    """The path of a folder, or of one to be made; raises ValueError, with the remedy, for a file."""
-    if os.path.isfile(path):
-        raise ValueError(f"{path} is a file: {remedy}")
+    """The path of a folder, or of one to be made; raises ValueError, with the remedy, for a file or inside of one."""
+    for place in (Path(path), *Path(path).parents):
+        if os.path.isfile(place):
+            raise ValueError(f"{place} is a file: {remedy}")
     return Path(path)
 
 

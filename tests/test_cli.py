@@ -275,6 +275,8 @@ def test_fill_mask(model):
         values = [word["probability"] for word in mask]
         assert values == sorted(values, reverse=True)
         assert 0.0 < sum(values) < 1.0
+    # OUT of the run is as good as OUT/model
+    assert run("fill-mask", model.parent, text, "--json", "--top", 3).output.strip() == line
     table = run("fill-mask", model, text).output
     assert "[MASK] 2" in table
     assert found["masks"][0][0]["word"] in table

@@ -74,6 +74,7 @@ def test_help_needs_no_torch(words):
         (["quantize", "none", "out"], "there is no directory none: pass one with a config.json"),
         (["quantize", "bert", "out", "--bits", 4], "--bits 4: choose 12 or 8"),
         (["quantize", "bert", "a.txt"], "a.txt is a file: name a new folder"),
+        (["quantize", "bert", "a.txt/b"], "a.txt is a file: name a new folder"),
         (["tune", "--model", "none"], "there is no directory none: pass one with a config.json"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",

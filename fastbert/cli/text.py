@@ -13,7 +13,6 @@ from fastbert import files
 from fastbert.cli.settings import ready
 from fastbert.files import LINES, existing, quoted
 from fastbert.finetune.config import trained_model
-from fastbert.models.config import model_folder
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +22,7 @@ FORMATS = (".npy", ".safetensors", ".jsonl")
 Int8 = Annotated[
     bool, typer.Option("--int8", help="quantise the encoder: faster, and a little less exact")
 ]
-Model = Annotated[Path, typer.Argument(help="model folder, such as OUT/model of a run")]
+Model = Annotated[Path, typer.Argument(help="model folder, or OUT of a run")]
 Texts = Annotated[
     list[str] | None, typer.Argument(help="text; without any, lines of standard input")
 ]
@@ -49,7 +48,7 @@ def fill_mask(
 
     Example: fastbert fill-mask runs/a/model "The state of the [MASK] is strong."
     """
-    model_folder(model)
+    model = trained_model(model)
     ready()
     from fastbert.infer import Filler
 
@@ -120,7 +119,7 @@ def embed(
         raise ValueError("texts and --file are both given: pass one of them")
     if images and (texts or file is not None):
         raise ValueError("texts and --images are both given: pass one of them")
-    model_folder(model)
+    model = trained_model(model)
     if file is not None and str(file) != "-":
         existing(file, LINES)
     found = files.images_in(images or [])

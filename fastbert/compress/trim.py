@@ -55,11 +55,12 @@ def trim(
             "embeddings: use the tokenizer that belongs to the model"
         )
     counts = _counts(tokenizer, texts, max(ids.values()) + 1)
-    used = {piece for piece, i in ids.items() if counts[i] >= min_count}
+    special = set(SpecialIds.of(tokenizer).all)
+    used = {piece for piece, i in ids.items() if counts[i] >= min_count and i not in special}
     if not used:
         raise ValueError(f"no piece occurs {min_count} times in the texts: pass more of them")
     kept = {ids[piece] for piece in used | _characters(used, ids, state["model"])}
-    kept |= _needed(state, ids) | set(SpecialIds.of(tokenizer).all)
+    kept |= _needed(state, ids) | special
     named = {i for _, i in _named_ids(config.extra)}
     kept |= {i for i in ids.values() if i in named or i == config.pad_token_id}
     if config.position_offset:

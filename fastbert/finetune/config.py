@@ -214,7 +214,7 @@ class FinetuneConfig(TrainingSettings):
 
 
 def trained_model(folder: str | Path) -> Path:
-    """The model of a run of `fastbert finetune`, or the model folder itself; raises FileNotFoundError without one."""
+    """The model of a run, or the model folder itself; raises FileNotFoundError without one."""
     folder = model_folder(folder)
     if (folder / "config.toml").is_file() and not (folder / "model").is_dir():
         raise FileNotFoundError(f"{folder} is a run that has evaluated no model yet: wait for it")

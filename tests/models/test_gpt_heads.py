@@ -13,6 +13,7 @@ from pairs import close
 from test_gpt import batch, models, packed
 
 from fastbert import bert
+from fastbert.cli.app import main
 from fastbert.finetune import FinetuneConfig, Predictor, finetune
 from fastbert.interpret.explainer import Explainer
 from fastbert.models.names import TRANSPOSED, hf_keys, names_of
@@ -87,6 +88,12 @@ def test_fine_tuning_learns_a_task(task: str, base: Path, tmp_path: Path) -> Non
     auto = getattr(transformers, f"AutoModelFor{head}").from_pretrained(result.model)
     assert type(auto).__name__ == f"GPT2For{head}"
     if task == "classify":
+        # copies of the folder keep the head
+        (tmp_path / "a.txt").write_text("the film was great\n")
+        with pytest.raises(SystemExit):
+            main(["trim", str(tmp_path), str(tmp_path / "t"), "--texts", str(tmp_path / "a.txt")])
+        a, b = (Predictor(f).texts(["the film was great"])[0] for f in (tmp_path, tmp_path / "t"))
+        assert a["probability"] == pytest.approx(b["probability"], abs=1e-6)
         # what the last token reads is explained: the one word that says it
         for method in ("integrated", "shap", "rollout"):
             found = Explainer(result.model)("the film great a", method=method).of_words()

@@ -164,6 +164,12 @@ def test_unknown_characters_keep_their_score():
         assert smaller.encode(text).tokens == tokenizer.encode(text).tokens
 
 
+def test_texts_of_unknown_words_alone_are_refused():
+    tokenizer = wordpiece()
+    with pytest.raises(ValueError, match="no piece occurs 1 times"):
+        fastbert.trim(build(tokenizer), tokenizer, ["☂ ✗", "☂"])
+
+
 @pytest.mark.parametrize("count", [1, 3, 50])
 def test_min_count(count):
     tokenizer = wordpiece()
