@@ -66,6 +66,8 @@ def test_runs_are_kept_and_the_page_is_left_alone(run, monkeypatch, tmp_path):
     for line in ("| copy: accuracy after d tokens", "| delay: accuracy d", "| the article | here"):
         assert line in text
     contrasts.draw(found, tmp_path / "plot.png")
+    assert found["machines"].keys() == {*contrasts.PARTS}
+    assert f"copy, delay, costs, learning: {found['machines']['copy']['date']}, " in text
     assert contrasts.PAGE.read_text() == page
     # in a checkout without the folders of the runs, parts are put together again and nothing is trained
     shutil.rmtree(run.runs)
