@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -31,6 +32,8 @@ from fastbert.train.plot import figure, save
 JSON, PLOT = RESULTS / "contrasts.json", RESULTS / "contrasts.png"
 PAGE = ROOT / "docs" / "contrasts.md"
 BEGIN, END = "<!-- table: python -m benchmarks.models.contrasts -->", "<!-- end of table -->"
+# of lines that lie on each other
+MARKS = {BERT: "o-", GPT: "s--", LSTM: "^:"}
 PARTS = ("copy", "delay", "costs", "learning")
 
 
@@ -234,37 +237,45 @@ def draw(results: dict[str, Any], image: Path) -> None:
     """Accuracy against distance in both tasks, latency against length, held-out loss against minutes."""
     picture = figure(12, 8)
 
-    def panel(number: int, title: str, x: str, y: str, scale: str = "log") -> Any:
-        axes = picture.add_subplot(2, 2, number, title=title, xlabel=x, ylabel=y, xscale=scale)
+    def panel(number: int, title: str, x: str, y: str, ticks: Sequence[int] = ()) -> Any:
+        axes = picture.add_subplot(2, 2, number, title=title, xlabel=x, ylabel=y)
+        if ticks:
+            axes.set_xscale("log")
+            axes.set_xticks(ticks, [*map(str, ticks)])
+            axes.minorticks_off()
         axes.grid(alpha=0.3)
         return axes
 
     if found := results.get("copy"):
-        axes = panel(1, "copy one token", "distance d", "accuracy")
+        axes = panel(1, "copy one token", "distance d", "accuracy", tasks.DISTANCES)
         for name, run in found.items():
             values = [run["accuracy"][str(d)] for d in tasks.DISTANCES]
-            axes.plot(tasks.DISTANCES, values, ".-", label=name)
+            axes.plot(tasks.DISTANCES, values, MARKS[name], label=name, fillstyle="none")
         axes.set_ylim(0, 1.05)
         axes.legend()
     if found := results.get("delay"):
-        axes = panel(2, "delay: every token, d places later", "distance d", "accuracy")
+        axes = panel(
+            2, "delay: every token, d places later", "distance d", "accuracy", tasks.DELAYS
+        )
         for name, runs in found.items():
             values = [runs[str(d)]["accuracy"] for d in tasks.DELAYS]
-            axes.plot(tasks.DELAYS, values, ".-", label=name)
+            axes.plot(tasks.DELAYS, values, MARKS[name], label=name, fillstyle="none")
         axes.set_ylim(0, 1.05)
         axes.legend()
     if found := results.get("costs"):
-        axes = panel(3, "latency of one text", "length S", "time / BERT's")
+        axes = panel(3, "latency of one text", "length S", "time / BERT's", tasks.LENGTHS)
         for name in FORMS:
             values = [found["ratios"][str(S)][name] for S in tasks.LENGTHS]
-            axes.plot(tasks.LENGTHS, values, ".-", label=name)
+            axes.plot(tasks.LENGTHS, values, MARKS[name], label=name, fillstyle="none")
         axes.legend()
     if found := results.get("learning"):
-        axes = panel(4, "pretraining", "minutes", "nats, held out, by its own objective", "linear")
+        axes = panel(4, "pretraining", "minutes", "nats, held out, by its own objective")
         for name, m in found["models"].items():
             points = m["points"]
             values = [p["loss"] for p in points]
-            axes.plot([p["minutes"] for p in points], values, ".-", label=name)
+            axes.plot(
+                [p["minutes"] for p in points], values, MARKS[name], label=name, fillstyle="none"
+            )
         axes.legend()
     save(picture, image)
 
