@@ -67,9 +67,11 @@ SETTINGS: dict[str, Any] = {
     "optimiser": "muon",
     "lr": 3e-3,
     "initializer_range": 0.05,
-    "shift": 4,
-    "zoom": 0.2,
-    "tint": 0.2,
+    "weight_decay": 0.1,
+    "shift": 5,
+    "zoom": 0.25,
+    "turn": 12.0,
+    "tint": 0.4,
     "drop_patches": 0.5,
     "eval_every": 0,
     "checkpoint_every": 200,
@@ -165,7 +167,7 @@ def trained(work: str, options: argparse.Namespace) -> tuple[Path, dict[str, Any
         # the length of a run: steps where they are given, else minutes
         length = {"steps": options.steps} if options.steps else {"minutes": options.minutes}
         config = PretrainConfig(
-            **{**SETTINGS, **length, "threads": options.threads},
+            **{**SETTINGS, **length, "threads": options.threads, **options.set},
             images=str(folders[0]),
             eval_images=str(folders[1]),
         )
@@ -202,6 +204,15 @@ def measured(work: str, options: argparse.Namespace) -> dict[str, Any]:
         row["twitter to both"] = ranked(new, texts + images["google"])
     print(work, json.dumps(row, indent=1), flush=True)
     return row
+
+
+def given(word: str) -> tuple[str, Any]:
+    """A setting's name and value, of name=value."""
+    name, _, value = word.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 # --- memory ---
@@ -313,10 +324,12 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="of each training, instead of minutes")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit", type=int, help="emoji of each part, to try the command")
+    parser.add_argument("--set", nargs="+", default=[], help="other settings, such as hidden=192")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "emoji")
     parser.add_argument("--step", nargs=2, type=int, help="pairs and chunk of one measured step")
     parser.add_argument("--out", type=Path, default=JSON, help="JSON that rows are merged into")
     options = parser.parse_args()
+    options.set = dict(given(word) for word in options.set)
     options.memory = ((4, 0), (8, 2)) if options.limit else STEPS
     if options.step:
         print(json.dumps(one_step(*options.step)))

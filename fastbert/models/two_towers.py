@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as tnf
-from torch.utils.checkpoint import checkpoint as recompute
 
 from fastbert.files import folder_or_new, parse_json, quoted, read_text, replacing
 from fastbert.models.config import BertConfig, model_folder
@@ -136,7 +135,9 @@ class TwoTowers(nn.Module):
             e = self.image(patches, places, cu_seqlens, longest)
             return _vectors(self.image_projection, e)
 
-        return self._chunked(encode, (patches, places), patch_cu_seqlens, patch_max_seqlen)
+        weights = chain(self.image.parameters(), self.image_projection.parameters())
+        rows = (patches, places)
+        return self._chunked(encode, weights, rows, patch_cu_seqlens, patch_max_seqlen)
 
     def embed_texts(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """(B, D), rows of length 1, of packed tokens (T,)."""
@@ -146,11 +147,13 @@ class TwoTowers(nn.Module):
             e = self.text.encode(prepare(self.config.text, ids, **sizes))
             return _vectors(self.text_projection, e)
 
-        return self._chunked(encode, (input_ids,), cu_seqlens, max_seqlen)
+        weights = chain(self.text.parameters(), self.text_projection.parameters())
+        return self._chunked(encode, weights, (input_ids,), cu_seqlens, max_seqlen)
 
     def _chunked(
         self,
         encode: Callable[..., Tensor],
+        weights: Iterable[Tensor],
         rows: tuple[Tensor, ...],
         cu_seqlens: Tensor,
         longest: int,
@@ -159,12 +162,12 @@ class TwoTowers(nn.Module):
         count = cu_seqlens.shape[0] - 1
         if not 0 < self.chunk < count:
             return encode(*rows, cu_seqlens, longest)
+        wanted = [w for w in weights if w.requires_grad]
         found = []
         for part, bounds, longest in chunks(cu_seqlens, self.chunk):
             arguments = (*(r[part] for r in rows), bounds, longest)
             if torch.is_grad_enabled():
-                # the generator's state is kept: each chunk draws its dropout's seed from it
-                found.append(recompute(encode, *arguments, use_reentrant=False))
+                found.append(recomputed(encode, arguments, wanted))
             else:
                 found.append(encode(*arguments))
         return torch.cat(found)
@@ -235,6 +238,44 @@ class TwoTowers(nn.Module):
                 f"the weights in {folder} do not fit its config.json: {reason}"
             ) from error
         return model.eval()
+
+
+def recomputed(
+    function: Callable[..., Tensor], arguments: tuple[Any, ...], weights: list[Tensor]
+) -> Tensor:
+    """function(*arguments), which backward computes again for the gradients of `weights`, with the same dropout.
+
+    torch.utils.checkpoint would keep a graph of each call, whose many small pieces hold large parts of malloc's memory.
+    The gradients are results of one node, so that DistributedDataParallel sees each weight's once.
+    """
+    result: Tensor = _Recomputed.apply(function, arguments, *weights)
+    return result
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Any, arguments: Any, *weights: Tensor) -> Tensor:
+        ctx.function, ctx.arguments = function, arguments
+        ctx.save_for_backward(*weights)
+        device = ctx.device = weights[0].device
+        kind = device.type
+        ctx.autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        # a model draws the seed of its dropout from the generator
+        ctx.states = torch.get_rng_state(), kind == "cuda" and torch.cuda.get_rng_state(device)
+        return function(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        device, (enabled, dtype) = ctx.device, ctx.autocast
+        cuda = [device] if device.type == "cuda" else []
+        cast = torch.autocast(device.type, dtype=dtype, enabled=enabled)
+        with torch.random.fork_rng(cuda), torch.enable_grad(), cast:
+            torch.set_rng_state(ctx.states[0])
+            if cuda:
+                torch.cuda.set_rng_state(ctx.states[1], device)
+            y = ctx.function(*ctx.arguments)
+        grads = torch.autograd.grad(y, ctx.saved_tensors, dy, allow_unused=True)
+        return (None, None, *grads)
 
 
 def _vectors(projection: nn.Module, e: Encoded) -> Tensor:

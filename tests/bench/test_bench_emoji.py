@@ -50,10 +50,23 @@ def test_concepts_and_their_split(packages):
 
 
 def test_a_run_on_invented_drawings(packages, tmp_path, monkeypatch, capsys):
-    small = {"hidden": 16, "heads": 2, "image_layers": 1, "batch_size": 8, "backend": "torch"}
-    monkeypatch.setattr(emoji, "SETTINGS", emoji.SETTINGS | small | {"vocab_size": 100})
+    small = ["hidden=16", "heads=2", "image_layers=1", "batch_size=8", "backend=torch"]
     out = tmp_path / "emoji.json"
-    words = ["--steps", 3, "--threads", 1, "--limit", 8, "--runs", tmp_path / "runs", "--out", out]
+    words = [
+        "--set",
+        *small,
+        "vocab_size=100",
+        "--steps",
+        3,
+        "--threads",
+        1,
+        "--limit",
+        8,
+        "--runs",
+        tmp_path / "runs",
+        "--out",
+        out,
+    ]
     monkeypatch.setattr(sys, "argv", ["emoji", *map(str, words), "--works", "concepts", "style"])
     assert emoji.main() == 0
     rows = json.loads(out.read_text())["rows"]
