@@ -34,7 +34,7 @@ class Pictures:
             self._bytes = np.memmap(pixels, np.uint8, "r")
             found = digest_of(self._bytes, self.sizes, self.captions, self.held_from)
         except (KeyError, TypeError, ValueError) as error:
-            raise ShardsError(f"{settings} is damaged ({error!r:.100}): start a new run") from error
+            raise ShardsError(f"{settings} is damaged: start a new run") from error
         if found != self.digest:
             raise ShardsError(f"{settings} and {pixels} do not belong together: start a new run")
         self._starts = np.cumsum([0] + [3 * h * w for h, w in self.sizes])
