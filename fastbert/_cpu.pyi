@@ -69,7 +69,7 @@ def attention_bwd(
     /,
 ) -> None: ...
 def bias_gelu_fwd(
-    dtype: int, x: int, bias: int, y: int, N: int, C: int, tanh: int, threads: int, /
+    dtype: int, x: int, bias: int, y: int, N: int, C: int, activation: int, threads: int, /
 ) -> None: ...
 def bias_gelu_bwd(
     dtype: int,
@@ -80,7 +80,7 @@ def bias_gelu_bwd(
     dbias: int,
     N: int,
     C: int,
-    tanh: int,
+    activation: int,
     threads: int,
     /,
 ) -> None: ...
@@ -243,7 +243,7 @@ def encoder_infer(
 def feed_forward_up(
     x_dtype: int,
     w_dtype: int,
-    tanh: bool,
+    activation: int,
     x: int,
     w1: int,
     packed: int,
@@ -259,7 +259,7 @@ def feed_forward_up(
 def feed_forward_down_bwd(
     x_dtype: int,
     w_dtype: int,
-    tanh: bool,
+    activation: int,
     dy: int,
     w2: int,
     u: int,

@@ -92,7 +92,14 @@ def unsupported(
     approximate: str,
 ) -> str | None:
     """Why this call can't run here, from metadata only; None if it can."""
-    return unsupported_dtype(x=x, bias=bias)
+    return unsupported_gelu(approximate) or unsupported_dtype(x=x, bias=bias)
+
+
+def unsupported_gelu(approximate: str) -> str | None:
+    """Why the kernels have no such form of GELU, None if they have it."""
+    if approximate == "sigmoid":
+        return "approximate is 'sigmoid', which the triton kernels do not have: use torch or cpu"
+    return None
 
 
 def forward(

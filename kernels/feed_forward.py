@@ -13,6 +13,7 @@ from torch import Tensor
 from fastbert.backend import _gpu_feed_forward
 from fastbert.backend.stock import linear as library
 from fastbert.kernels import _gemm, bias_gelu, linear, unsupported_dtype
+from fastbert.kernels.bias_gelu import unsupported_gelu
 from fastbert.kernels.linear import FEW
 
 
@@ -26,7 +27,7 @@ def unsupported(
     save: bool,
 ) -> str | None:
     """Why this call can't run here, from metadata only; None if it can."""
-    return unsupported_dtype(x=x, w1=w1, w2=w2)
+    return unsupported_gelu(approximate) or unsupported_dtype(x=x, w1=w1, w2=w2)
 
 
 def forward(

@@ -1,9 +1,10 @@
 """Encoders of transformers, as they are and accelerated: `python -m benchmarks.models.families [--rows NAME ...]`.
 
-Random weights at the sizes of the published models. A batch is 8 sequences of 128 columns, of which 41 % are tokens.
-transformers computes with sdpa. Before a row is timed, the outputs at tokens, or the losses, must agree. Every round
-times both in turns; the figure is the ratio round by round: the median, with p20 and p80. docs/accelerate.md has the
-table; --quick tries everything with small models.
+Random weights at the sizes of the published models. A batch is 8 sequences of 128 columns, of which 41 % are tokens, or
+8 images of 224 x 224; ViLT's is 8 pairs of a text and an image, whose sizes are IMAGES. transformers computes with
+sdpa, where a family has it. Before a row is timed, the outputs at tokens, or the losses, must agree. Every round times
+both in turns; the figure is the ratio round by round: the median, with p20 and p80. docs/accelerate.md has the table;
+--quick tries everything with small models.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ PAGE = ROOT / "docs" / "accelerate.md"
 BEGIN, END = "<!-- table: python -m benchmarks.models.families -->", "<!-- end of table -->"
 LENGTHS = (128, 30, 45, 22, 80, 17, 60, 33)
 LONG = 8192
+# heights and widths of ViLT's images, padded to the largest, and the lengths of its texts
+IMAGES = ((384, 608), (384, 384), (256, 384), (384, 256), (192, 384), (320, 384), (384, 320))
+IMAGES = (*IMAGES, (224, 224))
+TEXTS = (20, 10, 12, 8, 30, 15, 9, 11)
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
 MODERN = BASE | {"num_hidden_layers": 22, "intermediate_size": 1152, "vocab_size": 50368}
 ESM = {
@@ -59,6 +64,8 @@ EURO = BASE | {
     "eos_token_id": 2,
     "mask_token_id": 3,
 }
+VIT = BASE | {"intermediate_size": 3072}
+CLIP = VIT | {"image_size": 224, "patch_size": 32}
 DEBERTA = BASE | {
     "vocab_size": 128100,
     "type_vocab_size": 0,
@@ -71,6 +78,7 @@ DEBERTA = BASE | {
     "max_relative_positions": -1,
     "layer_norm_eps": 1e-7,
 }
+CLASSES = "ForImageClassification"
 # row: (transformers' names of the family and the head, its sizes, whether a step is trained, the goal)
 ROWS: dict[str, tuple[str, str, dict[str, Any], bool, float | None]] = {
     "ModernBERT-base, inference": ("ModernBert", "Model", MODERN, False, 2.2),
@@ -94,6 +102,16 @@ ROWS: dict[str, tuple[str, str, dict[str, Any], bool, float | None]] = {
     "ModernBERT-base, inference, int8": ("ModernBert", "Model", MODERN, False, None),
     "MPNet-base, inference, frozen": ("MPNet", "Model", BASE, False, None),
     "MPNet-base, inference, int8": ("MPNet", "Model", BASE, False, None),
+    "ViT-base, inference": ("ViT", CLASSES, VIT, False, 1.15),
+    "ViT-base, fine-tuning step": ("ViT", CLASSES, VIT, True, 1.15),
+    "ViT-base, inference, frozen": ("ViT", CLASSES, VIT, False, None),
+    "ViT-base, inference, int8": ("ViT", CLASSES, VIT, False, None),
+    "CLIP-base, images, inference": ("CLIPVision", "Model", CLIP, False, 1.15),
+    "CLIP-base, images, fine-tuning step": ("CLIP", CLASSES, {"vision_config": CLIP}, True, 1.15),
+    "CLIP-base, images, inference, frozen": ("CLIPVision", "Model", CLIP, False, None),
+    "CLIP-base, images, inference, int8": ("CLIPVision", "Model", CLIP, False, None),
+    "ViLT-base, mixed sizes, inference": ("Vilt", "Model", VIT, False, 1.5),
+    "ViLT-base, mixed sizes, fine-tuning step": ("Vilt", "ForQuestionAnswering", VIT, True, 1.5),
 }
 # the end of a row's name -> what is called after accelerate, and the largest error that it may have
 PREPARED = {"frozen": (fastbert.freeze, 1e-4), "int8": (fastbert.quantize, 5e-2)}
@@ -106,7 +124,9 @@ def build(family: str, head: str, sizes: dict[str, Any], quick: bool) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    small = {"num_hidden_layers": 2} if quick else {}
+    small: dict[str, Any] = {"num_hidden_layers": 2} if quick else {}
+    if quick and "vision_config" in sizes:
+        small = {"vision_config": sizes["vision_config"] | small}
     config = getattr(transformers, f"{family}Config")(**sizes | small)
     return getattr(transformers, family + head)(config)
 
@@ -114,6 +134,11 @@ def build(family: str, head: str, sizes: dict[str, Any], quick: bool) -> Any:
 def batch(model: Any, head: str) -> dict[str, torch.Tensor]:
     """A padded batch of random ids with the head's labels, 30 % of the tokens for a masked LM."""
     torch.manual_seed(1)
+    if model.main_input_name == "pixel_values":
+        given = {"pixel_values": torch.randn(len(LENGTHS), 3, 224, 224)}
+        return given | ({"labels": torch.randint(0, 2, (len(LENGTHS),))} if head == CLASSES else {})
+    if hasattr(model.config, "max_image_length"):
+        return _pairs(model, head)
     mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
     vocabulary, pad = model.config.vocab_size, model.config.pad_token_id or 0
     ids = torch.randint(4, min(vocabulary, 30000) - 1, mask.shape).where(mask.bool(), pad)
@@ -125,6 +150,24 @@ def batch(model: Any, head: str) -> dict[str, torch.Tensor]:
     return given
 
 
+def _pairs(model: Any, head: str) -> dict[str, torch.Tensor]:
+    """ViLT's texts and images, with soft labels for its head."""
+    mask = (torch.arange(max(TEXTS)) < torch.tensor(TEXTS)[:, None]).long()
+    pixels = torch.randn(len(IMAGES), 3, *map(max, zip(*IMAGES, strict=True)))
+    shown = torch.zeros(pixels[:, 0].shape, dtype=torch.long)
+    for image, (height, width) in zip(shown, IMAGES, strict=True):
+        image[:height, :width] = 1
+    given = {
+        "input_ids": torch.randint(4, 30000, mask.shape).where(mask.bool(), 0),
+        "attention_mask": mask,
+        "pixel_values": pixels,
+        "pixel_mask": shown,
+    }
+    if head == "ForQuestionAnswering":
+        given["labels"] = torch.rand(len(IMAGES), model.config.num_labels)
+    return given
+
+
 def call_of(model: Any, given: dict[str, torch.Tensor], trained: bool) -> Callable[[], Any]:
     """One forward in inference mode, or one step with AdamW; it returns what both forms must agree in."""
     if not trained:
@@ -132,7 +175,7 @@ def call_of(model: Any, given: dict[str, torch.Tensor], trained: bool) -> Callab
 
         def infer() -> Any:
             with torch.inference_mode():
-                return model(**given).last_hidden_state[given["attention_mask"].bool()]
+                return model(**given)
 
         return infer
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -160,6 +203,13 @@ def ratios(calls: dict[str, Callable[[], Any]], rounds: int) -> tuple[list[float
     return [a / b for a, b in zip(first, second, strict=True)], second
 
 
+def _agreeing(output: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What both forms must agree in: the loss or logits, or the last hidden states at the text's tokens."""
+    mask = given.get("attention_mask")
+    y = output[0]
+    return y if mask is None or y.dim() < 3 else y[:, : mask.shape[1]][mask.bool()]
+
+
 def measured(row: str, quick: bool, rounds: int) -> dict[str, Any]:
     """The result of one row. Raises AssertionError where the two forms do not agree."""
     family, head, sizes, trained, goal = ROWS[row]
@@ -173,15 +223,12 @@ def measured(row: str, quick: bool, rounds: int) -> dict[str, Any]:
     layers.run = lambda *args: runs.append(1) or run(*args)  # type: ignore[func-returns-value]
     try:
         with torch.no_grad():
-            ours, theirs = (m(**given)[0] for m in (fast, stock))
+            ours, theirs = (_agreeing(m(**given), given) for m in (fast, stock))
     finally:
         layers.run = run
     copies = fastbert.frozen_bytes(fast)
-    assert copies or len(runs) == stock.config.num_hidden_layers, (
-        f"{row}: transformers' own code ran"
-    )
-    if ours.dim() == 3:
-        ours, theirs = (y[given["attention_mask"].bool()] for y in (ours, theirs))
+    depth = getattr(stock.config, "vision_config", stock.config).num_hidden_layers
+    assert copies or len(runs) == depth, f"{row}: transformers' own code ran"
     error = (ours - theirs).abs().max() / theirs.abs().max()
     assert error < most, f"{row}: the outputs differ by {error:.1e} of the largest"
     for m in (stock, fast):
@@ -228,6 +275,11 @@ def summary(
     }
 
 
+def _patches() -> str:
+    counts = [height // 32 * (width // 32) for height, width in IMAGES]
+    return f"{sum(counts)} of 8 x {max(counts)} patches"
+
+
 def table(found: dict[str, Any]) -> str:
     """The results as Markdown."""
     lines = ["| model and work | times as fast as transformers | goal |", "|---|---|---|"]
@@ -247,7 +299,8 @@ def table(found: dict[str, Any]) -> str:
         filled(
             f"{m['date']}, {m['cpu']} ({m['instructions']}), {m['threads']} threads, fp32, fastbert {v['fastbert']}, "
             f"torch {v['torch']}, transformers {found['transformers']}: {sum(LENGTHS)} tokens in "
-            f"{len(LENGTHS)} x {max(LENGTHS)}, AdamW included in steps. Multiply-adds on registers: {before:.0f} and "
+            f"{len(LENGTHS)} x {max(LENGTHS)}, or 8 images; ViLT's have {_patches()}, its texts {sum(TEXTS)} of 8 x "
+            f"{max(TEXTS)} tokens. AdamW included in steps. Multiply-adds on registers: {before:.0f} and "
             f"{after:.0f} GFLOP/s before and after."
         ),
     ]

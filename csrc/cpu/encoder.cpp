@@ -147,8 +147,8 @@ class Encoder {
       gated_feed_forward_up(dtype_, kFloat32, s.activation, x, nullptr, nullptr, w.up, w.up_bias,
                             nullptr, wide, M, s.F, C_, threads_);
     else
-      feed_forward_up(dtype_, kFloat32, s.activation == kGeluTanh, x, nullptr, w.up, w.up_bias,
-                      nullptr, wide, M, s.F, C_, threads_);
+      feed_forward_up(dtype_, kFloat32, s.activation, x, nullptr, w.up, w.up_bias, nullptr, wide, M,
+                      s.F, C_, threads_);
     return wide;
   }
   // y = b in every row: the output of a block without heads or columns

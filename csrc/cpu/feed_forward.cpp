@@ -11,7 +11,7 @@ namespace fastbert {
 namespace FASTBERT_ISA {
 namespace {
 
-template <typename T, bool kTanh>
+template <typename T, Activation kForm>
 struct WriteUp {
   const float* b1;
   T* u;
@@ -33,12 +33,12 @@ struct WriteUp {
         store(us + at, value, n);
       }
       __builtin_prefetch(hs + at + stride, 1);
-      store(hs + at, gelu<kTanh>(value).value, n);
+      store(hs + at, activate<kForm>(value).value, n);
     });
   }
 };
 
-template <typename T, bool kTanh>
+template <typename T, Activation kForm>
 struct WriteDown {
   const T* u;
   T* du;
@@ -55,7 +55,7 @@ struct WriteDown {
       const int64_t at = r * stride + c;
       __builtin_prefetch(us + at + stride);
       __builtin_prefetch(dus + at + stride, 1);
-      const Activated g = gelu<kTanh>(load(us + at, n));
+      const Activated g = activate<kForm>(load(us + at, n));
       store(dus + at, load(tile + r * tile_ld + c) * g.derivative, n);
       if (hs) {
         __builtin_prefetch(hs + at + stride, 1);
@@ -65,29 +65,16 @@ struct WriteDown {
   }
 };
 
-template <bool kValue>
-struct Flag {
-  static constexpr bool value = kValue;
-};
-
-template <typename Body>
-void with_tanh(bool tanh, const Body& body) {
-  if (tanh)
-    body(Flag<true>{});
-  else
-    body(Flag<false>{});
-}
-
 }  // namespace
 
-void feed_forward_up(int x_dtype, int w_dtype, bool tanh, const void* x, const void* w1,
+void feed_forward_up(int x_dtype, int w_dtype, int activation, const void* x, const void* w1,
                      const float* packed, const float* b1, void* u, void* h, int64_t M, int64_t F_,
                      int64_t C, int threads) {
   with_type(x_dtype, [&](auto t) {
     using T = decltype(t);
     const Operand<T> a = {matrix(static_cast<const T*>(x), C, 1), M, false};
-    with_tanh(tanh, [&](auto flag) {
-      const WriteUp<T, decltype(flag)::value> write = {b1, static_cast<T*>(u), static_cast<T*>(h),
+    with_gelu(activation, [&](auto form) {
+      const WriteUp<T, decltype(form)::value> write = {b1, static_cast<T*>(u), static_cast<T*>(h),
                                                        F_};
       if (packed) return gemm<kKindOf<T>>(M, F_, C, a, Packed<kKindOf<T>>{packed}, threads, write);
       with_type(w_dtype, [&](auto w) {
@@ -99,14 +86,14 @@ void feed_forward_up(int x_dtype, int w_dtype, bool tanh, const void* x, const v
   });
 }
 
-void feed_forward_down_bwd(int x_dtype, int w_dtype, bool tanh, const void* dy, const void* w2,
+void feed_forward_down_bwd(int x_dtype, int w_dtype, int activation, const void* dy, const void* w2,
                            const void* u, void* du, void* h, int64_t M, int64_t F_, int64_t C,
                            int threads) {
   with_type(x_dtype, [&](auto t) {
     using T = decltype(t);
     const Operand<T> a = {matrix(static_cast<const T*>(dy), C, 1), M, false};
-    with_tanh(tanh, [&](auto flag) {
-      const WriteDown<T, decltype(flag)::value> write = {
+    with_gelu(activation, [&](auto form) {
+      const WriteDown<T, decltype(form)::value> write = {
           static_cast<const T*>(u), static_cast<T*>(du), static_cast<T*>(h), F_};
       with_type(w_dtype, [&](auto w) {
         using TW = decltype(w);

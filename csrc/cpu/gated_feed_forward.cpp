@@ -38,11 +38,6 @@ Operand<T, Gated<T>> gated(const void* wa, const void* wg, int64_t F_, int64_t C
   return {{static_cast<const T*>(wa), static_cast<const T*>(wg), C, F_}, gated_columns(F_), false};
 }
 
-template <Activation kValue>
-struct Chosen {
-  static constexpr Activation value = kValue;
-};
-
 template <typename Body>
 inline void with_activation(Activation activation, const Body& body) {
   if (activation == kSilu)

@@ -124,7 +124,7 @@ struct WriteInt8 {
       const U sums = bits_as<U>(load(tile + r * tile_ld + c)) - bits_as<U>(load(over + c, n));
       F value = to_float(bits_as<I>(sums)) * as[r] * load(scales + c, n);
       if (b) value = rounded(value) + load(b + c, n);
-      if constexpr (kActivation != kIdentity) value = gelu<kActivation == kGeluTanh>(value).value;
+      if constexpr (kActivation != kIdentity) value = activate<kActivation>(value).value;
       store(out + r * stride + c, value, n);
     });
   }
@@ -205,11 +205,10 @@ void quantised_linear(int y_dtype, const float* q, const float* a, const void* p
     };
     T* out = static_cast<T*>(y);
     if (activation == kIdentity)
-      run(WriteInt8<T, kIdentity>{a, w.scale, w.excess, bias, out, N});
-    else if (activation == kGelu)
-      run(WriteInt8<T, kGelu>{a, w.scale, w.excess, bias, out, N});
-    else
-      run(WriteInt8<T, kGeluTanh>{a, w.scale, w.excess, bias, out, N});
+      return run(WriteInt8<T, kIdentity>{a, w.scale, w.excess, bias, out, N});
+    with_gelu(activation, [&](auto form) {
+      run(WriteInt8<T, decltype(form)::value>{a, w.scale, w.excess, bias, out, N});
+    });
   });
 }
 

@@ -103,11 +103,6 @@ inline Activated gelu_tanh(F x) {
   return {above * s, s + inside * slope * (left * right)};
 }
 
-template <bool kTanh>
-inline Activated gelu(F x) {
-  return kTanh ? gelu_tanh(x) : gelu_erf(x);
-}
-
 // x s and s + x s (1 - s),  s = sigmoid(x), from e^-|x|: the left tail keeps its relative precision
 inline Activated silu(F x) {
   // beyond 88 the exponential is 0: the bounds avoid infinity times 0, and keep a NaN
@@ -120,9 +115,34 @@ inline Activated silu(F x) {
   return {above * s, s + inside * (left * right)};
 }
 
+// x s and s + k x s (1 - s),  s = sigmoid(k x),  k = 1.702
+inline Activated gelu_sigmoid(F x) {
+  const Activated scaled = silu(x * 1.702f);
+  return {scaled.value * (1.0f / 1.702f), scaled.derivative};
+}
+
 template <Activation kActivation>
 inline Activated activate(F x) {
-  return kActivation == kSilu ? silu(x) : gelu<kActivation == kGeluTanh>(x);
+  if constexpr (kActivation == kSilu) return silu(x);
+  if constexpr (kActivation == kGeluTanh) return gelu_tanh(x);
+  if constexpr (kActivation == kGeluSigmoid) return gelu_sigmoid(x);
+  return gelu_erf(x);
+}
+
+template <Activation kValue>
+struct Chosen {
+  static constexpr Activation value = kValue;
+};
+
+// Calls body with a value of the type Chosen<activation>, for one of GELU's three forms.
+template <typename Body>
+inline void with_gelu(int activation, const Body& body) {
+  if (activation == kGeluTanh)
+    body(Chosen<kGeluTanh>{});
+  else if (activation == kGeluSigmoid)
+    body(Chosen<kGeluSigmoid>{});
+  else
+    body(Chosen<kGelu>{});
 }
 
 }  // namespace FASTBERT_ISA

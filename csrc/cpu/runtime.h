@@ -9,7 +9,7 @@ namespace fastbert {
 // the numbers of element types in fastbert/backend/cpu/__init__.py
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
 // the numbers of activations there
-enum Activation : int { kIdentity = 0, kGelu = 1, kGeluTanh = 2, kSilu = 3 };
+enum Activation : int { kIdentity = 0, kGelu = 1, kGeluTanh = 2, kSilu = 3, kGeluSigmoid = 4 };
 
 // Whether this build finds overruns (`make sanitize`): scratch memory then ends in a guarded gap.
 #if defined(__SANITIZE_ADDRESS__)

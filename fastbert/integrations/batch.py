@@ -99,6 +99,12 @@ def maps_wanted(self: Any, given: dict[str, Any]) -> bool:
     return bool(getattr(self.config, "output_attentions", False) if wanted is None else wanted)
 
 
+def states_wanted(self: Any, given: dict[str, Any]) -> bool:
+    """Whether the caller asks for hidden states."""
+    wanted = given.get("output_hidden_states")
+    return bool(getattr(self.config, "output_hidden_states", False) if wanted is None else wanted)
+
+
 def _why_not_maps(self: Any, given: dict[str, Any]) -> str | None:
     """Why attention weights can't be rebuilt beside the kernels' work."""
     if self.fastbert_old:
@@ -173,6 +179,24 @@ def indices_of(self: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor
         return find_tokens(mask, reading)
     # a masked position with another id is no padding: ColBERT scores the outputs of masked [MASK] tokens
     return find_tokens(mask, reading, ids, padding_id)
+
+
+def packing(
+    self: Any, given: dict[str, Any], seen: dict[str, Any] | str
+) -> tuple[Packing | None, Tensor | None, str | None]:
+    """What packing_of returns, where nothing else makes transformers' code run; `seen` is Family.sequence's."""
+    reason = seen if isinstance(seen, str) else why_not_packed(self, given, seen)
+    if reason is not None or isinstance(seen, str):
+        return None, None, reason
+    indices = indices_of(self, seen)
+    family = self.fastbert_family
+    stacked = family.layers_of(family.stack_of(self))
+    if reason := why_not_these_shapes(self, seen, stacked):
+        return None, None, reason
+    packing, tokens, reason = packing_of(self, seen, indices)
+    if tokens is not None and maps_wanted(self, given):
+        return None, None, "output_attentions is set, and outputs at padding are wanted"
+    return packing, tokens, reason
 
 
 def packing_of(

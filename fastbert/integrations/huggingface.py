@@ -158,23 +158,11 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     if wanted is None:
         return stock(self, **given)
     seen = given if family.sequence is None else family.sequence(self, given)
-    reason = seen if isinstance(seen, str) else batch.why_not_packed(self, given, seen)
-    packing: Packing | None = None
-    stacked: list[nn.Module] = []
-    tokens: Tensor | None = None
-    if reason is None:
-        assert not isinstance(seen, str)
-        indices = batch.indices_of(self, seen)
-        stacked = family.layers_of(family.stack_of(self))
-        reason = batch.why_not_these_shapes(self, seen, stacked)
-        if reason is None:
-            packing, tokens, reason = batch.packing_of(self, seen, indices)
-    if tokens is not None and batch.maps_wanted(self, given):
-        packing, reason = None, "output_attentions is set, and outputs at padding are wanted"
+    packing, tokens, reason = batch.packing(self, given, seen)
     if packing is None or isinstance(seen, str):
         return _stock(self, stock, given, reason)
     maps = Maps(packing) if batch.maps_wanted(self, given) else None
-    values = heads.values(seen)
+    values, stacked = heads.values(seen), family.layers_of(family.stack_of(self))
     parts = tuple(family.layout.of(layer) for layer in stacked)
     # one seed for the whole forward: layers that are recomputed in backward must draw the same masks. None is drawn
     # where nothing is dropped: the user's next random numbers are those of an unaccelerated run
@@ -200,7 +188,7 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     if reason is not None:
         log_once(f"accelerate: {type(self).__name__} takes padding out layer by layer: {reason}")
         return _stock_with(call, self, stock, given)
-    if not given.get("output_hidden_states", getattr(self.config, "output_hidden_states", False)):
+    if not batch.states_wanted(self, given):
         call = _narrowed(self, call, wanted, values)._replace(states_unused=maps is None)
     if self.fastbert_old:  # transformers4.encoder packs
         return stock(self, **given, fastbert=call)
@@ -284,9 +272,8 @@ def _why_not_packed_between_layers(
             own = type(m) is nn.ModuleList or type(m).__module__ == family.module
             if not (own or recognise.tokenwise(m) or recognise.elementwise(m)):
                 return f"the embeddings hold a {type(m).__name__}"
-    ends = [
-        m for name in (family.first, family.last) if (m := stack._modules.get(name)) is not None
-    ]
+    beside = [stack._modules.get(name) for name in (family.first, family.last)]
+    ends = [m for m in beside if m is not None]
     for m in ends:
         if not recognise.tokenwise(m):
             return f"beside the layers is a {type(m).__name__}"

@@ -18,7 +18,7 @@ from fastbert.integrations.report import (
     at_tokens,
     check_tokens,
     kept,
-    mask_of,
+    masks_of,
     medians,
     named,
     pair,
@@ -54,7 +54,7 @@ def compare_quantised(model: nn.Module, batches: Any, rounds: int, bits: int) ->
     with kept(model), torch.no_grad():
         try:
             forms = _Forms(model, bits)
-            agreement, first = _Agreement(), None
+            agreement, first = _Agreement(model), None
             for number, batch in enumerate(_each(batches), 1):
                 check_tokens(batch, f"batch {number}")
                 first = batch if first is None else first
@@ -217,19 +217,20 @@ class _Decisions:
 class _Agreement:
     """What two forms of a model give, over all batches."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.outputs: dict[str, _Rows] = {}
         self.decisions: dict[str, _Decisions] = {}
         self.losses: list[tuple[float, float]] = []
 
     def add(self, batch: Any, x: Outputs, y: Outputs) -> None:
         """Count one batch."""
-        mask = mask_of(batch)
+        masks = masks_of(self.model, batch)
         for name in x:
             if x[name].dim() == 0:
                 self.losses += [(float(x[name]), float(y[name]))] if name == "loss" else []
                 continue
-            pair = [at_tokens(name, t[name], mask) for t in (x, y)]
+            pair = [at_tokens(name, t[name], masks) for t in (x, y)]
             if pair[0].numel():
                 self.outputs.setdefault(name, _Rows()).add(pair[0], pair[1])
                 self._decide(name, x[name], y[name], batch)
@@ -238,16 +239,16 @@ class _Agreement:
         if name not in _LABELS or x.shape[-1] < 2:
             return
         given = batch if isinstance(batch, Mapping) else {}
-        labels, mask = given.get(_LABELS[name]), mask_of(batch)
+        labels, masks = given.get(_LABELS[name]), masks_of(self.model, batch)
         if isinstance(labels, Tensor) and labels.is_floating_point():
             # a regression, or classes that are true or not each by itself
             return
         if name in _PLACES:
             chosen = [_places(t, given) for t in (x, y)]
         else:
-            chosen = [at_tokens(name, t, mask).argmax(-1).flatten() for t in (x, y)]
+            chosen = [at_tokens(name, t, masks).argmax(-1).flatten() for t in (x, y)]
             if isinstance(labels, Tensor) and labels.shape == x.shape[:-1]:
-                labels = at_tokens("", labels, mask).flatten()
+                labels = at_tokens("", labels, masks).flatten()
         if not (isinstance(labels, Tensor) and labels.shape == chosen[0].shape):
             labels = None
         self.decisions.setdefault(name, _Decisions()).add(chosen[0], chosen[1], labels)

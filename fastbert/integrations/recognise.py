@@ -16,6 +16,7 @@ _GELUS = {
     "NewGELUActivation": "tanh",
     "GELUTanh": "tanh",
     "PytorchGELUTanh": "tanh",
+    "QuickGELUActivation": "sigmoid",
 }
 _FUNCTIONS = {
     *(getattr(torch, name) for name in ("relu", "sigmoid", "tanh", "selu", "celu")),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.integrations.accelerate import AT_PADDING_ATTRIBUTE
+from fastbert.integrations.known_families import FAMILIES
 from fastbert.models.output import Output, SequenceOutput
 
 NAMES = ("stock", "fastbert")
@@ -104,12 +105,23 @@ def named(output: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
             yield from named(value, f"{name}[{i}]")
 
 
-def at_tokens(name: str, t: Tensor, mask: Tensor | None) -> Tensor:
-    """A tensor's values at tokens: (B, S, ...) -> (T, ...); other shapes pass unchanged."""
-    if mask is None or mask.dim() != 2 or t.shape[:2] != mask.shape:
-        return t
-    # as many classes or columns as the batch has positions
-    if t.dim() == 2 and name in SequenceOutput.PER_SEQUENCE:
+def masks_of(model: nn.Module, batch: Any) -> list[Tensor]:
+    """The batch's attention mask, and those of text and images together where models make one sequence of them."""
+    found = [mask_of(batch)]
+    for m in model.modules() if isinstance(batch, Mapping) else ():
+        family = getattr(type(m), "fastbert_family", None) or FAMILIES.get(type(m).__module__)
+        if family is None or family.sequence is None or family.kind(type(m).__name__) != "model":
+            continue
+        seen = family.sequence(m, dict(batch))
+        found += [] if isinstance(seen, str) else [seen.get("attention_mask")]
+    return [mask for mask in found if isinstance(mask, Tensor) and mask.dim() == 2]
+
+
+def at_tokens(name: str, t: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """A tensor's values at tokens of the mask that fits: (B, S, ...) -> (T, ...); other shapes pass unchanged."""
+    mask = next((mask for mask in masks if t.shape[:2] == mask.shape), None)
+    # or as many classes or columns as the batch has positions
+    if mask is None or (t.dim() == 2 and name in SequenceOutput.PER_SEQUENCE):
         return t
     return t[mask.to(t.device) != 0]
 

@@ -25,7 +25,7 @@ from fastbert.integrations.report import (
     at_tokens,
     check_tokens,
     kept,
-    mask_of,
+    masks_of,
     medians,
     named,
     pair,
@@ -136,25 +136,25 @@ def _switcher(model: nn.Module) -> Callable[[str], None]:
 
 def _run(model: nn.Module, batch: Any, switch: Callable[[str], None], name: str) -> _Found:
     switch(name)
-    mask = mask_of(batch)
+    masks = masks_of(model, batch)
     model.eval()
     with torch.no_grad():
-        outputs = {k: at_tokens(k, t, mask) for k, t in named(run(model, batch))}
+        outputs = {k: at_tokens(k, t, masks) for k, t in named(run(model, batch))}
     model.train()
-    saved = saved_bytes(lambda: _objective(run(model, batch), mask), model.parameters())
+    saved = saved_bytes(lambda: _objective(run(model, batch), masks), model.parameters())
     model.zero_grad(set_to_none=True)
-    loss = _objective(run(model, batch), mask)
+    loss = _objective(run(model, batch), masks)
     loss.backward()
     gradients = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
     return _Found(outputs, loss.detach(), gradients, saved)
 
 
-def _objective(output: Any, mask: Tensor | None) -> Tensor:
+def _objective(output: Any, masks: Sequence[Tensor]) -> Tensor:
     """The loss, or without one the sum of the outputs' mean squares."""
     found = dict(named(output))
     if "loss" in found:
         return found["loss"]
-    squares = [at_tokens(k, t, mask).float().square().mean() for k, t in found.items()]
+    squares = [at_tokens(k, t, masks).float().square().mean() for k, t in found.items()]
     return torch.stack(squares).sum()
 
 
@@ -199,12 +199,14 @@ def _training(stock: _Found, ours: _Found) -> Iterator[Row]:
 def _speed(
     model: nn.Module, batch: Any, switch: Callable[[str], None], rounds: int
 ) -> Iterator[Row]:
+    masks = masks_of(model, batch)
+
     def inference() -> None:
         with torch.no_grad():
             run(model, batch)
 
     def step() -> None:
-        _objective(run(model, batch), mask_of(batch)).backward()
+        _objective(run(model, batch), masks).backward()
 
     def prepare(name: str, training: bool) -> None:
         switch(name)

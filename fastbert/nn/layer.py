@@ -18,7 +18,8 @@ from fastbert.backend.stock.attention import padded
 from fastbert.ops.context import seed_for
 
 # the values of `approximate` of the activations that are fused with the feed-forward's products
-GELUS = {"gelu": "none", "gelu_tanh": "tanh"}
+GELUS = {"gelu": "none", "gelu_tanh": "tanh", "gelu_sigmoid": "sigmoid"}
+_NAMES: dict[str | None, str] = {form: name for name, form in GELUS.items()} | {None: "relu"}
 # the activations that are fused with a gate
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
 
@@ -69,7 +70,7 @@ class LayerSettings(NamedTuple):
     """What a layer computes, beside its weights; every layer of a model may have its own."""
 
     heads: int = 1
-    activation: Any = "gelu"  # gelu, gelu_tanh, silu, relu, or a function of a tensor
+    activation: Any = "gelu"  # one of GELUS, silu, relu, or a function of a tensor
     attention_eps: float = 1e-12
     output_eps: float = 1e-12
     rates: Rates = Rates()
@@ -211,8 +212,8 @@ def activate(x: Tensor, activation: Any) -> Tensor:
 
 
 def activation_name(approximate: str | None) -> str:
-    """The name of the activation whose `approximate` is "none" (GELU), "tanh" (its approximation) or None (ReLU)."""
-    return {"none": "gelu", "tanh": "gelu_tanh", None: "relu"}[approximate]
+    """The name of the activation whose `approximate` is one of GELU's forms, or None (ReLU)."""
+    return _NAMES[approximate]
 
 
 def project(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as tnf
 
 from fastbert.backend.chooser import choose
-from fastbert.backend.reference.bias_gelu import eager
+from fastbert.backend.reference.bias_gelu import FORMS, eager
+from fastbert.backend.stock.bias_gelu import gelu
 from fastbert.backend.tuned import TunedBy
 from fastbert.ops import _check
 from fastbert.ops._register import (
@@ -54,7 +54,7 @@ def _twice(ctx: Any, dy: Tensor) -> Any:
     """The backward in plain torch, whose own derivative torch knows."""
 
     def forward(x: Tensor, bias: Tensor | None) -> Tensor:
-        return tnf.gelu(x if bias is None else x + bias, approximate=ctx.approximate)
+        return gelu(x if bias is None else x + bias, ctx.approximate)
 
     return *through_torch(forward, ctx.saved_tensors, dy), None, None
 
@@ -79,13 +79,14 @@ def bias_gelu(
     bias: Tensor | None = None,  # (F,)
     approximate: str = "none",
 ) -> Tensor:
-    """gelu(x + bias), exact by erf or, with approximate="tanh", the tanh form; in x's dtype, or autocast's.
+    """gelu(x + bias) in x's dtype, or autocast's: exact by erf, or the form that `approximate` names.
 
+    "tanh" is the tanh form, "sigmoid" u sigmoid(1.702 u), which CLIP has.
     Saves x and bias for backward, which gives dx and dbias in one pass. Refuses integer tensors and a bias that is not
     (F,). Hendrycks, Gimpel 2016.
     """
     _check.floating(x=x, bias=bias)
-    _check.one_of("approximate", approximate, ("none", "tanh"))
+    _check.one_of("approximate", approximate, FORMS)
     if bias is not None:
         _check.shape("bias", bias, x.shape[-1] if x.dim() else 1)
     _check.same_device(x=x, bias=bias)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.chooser import choose
+from fastbert.backend.reference.bias_gelu import FORMS
 from fastbert.backend.reference.feed_forward import eager
 from fastbert.backend.tuned import TunedBy
 from fastbert.ops import _check
@@ -118,7 +119,7 @@ def feed_forward(
     """
     _check.floating(x=x, w1=w1, b1=b1, w2=w2, b2=b2)
     _check.has_rows(x)
-    _check.one_of("approximate", approximate, ("none", "tanh"))
+    _check.one_of("approximate", approximate, FORMS)
     _check.shape("w1", w1, -1, x.shape[-1])
     _check.shape("b1", b1, w1.shape[0])
     _check.shape("w2", w2, -1, w1.shape[0])

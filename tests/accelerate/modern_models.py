@@ -51,6 +51,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "MarkupLM": {"pad_token_id": 0, "max_depth": 5},
     "RobertaPreLayerNorm": {"pad_token_id": 1},
     "MegatronBert": {},
+    "LayoutLM": {},
+    "CLIPText": {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
     "XLMRobertaXL": {"pad_token_id": 1},
     "JinaEmbeddingsV3": {"pad_token_id": 1},
     "Deberta": {
@@ -80,7 +82,12 @@ def build(family: str, head: str = "Model", **changes: Any) -> Any:
     kind = getattr(transformers, f"{family}Config")
     known = SIZES | CHANGES[family]
     known["num_labels"] = 2 if head == "ForQuestionAnswering" else 3
-    model = getattr(transformers, family + head)(kind(**known | changes)).eval()
+    return randomised(getattr(transformers, family + head)(kind(**known | changes)))
+
+
+def randomised(model: Any) -> Any:
+    """The model in eval mode with random weights of every part, and without dropout."""
+    model.eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() > 1:
@@ -106,6 +113,9 @@ def batch(model: Any, head: str = "Model") -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     ids = torch.randint(6, V, (B, S)).where(MASK.bool(), model.config.pad_token_id or 0)
     given = {"input_ids": ids, "attention_mask": MASK}
+    if type(model).__name__.startswith("LayoutLM"):
+        corners = torch.randint(0, 200, (B, S, 4)).cumsum(2)
+        given["bbox"] = corners * MASK[..., None]
     some = (torch.rand(B, S) < 0.4) & MASK.bool()
     if head in ("ForMaskedLM", "ForTokenClassification"):
         given["labels"] = torch.randint(0, 3, (B, S)).where(some, -100)

@@ -24,8 +24,9 @@ from fastbert.files import quoted
 
 # numbers of the element types in csrc/cpu/runtime.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-# numbers of the activations of gated_feed_forward there
-ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "silu": 3}
+# numbers of the activations there, and of GELU's forms by the names of `approximate`
+ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "silu": 3, "gelu_sigmoid": 4}
+GELUS = {"none": 1, "tanh": 2, "sigmoid": 4}
 
 
 class _Symbol(ctypes.Structure):

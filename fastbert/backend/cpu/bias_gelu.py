@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastbert.backend.cpu import DTYPES, address, fp32, fresh, native, unsupported_dtype
+from fastbert.backend.cpu import DTYPES, GELUS, address, fp32, fresh, native, unsupported_dtype
 
 
 def unsupported(
@@ -33,7 +33,7 @@ def forward(
             y.data_ptr(),
             x.shape[0],
             x.shape[1],
-            approximate == "tanh",
+            GELUS[approximate],
             torch.get_num_threads(),
         )
     return y
@@ -60,7 +60,7 @@ def backward(
         0 if bias is None else dbias.data_ptr(),
         x.shape[0],
         x.shape[1],
-        approximate == "tanh",
+        GELUS[approximate],
         torch.get_num_threads(),
     )
     return dx, dx.new_empty(0) if bias is None else dbias.to(bias.dtype)

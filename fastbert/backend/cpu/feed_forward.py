@@ -7,7 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastbert.backend.cpu import DTYPES, _gemm, address, fp32, fresh, native, unsupported_dtype
+from fastbert.backend.cpu import (
+    DTYPES,
+    GELUS,
+    _gemm,
+    address,
+    fp32,
+    fresh,
+    native,
+    unsupported_dtype,
+)
 
 
 def unsupported(
@@ -40,7 +49,7 @@ def forward(
     native.feed_forward_up(
         DTYPES[x.dtype],
         DTYPES[w1.dtype],
-        approximate == "tanh",
+        GELUS[approximate],
         x.data_ptr(),
         w1.data_ptr(),
         0,
@@ -72,7 +81,7 @@ def backward(
     native.feed_forward_down_bwd(
         DTYPES[dy.dtype],
         DTYPES[w2.dtype],
-        approximate == "tanh",
+        GELUS[approximate],
         dy.data_ptr(),
         w2.data_ptr(),
         u.data_ptr(),

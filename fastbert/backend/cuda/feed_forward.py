@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastbert.backend import _gpu_feed_forward
 from fastbert.backend.cuda import bias_gelu, linear, unsupported_dtype
+from fastbert.backend.cuda.bias_gelu import unsupported_gelu
 
 
 def unsupported(
@@ -21,7 +22,7 @@ def unsupported(
     save: bool,
 ) -> str | None:
     """Why this call can't run here, from metadata only; None if it can."""
-    return unsupported_dtype(x=x, w1=w1, w2=w2)
+    return unsupported_gelu(approximate) or unsupported_dtype(x=x, w1=w1, w2=w2)
 
 
 def forward(

@@ -1,4 +1,7 @@
-"""bias_gelu: y = gelu(x + bias), gelu(u) = u Phi(u) exactly, or its tanh approximation (Hendrycks, Gimpel 2016)."""
+"""bias_gelu: y = gelu(x + bias), gelu(u) = u Phi(u) exactly, or an approximation by tanh or the sigmoid.
+
+Hendrycks, Gimpel 2016.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from torch import Tensor
 from fastbert.backend.reference.layer_norm import widen
 from fastbert.backend.reference.samples import Cost, Draw, Sample, low_precision, nbytes
 
-_A, _B = math.sqrt(2 / math.pi), 0.044715
+_A, _B, _C = math.sqrt(2 / math.pi), 0.044715, 1.702
+FORMS = ("none", "tanh", "sigmoid")
 
 
 def unsupported(*args: object) -> str | None:
@@ -20,14 +24,19 @@ def unsupported(*args: object) -> str | None:
 
 
 def _gelu(u: Tensor, approximate: str) -> Tensor:
-    """u Phi(u), or u / 2 (1 + tanh(sqrt(2 / pi) (u + 0.044715 u^3)))."""
+    """u Phi(u), or u / 2 (1 + tanh(sqrt(2 / pi) (u + 0.044715 u^3))), or u sigmoid(1.702 u)."""
+    if approximate == "sigmoid":
+        return u * torch.sigmoid(_C * u)
     if approximate == "tanh":
         return 0.5 * u * (1 + torch.tanh(_A * (u + _B * u**3)))
     return 0.5 * u * (1 + torch.erf(u / math.sqrt(2)))
 
 
 def _gelu_derivative(u: Tensor, approximate: str) -> Tensor:
-    """Phi(u) + u phi(u), or the derivative of the tanh form."""
+    """Phi(u) + u phi(u), or the derivative of the approximation."""
+    if approximate == "sigmoid":
+        s = torch.sigmoid(_C * u)
+        return s + _C * u * s * (1 - s)
     if approximate == "tanh":
         t = torch.tanh(_A * (u + _B * u**3))
         return 0.5 * (1 + t) + 0.5 * u * (1 - t * t) * _A * (1 + 3 * _B * u * u)
@@ -60,9 +69,10 @@ def backward(
 
 def eager(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
     """Stock ops in the tested dtype."""
-    return torch.nn.functional.gelu(
-        x if bias is None else x + bias.to(x.dtype), approximate=approximate
-    )
+    u = x if bias is None else x + bias.to(x.dtype)
+    if approximate == "sigmoid":
+        return u * torch.sigmoid(_C * u)
+    return torch.nn.functional.gelu(u, approximate=approximate)
 
 
 def sample_inputs(
@@ -74,6 +84,7 @@ def sample_inputs(
     yield Sample("T7-F13", {"x": draw.normal(7, 13), "bias": draw.normal(13)}, "primes")
     tanh = {"x": draw.normal(5, 33), "bias": draw.normal(33), "approximate": "tanh"}
     yield Sample("T5-F33-tanh", tanh, "gelu_new")
+    yield Sample("T5-F33-sigmoid", tanh | {"approximate": "sigmoid"}, "quick_gelu")
     yield Sample("T31-F3072", {"x": draw.normal(31, 3072), "bias": draw.normal(3072)}, "BERT-base")
     yield Sample("nobias", {"x": draw.normal(2, 3, 8)}, "the GELU drop-in")
     yield Sample(

@@ -83,6 +83,7 @@ def sample_inputs(
     yield Sample("T1-C1-F1", call(1, 1, 1), "one element")
     yield Sample("T5-C7-F11", call(5, 7, 11), "primes")
     yield Sample("T5-C8-F16-tanh", call(5, 8, 16) | {"approximate": "tanh"}, "gelu_new")
+    yield Sample("T5-C8-F16-sigmoid", call(5, 8, 16) | {"approximate": "sigmoid"}, "quick_gelu")
     yield Sample("T33-C192-F768", call(33, 192, 768), "a small encoder")
     yield Sample("nobias", call(3, 4, 6, bias=False), "no biases")
     yield Sample("T0-C8-F16", call(0, 8, 16), "empty")

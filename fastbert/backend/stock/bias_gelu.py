@@ -1,4 +1,4 @@
-"""bias_gelu by torch's gelu."""
+"""bias_gelu by torch's gelu, or its sigmoid."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ from torch import Tensor
 def unsupported(*args: object) -> str | None:
     """Stock ops run every call."""
     return None
+
+
+def gelu(u: Tensor, approximate: str) -> Tensor:
+    """The form of GELU that `approximate` names."""
+    if approximate == "sigmoid":
+        return u * torch.sigmoid(1.702 * u)
+    return torch.nn.functional.gelu(u, approximate=approximate)
 
 
 def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -22,7 +29,7 @@ def forward(
     approximate: str,
 ) -> Tensor:
     """y (N, F) in x's dtype."""
-    return torch.nn.functional.gelu(_biased(x, bias), approximate=approximate)
+    return gelu(_biased(x, bias), approximate)
 
 
 def backward(
@@ -32,7 +39,12 @@ def backward(
     approximate: str,
 ) -> tuple[Tensor, Tensor]:
     """dx (N, F) and dbias (F,), empty without bias."""
-    dx = torch.ops.aten.gelu_backward(dy, _biased(x, bias), approximate=approximate)
+    u = _biased(x, bias)
+    if approximate == "sigmoid":
+        s = torch.sigmoid(1.702 * u)
+        dx = dy * (s + 1.702 * u * s * (1 - s))
+    else:
+        dx = torch.ops.aten.gelu_backward(dy, u, approximate=approximate)
     if bias is None:
         return dx, dx.new_empty(0)
     return dx, dx.sum(0, dtype=torch.promote_types(dx.dtype, torch.float32)).to(bias.dtype)
