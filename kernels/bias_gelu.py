@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastbert.backend._common import unsupported_gelu
 from fastbert.kernels import _launch, dense, unsupported_dtype
 from fastbert.kernels._configured import configured
 from fastbert.kernels._math import gelu_and_derivative
@@ -93,13 +94,6 @@ def unsupported(
 ) -> str | None:
     """Why this call can't run here, from metadata only; None if it can."""
     return unsupported_gelu(approximate) or unsupported_dtype(x=x, bias=bias)
-
-
-def unsupported_gelu(approximate: str) -> str | None:
-    """Why the kernels have no such form of GELU, None if they have it."""
-    if approximate == "sigmoid":
-        return "approximate is 'sigmoid', which the triton kernels do not have: use torch or cpu"
-    return None
 
 
 def forward(

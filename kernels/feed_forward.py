@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fastbert.backend import _gpu_feed_forward
+from fastbert.backend._common import unsupported_gelu
 from fastbert.backend.stock import linear as library
 from fastbert.kernels import _gemm, bias_gelu, linear, unsupported_dtype
-from fastbert.kernels.bias_gelu import unsupported_gelu
 from fastbert.kernels.linear import FEW
 
 

@@ -92,3 +92,10 @@ def native_dropout_args(p: float, seed: Tensor | None, site: int) -> tuple[int, 
     """The same with the address of the seed (0: no dropout), as the native modules take it."""
     tensor, site, threshold, scale = dropout_args(p, seed, site)
     return address(tensor), site, threshold, scale
+
+
+def unsupported_gelu(approximate: str) -> str | None:
+    """Why GPU kernels have no such form of GELU, None if they have it."""
+    if approximate == "sigmoid":
+        return "approximate is 'sigmoid', for which there is no GPU kernel: use the torch backend"
+    return None

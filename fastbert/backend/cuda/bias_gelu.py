@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastbert.backend._common import unsupported_gelu
 from fastbert.backend.cuda import (
     DTYPES,
     address,
@@ -24,13 +25,6 @@ def unsupported(
 ) -> str | None:
     """Why this call can't run here, from metadata only; None if it can."""
     return unsupported_gelu(approximate) or unsupported_dtype(x=x, bias=bias)
-
-
-def unsupported_gelu(approximate: str) -> str | None:
-    """Why the kernels have no such form of GELU, None if they have it."""
-    if approximate == "sigmoid":
-        return "approximate is 'sigmoid', which the cuda kernels do not have: use torch or cpu"
-    return None
 
 
 def forward(

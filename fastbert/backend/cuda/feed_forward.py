@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastbert.backend import _gpu_feed_forward
+from fastbert.backend._common import unsupported_gelu
 from fastbert.backend.cuda import bias_gelu, linear, unsupported_dtype
-from fastbert.backend.cuda.bias_gelu import unsupported_gelu
 
 
 def unsupported(

@@ -5,17 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastbert.backend.stock._gelu import gelu
+
 
 def unsupported(*args: object) -> str | None:
     """Stock ops run every call."""
     return None
-
-
-def gelu(u: Tensor, approximate: str) -> Tensor:
-    """The form of GELU that `approximate` names."""
-    if approximate == "sigmoid":
-        return u * torch.sigmoid(1.702 * u)
-    return torch.nn.functional.gelu(u, approximate=approximate)
 
 
 def _biased(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backend.stock import bias_gelu, linear
+from fastbert.backend.stock._gelu import gelu
 
 
 def unsupported(*args: object) -> str | None:
@@ -26,7 +27,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y (T, C) and the pre-activation u (T, F) in x's dtype, u empty without `save`."""
     u = linear.forward(x, w1, b1)
-    y = linear.forward(bias_gelu.gelu(u, approximate), w2, b2)
+    y = linear.forward(gelu(u, approximate), w2, b2)
     return y, u if save else x.new_empty(0, w1.shape[0])
 
 
@@ -41,7 +42,7 @@ def backward(
     dtype: torch.dtype,  # of dw1 and dw2
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dw1, db1, dw2, db2, empty where not needed; gelu(u) is built again from u."""
-    h = bias_gelu.gelu(u, approximate) if needs[3] else u
+    h = gelu(u, approximate) if needs[3] else u
     dh, dw2, db2 = linear.backward(dy, h, w2, [any(needs[:3]), *needs[3:]], dtype)
     if not any(needs[:3]):
         return dy.new_empty(0), dy.new_empty(0), dy.new_empty(0), dw2, db2
