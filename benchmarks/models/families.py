@@ -104,11 +104,11 @@ ROWS: dict[str, tuple[str, str, dict[str, Any], bool, float | None]] = {
     "MPNet-base, inference, int8": ("MPNet", "Model", BASE, False, None),
     "ViT-base, inference": ("ViT", CLASSES, VIT, False, 1.15),
     "ViT-base, fine-tuning step": ("ViT", CLASSES, VIT, True, 1.15),
-    "ViT-base, inference, frozen": ("ViT", CLASSES, VIT, False, None),
+    "ViT-base, inference, frozen": ("ViT", CLASSES, VIT, False, 1.15),
     "ViT-base, inference, int8": ("ViT", CLASSES, VIT, False, None),
     "CLIP-base, images, inference": ("CLIPVision", "Model", CLIP, False, 1.15),
     "CLIP-base, images, fine-tuning step": ("CLIP", CLASSES, {"vision_config": CLIP}, True, 1.15),
-    "CLIP-base, images, inference, frozen": ("CLIPVision", "Model", CLIP, False, None),
+    "CLIP-base, images, inference, frozen": ("CLIPVision", "Model", CLIP, False, 1.15),
     "CLIP-base, images, inference, int8": ("CLIPVision", "Model", CLIP, False, None),
     "ViLT-base, mixed sizes, inference": ("Vilt", "Model", VIT, False, 1.5),
     "ViLT-base, mixed sizes, fine-tuning step": ("Vilt", "ForQuestionAnswering", VIT, True, 1.5),
@@ -217,6 +217,8 @@ def measured(row: str, quick: bool, rounds: int) -> dict[str, Any]:
     prepare, most = PREPARED.get(row.rpartition(", ")[2], (lambda m: m, 1e-4))
     fast = prepare(fastbert.accelerate(copy.deepcopy(stock)))
     given = batch(stock, head)
+    if not trained:
+        given.pop("labels", None)
     for m in (stock, fast):
         m.eval()
     runs, run = [], layers.run

@@ -12,6 +12,7 @@ from benchmarks.report import readme
 
 ESM = "ESM-2 35M, inference"
 INT8 = "MPNet-base, inference, int8"
+VILT = "ViLT-base, mixed sizes, inference"
 
 
 @pytest.fixture
@@ -19,16 +20,18 @@ def small(monkeypatch):
     """Makes a run a matter of a second."""
     monkeypatch.setattr(families, "LENGTHS", (16, 5))
     monkeypatch.setattr(families, "LONG", 512)
+    monkeypatch.setattr(families, "IMAGES", ((64, 96), (32, 32)))
+    monkeypatch.setattr(families, "TEXTS", (5, 9))
     monkeypatch.setattr(families, "peaks", lambda seconds: {"fma_gflops_fp32": 1.0})
 
 
 def test_rows_are_kept_and_the_page_is_left_alone(small, monkeypatch, tmp_path):
     page, out = families.PAGE.read_text(), tmp_path / "families.json"
-    for row in (ESM, INT8, families.WINDOW):
+    for row in (ESM, INT8, VILT, families.WINDOW):
         monkeypatch.setattr(sys, "argv", ["x", "--quick", "--rows", row, "--out", str(out)])
         assert families.main() == 0
     found = json.loads(out.read_text())
-    assert list(found["rows"]) == [ESM, INT8, families.WINDOW]
+    assert list(found["rows"]) == [ESM, INT8, VILT, families.WINDOW]
     assert all(row["ratio"]["median"] > 0 for row in found["rows"].values())
     assert found["rows"][ESM]["error"] < 1e-4 < found["rows"][INT8]["error"] < 5e-2
     assert families.PAGE.read_text() == page
