@@ -242,7 +242,7 @@ def test_batches_of_every_kind(tmp_path):
 def test_agreement_sees_differences():
     x = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 3.0]])
     y = torch.tensor([[1.0, 0.0, 0.0], [2.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 3.5]])
-    agreement = quantised._Agreement()
+    agreement = quantised._Agreement(torch.nn.Identity())
     given = {"labels": torch.tensor([0, 1, -100, 1])}
     agreement.add(given, {"logits": x, "loss": x[0, 0]}, {"logits": y, "loss": y[3, 2]})
     outputs, decisions, accuracy, loss = agreement.rows()
@@ -253,7 +253,7 @@ def test_agreement_sees_differences():
     assert (accuracy.stock, accuracy.fastbert) == ("66.67%", "33.33%")
     assert accuracy.difference == "-33.33 points, 3 labels"
     assert loss.difference == "+2.5e+00"
-    hidden = quantised._Agreement()
+    hidden = quantised._Agreement(torch.nn.Identity())
     hidden.add({}, {"hidden": x}, {"hidden": y})
     assert next(hidden.rows()).agrees is False
     hidden.add({}, {"hidden": x}, {"hidden": x * float("nan")})
