@@ -108,6 +108,11 @@ def cpu_toolchain(version: str) -> Toolchain:
     return Toolchain(compiler, flags, link, variants, ("bindings", "runtime"), sets, quick)
 
 
+# of sets that only tests run: -O2 would take twice as long to compile. GCC fuses multiply-adds, as in the other sets,
+# with the second flag; clang does so without, and warns of it
+QUICK = ["-O1", "-fexpensive-optimizations", "-Wno-ignored-optimization-argument"]
+
+
 def quick_variants(variants: dict[str, list[str]]) -> frozenset[str]:
     """The instruction sets that a build for tests optimises little: this machine's best set alone gets the time.
 
@@ -129,10 +134,8 @@ def cpu_variants(compiler: str) -> dict[str, list[str]]:
     if os.environ.get("FASTBERT_CPU_NATIVE") == "1":
         found = {name: flags for name, flags in found.items() if _runs(flags)}
     if os.environ.get("FASTBERT_CPU_EMULATE") == "1":
-        # AVX-512 BF16's code on vectors of 16 that the compiler splits. -O2 would take twice as long to compile. GCC
-        # fuses multiply-adds, as in the other sets, with the second flag; clang does so without, and warns of it
-        quick = ["-O1", "-fexpensive-optimizations", "-Wno-ignored-optimization-argument"]
-        found["emulated"] = [*found.get("avx2", []), "-DFASTBERT_EMULATE", *quick]
+        # AVX-512 BF16's code on vectors of 16 that the compiler splits
+        found["emulated"] = [*found.get("avx2", []), "-DFASTBERT_EMULATE", *QUICK]
     return {"baseline": [], **found}
 
 
@@ -269,7 +272,7 @@ def ninja_file(target: Path, objects: Path, sources: list[Path], tools: Toolchai
             lines.append(f"build {_escape(built[-1])}: compile {_escape(source)}")
             named = [f"-DFASTBERT_ISA={name}"] if name else []
             if name in tools.quick and source.stem != "_micro":
-                named.append("-O1")
+                named += QUICK
             lines.append(f"  own = {_shell([*named, *flags])}")
     lines.append(f"build {_escape(target)}: link {' '.join(map(_escape, built))}")
     return "\n".join(lines) + "\n"

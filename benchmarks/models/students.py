@@ -115,6 +115,9 @@ def table(results: dict[str, Any]) -> str:
     ]
     notes = []
     for work, row in results["rows"].items():
+        # works that another process has begun are left out
+        if any(f"{kind} 1" not in row for kind in (DISTILLED, ALONE)):
+            continue
         values = {
             kind: [100 * v for name, v in sorted(row.items()) if name.startswith(kind)]
             for kind in (DISTILLED, ALONE)

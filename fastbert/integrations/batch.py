@@ -183,20 +183,23 @@ def indices_of(self: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor
 
 def packing(
     self: Any, given: dict[str, Any], seen: dict[str, Any] | str
-) -> tuple[Packing | None, Tensor | None, str | None]:
-    """What packing_of returns, where nothing else makes transformers' code run; `seen` is Family.sequence's."""
+) -> tuple[Packing | None, Tensor | None, list[nn.Module], str | None]:
+    """What packing_of returns, and the layers, where nothing else makes transformers' code run.
+
+    `seen` is Family.sequence's.
+    """
     reason = seen if isinstance(seen, str) else why_not_packed(self, given, seen)
     if reason is not None or isinstance(seen, str):
-        return None, None, reason
+        return None, None, [], reason
     indices = indices_of(self, seen)
     family = self.fastbert_family
     stacked = family.layers_of(family.stack_of(self))
     if reason := why_not_these_shapes(self, seen, stacked):
-        return None, None, reason
+        return None, None, [], reason
     packing, tokens, reason = packing_of(self, seen, indices)
     if tokens is not None and maps_wanted(self, given):
-        return None, None, "output_attentions is set, and outputs at padding are wanted"
-    return packing, tokens, reason
+        return None, None, [], "output_attentions is set, and outputs at padding are wanted"
+    return packing, tokens, stacked, reason
 
 
 def packing_of(

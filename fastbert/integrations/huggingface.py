@@ -158,11 +158,11 @@ def _model(self: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     if wanted is None:
         return stock(self, **given)
     seen = given if family.sequence is None else family.sequence(self, given)
-    packing, tokens, reason = batch.packing(self, given, seen)
+    packing, tokens, stacked, reason = batch.packing(self, given, seen)
     if packing is None or isinstance(seen, str):
         return _stock(self, stock, given, reason)
     maps = Maps(packing) if batch.maps_wanted(self, given) else None
-    values, stacked = heads.values(seen), family.layers_of(family.stack_of(self))
+    values = heads.values(seen)
     parts = tuple(family.layout.of(layer) for layer in stacked)
     # one seed for the whole forward: layers that are recomputed in backward must draw the same masks. None is drawn
     # where nothing is dropped: the user's next random numbers are those of an unaccelerated run

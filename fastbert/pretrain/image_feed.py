@@ -71,20 +71,21 @@ class Pairs:
 
     def _varied(self, pixels: U8, key: Any) -> U8:
         """An image of training, stretched, turned, moved and tinted at random by the settings."""
-        c = self.feed.config
+        config = self.feed.config
         draws = 2.0 * rng.uniform(key, np.arange(VARIED, VARIED + 8)) - 1.0
-        if c.zoom or c.turn:
-            down, across = (1.0 + c.zoom) ** draws[:2]
-            pixels = stretched(pixels, down, across, c.turn * draws[2])
-        if c.shift:
-            pixels = moved(pixels, *(round(n) for n in (c.shift + 0.499) * draws[3:5]))
-        if c.tint:
-            pixels = tinted(pixels, (1.0 + c.tint) ** draws[5:])
+        if config.zoom or config.turn:
+            down, across = (1.0 + config.zoom) ** draws[:2]
+            pixels = stretched(pixels, down, across, config.turn * draws[2])
+        if config.shift:
+            pixels = moved(pixels, *(round(n) for n in (config.shift + 0.499) * draws[3:5]))
+        if config.tint:
+            pixels = tinted(pixels, (1.0 + config.tint) ** draws[5:])
         return pixels
 
     def _chosen(self, keys: rng.U64) -> Callable[[int, int], I64] | None:
         """The patches that are left of an image when a part of them is dropped, at least one."""
-        part = self.feed.config.drop_patches
+        config = self.feed.config
+        part = config.drop_patches
         if not part:
             return None
 

@@ -90,9 +90,9 @@ CASES = [
     # bias_gelu
     (lambda: F.bias_gelu(X, W[:3]), ValueError, r"bias has shape \(3,\)"),
     (
-        lambda: F.bias_gelu(X, W, "sigmoid"),
+        lambda: F.bias_gelu(X, W, "relu"),
         ValueError,
-        "approximate is 'sigmoid': choose one of none, tanh",
+        "approximate is 'relu': choose one of none, tanh, sigmoid",
     ),
     (lambda: F.bias_gelu(X.int()), TypeError, "x is torch.int32"),
     # linear
