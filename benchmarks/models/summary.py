@@ -23,17 +23,23 @@ LOSS = {"fp32": 1e-4, "bf16": 1e-2}
 MEASURED = ("cpu", "cores", "threads", "instructions")
 
 
+def read(out: Path) -> dict[str, Any]:
+    """The results in a file, {} where there is none; a file of another kind ends the program and is left alone."""
+    try:
+        results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{out} can't be read: {error}; move it or choose another --out") from None
+    if results and not (isinstance(results, dict) and {"machine", "rows"} <= results.keys()):
+        raise SystemExit(f"{out} holds no results of this benchmark: choose another --out")
+    return results
+
+
 def earlier(out: Path, facts: dict[str, Any], **empty: Any) -> dict[str, Any]:
     """The results so far, or `empty` where the file has none of this machine in this form; `facts` describe it now.
 
     A file of another kind ends the program and is left alone.
     """
-    try:
-        results = json.loads(out.read_text()) if out.exists() else {}
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{out} can't be read: {error}; move it or choose another --out") from None
-    if results and not (isinstance(results, dict) and {"machine", "rows"} <= results.keys()):
-        raise SystemExit(f"{out} holds no results of this benchmark: choose another --out")
+    results = read(out)
     same = results and all(results["machine"][k] == facts[k] for k in MEASURED)
     if results and not (same and empty.keys() <= results.keys()):
         print(f"{out} is from another machine or an older form: its rows are dropped")

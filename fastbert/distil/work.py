@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastbert import functional as F
 from fastbert.data import Batch, rng
+from fastbert.data.tokenizer import SpecialIds
 from fastbert.distil.config import DistilConfig
 from fastbert.distil.models import Models
 from fastbert.distil.plan import Wanted
@@ -129,7 +130,7 @@ class Replaced:
     words and take words from other texts to this end). Special tokens stay, and none is put anywhere.
     """
 
-    def __init__(self, batches: Numbered, share: float, special: list[int], seed: int) -> None:
+    def __init__(self, batches: Numbered, share: float, special: Sequence[int], seed: int) -> None:
         self.batches, self.share, self.special, self.seed = batches, share, special, seed
 
     def __len__(self) -> int:
@@ -298,8 +299,7 @@ class Labelled:
         batches: Numbered = training_data(self.data, self.settings)
         check_divisible(len(batches), self.world)
         if self.config.replaced:
-            added = self.tokenizer.get_added_tokens_decoder()
-            special = [number for number, token in added.items() if token.special]
+            special = SpecialIds.of(self.tokenizer).all
             batches = Replaced(batches, self.config.replaced, special, self.config.seed)
         self.batches: Stream = Divided(batches, self.world)
         self.epoch = len(batches)

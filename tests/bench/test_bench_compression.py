@@ -180,3 +180,45 @@ def test_students_with_and_without_a_teacher_are_kept_run_by_run(
     trained.clear()
     students.main()
     assert trained == [("labels alone", 1)]
+
+
+def test_students_of_works_that_are_not_done_are_left_out():
+    machine = {
+        "date": "2026-12-01",
+        "cpu": "AMD",
+        "instructions": "AVX2",
+        "versions": {"torch": "2.13"},
+    }
+    done = {f"{kind} {i}": 0.8 + 0.01 * i for kind in ("distilled", "labels alone") for i in (0, 1)}
+    rows = {"movies": {"teacher": 0.9, **done}, "entities": {"teacher": 0.9, "distilled 0": 0.8}}
+    found = students.table({"rows": rows, "machine": machine})
+    assert "movie sentences, distilled" in found
+    assert "CoNLL" not in found
+    assert "AMD (AVX2)" in found
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "can't be read"), ('{"a": 1}', "no results of this benchmark")]
+)
+def test_students_leave_a_file_of_another_kind_alone(text, message, tmp_path, monkeypatch):
+    out = tmp_path / "students.json"
+    out.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["students", "--out", str(out)])
+    monkeypatch.setattr(students, "trained", lambda *_: pytest.fail("trained"))
+    with pytest.raises(SystemExit, match=message):
+        students.main()
+    assert out.read_text() == text
+
+
+def test_a_start_that_was_not_finished_is_made_again(tmp_path, monkeypatch):
+    base = tiny_tasks.base_model(tmp_path / "base")
+    monkeypatch.setattr(students, "fetch", lambda name: base)
+    monkeypatch.setattr(students, "STUDENT", "1x32")
+    folder = students.start(tmp_path / "start")
+    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for name in whole.keys() - {"config.json"}:
+        (folder / name).unlink()
+    students.start(folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
+    monkeypatch.setattr(students, "build_student", lambda *_: pytest.fail("made again"))
+    students.start(folder)

@@ -1,10 +1,14 @@
 """Labelled data of which other tokens take the place of some."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from tiny_distil import distilled
 
+from fastbert.distil import work
 from fastbert.distil.work import Replaced
 from fastbert.finetune.features import Features, Shuffled
 
@@ -55,6 +59,44 @@ def test_draws_depend_on_seed_epoch_and_number_alone(batches):
         )
     ]
     assert all(places[0] != other for other in places[1:])
+
+
+@pytest.mark.parametrize("ids", [[1, 2], [1, 7, 2], [1, *range(3, 40), 2]])
+def test_a_batch_of_one_sequence_takes_its_own_tokens(ids):
+    features = Features()
+    features.add(ids, [0] * len(ids), 0, labels=[0])
+    batch = Replaced(Shuffled(features, 4, seed=0), 0.5, SPECIAL, seed=0).batch(0, 0)
+    found = batch["input_ids"].tolist()
+    assert (found[0], found[-1]) == (1, 2)
+    assert set(found) <= set(ids)
+    assert (found == ids) == (len(ids) <= 3)
+
+
+def test_special_tokens_stay_that_the_tokenizer_does_not_mark(
+    teachers, corpus, tmp_path, monkeypatch
+):
+    teacher = shutil.copytree(teachers("classify"), tmp_path / "teacher")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        file = teacher / "model" / name
+        kept = {k: v for k, v in json.loads(file.read_text()).items() if not k.endswith("_token")}
+        file.write_text(json.dumps(kept | {"added_tokens": []}))
+    seen = []
+
+    class Seen(Replaced):
+        def batch(self, epoch, number):
+            seen.append((self.batches.batch(epoch, number), super().batch(epoch, number)))
+            return seen[-1][1]
+
+    monkeypatch.setattr(work, "Replaced", Seen)
+    run = tmp_path / "run"
+    distilled(lambda _: teacher, corpus, "labelled", run, replaced=0.5, losses="soft", steps=2)
+    plain, found = (
+        torch.cat([batch["input_ids"] for batch in part]) for part in zip(*seen, strict=True)
+    )
+    special = plain < 5
+    assert special.sum() >= 2 * 2 * 16
+    assert torch.equal(plain[special], found[special])
+    assert 0.3 < (plain != found)[~special].float().mean() < 0.6
 
 
 def test_a_run_with_replaced_tokens(teachers, corpus, tmp_path):
