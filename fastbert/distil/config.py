@@ -77,7 +77,7 @@ class DistilConfig(TrainingSettings):
     replaced: float = setting(
         0.0,
         DATA,
-        "labelled: part of the tokens that other tokens of the batch take the place of, anew in every epoch",
+        "labelled: part of the tokens that is replaced by other tokens of the batch, anew in every epoch",
     )
     data_dir: str | None = setting(
         None,
