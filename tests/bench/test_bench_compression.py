@@ -194,7 +194,7 @@ def test_students_of_works_that_are_not_done_are_left_out():
     found = students.table({"rows": rows, "machine": machine})
     assert "movie sentences, distilled" in found
     assert "CoNLL" not in found
-    assert "AMD (AVX2)" in found
+    assert "AMD (AVX2)" in " ".join(found.split())
 
 
 @pytest.mark.parametrize(
