@@ -192,7 +192,7 @@ def test_students_of_works_that_are_not_done_are_left_out():
     done = {f"{kind} {i}": 0.8 + 0.01 * i for kind in ("distilled", "labels alone") for i in (0, 1)}
     rows = {"movies": {"teacher": 0.9, **done}, "entities": {"teacher": 0.9, "distilled 0": 0.8}}
     found = students.table({"rows": rows, "machine": machine})
-    assert "movie sentences, distilled" in found
+    assert "movie sentences, accuracy, distilled" in found
     assert "CoNLL" not in found
     assert "AMD (AVX2)" in " ".join(found.split())
 
