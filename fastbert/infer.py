@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as tnf
 
-from fastbert.data import load_tokenizer
+from fastbert.data import Batch, load_tokenizer
 from fastbert.data.images import image_batch, read_image
 from fastbert.data.tokenizer import SpecialIds, is_roberta
 from fastbert.files import quoted
@@ -34,6 +34,18 @@ def packed(encodings: Sequence[Any]) -> dict[str, Any]:
         "cu_seqlens": tnf.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),  # (B + 1,)
         "max_seqlen": int(lengths.max()),
     }
+
+
+def _cut_to(most: int, tokenizer: Any, texts: Sequence[str]) -> tuple[list[Any], int]:
+    """Texts, tokenised, of at most so many tokens, and how many of them were longer."""
+    tokenizer.no_truncation()
+    encodings = tokenizer.encode_batch(texts)
+    cut = sum(len(e.ids) > most for e in encodings)
+    if cut:
+        # the tokenizer cuts the texts itself, so that the special token at the end is kept
+        tokenizer.enable_truncation(most)
+        encodings = tokenizer.encode_batch(texts)
+    return encodings, cut
 
 
 class Filler:
@@ -151,16 +163,9 @@ class Embedder:
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], batch_size: int = 32) -> Tensor:
         """(N, C) fp32, a row per text in order."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        _check_size(batch_size)
         texts = [self.prompt + text for text in texts]
-        self.tokenizer.no_truncation()
-        encodings = self.tokenizer.encode_batch(texts)
-        self.cut = sum(len(e.ids) > self.max_length for e in encodings)
-        if self.cut:
-            # the tokenizer cuts the texts itself, so that the special token at the end is kept
-            self.tokenizer.enable_truncation(self.max_length)
-            encodings = self.tokenizer.encode_batch(texts)
+        encodings, self.cut = _cut_to(self.max_length, self.tokenizer, texts)
         order = sorted(range(len(encodings)), key=lambda i: len(encodings[i].ids))
         rows = torch.tensor(order, dtype=torch.int64)
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -173,9 +178,9 @@ class Embedder:
 
     def _vectors(self, encodings: Sequence[Any]) -> Tensor:
         batch = packed(encodings)
-        device = self.model.device
-        there = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        hidden = self.model(**there).last_hidden_state.float().cpu()  # (T, C)
+        hidden = (
+            self.model(**Batch(batch).to(self.model.device)).last_hidden_state.float().cpu()
+        )  # (T, C)
         lengths = batch["cu_seqlens"].long().diff()
         vectors: Tensor = self.about.layers(pool(hidden, lengths, self.pooling, self.skipped))
         return vectors
@@ -229,14 +234,13 @@ class ImageTextEmbedder:
     @torch.no_grad()
     def texts(self, texts: Sequence[str], batch_size: int = 32) -> Tensor:
         """(N, D) fp32, a row per text in order."""
-        self.tokenizer.no_truncation()
-        self.cut = sum(len(e.ids) > self.max_length for e in self.tokenizer.encode_batch(texts))
-        self.tokenizer.enable_truncation(self.max_length)
+        _check_size(batch_size)
+        encodings, self.cut = _cut_to(self.max_length, self.tokenizer, texts)
         found = []
-        for some in _parts(texts, batch_size):
-            batch = packed(self.tokenizer.encode_batch(some))
+        for i in range(0, len(encodings), batch_size):
+            batch = Batch(packed(encodings[i : i + batch_size]))
             del batch["token_type_ids"]
-            found.append(self.model.embed_texts(**self._there(batch)).cpu())
+            found.append(self.model.embed_texts(**batch.to(self.model.device)).cpu())
         return torch.cat([torch.empty(0, self.model.config.projection_dim), *found])
 
     @torch.no_grad()
@@ -245,19 +249,16 @@ class ImageTextEmbedder:
 
         Raises FileNotFoundError, or ValueError naming the file, for an image that can't be read or is too large.
         """
+        _check_size(batch_size)
         found = []
-        for some in _parts(files, batch_size):
+        for i in range(0, len(files), batch_size):
+            some = files[i : i + batch_size]
             pixels = [read_image(file, self.patch_size, self.sides) for file in some]
-            batch = image_batch(pixels, self.patch_size)
-            found.append(self.model.embed_images(**self._there(batch)).cpu())
+            batch = Batch(image_batch(pixels, self.patch_size))
+            found.append(self.model.embed_images(**batch.to(self.model.device)).cpu())
         return torch.cat([torch.empty(0, self.model.config.projection_dim), *found])
 
-    def _there(self, batch: dict[str, Any]) -> dict[str, Any]:
-        device = self.model.device
-        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
-
-def _parts(items: Sequence[Any], size: int) -> list[Any]:
-    if size < 1:
-        raise ValueError(f"batch_size is {size}: it must be at least 1")
-    return [items[i : i + size] for i in range(0, len(items), size)]
+def _check_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: it must be at least 1")

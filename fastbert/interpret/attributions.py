@@ -96,14 +96,25 @@ def integrated(q: Question, steps: int = 50, baseline: str = "mask") -> Scored:
     """
     _at_least("steps", steps, 1)
     x, start = q.embeddings(), q.baseline(baseline)
-    nodes, weights = np.polynomial.legendre.leggauss(steps)
-    at = torch.from_numpy((nodes + 1) / 2).to(x)[:, None, None]
-    w = torch.from_numpy(weights / 2).to(x.device, torch.float32)
+    points, weights = on_the_line(steps)
+    at = points.to(x)[:, None, None]
+    w = weights.to(x.device, torch.float32)
     total = torch.zeros_like(x, dtype=torch.float32)
     for part, _, g in q.gradients(start + at * (x - start)):
         total += torch.einsum("n,nsc->sc", w[part], g.float())
     first, last = q.scores(torch.stack([start, x])).tolist()
     return _times(q, x - start, total), last - first
+
+
+def on_the_line(steps: int) -> tuple[Tensor, Tensor]:
+    """(steps,) fp64: the points of Gauss and Legendre between 0 and 1, and their weights."""
+    nodes, weights = np.polynomial.legendre.leggauss(steps)
+    return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
+
+
+def completeness_error(scores: Tensor, expected: float) -> float:
+    """|sum of the scores - expected| / |expected|."""
+    return abs(float(scores.double().sum()) - expected) / max(abs(expected), 1e-12)
 
 
 def _times(q: Question, x: Tensor, g: Tensor) -> Tensor:
@@ -227,9 +238,7 @@ def explain(question: Question, method: str = "integrated", **options: Any) -> A
     with still(q.model):
         scores, expected = METHODS[method](q, **options)
         value = float(q.scores())
-    error = None
-    if expected is not None:
-        error = abs(float(scores.double().sum()) - expected) / max(abs(expected), 1e-12)
+    error = None if expected is None else completeness_error(scores, expected)
     S = len(q.ids)
     return Attribution(
         tuple(q.tokens),

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as tnf
 
 from fastbert.data.images import BACKGROUND, U8, to_patches, to_pixels
 from fastbert.files import shortened
+from fastbert.interpret.attributions import completeness_error, on_the_line
 from fastbert.interpret.question import still
 from fastbert.models.two_towers import TwoTowers
 from fastbert.train.plot import figure, save
@@ -53,8 +53,8 @@ def explain_image(
     at = torch.from_numpy(places).to(towers.device)
     shown = torch.from_numpy(patches).to(towers.device)
     white = torch.full_like(shown, BACKGROUND)
-    nodes, weights = np.polynomial.legendre.leggauss(steps)
-    points = torch.from_numpy((nodes + 1) / 2).float().to(towers.device)
+    points, weights = on_the_line(steps)
+    points = points.float().to(towers.device)
     wanted = vector.to(towers.device).float()
     with still(towers):
         with torch.no_grad():
@@ -62,15 +62,12 @@ def explain_image(
             first, last = _cosines(towers, torch.stack([start, x]), wanted).tolist()
         total = torch.zeros_like(x)
         size = max(_MOST_PATCHES // len(x), 1)
-        for some, w in zip(
-            points.split(size), torch.from_numpy(weights / 2).split(size), strict=True
-        ):
+        for some, w in zip(points.split(size), weights.split(size), strict=True):
             between = (start + some[:, None, None] * (x - start)).requires_grad_()
             (g,) = torch.autograd.grad(_cosines(towers, between, wanted).sum(), between)
             total += torch.einsum("n,npc->pc", w.to(g), g)
     scores = ((x - start) * total).sum(1)
-    expected = last - first
-    error = abs(float(scores.double().sum()) - expected) / max(abs(expected), 1e-12)
+    error = completeness_error(scores, last - first)
     rows, columns = (places.max(0) + 1).tolist()
     return PatchScores(
         to_pixels(patches, places), scores.view(rows, columns).cpu(), text, last, error

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as tnf
 
 from fastbert.files import quoted
+from fastbert.nn.base import evaluating
 from fastbert.nn.int8 import Int8Embedding
 from fastbert.runners.replace import is_replaced
 
@@ -190,15 +191,12 @@ def why_not_gradients(model: Any) -> str | None:
 @contextmanager
 def still(model: Any) -> Iterator[None]:
     """Evaluation mode, and no gradient of weights, inside; afterwards the model is as before."""
-    modes = {m: m.training for m in model.modules()}
     wanted = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
     for p in wanted:
         p.requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         for p in wanted:
             p.requires_grad_(True)
-        for m, mode in modes.items():
-            m.training = mode

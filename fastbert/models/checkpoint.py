@@ -104,6 +104,11 @@ def save(model: nn.Module, directory: str | Path, padded: bool = False) -> None:
     values["architectures"] = [kind + _CLASSES.get(name, name.removeprefix("Bert"))]
     values["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     state = to_hf(model, names_of(config.model_type, name), state)
+    write_files(folder, state, values)
+
+
+def write_files(folder: Path, state: State, values: dict[str, Any]) -> None:
+    """Write model.safetensors and config.json into a folder, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     weights, settings = folder / "model.safetensors", folder / "config.json"
     # both are on the disk before either is renamed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as tnf
 
-from fastbert.files import folder_or_new, parse_json, quoted, read_text, replacing
+from fastbert.files import folder_or_new, parse_json, quoted, read_text
+from fastbert.models.checkpoint import write_files
 from fastbert.models.config import BertConfig, model_folder
 from fastbert.models.encoder import BertModel, Encoded
 from fastbert.models.images import ImageEncoder, patch_sizes
@@ -216,13 +215,8 @@ class TwoTowers(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.json and model.safetensors, each whole or not at all; from_pretrained alone loads them."""
         folder = folder_or_new(directory, "pass a directory to save into")
-        folder.mkdir(parents=True, exist_ok=True)
-        weights, settings = folder / "model.safetensors", folder / "config.json"
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        with replacing(weights) as new_weights, replacing(settings) as new_settings:
-            save_file(state, new_weights, metadata={"format": "pt"})
-            text = json.dumps(self.config.to_dict(), indent=2) + "\n"
-            new_settings.write_text(text, encoding="utf-8")
+        write_files(folder, state, self.config.to_dict())
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> TwoTowers:

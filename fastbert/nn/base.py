@@ -1,6 +1,9 @@
-"""What BERT's own blocks are made of: the linear layer, the class of all blocks, blocks without columns."""
+"""What BERT's own blocks are made of: the linear layer, the class of all blocks, blocks without columns; and modes."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +31,18 @@ class Block(nn.Module):
     """The base of the blocks, which torch.jit.script refuses with a sentence."""
 
     __prepare_scriptable__ = refuse_script
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every part of the model has its own mode again."""
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
 
 
 def without_gradients(block: nn.Module) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastbert.models.config import BertConfig, model_folder
 from fastbert.pretrain.captions import read_captions
 from fastbert.pretrain.config import PretrainConfig
+from fastbert.pretrain.recipes import OF_IMAGES
 from fastbert.train.settings import check_length_said
 
 if TYPE_CHECKING:
@@ -74,6 +75,10 @@ def check_usable(config: PretrainConfig, out: Path) -> None:
     config.check_paths()
 
 
+# {recipe: the model_type of its model}, where their names differ
+_FAMILIES = {"modern": "modernbert", "gpt": "gpt2", **dict.fromkeys(OF_IMAGES, "bert")}
+
+
 def model_config(config: PretrainConfig, vocab_size: int, pad: int) -> BertConfig:
     """The sizes of a fresh model; raises ValueError where they do not fit together."""
     roberta, modern = config.recipe == "roberta", config.recipe == "modern"
@@ -101,7 +106,7 @@ def model_config(config: PretrainConfig, vocab_size: int, pad: int) -> BertConfi
         global_attn_every_n_layers=config.global_every,
         rope_theta=config.rope_theta,
         local_rope_theta=config.local_rope_theta,
-        model_type={"modern": "modernbert", "gpt": "gpt2"}.get(config.recipe, config.recipe),
+        model_type=_FAMILIES.get(config.recipe, config.recipe),
         hidden_act="gelu_new" if gpt else "gelu",
         pad_token_id=None if gpt else pad,
         layer_norm_eps=1e-5 if roberta or modern or gpt else 1e-12,
@@ -116,27 +121,16 @@ def encoder_config(
 ) -> BertConfig:
     """The sizes of an encoder: of both in a single stream, of texts or of an `image` in two towers."""
     stream = config.recipe == "single-stream"
-    assert config.max_position is not None
-    assert config.ffn is not None
-    assert config.dropout is not None
-    assert config.attention_dropout is not None
-    return BertConfig(
-        vocab_size=vocab_size,
-        hidden_size=config.hidden,
-        num_hidden_layers=(config.image_layers or 0) if image else config.layers,
-        num_attention_heads=config.heads,
-        intermediate_size=config.ffn,
-        hidden_dropout_prob=config.dropout,
-        attention_probs_dropout_prob=config.attention_dropout,
-        max_position_embeddings=1 if image else config.max_position,
-        position_embedding_type="absolute" if image else config.positions,
-        initializer_range=config.initializer_range,
-        pre_norm=config.pre_norm,
-        gated=config.gated,
-        biases=config.biases,
-        pad_token_id=pad,
-        add_pooler=stream,
-        type_vocab_size=2 if stream else 0,
+    found = model_config(config, vocab_size, pad)
+    found = replace(found, add_pooler=stream, type_vocab_size=2 if stream else 0)
+    if not image:
+        return found
+    return replace(
+        found,
+        num_hidden_layers=config.image_layers or 0,
+        # the positions are those of patches
+        max_position_embeddings=1,
+        position_embedding_type="absolute",
     )
 
 

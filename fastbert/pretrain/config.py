@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from fastbert.files import IMAGES, SHARDS, TEXTS, TOKENIZER_FILES, existing, folder_or_new
-from fastbert.pretrain.recipes import BERT, LSTM, OF_IMAGES, POSITIONS, RECIPES, TEXT_ALONE
+from fastbert.pretrain.recipes import (
+    BERT,
+    IMAGES_ALONE,
+    LSTM,
+    OF_IMAGES,
+    POSITIONS,
+    RECIPES,
+    TEXT_ALONE,
+    TOWERS_ALONE,
+)
 from fastbert.train import settings
 from fastbert.train.settings import (
     BATCH,
@@ -255,8 +264,8 @@ class PretrainConfig(TrainingSettings):
             {
                 "recipe": tuple(RECIPES),
                 "tokenizer_kind": ("wordpiece", "bpe", None),
-                # below, an LSTM refuses all but none
-                "positions": (*("none",)[: self.recipe == "lstm"], *POSITIONS),
+                # an LSTM's other positions are refused below
+                "positions": ("none", *POSITIONS) if self.recipe == "lstm" else POSITIONS,
                 "start": ("normal", "neighbours"),
                 "contrast": ("softmax", "sigmoid"),
                 "strategy": ("ddp", "fsdp"),
@@ -329,19 +338,9 @@ class PretrainConfig(TrainingSettings):
         self._check_least(1, "patch", "max_patches", "image_layers", "projection")
         reason = f"recipe is {self.recipe}"
         self._check_used(not own, f"{reason}, which reads images", *TEXT_ALONE)
-        images = (
-            "eval_images",
-            "shift",
-            "zoom",
-            "turn",
-            "tint",
-            "drop_patches",
-            "patch",
-            "max_patches",
-        )
-        self._check_used(own, f"{reason}, which reads no images", *images)
-        towers = "contrast", "chunk", "projection", "image_layers"
-        self._check_used(self.recipe == "two-towers", f"{reason}, not two-towers", *towers)
+        self._check_used(own, f"{reason}, which reads no images", *IMAGES_ALONE)
+        towers = self.recipe == "two-towers"
+        self._check_used(towers, f"{reason}, not two-towers", *TOWERS_ALONE)
 
     def _check_images(self) -> None:
         reason = f"recipe is {self.recipe}"

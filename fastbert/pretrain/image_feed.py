@@ -160,22 +160,17 @@ class ImageFeed:
         choose: Callable[[int, int], I64] | None = None,
     ) -> Batch:
         """The batch of texts beside images. In a single stream words are masked where it is not `asked` for a match."""
-        lengths = np.array([len(text) for text in texts])
-        cu_seqlens = np.cumsum([0, *lengths])
-        ids = np.concatenate(texts)
-        batch = Batch(
-            cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)), max_seqlen=int(lengths.max())
-        )
+        batch = texts_of(texts)
         if self.masker is not None:
+            ids, cu_seqlens = batch["input_ids"].numpy(), batch["cu_seqlens"].numpy()
             masked = self.masker(ids, cu_seqlens, keys)
-            hidden = np.repeat(~asked, lengths)
-            ids = np.where(hidden, masked.input_ids, ids)
+            hidden = np.repeat(~asked, np.diff(cu_seqlens))
+            batch["input_ids"] = torch.from_numpy(np.where(hidden, masked.input_ids, ids))
             batch["labels"] = torch.from_numpy(np.where(hidden, masked.labels, -100))
             batch["label_rows"] = torch.from_numpy(masked.label_rows[hidden[masked.label_rows]])
             batch["matching_label"] = torch.from_numpy(
                 np.where(asked, (~own).astype(np.int64), -100)
             )
-        batch["input_ids"] = torch.from_numpy(ids)
         batch.update(image_batch(images, self.config.patch, choose))
         return batch
 
@@ -197,6 +192,16 @@ class ImageFeed:
     def baselines(self) -> dict[str, float]:
         """What chance reaches in the evaluation."""
         return {f"chance R@{k}": min(k / len(self.held), 1.0) for k in (1, 5, 10)}
+
+
+def texts_of(tokens: Sequence[I64]) -> Batch:
+    """The batch of some texts' ids."""
+    lengths = [len(ids) for ids in tokens]
+    return Batch(
+        input_ids=torch.from_numpy(np.concatenate(tokens)),
+        cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),
+        max_seqlen=max(lengths),
+    )
 
 
 def shared_image_feed(

@@ -32,7 +32,9 @@ class Pictures:
             self.held_from: int | None = values["held_from"]
             self.digest = str(values["sha256"])
             self._bytes = np.memmap(pixels, np.uint8, "r")
-            found = digest_of(self._bytes, self.sizes, self.captions, self.held_from)
+            found = _sealed(
+                hashlib.sha256(self._bytes.data), self.sizes, self.captions, self.held_from
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise ShardsError(f"{settings} is damaged: start a new run") from error
         if found != self.digest:
@@ -58,7 +60,7 @@ def store_pictures(
     parts = [read_captions(folder), read_captions(held) if held is not None else []]
     everything = [one for part in parts for one in part]
     path.parent.mkdir(parents=True, exist_ok=True)
-    sizes = []
+    sizes, digest = [], hashlib.sha256()
     with replacing(path.with_suffix(".bin")) as new, open(new, "wb") as file:
         for one in everything:
             try:
@@ -67,22 +69,22 @@ def store_pictures(
                 remedy = "" if isinstance(error, TooLarge) else ": repair it, or leave it out"
                 raise ValueError(f"{one.place}: {error}{remedy}") from error
             sizes.append(pixels.shape[:2])
-            file.write(pixels.tobytes())
+            data = pixels.tobytes()
+            file.write(data)
+            digest.update(data)
     captions = [one.captions for one in everything]
     held_from = None if held is None else len(parts[0])
-    written = np.memmap(path.with_suffix(".bin"), np.uint8, "r")
     values: dict[str, Any] = {
         "sizes": sizes,
         "captions": captions,
         "held_from": held_from,
-        "sha256": digest_of(written, sizes, captions, held_from),
+        "sha256": _sealed(digest, sizes, captions, held_from),
     }
     write_text(path.with_suffix(".json"), json.dumps(values) + "\n")
     return Pictures(path)
 
 
-def digest_of(pixels: Any, sizes: Any, captions: Any, held_from: int | None) -> str:
-    """A hash of all that a store holds."""
-    digest = hashlib.sha256(pixels)
+def _sealed(digest: Any, sizes: Any, captions: Any, held_from: int | None) -> str:
+    """The hash of a store: of its pixels, which `digest` has read, and of all else."""
     digest.update(json.dumps([sizes, captions, held_from]).encode())
-    return digest.hexdigest()
+    return str(digest.hexdigest())

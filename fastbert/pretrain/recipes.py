@@ -70,6 +70,12 @@ TEXT_ALONE = (
     *("separator", "field", "short_seq_prob", "data_dir", "start", "init_from", "goal"),
     *("eval_tokens", "strategy"),
 )
+# settings that these recipes alone read, and those of them that two towers alone read
+IMAGES_ALONE = (
+    *("eval_images", "shift", "zoom", "turn", "tint"),
+    *("drop_patches", "patch", "max_patches"),
+)
+TOWERS_ALONE = ("contrast", "chunk", "projection", "image_layers")
 # the only values of settings of layers that an LSTM does not have; 12 heads are the default of all recipes
 LSTM = {
     "heads": (1, 12),

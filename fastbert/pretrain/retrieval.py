@@ -15,7 +15,8 @@ from fastbert.data.images import image_batch
 from fastbert.models.losses import contrastive_loss
 from fastbert.models.single_stream import BertForImageText
 from fastbert.models.two_towers import TwoTowers
-from fastbert.pretrain.image_feed import ImageFeed
+from fastbert.nn.base import evaluating
+from fastbert.pretrain.image_feed import ImageFeed, texts_of
 from fastbert.train.session import autocast
 
 RANKS = (1, 5, 10)
@@ -59,9 +60,7 @@ def evaluate_towers(model: TwoTowers, feed: ImageFeed) -> dict[str, float]:
     texts = [feed.tokens[i] for i in held]
     owners = torch.tensor([n for n, some in enumerate(texts) for _ in some], device=device)
     flat = [ids for some in texts for ids in some]
-    training = model.training
-    model.eval()
-    with autocast(device, feed.config.precision):
+    with evaluating(model), autocast(device, feed.config.precision):
         shown = [
             model.embed_images(**images_of(feed, held[i : i + size]).to(device))
             for i in range(0, len(held), size)
@@ -70,7 +69,6 @@ def evaluate_towers(model: TwoTowers, feed: ImageFeed) -> dict[str, float]:
             model.embed_texts(**texts_of(flat[i : i + size]).to(device))
             for i in range(0, len(flat), size)
         ]
-    model.train(training)
     images, words = torch.cat(shown), torch.cat(said)
     # the first caption of every image
     firsts = words[torch.tensor(np.cumsum([0] + [len(some) for some in texts[:-1]]), device=device)]
@@ -91,11 +89,9 @@ def evaluate_stream(model: BertForImageText, feed: ImageFeed) -> dict[str, float
     # as in PretrainingData, no usual training seed repeats these draws
     keys = Masker.keys(c.split_seed + (1 << 32), 0, held)
     others = feed.partners(keys, held, held)
-    training = model.training
-    model.eval()
     # loss, right and number of masked words; right pairs
     sums = np.zeros(4)
-    with autocast(model.device, c.precision):
+    with evaluating(model), autocast(model.device, c.precision):
         for i in range(0, len(held), size):
             part = slice(i, i + size)
             texts = [feed.tokens[j][0] for j in held[part]]
@@ -110,7 +106,6 @@ def evaluate_stream(model: BertForImageText, feed: ImageFeed) -> dict[str, float
                 sums += _judged(model, batch, feed.masker.special.mask)
         some = held[:_RANKED]
         scores = torch.stack([_match(model, feed, image, some) for image in some])
-    model.train(training)
     loss, right, masked, pairs = sums.tolist()
     found = both_ways(scores, torch.arange(len(some), device=scores.device))
     return {
@@ -146,13 +141,3 @@ def _match(model: BertForImageText, feed: ImageFeed, image: int, others: Any) ->
 def images_of(feed: ImageFeed, numbers: Any) -> Batch:
     """The batch of some images."""
     return Batch(image_batch([feed.pictures.pixels(i) for i in numbers], feed.config.patch))
-
-
-def texts_of(tokens: Sequence[Any]) -> Batch:
-    """The batch of some texts' ids."""
-    lengths = [len(ids) for ids in tokens]
-    return Batch(
-        input_ids=torch.from_numpy(np.concatenate(tokens)),
-        cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),
-        max_seqlen=max(lengths),
-    )

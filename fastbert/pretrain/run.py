@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -84,21 +84,27 @@ def pretrain(
             feed = shared_feed(
                 s.config, s.out, s.world, resume=s.resume, rebuild=rebuild, quiet=s.quiet
             )
-        build: Any = build_model if isinstance(feed, Feed) else build_image_model
-        model = s.model(lambda: build(s.config, feed.tokenizer))
+        kind = _kind(s.config)
+        model = s.model(lambda: kind.build(s.config, feed.tokenizer))
         s.say(_description(s.config, model, feed))
         s.begin(model, lambda: _scheduled(s.config, model, feed, s.world))
-        trainer = _trainer(model, feed, s.config, s.world)
-        kind: Any = PretrainRun if isinstance(feed, Feed) else ImageRun
-        run = kind(trainer, feed, s)
+        run = kind.run(kind.trainer(model, feed.batches, s.config, s.world), feed, s)
         return _report(s, run, run.train())
 
 
-def _trainer(
-    model: torch.nn.Module, feed: Feed | ImageFeed, config: PretrainConfig, world: World
-) -> Any:
-    kind = PretrainTrainer if isinstance(feed, Feed) else ImageTrainer
-    return kind(model, feed.batches, config, world)
+class _Kind(NamedTuple):
+    """What a run on text, or one on images, is made of."""
+
+    build: Callable[..., Any]
+    trainer: Callable[..., Any]
+    run: Callable[..., Any]
+    draw: Callable[..., None]
+
+
+def _kind(config: PretrainConfig) -> _Kind:
+    if config.recipe in OF_IMAGES:
+        return _Kind(build_image_model, ImageTrainer, ImageRun, plot_recalls)
+    return _Kind(build_model, PretrainTrainer, PretrainRun, plot_losses)
 
 
 def _report(s: Session[PretrainConfig], run: Any, evaluation: dict[str, float]) -> Result:
@@ -108,8 +114,7 @@ def _report(s: Session[PretrainConfig], run: Any, evaluation: dict[str, float]) 
     baselines = run.feed.baselines() if main else {}
     if main:
         title = f"{s.config.recipe} pretraining"
-        draw = plot_losses if isinstance(run, PretrainRun) else plot_recalls
-        draw(s.out / "metrics.jsonl", plot, baselines, title)
+        _kind(s.config).draw(s.out / "metrics.jsonl", plot, baselines, title)
         values = {"steps": at.step, "seconds": at.seconds, "held_out": evaluation}
         store.write_json(s.out / "result.json", {**values, "baselines": baselines})
     figures = (at.step, at.seconds, evaluation, baselines)
@@ -193,7 +198,7 @@ def seconds_per_step(
     rng = store.capture_rng()
     single = World(shards=len(world.parts))
     settings = replace(config, steps=1_000_000, batch_ramp=0.0)
-    trial = _trainer(copy.deepcopy(model), feed, settings, single)
+    trial = _kind(config).trainer(copy.deepcopy(model), feed.batches, settings, single)
     # the first step is slower than the rest: memory, imports
     trial.train_step()
     started, steps, elapsed = time.perf_counter(), 0, 0.0

@@ -22,6 +22,7 @@ from fastbert import functional as F
 from fastbert.backend import cpu
 from fastbert.files import quoted
 from fastbert.models.decoder import GPTForCausalLM
+from fastbert.nn.base import evaluating
 from fastbert.nn.packing import Packing
 from fastbert.runners.frozen import Frozen
 
@@ -247,13 +248,8 @@ def generate(
     given = [] if eos is None else _whole("eos", eos)
     ends = set(given) if isinstance(given, list) else {given}
     draws = [_Draws(s, prompt) for s, prompt in zip(seeds, ids, strict=True)]
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         return _run(model, ids, max_new_tokens, sampling, draws, ends)
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
 
 
 def _run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastbert.backend.stock._gelu import gelu
+from fastbert.backend.stock._gelu import gelu, gelu_backward
 
 
 def unsupported(*args: object) -> str | None:
@@ -34,12 +34,7 @@ def backward(
     approximate: str,
 ) -> tuple[Tensor, Tensor]:
     """dx (N, F) and dbias (F,), empty without bias."""
-    u = _biased(x, bias)
-    if approximate == "sigmoid":
-        s = torch.sigmoid(1.702 * u)
-        dx = dy * (s + 1.702 * u * s * (1 - s))
-    else:
-        dx = torch.ops.aten.gelu_backward(dy, u, approximate=approximate)
+    dx = gelu_backward(dy, _biased(x, bias), approximate)
     if bias is None:
         return dx, dx.new_empty(0)
     return dx, dx.sum(0, dtype=torch.promote_types(dx.dtype, torch.float32)).to(bias.dtype)
