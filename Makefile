@@ -19,7 +19,7 @@
 #   make bench-lstm     times fastbert.nn.LSTM beside torch's on packed and padded batches; 3 minutes
 #   make bench-contrasts  compares BERT, GPT and a bidirectional LSTM: costs, tasks of distance, pretraining and
 #                       fine-tuning in equal time; two and a half hours, and a rerun goes on
-#   make bench-pretraining  compares recipes of pretraining for equal time; six hours, and a rerun goes on
+#   make bench-pretraining  compares recipes of pretraining for equal time; 13 hours of one core, and a rerun goes on
 #   make bench-int8-accuracy  measures what quantize costs in accuracy, also of two models that it trains; an hour.
 #                       BENCH_ARGS="--sentences FILE --reactions FILE" adds rows of your files
 #   make bench-compress measures size, metric and speed of pruned, distilled and int8 models, which it makes once; about

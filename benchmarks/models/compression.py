@@ -20,7 +20,7 @@ from benchmarks import RESULTS, ROOT
 from benchmarks.models.compression_peers import PRECISIONS, Peers
 from benchmarks.models.int8_accuracy import Finetuned, entity_model, movie_model
 from benchmarks.models.students import DISTILLED as DISTILLED_STUDENT
-from benchmarks.models.students import STUDENT, trained
+from benchmarks.models.students import LOSSES, STUDENT, trained
 from benchmarks.models.summary import by_work, percentiles, ratio
 from benchmarks.peers.driver import WorkerError
 from benchmarks.report.readme import duration, filled, replaced
@@ -97,7 +97,7 @@ def distilled(one: Finetuned, run: Path, student: Path, quick: bool) -> Path:
             teacher=str(one.model),
             sources=[str(one.train)],
             student=str(student),
-            losses="soft,labels,hidden",
+            losses=LOSSES,
             **({"steps": 4} if quick else {"epochs": 3.0}),
         )
         if one.validation is not None and not quick:

@@ -3,15 +3,15 @@
 copy, delay: small encoders learn tasks of random symbols over a distance (contrasts_tasks.py). costs: a training step
 and inference of 32 sequences of 128 tokens, in turns, as ratios to BERT's, and the latency of one text against its
 length. learning: pretraining for equal time, a word guessed in the middle, fine-tuning (contrasts_learning.py). The
-JSON of the results keeps every run: a rerun, also in another checkout, makes those that are missing. docs/contrasts.md
-has the tables and what they say of the article's claims.
+JSON of the results gets each run as soon as it is finished; a rerun of this command makes the runs that the JSON lacks,
+also in another checkout. docs/contrasts.md has the tables and what they say of the article's claims.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,7 +22,7 @@ from benchmarks import RESULTS, ROOT
 from benchmarks.models import contrasts_tasks as tasks
 from benchmarks.models.contrasts_learning import WORKS, learning
 from benchmarks.models.contrasts_tasks import BERT, FORMS, GPT, LSTM
-from benchmarks.models.equal_time import keep, read
+from benchmarks.models.equal_time import keep, once, read
 from benchmarks.report.readme import filled, replaced
 from fastbert.data.fetch import fetch
 from fastbert.files import listed, write_text
@@ -32,9 +32,15 @@ from fastbert.train.plot import figure, save
 JSON, PLOT = RESULTS / "contrasts.json", RESULTS / "contrasts.png"
 PAGE = ROOT / "docs" / "contrasts.md"
 BEGIN, END = "<!-- table: python -m benchmarks.models.contrasts -->", "<!-- end of table -->"
-# of lines that lie on each other
+# the plot's marks and lines, which are told apart where two models have the same values
 MARKS = {BERT: "o-", GPT: "s--", LSTM: "^:"}
 PARTS = ("copy", "delay", "costs", "learning")
+
+
+def _delayed(key: str, *settings: Any) -> dict[str, Any]:
+    run = tasks.delayed(*settings)
+    print(f"delay {key}: {run['accuracy']:.1%}", flush=True)
+    return run
 
 
 def delay_task(options: argparse.Namespace) -> dict[str, Any]:
@@ -46,12 +52,8 @@ def delay_task(options: argparse.Namespace) -> dict[str, Any]:
             runs = []
             for lr in options.delay_rates:
                 key = f"{name}-{d}-{lr:g}-{options.delay_steps}"
-                kept = read(options.out).get("delays", {})
-                if key not in kept:
-                    kept[key] = tasks.delayed(kind, d, options.delay_steps, lr)
-                    keep(options.out, delays=kept)
-                    print(f"delay {key}: {kept[key]['accuracy']:.1%}", flush=True)
-                runs.append(kept[key])
+                make = partial(_delayed, key, kind, d, options.delay_steps, lr)
+                runs.append(once(options.out, "delays", key, make))
             best = max(runs, key=lambda run: run["accuracy"])
             found.setdefault(name, {})[str(d)] = best
     return found
@@ -306,12 +308,6 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     options.runs.mkdir(parents=True, exist_ok=True)
-    results = read(options.out)
-    if results and "machines" not in results:
-        # the first form had one machine for all parts
-        facts = {name: results.pop(name) for name in machine_info() if name in results}
-        results["machines"] = {part: facts for part in PARTS if part in results}
-        write_text(options.out, json.dumps(results, indent=1) + "\n")
     for part in options.parts:
         if part not in read(options.out):
             torch.set_num_threads(2)

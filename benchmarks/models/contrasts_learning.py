@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.models.contrasts_tasks import BERT, FORMS, GPT, LSTM, SIZES
-from benchmarks.models.equal_time import Arms, run_name
+from benchmarks.models.equal_time import Arms, once, run_name
 from benchmarks.models.pretraining import COMMON, QUICK
 from fastbert.bert import BertForMaskedLM, GPTForCausalLM
 from fastbert.data.tokenizer import SpecialIds, vocabulary, word_starts
@@ -31,7 +31,7 @@ from fastbert.train.metrics import read_metrics
 
 # evaluations along a run of pretraining
 POINTS = 8
-# held-out texts whose middle is guessed, and words to choose from
+# how many held-out texts have a word in their middle guessed, and of how many words the guess is chosen
 PLACES, CHOICES = 500, 10
 WORKS = {"movies": ("classify", "accuracy"), "entities": ("tag", "f1")}
 
@@ -196,32 +196,28 @@ def tuned(
     """The figures of a fine-tuning, which is made once; `model` gives the folder to start from."""
     options = arms.options
     name = f"{work}-{run_name(arm, lr, options.steps, seed)}"
-    kept = arms.read().get("tuned", {})
-    if name in kept:
-        return kept[name]
     task, metric = WORKS[work]
-    config = FinetuneConfig(
-        **labelled(work, options.runs),
-        task=task,
-        model=str(model()),
-        lr=lr,
-        steps=options.steps,
-        eval_every=max(options.steps // 3, 1),
-        checkpoint_every=options.steps,
-        seed=seed,
-        threads=options.threads,
-        max_length=32 if options.quick else 128,
-    )
-    run = options.runs / name
-    result = finetune(config, run, resume=(run / "config.toml").is_file(), quiet=True)
-    assert result.test is not None
-    found = {
-        "validation": result.validation[metric],
-        "test": result.test[metric],
-        "lr": lr,
-        "seed": seed,
-    }
-    arms.keep(tuned={**arms.read().get("tuned", {}), name: found})
+
+    def make() -> dict[str, Any]:
+        config = FinetuneConfig(
+            **labelled(work, options.runs),
+            task=task,
+            model=str(model()),
+            lr=lr,
+            steps=options.steps,
+            eval_every=max(options.steps // 3, 1),
+            checkpoint_every=options.steps,
+            seed=seed,
+            threads=options.threads,
+            max_length=32 if options.quick else 128,
+        )
+        run = options.runs / name
+        result = finetune(config, run, resume=(run / "config.toml").is_file(), quiet=True)
+        assert result.test is not None
+        figures = {"validation": result.validation[metric], "test": result.test[metric]}
+        return {**figures, "lr": lr, "seed": seed}
+
+    found: dict[str, Any] = once(options.out, "tuned", name, make)
     return found
 
 
@@ -254,10 +250,9 @@ def learning(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _guesses(arm: str, name: str, folder: Callable[[], Path], arms: Arms) -> dict[str, Any]:
-    kept = arms.read().get("filled", {})
-    if name not in kept:
+    def make() -> dict[str, Any]:
         # texts and places are those of one data set for all three
-        feed = arms.feed(arms.settings(BERT, steps=1))
-        kept = kept | {name: fill_in(folder(), arm == GPT, feed)}
-        arms.keep(filled=kept)
-    return kept[name]
+        return fill_in(folder(), arm == GPT, arms.feed(arms.settings(BERT, steps=1)))
+
+    found: dict[str, Any] = once(arms.options.out, "filled", name, make)
+    return found

@@ -77,7 +77,7 @@ SETTINGS: dict[str, Any] = {
     "checkpoint_every": 200,
     "keep_last": 1,
 }
-# of the step whose memory is measured: (pairs, chunk)
+# (pairs, how many of them are encoded at once, 0 for all) of each training step whose memory is measured
 STEPS = ((64, 0), (128, 0), (128, 16), (1024, 16))
 
 
@@ -92,7 +92,7 @@ class Concept:
 
     @property
     def text(self) -> str:
-        """The text that asks for it."""
+        """Name and keywords, the text by which drawings of the emoji are looked up."""
         return ", ".join((self.name, *self.keywords))
 
     def captions(self, draw: random.Random) -> list[str]:

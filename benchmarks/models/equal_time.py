@@ -1,7 +1,8 @@
-"""Pretraining runs that take equal time, whose results the JSON of a benchmark keeps one by one.
+"""Pretraining runs of equal time. The JSON of a benchmark gets the results of each run as soon as it is finished.
 
-The arms' steps are timed in turns; this gives the number of steps that fit into the minutes on a quiet machine. So the
-runs themselves may share the machine. A rerun, also in another checkout, makes the runs that are missing.
+An arm is a recipe or a kind of model. The steps of all arms are timed in turns on a quiet machine, which gives the
+number of steps that fit into the minutes. The runs themselves may then share the machine. A rerun of the benchmark
+reads the JSON and makes the runs that it lacks, also in another checkout.
 """
 
 from __future__ import annotations
@@ -39,6 +40,17 @@ def keep(out: Path, **more: Any) -> dict[str, Any]:
     return results
 
 
+def once(out: Path, group: str, name: str, make: Callable[[], Any]) -> Any:
+    """The result of this name in a group of a JSON; where it is missing, `make` gives it and it is written at once."""
+    kept = read(out).get(group, {})
+    if name not in kept:
+        found = make()
+        # the file may have got others meanwhile
+        kept = read(out).get(group, {}) | {name: found}
+        keep(out, **{group: kept})
+    return kept[name]
+
+
 @dataclass(frozen=True)
 class Arms:
     """The arms of a benchmark. `options` has its out, runs (a folder) and quick."""
@@ -46,7 +58,7 @@ class Arms:
     options: Namespace
     # of an arm's name and more settings
     settings: Callable[..., PretrainConfig]
-    # the arm by whose times those of later arms are scaled, which may be timed on another machine
+    # arms that are timed later, perhaps on another machine, are timed beside this one and scaled by its two times
     base: str
     # of the timing
     threads: int
@@ -101,13 +113,13 @@ class Arms:
     def trained(self, arm: str, lr: float, minutes: float, seed: int) -> dict[str, Any]:
         """The results of a run, which is made once."""
         name = run_name(arm, lr, minutes, seed)
-        runs = self.read()["runs"]
-        if name in runs:
-            return runs[name]
-        out, config, batch = self._run(name, arm, lr, minutes, seed)
-        found = {"arm": arm, "minutes": minutes, **self.judged(out, config, batch)}
-        self.keep(runs={**self.read()["runs"], name: found})
-        for checkpoint in (out / "checkpoints").glob("*"):
+
+        def make() -> dict[str, Any]:
+            out, config, batch = self._run(name, arm, lr, minutes, seed)
+            return {"arm": arm, "minutes": minutes, **self.judged(out, config, batch)}
+
+        found: dict[str, Any] = once(self.options.out, "runs", name, make)
+        for checkpoint in (self.options.runs / name / "checkpoints").glob("*"):
             checkpoint.unlink()
         return found
 

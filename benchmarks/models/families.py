@@ -38,8 +38,10 @@ BEGIN, END = "<!-- table: python -m benchmarks.models.families -->", "<!-- end o
 LENGTHS = (128, 30, 45, 22, 80, 17, 60, 33)
 LONG = 8192
 # heights and widths of ViLT's images, padded to the largest, and the lengths of its texts
-IMAGES = ((384, 608), (384, 384), (256, 384), (384, 256), (192, 384), (320, 384), (384, 320))
-IMAGES = (*IMAGES, (224, 224))
+IMAGES = (
+    *((384, 608), (384, 384), (256, 384), (384, 256)),
+    *((192, 384), (320, 384), (384, 320), (224, 224)),
+)
 TEXTS = (20, 10, 12, 8, 30, 15, 9, 11)
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
 MODERN = BASE | {"num_hidden_layers": 22, "intermediate_size": 1152, "vocab_size": 50368}
@@ -132,7 +134,7 @@ def build(family: str, head: str, sizes: dict[str, Any], quick: bool) -> Any:
 
 
 def batch(model: Any, head: str) -> dict[str, torch.Tensor]:
-    """A padded batch of random ids with the head's labels, 30 % of the tokens for a masked LM."""
+    """A padded batch of random ids, or of images, with the head's labels: 30 % of the tokens for a masked LM."""
     torch.manual_seed(1)
     if model.main_input_name == "pixel_values":
         given = {"pixel_values": torch.randn(len(LENGTHS), 3, 224, 224)}
@@ -169,7 +171,7 @@ def _pairs(model: Any, head: str) -> dict[str, torch.Tensor]:
 
 
 def call_of(model: Any, given: dict[str, torch.Tensor], trained: bool) -> Callable[[], Any]:
-    """One forward in inference mode, or one step with AdamW; it returns what both forms must agree in."""
+    """One forward in inference mode, which returns the output, or one step with AdamW, which returns the loss."""
     if not trained:
         model.eval()
 

@@ -102,17 +102,10 @@ def settings(arm: str, options: argparse.Namespace, **more: Any) -> PretrainConf
 
 
 def arms_of(options: argparse.Namespace) -> Arms:
-    """The arms, whose runs have as many steps as two threads make in their minutes."""
+    """The arms; a run has as many optimiser steps as two threads make in its minutes."""
     made = partial(settings, options=options)
     judged = partial(_judged, options=options)
     return Arms(options, made, base=NEW, threads=2, points=POINTS, judged=judged)
-
-
-def trained(
-    arm: str, lr: float, minutes: float, seed: int, options: argparse.Namespace
-) -> dict[str, Any]:
-    """A run's curve: minutes, and the losses at [MASK] in full sentences and in pairs; made once."""
-    return arms_of(options).trained(arm, lr, minutes, seed)
 
 
 def _judged(
@@ -150,11 +143,11 @@ def last(run: dict[str, Any], name: str = "full") -> float:
     return run["points"][-1][name]
 
 
-def best_rate(arm: str, options: argparse.Namespace) -> tuple[float, dict[str, float]]:
+def best_rate(arm: str, arms: Arms) -> tuple[float, dict[str, float]]:
     """The rate of the grid with the least loss at a third of the minutes, and the losses of all."""
-    runs = {lr: trained(arm, lr, options.minutes / 3, 0, options) for lr in options.rates}
-    losses = {f"{lr:g}": last(run) for lr, run in runs.items()}
-    return min(runs, key=lambda lr: last(runs[lr])), losses
+    third = arms.options.minutes / 3
+    losses = {lr: last(arms.trained(arm, lr, third, 0)) for lr in arms.options.rates}
+    return min(losses, key=lambda lr: losses[lr]), {f"{lr:g}": v for lr, v in losses.items()}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -164,19 +157,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     arms.keep(minutes=options.minutes)
     rates = {}
     for arm in (OLD, NEW):
-        rates[arm], grid = best_rate(arm, options)
+        rates[arm], grid = best_rate(arm, arms)
         print(f"{arm}: {grid}, takes {rates[arm]:g}", flush=True)
     for seed in range(options.seeds):
         for arm in (OLD, NEW):
-            run = trained(arm, rates[arm], options.minutes, seed, options)
+            run = arms.trained(arm, rates[arm], options.minutes, seed)
             both = f"{last(run):.3f} in full sentences, {last(run, 'pairs'):.3f} in pairs"
             print(f"{arm}, seed {seed}: {both}", flush=True)
     for arm in options.arms:
         if arm not in (OLD, NEW):
-            lr = best_rate(arm, options)[0] if arm == "AdamW" else rates[NEW]
-            print(
-                f"{arm}: {last(trained(arm, lr, options.minutes / 3, 0, options)):.3f}", flush=True
-            )
+            lr = best_rate(arm, arms)[0] if arm == "AdamW" else rates[NEW]
+            run = arms.trained(arm, lr, options.minutes / 3, 0)
+            print(f"{arm}: {last(run):.3f}", flush=True)
     return arms.read()
 
 
